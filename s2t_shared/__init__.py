@@ -1,0 +1,7 @@
+"""The Select-to-Think product: method, engine, labels, distillation. Runs without Ray, gRPC or Redis.
+
+Import order inside this package, kept by `tests/test_layout.py` (a module imports only from its left):
+
+    errors types files | config policy | text lora kv runtime local_selector | roles engine generate | labels store
+    | registry distill | tasks evaluate | pair, pb (stand alone)
+"""

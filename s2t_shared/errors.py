@@ -1,0 +1,73 @@
+"""Everything that can go wrong for a user, as one tree.
+
+    S2TError
+      InvalidRequestError        one request or input line is wrong
+      ConfigError                a setting, flag or file of the operator is wrong
+        TokenizerMismatchError   SLM and LLM do not share a tokenizer
+      ModelLoadError             a model folder is missing, broken or not supported
+      VersionError               a local-selector version is corrupt or does not fit
+        VersionNotFoundError
+      EvaluationSplitError       calibration, harvest or training was pointed at an evaluation split
+      OverloadedError            no room now; try again
+      SelectorUnavailableError   the LLM cannot be asked (the engine degrades instead of failing)
+      StoreError                 Redis or the label lake cannot be used
+      DeadlineExceededError      the request's own deadline passed
+      UnauthenticatedError       no token, or a wrong one
+
+A message says what is wrong, where, and how to mend it. Bugs are `assert`s, never one of these. Nothing here
+knows a transport: `services.wire` maps each class to a gRPC status, `services.cli` to an exit status.
+"""
+
+from __future__ import annotations
+
+
+class S2TError(Exception):
+    """Base of all errors that a user can cause or mend."""
+
+
+class InvalidRequestError(S2TError):
+    """One request is wrong; the text names the field and the accepted range."""
+
+
+class ConfigError(S2TError):
+    """A setting of the operator is wrong; the text names the key or file and the fix."""
+
+
+class TokenizerMismatchError(ConfigError):
+    """SLM and LLM tokenize differently, so one's candidate ids mean nothing to the other."""
+
+
+class ModelLoadError(S2TError):
+    """A model folder is missing, broken, or of an unsupported kind."""
+
+
+class VersionError(S2TError):
+    """A local-selector version is corrupt, or was made for other models."""
+
+
+class VersionNotFoundError(VersionError):
+    """No published version has this name."""
+
+
+class EvaluationSplitError(S2TError):
+    """Calibration, harvesting or training on an evaluation split is refused."""
+
+
+class OverloadedError(S2TError):
+    """The service has no room for the request now; retrying later can succeed."""
+
+
+class SelectorUnavailableError(S2TError):
+    """No selector (LLM) answered in time."""
+
+
+class StoreError(S2TError):
+    """Redis or the label lake cannot be used."""
+
+
+class DeadlineExceededError(S2TError):
+    """The deadline that the request carried has passed."""
+
+
+class UnauthenticatedError(S2TError):
+    """The caller gave no valid token."""

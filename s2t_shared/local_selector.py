@@ -1,0 +1,129 @@
+"""The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL; DESIGN section 1).
+
+Three kinds, two readings, one function. `score_candidates` runs the same forward for serving (no gradient) and for
+training (`distill`), so that what is trained is what is served. Knows rows and tokens; no policy, no files.
+
+    kind       tokens looked at            score(c)
+    reserved   the K siblings              sum_i v_i softmax(z(c))_i, v = linspace(0, 1, 16)   (paper, eq. of S2T-LOCAL)
+    prefix     the last context token      log p_adapted(c | s), renormalised on the candidates
+    joint      last token and siblings     reserved score / T + prefix score
+
+`reads: base` looks at those tokens over the base model's KV; `reads: adapted` over a KV the adapter read itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from s2t_shared.lora import Adapter
+from s2t_shared.runtime import ModelRuntime
+
+
+class SelectorKind(str, Enum):
+    RESERVED = "reserved"
+    PREFIX = "prefix"
+    JOINT = "joint"
+
+
+class Reading(str, Enum):
+    BASE = "base"
+    ADAPTED = "adapted"
+
+
+@dataclass
+class LocalSelector:
+    """What a published version holds in memory. `bin_deltas`: [16, hidden], added to the base model's reserved rows.
+    `temperature` T belongs to the reserved score; `fusion` is lambda, the weight of log p_base(c | s)."""
+
+    version: str
+    kind: SelectorKind
+    reads: Reading
+    reserved_ids: tuple[int, ...]
+    adapter: Adapter | None = None
+    bin_deltas: Tensor | None = None
+    temperature: float = 0.1
+    fusion: float = 0.0
+
+    @classmethod
+    def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:
+        """Selector "none": kind `reserved` with the base model's own rows."""
+        return cls("", SelectorKind.RESERVED, Reading.BASE, reserved_ids)
+
+    def selection_logits(self, scores: Tensor) -> Tensor:
+        """Scores on the scale of logits: what the training losses and softmax see."""
+        return scores / self.temperature if self.kind is SelectorKind.RESERVED else scores
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Padded candidates of n contexts: ids [n, K] int64, base_log_probs [n, K], counts [n] (>= 1, <= K)."""
+
+    ids: Tensor
+    base_log_probs: Tensor
+    counts: Tensor
+
+    @classmethod
+    def pad(cls, ids: Sequence[Sequence[int]], base_log_probs: Sequence[Sequence[float]]) -> Candidates:
+        width = max(len(group) for group in ids)
+        return cls(torch.tensor([[*group, *[group[0]] * (width - len(group))] for group in ids]),
+                   torch.tensor([[*group, *[0.0] * (width - len(group))] for group in base_log_probs]),
+                   torch.tensor([len(group) for group in ids]))
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [n, K]"""
+        return torch.arange(self.ids.shape[1])[None, :] < self.counts[:, None]
+
+
+def score_candidates(runtime: ModelRuntime, selector: LocalSelector, rows: Sequence[int], last_ids: Sequence[int],
+                     lengths: Sequence[int], candidates: Candidates) -> Tensor:
+    """Scores [n, K] float32 (padding -inf) of each context's candidates, in one forward.
+
+    rows: the KV row of each context, holding its `lengths[i]` tokens; last_ids: each context's last token.
+    """
+    k = candidates.ids.shape[1]
+    with_last = selector.kind is not SelectorKind.RESERVED
+    with_siblings = selector.kind is not SelectorKind.PREFIX
+    length = torch.tensor(list(lengths))
+    tokens, positions = [], []
+    if with_last:
+        tokens.append(torch.tensor(list(last_ids))[:, None])
+        positions.append(length[:, None] - 1)
+    if with_siblings:
+        tokens.append(candidates.ids)
+        positions.append(length[:, None].expand(-1, k))
+    hidden = runtime.branch(rows, torch.cat(tokens, 1), torch.cat(positions, 1), length - int(with_last),
+                            block_mask(k if with_siblings else 0, with_last), selector.adapter)
+    return combine(runtime, selector, hidden[:, 0] if with_last else None,
+                   hidden[:, int(with_last):] if with_siblings else None, candidates)
+
+
+def block_mask(siblings: int, with_last: bool) -> Tensor:
+    """bool [t, t] of one scoring block: the re-read last token first, then siblings that see it and themselves."""
+    mask = torch.eye(siblings + int(with_last), dtype=torch.bool)
+    if with_last:
+        mask[:, 0] = True
+    return mask
+
+
+def combine(runtime: ModelRuntime, selector: LocalSelector, last: Tensor | None, siblings: Tensor | None,
+            candidates: Candidates) -> Tensor:
+    """Hidden states of the looked-at tokens -> scores [n, K]. last: [n, hidden]; siblings: [n, K, hidden]."""
+    device = runtime.device
+    valid = candidates.valid.to(device)
+    scores = torch.zeros(valid.shape, device=device)
+    if siblings is not None:
+        bins = runtime.reserved_logits(siblings, selector.reserved_ids, selector.bin_deltas).softmax(-1)
+        expected = bins @ torch.linspace(0, 1, bins.shape[-1], device=device)
+        scores = expected if selector.kind is SelectorKind.RESERVED else expected / selector.temperature
+    if last is not None:
+        logits = runtime.row_logits(last, candidates.ids).masked_fill(~valid, -torch.inf)
+        scores = scores + logits.log_softmax(-1)
+    if selector.fusion:
+        scores = scores + selector.fusion * candidates.base_log_probs.to(device)
+    return scores.masked_fill(~valid, -torch.inf)

@@ -1,0 +1,181 @@
+"""Text <-> token ids: prompts and chat templates in, text that never splits a character out.
+
+Knows tokenizers; no models. Also home of two facts that both models must agree on: the tokenizer's digest and the
+reserved ids R.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from s2t_shared.errors import InvalidRequestError, ModelLoadError, TokenizerMismatchError
+from s2t_shared.types import Prompt
+
+RESERVED_COUNT = 16
+REPLACEMENT = "\ufffd"
+PROBES = ("The answer is 3.14, isn't it?", "  x = [1, 2]\n\treturn x", "12345 67890", "naïve café – 東京 🙂", "Q A . + -")
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with the few operations the service needs."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+
+    @classmethod
+    def load(cls, folder: Path, chat_template: str | None = None) -> Tokenizer:
+        """Load from a model folder; `chat_template` (Jinja text) replaces the folder's own.
+
+        Raises:
+            ModelLoadError: there is no usable tokenizer.
+        """
+        try:
+            hf = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelLoadError(f"no usable tokenizer in {folder.name!r}: {reason}") from error
+        if chat_template is not None:
+            hf.chat_template = chat_template
+        return cls(hf)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self.hf.get_vocab())
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id that stands for text (spare rows of a model lie at and above it)."""
+        return max(self.vocabulary.values()) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of vocabulary and behaviour on a few probes; equal for interchangeable tokenizers."""
+        content = json.dumps([sorted(self.vocabulary.items()), [self._plain(p) for p in PROBES]])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.hf.encode(text, add_special_tokens=False))
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt. Text gets the tokenizer's special tokens; messages get the chat template, which
+        brings its own; ids are taken as they are.
+
+        Raises:
+            InvalidRequestError: not exactly one form given, empty, or a template that refuses the messages.
+        """
+        given = [prompt.text is not None, bool(prompt.messages), bool(prompt.token_ids)]
+        if sum(given) != 1:
+            raise InvalidRequestError("give exactly one non-empty of: prompt, messages, token_ids")
+        if prompt.token_ids:
+            return prompt.token_ids
+        ids = self._encode_messages(prompt) if prompt.messages else self.hf.encode(prompt.text)
+        if not len(ids):
+            raise InvalidRequestError("the prompt is empty: it has no tokens")
+        return tuple(int(i) for i in ids)
+
+    def _encode_messages(self, prompt: Prompt) -> list[int]:
+        if not self.hf.chat_template:
+            raise InvalidRequestError("messages: this model has no chat template; send prompt or token_ids, "
+                                      "or configure chat_template")
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        try:
+            text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # the border to Jinja: templates raise what they like
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InvalidRequestError(f"messages: the chat template refuses them: {reason}") from error
+        return self._plain(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.hf.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class TextStream:
+    """Folds token ids into text pieces; holds back a piece that ends inside a character or may begin a stop string.
+
+    >>> stream.push(token_id)   # "" while a character is incomplete
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(s for s in stop if s)
+        self._ids: list[int] = []
+        self._anchor = 0  # decode from here: a window is enough, and keeps long answers linear
+        self._anchor_text = ""
+        self._sent = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add one token; returns the new text that is final."""
+        if self.stopped:
+            return ""
+        self._ids.append(token_id)
+        window = self._tokenizer.decode(self._ids[self._anchor:])
+        if window.endswith(REPLACEMENT):
+            return ""
+        self.text += window[len(self._anchor_text):]
+        if len(self._ids) - self._anchor >= 16:  # keep the last tokens as context for the next decode
+            self._anchor = len(self._ids) - 4
+            self._anchor_text = self._tokenizer.decode(self._ids[self._anchor:])
+        else:
+            self._anchor_text = window
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        """The rest, at the end of the answer (an incomplete character shows as U+FFFD)."""
+        if self.stopped:
+            return ""
+        window = self._tokenizer.decode(self._ids[self._anchor:])
+        self.text += window[len(self._anchor_text):]
+        self._anchor_text = window
+        return self._release(final=True)
+
+    def _release(self, final: bool) -> str:
+        found = [i for s in self._stop if (i := self.text.find(s, max(0, self._sent - len(s)))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        end = len(self.text)
+        if not (final or self.stopped):
+            end -= max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        piece = self.text[self._sent: end]
+        self._sent = max(self._sent, end)
+        return piece
+
+
+def reserved_ids(tokenizer: Tokenizer, vocab_rows: int) -> tuple[int, ...]:
+    """The reserved ids R, ascending = bins 0..15 (DESIGN section 1): the first 16 of Gemma's `<unused*>`, the last
+    16 of Llama's `<|reserved_special_token_*>`, else the last 16 rows above the tokenizer. A model without spare
+    rows gets virtual ones, numbered from `vocab_rows` on: zero rows outside its vocabulary."""
+    vocabulary = tokenizer.vocabulary
+    unused = sorted(i for token, i in vocabulary.items() if token.startswith("<unused"))
+    if len(unused) >= RESERVED_COUNT:
+        return tuple(unused[:RESERVED_COUNT])
+    named = sorted(i for token, i in vocabulary.items() if token.startswith("<|reserved_special_token_"))
+    if len(named) >= RESERVED_COUNT:
+        return tuple(named[-RESERVED_COUNT:])
+    if vocab_rows - tokenizer.size >= RESERVED_COUNT:
+        return tuple(range(vocab_rows - RESERVED_COUNT, vocab_rows))
+    return tuple(range(vocab_rows, vocab_rows + RESERVED_COUNT))
+
+
+def check_same_tokenizer(slm: Tokenizer, llm: Tokenizer) -> None:
+    """Raises TokenizerMismatchError saying what differs. The models' numbers of rows are not compared."""
+    if slm.digest == llm.digest:
+        return
+    a, b = slm.vocabulary, llm.vocabulary
+    differing = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
+    if differing:
+        shown = ", ".join(f"{token!r} is {a.get(token, 'absent')} / {b.get(token, 'absent')}"
+                          for token in differing[:3])
+        what = f"{len(differing)} entries differ ({shown}; vocabulary sizes {len(a)} / {len(b)})"
+    else:
+        probe = next(p for p in PROBES if slm._plain(p) != llm._plain(p))
+        what = f"the vocabularies agree but {probe!r} becomes {slm._plain(probe)} / {llm._plain(probe)}"
+    raise TokenizerMismatchError(f"SLM and LLM must share a tokenizer, but (SLM / LLM) {what}; "
+                                 "choose two models of one family")
