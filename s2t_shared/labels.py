@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from s2t_shared import policy as decide
 from s2t_shared.errors import EvaluationSplitError, StoreError
 from s2t_shared.files import sha256_file, write_atomically
-from s2t_shared.types import CandidateRule, LabelOptions, Step
+from s2t_shared.types import WARMUP_STEPS, CandidateRule, LabelOptions, Step
 
 SCHEMA_VERSION = 1
 EVALUATION_SPLITS = frozenset({"test", "eval", "evaluation", "heldout", "held_out", "held-out", "val", "validation",
@@ -138,19 +138,9 @@ def labels_of(prompt_ids: Sequence[int], steps: Sequence[Step], rule: CandidateR
 def _is_label(step: Step, options: LabelOptions) -> bool:
     if not options.rules:
         return step.triggered
-    if step.index < decide.WARMUP_STEPS:
+    if step.index < WARMUP_STEPS:
         return False
-    return any(signal_of(step, r.trigger) > r.threshold for r in options.rules)
-
-
-def signal_of(step: Step, trigger: decide.Trigger) -> float:
-    """The value of any support-based trigger at a step whose support (and, for KL, LLM scores) were kept."""
-    assert step.support is not None
-    if trigger.needs_llm:
-        assert step.llm is not None
-        return decide.kl(step.support.log_probs, step.llm.log_probs, trigger is decide.Trigger.KL_REVERSE)
-    signal = decide.slm_signal(trigger, step.support, 0, step.index)
-    return math.inf if signal is None else signal
+    return any(decide.step_signal(step, r.trigger) > r.threshold for r in options.rules)
 
 
 def _label(context: tuple[int, ...], step: Step, rule: CandidateRule, options: LabelOptions, digests: Digests,

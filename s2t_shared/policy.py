@@ -5,12 +5,14 @@ All arrays are numpy float64 on the host, at most 64 wide, so nothing here is wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from s2t_shared.errors import InvalidRequestError
-from s2t_shared.types import MAX_CANDIDATES, CandidateRule, Policy, Support, Trigger
+from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.types import MAX_CANDIDATES, WARMUP_STEPS, CandidateRule, Policy, Step, Support, Trigger
 
 Floats = Sequence[float]
 
@@ -60,6 +62,17 @@ def slm_signal(trigger: Trigger, support: Support, seed: int, step: int) -> floa
     if trigger is Trigger.RANDOM:
         return random_signal(seed, step)
     return None
+
+
+def step_signal(step: Step, trigger: Trigger) -> float:
+    """The value of a trigger at a finished Step that kept its support (and, for KL, the LLM's scores)."""
+    assert step.support is not None
+    if trigger.needs_llm:
+        assert step.llm is not None
+        return kl(step.support.log_probs, step.llm.log_probs, reverse=trigger is Trigger.KL_REVERSE)
+    signal = slm_signal(trigger, step.support, 0, step.index)
+    assert signal is not None
+    return signal
 
 
 def triggers(policy: Policy, signal: float | None, step: int) -> bool:
@@ -133,3 +146,60 @@ def threshold_for(budget: float, signals: Floats, steps: int | None = None) -> f
     if allowed >= len(ordered):
         return float(ordered[-1]) - 1e-6
     return float(ordered[allowed])
+
+
+BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
+CALIBRATED = (Trigger.ENTROPY, Trigger.MARGIN, Trigger.KL, Trigger.KL_REVERSE)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Budget -> threshold, per trigger, measured on rollouts of training prompts. Stored with a model version.
+
+    >>> Calibration({Trigger.ENTROPY: {0.01: 1.2, 0.1: 0.4}}).threshold(Trigger.ENTROPY, 0.01)
+    1.2
+    """
+
+    thresholds: Mapping[Trigger, Mapping[float, float]]
+
+    @classmethod
+    def measure(cls, rollouts: Iterable[Sequence[Step]]) -> Calibration:
+        """From greedy SLM rollouts scored by the LLM (without LLM scores the KL triggers stay uncalibrated).
+
+        Raises:
+            InvalidRequestError: no rollout is longer than the warm-up.
+        """
+        answers = list(rollouts)
+        steps = [step for answer in answers for step in answer[WARMUP_STEPS:]]
+        total = sum(len(answer) for answer in answers)
+        with_llm = bool(steps) and all(step.llm is not None for step in steps)
+        return cls({trigger: {budget: threshold_for(budget, signals, total) for budget in BUDGETS}
+                    for trigger in CALIBRATED if with_llm or not trigger.needs_llm
+                    for signals in [[step_signal(step, trigger) for step in steps]]})
+
+    def threshold(self, trigger: Trigger, budget: float) -> float:
+        """Interpolated between the measured budgets (0 where the trigger needs none).
+
+        Raises:
+            InvalidRequestError: budget out of range.
+            ConfigError: this trigger was not calibrated.
+        """
+        check_budget(budget)
+        if not trigger.needs_threshold:
+            return 0.0
+        if trigger is Trigger.RANDOM:
+            return 1.0 - budget
+        if trigger not in self.thresholds:
+            raise ConfigError(f"trigger {trigger.value!r} has no calibrated thresholds; give a threshold, or calibrate "
+                              "with an LLM configured")
+        table = sorted(self.thresholds[trigger].items())
+        return float(np.interp(np.log(budget), [np.log(b) for b, _ in table], [t for _, t in table]))
+
+    def to_json(self) -> str:
+        return json.dumps({t.value: {str(b): x for b, x in table.items()} for t, table in self.thresholds.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """Raises ValueError: not a calibration."""
+        return cls({Trigger(t): {float(b): float(x) for b, x in table.items()}
+                    for t, table in json.loads(text).items()})
