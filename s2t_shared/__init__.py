@@ -3,5 +3,5 @@
 Import order inside this package, kept by `tests/test_layout.py` (a module imports only from its left):
 
     errors types files | config policy | text lora kv runtime local_selector | roles engine generate | labels store
-    | registry distill | tasks evaluate | pair, pb (stand alone)
+    | metrics registry distill | tasks calibrate | pair, pb (stand alone)
 """

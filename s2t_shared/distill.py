@@ -357,11 +357,19 @@ def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Seq
     return metrics
 
 
+def held_out_trees(labels: Sequence[Label]) -> list[Tree]:
+    """The trees that no training run ever sees."""
+    return build_trees(label for label in labels if is_held_out(label))
+
+
 def _prepare(runtime: ModelRuntime, labels: Sequence[Label]) -> tuple[list[Tree], list[Tree]]:
     foreign = {label.slm_digest for label in labels} - {runtime.digest}
     if foreign:
         raise ConfigError(f"the labels were made with another SLM (digest {sorted(foreign)[0]}, this one is "
                           f"{runtime.digest}); harvest with this SLM")
+    if len(llms := {label.llm_digest for label in labels}) > 1:
+        raise ConfigError(f"the labels come from {len(llms)} different LLMs ({', '.join(sorted(llms))}); keep each "
+                          "LLM's labels in a lake of its own (data_dir)")
     held_out = [label for label in labels if is_held_out(label)]
     training = [label for label in labels if not is_held_out(label)]
     if len(training) < 8 or len(held_out) < 2:

@@ -13,14 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
 
 from s2t_shared import policy as decide
-from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
+from s2t_shared.errors import InvalidRequestError, S2TError, VersionNotFoundError
 from s2t_shared.local_selector import LocalSelector
 from s2t_shared.roles import Draw, Proposer, SelectorClient, Track
 from s2t_shared.types import (
@@ -325,7 +325,7 @@ class Engine:
     def _emit(self, judgement: Judgement) -> Step:
         sequence, request = judgement.sequence, judgement.sequence.request
         support = judgement.support
-        keep_support = judgement.triggered or request.score_rollout
+        keep_support = judgement.triggered or request.score_rollout or request.keep_support
         candidates = support.ids[: len(judgement.scores)] if support and judgement.triggered else ()
         step = Step(len(sequence.steps), judgement.token_id, judgement.chosen_by, judgement.triggered,
                     judgement.signal, candidates, judgement.scores, support if keep_support else None,
@@ -392,5 +392,5 @@ def _result(future: Future[ScoreReply]) -> ScoreReply | str:
         return "the LLM was late"
     try:
         return future.result()
-    except (SelectorUnavailableError, InvalidRequestError) as error:
+    except (S2TError, CancelledError) as error:
         return str(error) or "the LLM could not be asked"

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 
 from s2t_shared.engine import Engine, LiveSequence
 from s2t_shared.errors import DeadlineExceededError, InvalidRequestError, S2TError
+from s2t_shared.policy import Calibration
 from s2t_shared.text import TextStream, Tokenizer
 from s2t_shared.types import (
     Answer,
     DecodeRequest,
     FinishReason,
     LabelOptions,
+    LabelRule,
     Mode,
     Policy,
     Prompt,
@@ -35,11 +37,13 @@ MAX_STOP_STRINGS = 16
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One question. `samples` is n of majority@n. `timeout_s` 0: no deadline. `selector`: None live, "" none."""
+    """One question. `samples` is n of majority@n. `timeout_s` 0: no deadline. `selector`: None live, "" none.
+    `budget`: share of steps that may trigger; None: `policy.threshold` stands as it is."""
 
     request_id: str
     prompt: Prompt
     policy: Policy = Policy()
+    budget: float | None = None
     sampling: Sampling = Sampling()
     samples: int = 8
     max_new_tokens: int = 256
@@ -49,6 +53,8 @@ class GenerateRequest:
     score_rollout: bool = False
     return_steps: bool = False
     labels: LabelOptions = LabelOptions()
+    answer_pattern: str = ""
+    keep_support: bool = False
 
 
 def check_request(request: GenerateRequest) -> None:
@@ -66,15 +72,34 @@ def check_request(request: GenerateRequest) -> None:
         raise InvalidRequestError(f"top_k={sampling.top_k}: must be 0 (off) or more")
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer a text states: \\boxed{...}, else what follows the last "answer (is|:)", else its last number."""
+def with_thresholds(request: GenerateRequest, calibration: Calibration) -> GenerateRequest:
+    """The request with its budgets turned into thresholds.
+
+    Raises:
+        InvalidRequestError: a budget is out of range. ConfigError: a trigger is not calibrated.
+    """
+    policy, labels = request.policy, request.labels
+    if request.budget is not None and policy.can_trigger:
+        policy = replace(policy, threshold=calibration.threshold(policy.trigger, request.budget))
+    if labels.store and request.score_rollout and not labels.rules:
+        labels = replace(labels, rules=tuple(LabelRule(t, calibration.threshold(t, labels.budget))
+                                             for t in labels.triggers or (policy.trigger,)))
+    return replace(request, policy=policy, labels=labels, budget=None)
+
+
+def extract_answer(text: str, pattern: str = "") -> str | None:
+    """The final answer a text states: the last match of `pattern` (its groups joined), when given; else
+    \\boxed{...}, else the numbers (or words) after the last "answer (is)", else the last number."""
+    if pattern:
+        found = [m.groups() or (m.group(),) for m in re.finditer(pattern, text)]
+        return " ".join(found[-1]).strip() if found else None
     if boxed := re.findall(r"\\boxed\{([^{}]*)\}", text):
         return str(boxed[-1]).strip()
     stated = re.findall(r"(?i)answer(?:\s+is)?\s*:?\s*([^\n]+)", text)
-    tail = stated[-1] if stated else text
-    if numbers := re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", tail):
-        return " ".join(n.replace(",", "") for n in numbers) if stated else numbers[-1].replace(",", "")
-    return tail.strip().rstrip(".") or None if stated else None
+    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", stated[-1] if stated else text)
+    if stated:
+        return " ".join(n.replace(",", "") for n in numbers) or stated[-1].strip().rstrip(".") or None
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 class AnswerBuilder:
@@ -87,7 +112,7 @@ class AnswerBuilder:
         token_ids = tokenizer.encode(request.prompt)
         deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
         base = DecodeRequest(request.request_id, token_ids, request.policy, request.sampling, request.max_new_tokens,
-                             deadline, request.score_rollout, request.selector)
+                             deadline, request.score_rollout, request.keep_support, request.selector)
         if request.policy.mode is Mode.MAJORITY:
             policy = replace(request.policy, mode=Mode.SAMPLE)
             requests = [replace(base, policy=policy, request_id=f"{request.request_id}/{i}",
@@ -141,7 +166,7 @@ class AnswerBuilder:
 
     def _vote(self) -> LiveSequence:
         """The first sample with the most frequent extracted answer (never "any is right")."""
-        answers = [extract_answer(self._streams[id(s)].text) for s in self.sequences]
+        answers = [extract_answer(self._streams[id(s)].text, self.request.answer_pattern) for s in self.sequences]
         votes = Counter(a for a in answers if a is not None)
         if not votes:
             return self.sequences[0]
@@ -192,6 +217,7 @@ class Generator:
 
     def _outcome(self, builder: AnswerBuilder) -> Answer | S2TError:
         try:
-            return builder.answer(self.engine.proposer.runtime.digest, self.llm_digest)
+            uses_llm = builder.request.policy.needs_llm or builder.request.score_rollout
+            return builder.answer(self.engine.proposer.runtime.digest, self.llm_digest if uses_llm else "")
         except DeadlineExceededError as error:
             return error

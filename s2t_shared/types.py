@@ -120,7 +120,8 @@ class DecodeRequest:
     """One sequence for the engine: token ids in, Steps out.
 
     `deadline` is a `time.monotonic()` value in seconds. `score_rollout` asks the LLM, after the answer is
-    finished, for its log-probabilities at every position in one prefill (the plain harvest).
+    finished, for its log-probabilities at every position in one prefill (the plain harvest). `keep_support`
+    leaves every Step its support (64 ids and numbers), not only the triggered ones.
     `selector_version` None means the version that is live when the sequence starts; "" means none.
     """
 
@@ -131,6 +132,7 @@ class DecodeRequest:
     max_new_tokens: int = 256
     deadline: float | None = None
     score_rollout: bool = False
+    keep_support: bool = False
     selector_version: str | None = None
 
 
@@ -271,14 +273,16 @@ class LabelRule:
 class LabelOptions:
     """Whether and how an answer's LLM selections are kept as labels. `split` must not be an evaluation split.
 
-    `rules` apply to scored rollouts (plain harvest): a position that any rule marks becomes a label. Without
-    `score_rollout` every LLM selection becomes one.
+    Every LLM selection becomes a label. Of a scored rollout (plain harvest) those positions do that one of `rules`
+    marks; the rules are made from `triggers` and `budget` (share of positions per trigger) when they are empty.
     """
 
     store: bool = False
     task: str = ""
     problem_id: str = ""
     split: str = "train"
+    triggers: tuple[Trigger, ...] = ()
+    budget: float = 0.1
     rules: tuple[LabelRule, ...] = ()
 
 

@@ -1,0 +1,38 @@
+# make demo, make test: each makes what it needs. PYTHON=python3.12 chooses another interpreter,
+# PIP_ARGS="--extra-index-url URL" another source of torch's CPU build.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED := 0
+export PYTHONUNBUFFERED := 1
+
+.PHONY: install demo test lint protos pair clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/s2t demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint
+
+protos: install
+	$(BIN)/python -m grpc_tools.protoc -Is2t_shared/pb/v1=protos/s2t/v1 --python_out=. --pyi_out=. \
+	  --grpc_python_out=. protos/s2t/v1/*.proto
+
+pair: install
+	$(BIN)/python -m s2t_shared.pair.train
+
+clean:
+	rm -rf .venv build dist *.egg-info

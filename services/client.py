@@ -1,0 +1,100 @@
+"""A small client for Python: needs grpcio and protobuf only.
+
+>>> with Client("127.0.0.1:50051") as client:
+...     for piece in client.stream("Eva has 20 coins . ...", mode="s2t", budget=0.05):
+...         print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
+from s2t_shared.pb.v1 import generation_pb2 as pb
+from services import net, wire
+
+DEFAULT_TIMEOUT_S = 300.0
+
+
+def parameters(prompt: str | Sequence[dict[str, str]] | Sequence[int], mode: str = "", trigger: str = "",
+               **settings: Any) -> pb.GenerationParameters:
+    """Build the request's parameters. `prompt`: text, chat messages, or token ids. `mode`, `trigger`: their names
+    ("s2t", "entropy"); `settings`: any other field of `GenerationParameters`."""
+    p = pb.GenerationParameters(**settings)
+    if isinstance(prompt, str):
+        p.text = prompt
+    elif prompt and isinstance(prompt[0], dict):
+        p.messages.messages.extend(pb.Message(**m) for m in prompt)  # type: ignore[arg-type]
+    else:
+        p.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+    if mode:
+        p.mode = pb.Mode.Value(f"MODE_{mode.upper()}")
+    if trigger:
+        p.trigger = pb.Trigger.Value(f"TRIGGER_{trigger.upper()}")
+    return p
+
+
+class Client:
+    """Blocking calls. Failures are `s2t_shared.errors.S2TError`s with the server's text."""
+
+    def __init__(self, address: str = "127.0.0.1:50051", token: str | None = None, authority: Path | None = None,
+                 timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """`authority`: PEM file of the certificate authority, for TLS."""
+        self._channel = net.open_channel(address, authority, asynchronous=False)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+        self._metadata, self._timeout = net.call_metadata(token), timeout_s
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], request_id: str = "",
+                 **settings: Any) -> pb.Answer:
+        """The whole answer. `settings` as in `parameters`."""
+        request = pb.GenerateRequest(request_id=request_id, parameters=parameters(prompt, **settings))
+        return self._call(self._generation.Generate, request).answer
+
+    def stream(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], request_id: str = "",
+               **settings: Any) -> Iterator[pb.StreamGenerateResponse]:
+        """Pieces as they come; the last one has `.answer`. Breaking off the iteration cancels the answer."""
+        request = pb.StreamGenerateRequest(request_id=request_id, parameters=parameters(prompt, **settings))
+        call = self._generation.StreamGenerate(request, timeout=self._timeout, metadata=self._metadata)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise wire.error_of(error) from error
+        finally:
+            call.cancel()
+
+    def describe(self) -> pb.DescribeServiceResponse:
+        return self._call(self._generation.DescribeService, pb.DescribeServiceRequest())
+
+    def versions(self) -> list[admin_pb2.Version]:
+        return list(self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest()).versions)
+
+    def promote(self, version: str) -> str:
+        return self._call(self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version)).live
+
+    def roll_back(self) -> str:
+        return self._call(self._admin.RollBackVersion, admin_pb2.RollBackVersionRequest()).live
+
+    def count_labels(self, flush: bool = False) -> admin_pb2.CountLabelsResponse:
+        return self._call(self._admin.CountLabels, admin_pb2.CountLabelsRequest(flush=flush))
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise wire.error_of(error) from error

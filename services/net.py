@@ -1,0 +1,98 @@
+"""Opening gRPC servers and channels: credentials, the token, limits. One place for every server of ours.
+
+Needs grpcio only.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from s2t_shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from s2t_shared.config import SecurityConfig
+
+MAX_MESSAGE_BYTES = 4 << 20
+OPEN_METHODS = ("/grpc.health.v1.Health/",)  # what a load balancer may ask without a token
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls without the token, compared in constant time; health checks excepted."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+        async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED,
+                                "no valid token: send metadata 'authorization: Bearer TOKEN'")
+
+        self._refuse_unary = grpc.unary_unary_rpc_method_handler(refuse)
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        given = dict(details.invocation_metadata).get("authorization", "")
+        given = given if isinstance(given, bytes) else str(given).encode()
+        if details.method.startswith(OPEN_METHODS) or hmac.compare_digest(given, self._expected):
+            return await continuation(details)
+        return self._refuse_unary
+
+
+def read_token(security: SecurityConfig) -> str | None:
+    return _read(security.token_file).decode().strip() if security.token_file else None
+
+
+def new_server(security: SecurityConfig, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """A server with our limits and, where configured, the token check."""
+    token = read_token(security)
+    return grpc.aio.server(
+        interceptors=[TokenInterceptor(token)] if token else [],
+        options=[("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0),
+                 ("grpc.max_metadata_size", 8 << 10)])
+
+
+def bind(server: grpc.aio.Server, host: str, port: int, security: SecurityConfig, setting: str) -> int:
+    """Listen on host:port (0: any free port); returns the port.
+
+    Raises:
+        ConfigError: the port is taken or the address is not ours.
+    """
+    address = f"{host}:{port}"
+    try:
+        if security.certificate and security.key:
+            credentials = grpc.ssl_server_credentials([(_read(security.key), _read(security.certificate))])
+            bound = server.add_secure_port(address, credentials)
+        else:
+            bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise ConfigError(f"cannot listen on {address}: the port is taken or the address is not this machine's; "
+                          f"choose another {setting}")
+    return int(bound)
+
+
+def open_channel(address: str, authority: Path | None, asynchronous: bool = True) -> Any:
+    """A channel with our limits; TLS when an authority is given."""
+    options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.keepalive_time_ms", 10_000),
+               ("grpc.keepalive_timeout_ms", 5_000), ("grpc.initial_reconnect_backoff_ms", 100),
+               ("grpc.max_reconnect_backoff_ms", 1_000)]
+    library = grpc.aio if asynchronous else grpc
+    if authority:
+        return library.secure_channel(address, grpc.ssl_channel_credentials(_read(authority)), options=options)
+    return library.insecure_channel(address, options=options)
+
+
+def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"security file {path.name!r} cannot be read: {error.strerror}") from error

@@ -1,0 +1,234 @@
+"""A proposer replica: the decode loop with the SLM. Its jobs: 1. run the engine on its own thread and fan its Steps
+out to requests, 2. keep the live local selector loaded, 3. hand labels to the writer, 4. calibrate at start.
+
+All requests of all modes share one engine and so one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from s2t_shared.calibrate import load_calibration, measure_calibration, store_calibration
+from s2t_shared.config import Config
+from s2t_shared.engine import Engine, LiveSequence
+from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError
+from s2t_shared.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
+from s2t_shared.labels import Digests, check_split, labels_of
+from s2t_shared.policy import Calibration
+from s2t_shared.registry import Registry
+from s2t_shared.roles import LLMInfo, Proposer
+from s2t_shared.runtime import ModelRuntime, resolve_model
+from s2t_shared.store import CachedSelector, LabelStore, LabelWriter
+from s2t_shared.tasks import calibration_prompts
+from s2t_shared.text import Tokenizer, reserved_ids
+from s2t_shared.types import Answer, Mode, Step, Trigger
+from services.live_selector import LiveSelectors
+from services.remote_selector import RemoteSelector
+
+log = logging.getLogger(__name__)
+SELECTOR_START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a proposer sends to the gateway: pieces of text, then the finished answer."""
+
+    text: str = ""
+    answer: Answer | None = None
+    step_texts: tuple[str, ...] = ()
+    labels_stored: int = 0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a proposer runs."""
+
+    slm_digest: str
+    tokenizer_digest: str
+    llm_digest: str
+    max_length: int
+    live_selector: str
+    calibrated: tuple[Trigger, ...]
+    labels_dropped: int
+
+
+@dataclass
+class _Job:
+    builder: AnswerBuilder
+    deliver: Callable[[str, bool], None]  # (text piece, finished)
+
+
+class EngineThread:
+    """Owns an engine on one thread. Requests come in through a queue; pieces go out through their callbacks."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[int, _Job] = {}
+        self.thread = threading.Thread(target=self._run, daemon=True, name="engine")
+        self.thread.start()
+
+    def submit(self, request: GenerateRequest, deliver: Callable[[str, bool], None]) -> Future[AnswerBuilder]:
+        """Queue a request; the future holds its builder, or the error that refused it."""
+        accepted: Future[AnswerBuilder] = Future()
+
+        def start() -> None:
+            try:
+                builder = AnswerBuilder(request, self._tokenizer, self._engine)
+            except S2TError as error:
+                accepted.set_exception(error)
+                return
+            self._jobs |= {id(s): _Job(builder, deliver) for s in builder.sequences}
+            accepted.set_result(builder)
+
+        self._inbox.put(start)
+        return accepted
+
+    def cancel(self, builder: AnswerBuilder) -> None:
+        self._inbox.put(builder.cancel)
+
+    def _run(self) -> None:
+        while True:
+            if self._engine.idle:
+                self._inbox.get()()
+            while not self._inbox.empty():
+                self._inbox.get()()
+            for sequence, step in self._engine.step():
+                self._fold(sequence, step)
+            self._engine.wait(0.005)
+
+    def _fold(self, sequence: LiveSequence, step: Step | None) -> None:
+        job = self._jobs[id(sequence)]
+        piece = job.builder.push(sequence, step)
+        if sequence.finish_reason is not None:
+            del self._jobs[id(sequence)]
+        if piece or job.builder.done:
+            job.deliver(piece, job.builder.done)
+
+
+class ProposerReplica:
+    """The Serve deployment."""
+
+    async def __init__(self, config: Config, selector_handle: Any = None) -> None:
+        torch.set_num_threads(config.slm.threads)
+        self._config = config
+        self._tokenizer = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
+        runtime = ModelRuntime.load(config.slm_model, config.slm.dtype, config.slm.device, config.slm.max_rows)
+        runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
+        reserved = reserved_ids(self._tokenizer, runtime.vocab_rows)
+        self._remote = await self._connect(config, runtime, selector_handle)
+        self._store = LabelStore(config.redis.url) if config.redis.url else None
+        self._writer = LabelWriter(self._store) if self._store else None
+        selector = CachedSelector(self._remote, self._store, config.redis.cache_ttl_s) if self._store else self._remote
+        self._live = LiveSelectors(Registry(config.versions), runtime, self._tokenizer.digest)
+        engine = Engine(Proposer(runtime, reserved), selector, self._live.lookup, config.proposer.max_running,
+                        config.proposer.selection_timeout_s)
+        self._runtime = runtime
+        self._calibration = await asyncio.to_thread(self._calibrate, engine)
+        self._engine = EngineThread(engine, self._tokenizer)
+        self._ongoing = 0
+        log.info("proposer ready: slm %s, live selector %s", runtime.digest, self._live.live_version or "none")
+
+    async def _connect(self, config: Config, runtime: ModelRuntime, handle: Any) -> RemoteSelector:
+        async def addresses() -> list[str]:
+            if config.selector.addresses or handle is None:
+                return list(config.selector.addresses)
+            return [str(a) for a in await asyncio.wait_for(handle.broadcast("address").results_async(), 10)]
+
+        fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
+        remote = RemoteSelector(addresses, config.security, self._tokenizer.digest, fallback)
+        if handle is not None or config.selector.addresses:
+            for _ in range(int(SELECTOR_START_S * 5)):
+                await remote.refresh()
+                remote.check()
+                if remote.reachable:
+                    break
+                await asyncio.sleep(0.2)
+        return remote
+
+    def _calibrate(self, engine: Engine) -> Calibration:
+        """Thresholds of this pair: from an earlier start, else measured now."""
+        folder, llm = self._config.data_dir / "calibration", self._remote.info.digest
+        if (known := load_calibration(folder, self._runtime.digest, llm)) is not None:
+            return known
+        settings = self._config.calibration
+        prompts = calibration_prompts(self._tokenizer, settings.count, settings.prompts)
+        generator = Generator(self._tokenizer, engine)
+        calibration = measure_calibration(generator, prompts, settings.max_new_tokens, self._remote.reachable)
+        store_calibration(folder, self._runtime.digest, llm, calibration)
+        return calibration
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Reply]:
+        """Text as it comes, then the answer. Raises S2TError; a caller that goes away frees its rows."""
+        if self._ongoing >= self._config.proposer.max_ongoing_requests:
+            raise OverloadedError(f"{self._ongoing} requests are being answered; try again in a moment")
+        request = self._check(request)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, bool]]()
+        self._ongoing += 1
+        builder: AnswerBuilder | None = None
+        try:
+            builder = await asyncio.wrap_future(self._engine.submit(
+                request, lambda text, done: loop.call_soon_threadsafe(events.put_nowait, (text, done))))
+            finished = False
+            while not finished:
+                text, finished = await events.get()
+                while not events.empty():  # one message for all that came meanwhile
+                    more, finished = events.get_nowait()
+                    text += more
+                if text and not finished:
+                    yield Reply(text)
+            yield replace(self._finish(request, builder), text=text)
+        finally:
+            self._ongoing -= 1
+            if builder is not None and not builder.done:
+                self._engine.cancel(builder)
+
+    async def answer(self, request: GenerateRequest) -> Reply:
+        """The finished answer alone."""
+        async for reply in self.stream(request):
+            last = reply
+        return last
+
+    def _check(self, request: GenerateRequest) -> GenerateRequest:
+        request = with_thresholds(request, self._calibration)
+        if request.labels.store:
+            check_split(request.labels.split)
+        if request.policy.mode is Mode.S2T_LOCAL or request.selector:
+            self._live.check(request.selector)
+        if (request.policy.needs_llm or request.score_rollout) and not self._remote.info.digest:
+            if request.score_rollout:
+                raise SelectorUnavailableError("no selector (LLM) is running, so a rollout cannot be scored")
+        return request
+
+    def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Reply:
+        uses_llm = request.policy.needs_llm or request.score_rollout
+        answer = builder.answer(self._runtime.digest, self._remote.info.digest if uses_llm else "")
+        stored = 0
+        if request.labels.store and self._writer is not None:
+            digests = Digests(self._runtime.digest, self._remote.info.digest, self._tokenizer.digest)
+            labels = labels_of(builder.sequences[0].request.token_ids, answer.steps, request.policy.candidates,
+                               request.labels, digests, request.request_id)
+            self._writer.write(labels)
+            stored = len(labels)
+        shown = tuple(s for s in answer.steps if s.triggered or s.degraded or request.score_rollout)
+        answer = replace(answer, steps=shown if request.return_steps else ())
+        texts = tuple(self._tokenizer.decode([s.token_id]) for s in answer.steps)
+        return Reply(answer=answer, step_texts=texts, labels_stored=stored)
+
+    async def describe(self) -> Description:
+        return Description(self._runtime.digest, self._tokenizer.digest, self._remote.info.digest,
+                           self._runtime.max_length, self._live.live_version, tuple(self._calibration.thresholds),
+                           self._writer.dropped if self._writer else 0)
+
+    def check_health(self) -> None:
+        if not self._engine.thread.is_alive():
+            raise RuntimeError("the engine thread has died")
