@@ -7,7 +7,7 @@ from pathlib import Path
 
 from s2t_shared.errors import ConfigError
 from s2t_shared.files import write_atomically
-from s2t_shared.generate import Generator, GenerateRequest
+from s2t_shared.generate import GenerateRequest, Generator
 from s2t_shared.policy import Calibration
 from s2t_shared.types import Answer, Policy, Prompt
 

@@ -52,7 +52,7 @@ class ProposerConfig(Placement):
 
 class SelectorConfig(Placement):
     host: str = Field("127.0.0.1", description="where the replica's own gRPC server listens")
-    addresses: tuple[str, ...] = Field((), description="host:port of selectors in another cluster; then none is started")
+    addresses: tuple[str, ...] = Field((), description="host:port of selectors elsewhere; then none is started here")
 
 
 class GatewayConfig(Placement):

@@ -130,11 +130,10 @@ class Engine:
         """
         decide.check_policy(request.policy)
         info = self._selector.info if self._selector is not None else None
-        if request.policy.needs_llm or request.score_rollout:
-            if info is None:
-                raise InvalidRequestError(f"mode {request.policy.mode.value!r} with trigger "
-                                          f"{request.policy.trigger.value!r} asks the LLM, but none is configured; "
-                                          "give an LLM, or choose mode greedy, sample or s2t_local")
+        if info is None and (request.policy.needs_llm or request.score_rollout):
+            raise InvalidRequestError(f"mode {request.policy.mode.value!r} with trigger "
+                                      f"{request.policy.trigger.value!r} asks the LLM, but none is configured; "
+                                      "give an LLM, or choose mode greedy, sample or s2t_local")
         if request.score_rollout and request.policy.mode not in (Mode.GREEDY, Mode.SAMPLE):
             raise InvalidRequestError(f"score_rollout goes with mode greedy or sample, not {request.policy.mode.value}")
         n = len(request.token_ids)
@@ -263,7 +262,8 @@ class Engine:
             if judgement.support is None:  # LLM mode: the SLM takes this token
                 sequence.use_slm_once = True
                 return judgement, Action.PROPOSE_NEXT_STEP
-            return judgement, Action.SELECT_LOCALLY if judgement.triggered and sequence.selector_version else Action.EMIT
+            has_local = judgement.triggered and sequence.selector_version
+            return judgement, Action.SELECT_LOCALLY if has_local else Action.EMIT
         judgement.llm, judgement.llm_cached = reply.positions[0], reply.cached
         if judgement.support is None:
             judgement.token_id, judgement.chosen_by = judgement.llm.top_id, ChosenBy.LLM

@@ -97,7 +97,7 @@ class PoolCache(Cache):
         self._read: slice | Tensor = slice(first, first + len(rows)) if contiguous else torch.tensor(list(rows))
         self._write = torch.tensor(list(rows))[:, None]
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int,  # type: ignore[override]
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int,
                *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._pool.layer(layer_idx, key_states, value_states)
         if self._positions is not None:

@@ -80,14 +80,15 @@ class Label:
         try:
             row = json.loads(text)
             if row["schema_version"] != SCHEMA_VERSION:
-                raise StoreError(f"label of schema version {row['schema_version']}, this program reads {SCHEMA_VERSION}")
+                raise StoreError(f"label of schema {row['schema_version']}, this program reads {SCHEMA_VERSION}")
             return cls.from_row(row)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"not a label: {type(error).__name__}: {error}") from error
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Label:
-        return cls(**{f.name: tuple(row[f.name]) if f.name in LIST_FIELDS else row[f.name] for f in fields(cls)})
+        values: dict[str, Any] = {f.name: row[f.name] for f in fields(cls)}
+        return cls(**values | {name: tuple(values[name]) for name in LIST_FIELDS})
 
 
 LIST_FIELDS = ("context_ids", "candidate_ids", "slm_log_probs", "llm_log_probs")

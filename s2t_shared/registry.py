@@ -3,7 +3,7 @@
     versions/
       v0001-prefix-base-3f2a9c1d/
         adapter_config.json  adapter_model.safetensors    PEFT's files
-        bins.safetensors                                  [16, hidden] deltas of the reserved rows, where the kind has them
+        bins.safetensors                                  [16, hidden] deltas of the reserved rows, unless kind prefix
         manifest.json                                     written last; names and hashes every other file
       LIVE                                                which version is live, and the ones before it
 

@@ -248,7 +248,8 @@ class LLMScorer:
             size = min(len(waiting), max(1, self.runtime.pool.max_rows // 2))
             chunk, waiting = waiting[:size], waiting[size:]
             places = {i: self._place(queries[i]) for i in chunk}
-            for batch in token_batches(chunk, lambda i: len(queries[i].token_ids) - places[i][1], PREFILL_TOKENS):
+            unread = {i: len(queries[i].token_ids) - places[i][1] for i in chunk}
+            for batch in token_batches(chunk, unread.__getitem__, PREFILL_TOKENS):
                 replies |= zip(batch, self._forward([queries[i] for i in batch], [places[i] for i in batch]),
                                strict=True)
             for i in chunk:
@@ -261,11 +262,10 @@ class LLMScorer:
         reusable = {row: min(_common_prefix(held.token_ids, query.token_ids), min(query.positions))
                     for row, held in self._held.items()}
         best = max(reusable, key=lambda row: reusable[row], default=None)
-        if best is not None and reusable[best] > 0:
-            # Taking a row destroys what it held beyond the common part: do so only if little is lost.
-            if reusable[best] * 2 >= len(self._held[best].token_ids):
-                del self._held[best]
-                return best, reusable[best]
+        # Taking a row destroys what it held beyond the common part: do so only if little is lost.
+        if best is not None and reusable[best] * 2 >= len(self._held[best].token_ids):
+            del self._held[best]
+            return best, reusable[best]
         row = self.runtime.pool.allocate()
         if row is None:
             row, _ = self._held.popitem(last=False)

@@ -146,7 +146,7 @@ class ModelRuntime:
         cache = PoolCache(self.pool, rows, positions.to(self.device), length)
         return self._forward(tokens, positions, visible, columns.expand(len(rows), -1), cache, adapter)
 
-    def branch(self, rows: Sequence[int], token_ids: Tensor, positions: Tensor, visible: Sequence[int],
+    def branch(self, rows: Sequence[int], token_ids: Tensor, positions: Tensor, visible: Sequence[int] | Tensor,
                mask: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Look at tokens without keeping them. Differentiable in the adapter's weights.
 
@@ -174,8 +174,8 @@ class ModelRuntime:
             if self._layer_types == {"sliding_attention"}:
                 mask = mask["sliding_attention"]
         decoder = self.model.get_decoder()
-        arguments = dict(input_ids=tokens.to(self.device), position_ids=positions.to(self.device),
-                         attention_mask=mask, past_key_values=cache, use_cache=True)
+        arguments = {"input_ids": tokens.to(self.device), "position_ids": positions.to(self.device),
+                     "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if adapter is None and self._switch is None:
             return decoder(**arguments).last_hidden_state
         with self.switch.using(adapter):

@@ -20,7 +20,8 @@ from s2t_shared.types import Prompt
 
 RESERVED_COUNT = 16
 REPLACEMENT = "\ufffd"
-PROBES = ("The answer is 3.14, isn't it?", "  x = [1, 2]\n\treturn x", "12345 67890", "naïve café – 東京 🙂", "Q A . + -")
+PROBES = ("The answer is 3.14, isn't it?", "  x = [1, 2]\n\treturn x", "12345 67890", "naïve café – 東京 🙂",
+          "Q A . + -")
 
 
 class Tokenizer:

@@ -133,7 +133,8 @@ def generate(slm: Annotated[str, typer.Option(help="folder or hub id of the SLM"
              input: Annotated[Path, typer.Option(help='JSONL: {"id", and one of "prompt", "messages", "token_ids"}')],
              output: Annotated[Path, typer.Option(help="JSONL, in input order")],
              llm: Annotated[str | None, typer.Option(help="folder or hub id of the LLM")] = None,
-             mode: Annotated[str, typer.Option(help="greedy, sample, s2t, s2t_local, takeover, llm, majority@N")] = "s2t",
+             mode: Annotated[str, typer.Option(help="greedy, sample, s2t, s2t_local, takeover, llm, majority@N")
+                             ] = "s2t",
              trigger: Annotated[str, typer.Option(help="entropy, kl, kl-reverse, margin, random, never, always")
                                 ] = "entropy",
              threshold: Annotated[float | None, typer.Option(help="trigger strictly above this")] = None,

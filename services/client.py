@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from services import net, wire
@@ -25,17 +26,20 @@ def parameters(prompt: str | Sequence[dict[str, str]] | Sequence[int], mode: str
                **settings: Any) -> pb.GenerationParameters:
     """Build the request's parameters. `prompt`: text, chat messages, or token ids. `mode`, `trigger`: their names
     ("s2t", "entropy"); `settings`: any other field of `GenerationParameters`."""
-    p = pb.GenerationParameters(**settings)
+    if mode:
+        settings["mode"] = f"MODE_{mode.upper()}"
+    if trigger:
+        settings["trigger"] = f"TRIGGER_{trigger.upper().replace('-', '_')}"
+    try:
+        p = pb.GenerationParameters(**settings)
+    except ValueError as error:
+        raise InvalidRequestError(f"unknown mode, trigger or setting: {error}") from error
     if isinstance(prompt, str):
         p.text = prompt
     elif prompt and isinstance(prompt[0], dict):
         p.messages.messages.extend(pb.Message(**m) for m in prompt)  # type: ignore[arg-type]
     else:
         p.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
-    if mode:
-        p.mode = pb.Mode.Value(f"MODE_{mode.upper()}")
-    if trigger:
-        p.trigger = pb.Trigger.Value(f"TRIGGER_{trigger.upper()}")
     return p
 
 

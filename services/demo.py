@@ -254,6 +254,7 @@ def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Pr
         elif step.slm_top_id == token_id:
             words.append(f"[yellow]{word}[/yellow]")
         else:
-            words.append(f"[red]\\[{tokenizer.decode([step.slm_top_id])} →[/red] [bold green]{word}[/bold green][red]][/red]")
-    console.print(f"\nOne answer (yellow: the LLM agreed; red → green: the LLM selected another candidate)\n"
+            refused = tokenizer.decode([step.slm_top_id])
+            words.append(f"[red]\\[{refused} →[/red] [bold green]{word}[/bold green][red]][/red]")
+    console.print("\nOne answer (yellow: the LLM agreed; red → green: the LLM selected another candidate)\n"
                   f"  {problem.prompt.text}\n  {' '.join(w for w in words if w)}")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from s2t_shared.redis_server import LabelStore, open_redis
 
 from s2t_shared.config import Config, check_exposure
 from s2t_shared.errors import S2TError
 from s2t_shared.registry import Registry, verify_files
-from s2t_shared.store import LabelStore, open_redis
 from services.client import Client
 from services.serving import check_models, check_port
 
@@ -72,7 +72,7 @@ def _redis(config: Config) -> str:
         server = open_redis(config.redis.url, Path(scratch), None)
         try:
             LabelStore(server.url).counts()
-            return f"{server.origin} answers"
+            return f"{server.place} answers"
         finally:
             server.stop()
 

@@ -48,12 +48,11 @@ class ModeSpec:
 
     def parameters(self, prompt: Prompt, max_new_tokens: int, seed: int) -> pb.GenerationParameters:
         mode, _, samples = self.name.partition("@")
-        p = pb.GenerationParameters(**prompt_fields(prompt), mode=pb.Mode.Value(f"MODE_{mode.upper()}"),
+        p = pb.GenerationParameters(**prompt_fields(prompt), mode=f"MODE_{mode.upper()}",
+                                    trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
                                     max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed))
         if samples:
             p.samples = int(samples)
-        if self.trigger:
-            p.trigger = pb.Trigger.Value(f"TRIGGER_{self.trigger.upper()}")
         if self.budget is not None:
             p.budget = self.budget
         if self.selector_version is not None:

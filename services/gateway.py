@@ -17,14 +17,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from s2t_shared.redis_server import LabelStore
+from s2t_shared.store import Drain
 
 from s2t_shared.config import Config, check_exposure
-from s2t_shared.errors import DeadlineExceededError, OverloadedError, S2TError, StoreError
+from s2t_shared.errors import DeadlineExceededError, S2TError, StoreError
 from s2t_shared.generate import GenerateRequest
 from s2t_shared.labels import lake_rows
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 from s2t_shared.registry import Registry
-from s2t_shared.store import Drain, LabelStore
 from services import net, wire
 from services.proposer import Description, Reply
 
@@ -86,7 +87,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.DescribeServiceResponse(
             slm_digest=d.slm_digest, tokenizer_digest=d.tokenizer_digest, llm_digest=d.llm_digest,
             max_length=d.max_length, live_selector=d.live_selector,
-            calibrated_triggers=[generation_pb2.Trigger.Value(f"TRIGGER_{t.name}") for t in d.calibrated])
+            calibrated_triggers=[f"TRIGGER_{t.name}" for t in d.calibrated])
 
 
 def _answer(reply: Reply) -> generation_pb2.Answer | None:
@@ -147,7 +148,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 self._drain.flush()
             counts = self._store.counts()
             return admin_pb2.CountLabelsResponse(
-                queued=counts.queued, in_lake=lake_rows(self._lake), dead_letters=counts.dead_letters,
+                queued=counts.labels, in_lake=lake_rows(self._lake), dead_letters=counts.dead_letters,
                 cached_selections=counts.cached_selections, dropped=dropped)
 
         return await _guarded(context, count)
@@ -164,7 +165,7 @@ async def _guarded(context: grpc.aio.ServicerContext, work: Any) -> Any:
 class Gateway:
     """The Serve deployment."""
 
-    async def __init__(self, config: Config, proposers: Any) -> None:
+    async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         check_exposure(config)
         store = LabelStore(config.redis.url) if config.redis.url else None
         self._drain = Drain(store, config.lake, config.labels.shard_rows, config.labels.shard_age_s) if store else None

@@ -88,7 +88,7 @@ def _parameters(row: dict[str, Any], prompt: Prompt, options: HarvestOptions) ->
         **prompt_fields(prompt), mode=pb.MODE_GREEDY, score_rollout=True, candidates=options.candidates,
         max_new_tokens=options.max_new_tokens,
         labels=pb.LabelOptions(store=True, task=options.task, problem_id=str(row["id"]), split=options.split,
-                               triggers=[pb.Trigger.Value(f"TRIGGER_{t.name}") for t in options.triggers],
+                               triggers=[f"TRIGGER_{t.name}" for t in options.triggers],
                                budget=options.budget))
 
 

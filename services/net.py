@@ -22,7 +22,7 @@ MAX_MESSAGE_BYTES = 4 << 20
 OPEN_METHODS = ("/grpc.health.v1.Health/",)  # what a load balancer may ask without a token
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without the token, compared in constant time; health checks excepted."""
 
     def __init__(self, token: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from s2t_shared.store import CachedSelector, LabelWriter
 
 from s2t_shared.calibrate import load_calibration, measure_calibration, store_calibration
 from s2t_shared.config import Config
@@ -24,10 +25,10 @@ from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableErro
 from s2t_shared.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
 from s2t_shared.labels import Digests, check_split, labels_of
 from s2t_shared.policy import Calibration
+from s2t_shared.redis_server import LabelStore
 from s2t_shared.registry import Registry
 from s2t_shared.roles import LLMInfo, Proposer
 from s2t_shared.runtime import ModelRuntime, resolve_model
-from s2t_shared.store import CachedSelector, LabelStore, LabelWriter
 from s2t_shared.tasks import calibration_prompts
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import Answer, Mode, Step, Trigger
@@ -118,7 +119,7 @@ class EngineThread:
 class ProposerReplica:
     """The Serve deployment."""
 
-    async def __init__(self, config: Config, selector_handle: Any = None) -> None:
+    async def __init__(self, config: Config, selector_handle: Any = None) -> None:  # type: ignore[misc]
         torch.set_num_threads(config.slm.threads)
         self._config = config
         self._tokenizer = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
@@ -175,9 +176,12 @@ class ProposerReplica:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, bool]]()
         self._ongoing += 1
         builder: AnswerBuilder | None = None
+
+        def deliver(text: str, done: bool) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (text, done))
+
         try:
-            builder = await asyncio.wrap_future(self._engine.submit(
-                request, lambda text, done: loop.call_soon_threadsafe(events.put_nowait, (text, done))))
+            builder = accepted = await asyncio.wrap_future(self._engine.submit(request, deliver))
             finished = False
             while not finished:
                 text, finished = await events.get()
@@ -186,7 +190,7 @@ class ProposerReplica:
                     text += more
                 if text and not finished:
                     yield Reply(text)
-            yield replace(self._finish(request, builder), text=text)
+            yield replace(self._finish(request, accepted), text=text)
         finally:
             self._ongoing -= 1
             if builder is not None and not builder.done:
@@ -204,9 +208,8 @@ class ProposerReplica:
             check_split(request.labels.split)
         if request.policy.mode is Mode.S2T_LOCAL or request.selector:
             self._live.check(request.selector)
-        if (request.policy.needs_llm or request.score_rollout) and not self._remote.info.digest:
-            if request.score_rollout:
-                raise SelectorUnavailableError("no selector (LLM) is running, so a rollout cannot be scored")
+        if request.score_rollout and not self._remote.info.digest:
+            raise SelectorUnavailableError("no selector (LLM) is running, so a rollout cannot be scored")
         return request
 
     def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Reply:

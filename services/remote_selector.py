@@ -61,7 +61,7 @@ class RemoteSelector:
         """Learn the selectors' addresses; admit those whose tokenizer is ours."""
         try:
             found = set(await self._find())
-        except Exception as error:  # the border to Serve: whatever it raises means "not now"
+        except Exception as error:  # noqa: BLE001 - the border to Serve: whatever it raises means "not now"
             log.info("selectors cannot be listed now: %s", type(error).__name__)
             return
         for gone in self._stubs.keys() - found:

@@ -88,7 +88,7 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
 class Selector:
     """The Serve deployment."""
 
-    async def __init__(self, config: Config) -> None:
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         torch.set_num_threads(config.llm.threads)
         runtime = ModelRuntime.load(config.llm_model, config.llm.dtype, config.llm.device, config.llm.max_rows)
         tokenizer = Tokenizer.load(resolve_model(config.llm_model))

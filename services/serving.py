@@ -19,11 +19,11 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 import ray  # noqa: E402 - the environment above is read at import
 from ray import serve  # noqa: E402
 from ray.serve.config import HTTPOptions, ProxyLocation  # noqa: E402
+from s2t_shared.redis_server import open_redis  # noqa: E402
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure  # noqa: E402
 from s2t_shared.errors import ConfigError, S2TError  # noqa: E402
 from s2t_shared.runtime import resolve_model  # noqa: E402
-from s2t_shared.store import open_redis  # noqa: E402
 from s2t_shared.text import Tokenizer, check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 
@@ -102,7 +102,7 @@ def running_service(config: Config, say: Say = lambda line: None, reuse_ray: boo
     check_port(config)
     config.data_dir.mkdir(parents=True, exist_ok=True)
     redis = open_redis(config.redis.url, config.data_dir / "redis", config.redis.port or None)
-    say(f"Redis ready ({redis.origin})")
+    say(f"Redis ready ({redis.place})")
     try:
         resolved = config.model_copy(update={"redis": config.redis.model_copy(update={"url": redis.url})})
         with local_ray(reuse=reuse_ray):
@@ -141,5 +141,5 @@ def _reason(error: RuntimeError) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "unknown reason"
 
 
-def _descendants(kind: type) -> list[type]:
+def _descendants(kind: type[S2TError]) -> list[type[S2TError]]:
     return [kind, *(d for child in kind.__subclasses__() for d in _descendants(child))]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MODES = {pb.Mode.Value(f"MODE_{m.name}"): m for m in Mode}
 TRIGGERS = {pb.Trigger.Value(f"TRIGGER_{t.name}"): t for t in Trigger}
 PROPOSALS = {pb.Proposals.Value(f"PROPOSALS_{p.name}"): p for p in Proposals} | {0: Proposals.BASE}
-CHOSEN_BY = {ChosenBy[name.removeprefix("CHOSEN_BY_")]: value for name, value in pb.ChosenBy.items() if value}
+CHOSEN_BY = {c: pb.ChosenBy.Name(pb.ChosenBy.Value(f"CHOSEN_BY_{c.name}")) for c in ChosenBy}
 FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 NO_SELECTOR = "none"
 

@@ -1,0 +1,122 @@
+"""The wire: generated code is current, every error has a status, every type survives the trip."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from s2t_shared import errors
+from s2t_shared.config import DefaultsConfig
+from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.pb.v1 import selection_pb2
+from s2t_shared.types import (
+    Answer,
+    ChosenBy,
+    FinishReason,
+    Mode,
+    PositionScores,
+    Proposals,
+    ScoreQuery,
+    ScoreReply,
+    Step,
+    Support,
+    Trigger,
+    Usage,
+    Versions,
+)
+from services import wire
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_generated_code_is_current(tmp_path: Path) -> None:
+    """protos/ changed without `make protos` would ship a contract nobody reads."""
+    protos = sorted((ROOT / "protos/s2t/v1").glob("*.proto"))
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-Is2t_shared/pb/v1={ROOT / 'protos/s2t/v1'}",
+                    f"--python_out={tmp_path}", f"--pyi_out={tmp_path}", f"--grpc_python_out={tmp_path}",
+                    *map(str, protos)], check=True)
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*_pb2*"))
+    assert len(made) == 3 * len(protos)
+    for file in made:
+        assert (tmp_path / file).read_bytes() == (ROOT / file).read_bytes(), f"{file} is stale: run make protos"
+
+
+def test_proto_lint() -> None:
+    buf = Path(sys.executable).parent / "buf"
+    done = subprocess.run([str(buf), "lint"], cwd=ROOT / "protos", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def all_errors(kind: type[errors.S2TError] = errors.S2TError) -> list[type[errors.S2TError]]:
+    return [d for child in kind.__subclasses__() for d in [child, *all_errors(child)]]
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda k: k.__name__)
+def test_every_error_has_a_status(kind: type[errors.S2TError]) -> None:
+    """A new error class without a status would reach clients as INTERNAL."""
+    assert kind in wire.STATUS
+    assert wire.status_of(kind("x")) is wire.STATUS[kind] is not grpc.StatusCode.INTERNAL
+
+
+def test_every_enum_member_is_on_the_wire() -> None:
+    assert set(wire.MODES.values()) == set(Mode)
+    assert set(wire.TRIGGERS.values()) == set(Trigger)
+    assert set(wire.PROPOSALS.values()) == set(Proposals)
+    assert set(wire.CHOSEN_BY) == set(ChosenBy)
+
+
+def test_score_survives_the_wire() -> None:
+    """Ragged candidate groups, an empty one among them, come back in their places."""
+    query = ScoreQuery((1, 2, 3), (0, 1, 2), ((5, 6), (), (7,)), (9,), 11, "s")
+    assert wire.read_query(selection_pb2.ScoreRequest.FromString(wire.write_query(query).SerializeToString())) == query
+    reply = ScoreReply((PositionScores((-0.5, -1.5), 5, -0.5), PositionScores((), 2, -0.25),
+                        PositionScores((-2.0,), 7, -2.0)), "d")
+    sent = selection_pb2.ScoreResponse.FromString(wire.write_reply(reply).SerializeToString())
+    assert wire.read_reply(query, sent) == reply
+
+
+def test_inconsistent_score_request_is_refused() -> None:
+    request = selection_pb2.ScoreRequest(token_ids=[1], positions=[0], candidate_ids=[1, 2], candidate_counts=[1])
+    with pytest.raises(errors.InvalidRequestError, match="add up to 1"):
+        wire.read_query(request)
+
+
+def test_request_defaults_and_fields() -> None:
+    """What a client leaves out comes from the deployment; what it says is kept."""
+    defaults = DefaultsConfig(mode=Mode.S2T_LOCAL, trigger=Trigger.MARGIN, budget=0.03, candidates=5, store_labels=True)
+    bare = wire.read_request("", pb.GenerationParameters(text="x"), defaults, 7.0)
+    assert (bare.policy.mode, bare.policy.trigger, bare.budget) == (Mode.S2T_LOCAL, Trigger.MARGIN, 0.03)
+    assert bare.policy.candidates.k == 5 and bare.labels.store and bare.timeout_s == 7.0 and bare.request_id
+    assert bare.selector is None and bare.labels.problem_id == bare.request_id
+    full = wire.read_request("r", pb.GenerationParameters(
+        token_ids=pb.TokenIds(ids=[1, 2]), mode=pb.MODE_TAKEOVER, trigger=pb.TRIGGER_KL, threshold=0.0, candidates=3,
+        proposals=pb.PROPOSALS_ADAPTED, sampling=pb.Sampling(temperature=0.0, seed=4), samples=2, stop=["."],
+        timeout_seconds=1.5, selector_version="none", labels=pb.LabelOptions(store=False)), defaults, 7.0)
+    assert full.budget is None and full.policy.threshold == 0.0 and full.policy.proposals is Proposals.ADAPTED
+    assert full.sampling.temperature == 0.0 and full.selector == "" and not full.labels.store
+    assert full.prompt.token_ids == (1, 2) and full.timeout_s == 1.5 and full.stop == (".",)
+
+
+@pytest.mark.parametrize(("parameters", "message"), [
+    (pb.GenerationParameters(), "prompt: missing"),
+    (pb.GenerationParameters(text="x", mode=99), "mode=99: unknown"),  # type: ignore[arg-type]
+    (pb.GenerationParameters(text="x", trigger=99), "trigger=99: unknown"),  # type: ignore[arg-type]
+])
+def test_bad_requests_name_the_field(parameters: pb.GenerationParameters, message: str) -> None:
+    with pytest.raises(errors.InvalidRequestError, match=message):
+        wire.read_request("", parameters, DefaultsConfig(), None)
+
+
+def test_answer_on_the_wire() -> None:
+    """Steps carry what the LLM and the SLM said, ranks and divergence included."""
+    support = Support((4, 5, 6), (-0.2, -2.0, -3.0))
+    step = Step(3, 5, ChosenBy.LLM, True, 0.7, (4, 5), (-3.0, -0.1), support, PositionScores((-3.0, -0.1, -4.0), 5, -0.1))
+    answer = Answer((1, 5), "t", FinishReason.LENGTH, Usage(2, 2, 1, 1, 1, 0), Versions("a", "b", "c"), (step,))
+    sent = wire.write_answer(answer, ["five"], 1)
+    assert sent.finish_reason == pb.FINISH_REASON_LENGTH and sent.usage.flips == 1 and sent.labels_stored == 1
+    assert sent.steps[0].slm_top_id == 4 and sent.steps[0].llm_top_id == 5 and sent.steps[0].llm_top_rank == 1
+    assert sent.steps[0].chosen_by == pb.CHOSEN_BY_LLM and sent.steps[0].kl > 0.5 and sent.steps[0].text == "five"
