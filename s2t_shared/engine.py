@@ -294,7 +294,8 @@ class Engine:
     def _query(self, sequence: LiveSequence, positions: tuple[int, ...],
                candidates: tuple[tuple[int, ...], ...]) -> ScoreQuery:
         return ScoreQuery(tuple(sequence.token_ids), positions, candidates, self.proposer.excluded_ids,
-                          self.proposer.runtime.vocab_rows, sequence.request.request_id)
+                          self.proposer.runtime.vocab_rows, sequence.request.request_id,
+                          sequence.request.fresh_selections)
 
     def _submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
         assert self._selector is not None

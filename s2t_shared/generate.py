@@ -55,6 +55,7 @@ class GenerateRequest:
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
     keep_support: bool = False
+    fresh_selections: bool = False
 
 
 def check_request(request: GenerateRequest) -> None:
@@ -112,7 +113,8 @@ class AnswerBuilder:
         token_ids = tokenizer.encode(request.prompt)
         deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
         base = DecodeRequest(request.request_id, token_ids, request.policy, request.sampling, request.max_new_tokens,
-                             deadline, request.score_rollout, request.keep_support, request.selector)
+                             deadline, request.score_rollout, request.keep_support,
+                             request.fresh_selections, request.selector)
         if request.policy.mode is Mode.MAJORITY:
             policy = replace(request.policy, mode=Mode.SAMPLE)
             requests = [replace(base, policy=policy, request_id=f"{request.request_id}/{i}",

@@ -145,7 +145,7 @@ class Drain:
 
     An entry is deleted only after the shard that holds it has its manifest. An entry that is not a label becomes a
     dead letter. Several drains may run: each reads its own share, and takes over what a dead one left unfinished for
-    `reclaim_idle_s`. Not thread-safe: either `start` it or call `run_once`.
+    `reclaim_idle_s`. `flush` may be called from any thread; `run_once` from one (`start` is that one).
     """
 
     def __init__(self, store: LabelStore, lake: Path, shard_rows: int = 2000, max_age_s: float = 2.0,
@@ -156,6 +156,7 @@ class Drain:
         self._buffer: dict[bytes, Label] = {}  # by entry id: one that is delivered twice counts once
         self._buffer_bytes, self._oldest = 0, 0.0
         self._in_lake: list[bytes] = []  # written, but Redis has not heard so yet
+        self._lock = threading.RLock()  # of the buffer; not held while waiting for entries
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -165,14 +166,15 @@ class Drain:
         Raises:
             StoreError: Redis or the lake cannot be used. Nothing is lost: call again.
         """
-        self._acknowledge()
-        entries: list[Entry] = []
-        if not self._due():
-            entries = self._receive(block_ms)
-        for entry in entries:
-            self._take(entry)
-        if self._due():
-            self.flush()
+        with self._lock:
+            self._acknowledge()
+            due = self._due()
+        entries = [] if due else self._receive(block_ms)
+        with self._lock:
+            for entry in entries:
+                self._take(entry)
+            if self._due():
+                self.flush()
         return len(entries)
 
     def flush(self) -> int:
@@ -181,17 +183,18 @@ class Drain:
         Raises:
             StoreError: Redis or the lake cannot be used.
         """
-        rows = len(self._buffer)
-        if rows:
-            try:
-                write_shard(self._lake, list(self._buffer.values()))
-            except OSError as error:
-                raise StoreError(f"cannot write labels to the lake folder {self._lake.name!r}, they wait in Redis: "
-                                 f"{error.strerror or error}; free or grant space there") from error
-            self._in_lake.extend(self._buffer)
-            self._buffer.clear()
-            self._buffer_bytes = 0
-        self._acknowledge()
+        with self._lock:
+            rows = len(self._buffer)
+            if rows:
+                try:
+                    write_shard(self._lake, list(self._buffer.values()))
+                except OSError as error:
+                    raise StoreError(f"cannot write labels to the lake folder {self._lake.name!r}, they wait: "
+                                     f"{error.strerror or error}; free or grant space there") from error
+                self._in_lake.extend(self._buffer)
+                self._buffer.clear()
+                self._buffer_bytes = 0
+            self._acknowledge()
         return rows
 
     def start(self) -> None:
@@ -345,7 +348,7 @@ class CachedSelector:
 
     def _answer(self, queries: Sequence[ScoreQuery], futures: Sequence[Future[ScoreReply]]) -> None:
         info = self._inner.info
-        keys = [selection_key(q, info) if len(q.positions) == len(q.candidate_ids) == 1 else "" for q in queries]
+        keys = [selection_key(q, info) if cacheable(q) else "" for q in queries]
         found = self._look_up([key for key in keys if key])
         misses: list[tuple[ScoreQuery, str, Future[ScoreReply]]] = []
         for query, key, future in zip(queries, keys, futures, strict=True):
@@ -394,6 +397,11 @@ class CachedSelector:
     def _skip(self, error: StoreError) -> None:
         log.warning("selections are not cached for %.0f s: %s", SKIP_S, error)
         self._skip_until = time.monotonic() + SKIP_S
+
+
+def cacheable(query: ScoreQuery) -> bool:
+    """Single selections only: a whole rollout would fill the cache with answers nobody asks for again."""
+    return not query.fresh and len(query.positions) == len(query.candidate_ids) == 1
 
 
 def _settle(future: Future[ScoreReply], outcome: ScoreReply | BaseException | None) -> None:

@@ -121,7 +121,8 @@ class DecodeRequest:
 
     `deadline` is a `time.monotonic()` value in seconds. `score_rollout` asks the LLM, after the answer is
     finished, for its log-probabilities at every position in one prefill (the plain harvest). `keep_support`
-    leaves every Step its support (64 ids and numbers), not only the triggered ones.
+    leaves every Step its support (64 ids and numbers), not only the triggered ones. `fresh_selections`: the LLM is
+    asked even where a cache knows the answer.
     `selector_version` None means the version that is live when the sequence starts; "" means none.
     """
 
@@ -133,6 +134,7 @@ class DecodeRequest:
     deadline: float | None = None
     score_rollout: bool = False
     keep_support: bool = False
+    fresh_selections: bool = False
     selector_version: str | None = None
 
 
@@ -160,6 +162,7 @@ class ScoreQuery:
     excluded_ids: tuple[int, ...] = ()
     vocab_size: int = 0
     sequence_id: str = ""
+    fresh: bool = False  # not from a cache
 
 
 @dataclass(frozen=True)

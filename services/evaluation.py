@@ -42,15 +42,14 @@ class ModeSpec:
 
     @property
     def label(self) -> str:
-        if not self.trigger:
-            return self.name
-        return f"{self.name} ({self.trigger} {self.budget:.0%})" if self.budget else f"{self.name} ({self.trigger})"
+        budget = f" {self.budget:.0%}" if self.budget else ""
+        return f"{self.name} {self.trigger}{budget}" if self.trigger else self.name
 
     def parameters(self, prompt: Prompt, max_new_tokens: int, seed: int) -> pb.GenerationParameters:
         mode, _, samples = self.name.partition("@")
         p = pb.GenerationParameters(**prompt_fields(prompt), mode=f"MODE_{mode.upper()}",
                                     trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
-                                    max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed))
+                                    max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed), fresh_selections=True)
         if samples:
             p.samples = int(samples)
         if self.budget is not None:
@@ -183,12 +182,12 @@ def table(results: Sequence[ModeResult], title: str) -> Table:
     """The same for people."""
     first = results[0]
     shown = Table(title=title, title_justify="left")
-    for column in ("mode", "accuracy", "95 % interval", f"over {first.spec.name} (paired)", "triggered",
-                   "LLM forwards / token", f"time / {first.spec.name}"):
-        shown.add_column(column, justify="left" if column == "mode" else "right")
+    for column in ("mode", "accuracy", "95 % interval", f"paired gain\nover {first.spec.name}", "triggered",
+                   "LLM forwards\nper token", f"time /\n{first.spec.name}"):
+        shown.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
     for r in results:
         gain, half = r.gain_over(first)
-        shown.add_row(r.spec.label, f"{r.accuracy:.3f}", f"{r.interval[0]:.3f} - {r.interval[1]:.3f}",
+        shown.add_row(r.spec.label, f"{r.accuracy:.3f}", f"{r.interval[0]:.2f} - {r.interval[1]:.2f}",
                       "" if r is first else f"{gain:+.3f} ± {half:.3f}", f"{r.trigger_rate:.1%}",
                       f"{r.llm_forwards_per_token:.3f}", f"{r.seconds / first.seconds:.2f}")
     return shown

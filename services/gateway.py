@@ -38,7 +38,7 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """End the call with the status and text of `error`; a stranger's error shows nothing of our insides."""
     cause = getattr(error, "cause", error)  # Ray wraps what a replica raised
     if isinstance(cause, S2TError):
-        await context.abort(wire.status_of(cause), str(cause))
+        await wire.abort(context, cause)
     if isinstance(cause, (BackPressureError,)):
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all proposers are busy; try again in a moment")
     if isinstance(cause, (RayError, DeploymentUnavailableError)):

@@ -76,7 +76,7 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
         try:
             return wire.write_reply(await self._batcher.score(wire.read_query(request)))
         except S2TError as error:
-            await context.abort(wire.status_of(error), str(error))
+            await wire.abort(context, error)
             raise AssertionError("abort raises") from error
 
     async def DescribeModel(self, request: pb.DescribeModelRequest,

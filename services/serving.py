@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # Serve logs to files in Ray's session folder
 
 import ray  # noqa: E402 - the environment above is read at import
 from ray import serve  # noqa: E402
@@ -124,7 +125,8 @@ def _application(config: Config) -> Iterator[str]:
         port = serve.get_deployment_handle("Gateway", APPLICATION).port.remote().result(timeout_s=30)
         yield f"{config.gateway.host}:{port}"
     finally:
-        serve.shutdown()
+        # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve may be in use.
+        serve.delete(APPLICATION)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -6,7 +6,7 @@ Needs grpcio and protobuf only, so that a client can use it without torch or Ray
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
@@ -43,6 +43,7 @@ PROPOSALS = {pb.Proposals.Value(f"PROPOSALS_{p.name}"): p for p in Proposals} | 
 CHOSEN_BY = {c: pb.ChosenBy.Name(pb.ChosenBy.Value(f"CHOSEN_BY_{c.name}")) for c in ChosenBy}
 FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 NO_SELECTOR = "none"
+ERROR_KIND = "s2t-error"  # trailing metadata
 
 # Subclasses before their bases: the first match wins.
 STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
@@ -70,13 +71,22 @@ def status_of(error: errors.S2TError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+async def abort(context: Any, error: errors.S2TError) -> None:
+    """End a call with the error's status and text; its class travels along, for our own clients."""
+    await context.abort(status_of(error), str(error), ((ERROR_KIND, type(error).__name__),))
+
+
 def error_of(error: grpc.RpcError) -> errors.S2TError:
     """A call's failure, as the error the server raised (for clients and proposers)."""
     code, details = error.code(), error.details() or "no details"
+    names = {kind.__name__: kind for kind in STATUS}
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KIND and value in names:
+            return names[value](details)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.SelectorUnavailableError(f"the service cannot be reached or is not ready ({details})")
     for kind, status in STATUS.items():
-        if status is code and kind is not errors.EvaluationSplitError and kind is not errors.TokenizerMismatchError:
-            if code is grpc.StatusCode.UNAVAILABLE:
-                return errors.SelectorUnavailableError(f"the service cannot be reached or is not ready ({details})")
+        if status is code:
             return kind(details)
     return errors.S2TError(f"{code.name}: {details}")
 
@@ -120,7 +130,7 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
                      p.labels.task, p.labels.problem_id or request_id, p.labels.split or "train",
                      tuple(_known(t, TRIGGERS, "labels.triggers") for t in p.labels.triggers),
                      p.labels.budget if p.labels.HasField("budget") else 0.1),
-        defaults.answer_pattern)
+        defaults.answer_pattern, fresh_selections=p.fresh_selections)
 
 
 def read_prompt(p: pb.GenerationParameters) -> Prompt:

@@ -64,16 +64,16 @@ HEAD_DIM_8 = (("head_dim", 8),)
 # `*llm` differ in width and seed from their SLM and share its tokenizer. Transformers gives every `qwen2` folder its
 # own Qwen2Tokenizer, whatever the folder says: use that one with token ids only.
 SPECS = {
-    "slm": Spec(Qwen3Config, 64, 1, options=HEAD_DIM_8),
+    "slm": Spec(Qwen3Config, 64, 20, options=HEAD_DIM_8),
     "llm": Spec(Qwen3Config, 64, 2, hidden=48, options=HEAD_DIM_8),
     "wide_llm": Spec(Qwen3Config, 80, 3, hidden=48, options=HEAD_DIM_8),  # more vocabulary rows than the SLM
-    "qwen2": Spec(Qwen2Config, 64, 4),
+    "qwen2": Spec(Qwen2Config, 64, 20),
     "qwen2_tied": Spec(Qwen2Config, 64, 5, options=(("tie_word_embeddings", True),)),
     "padding": Spec(LlamaConfig, 72, 6, named_reserved=False),  # spare rows 48..71, reserved 56..71
     "padding_llm": Spec(LlamaConfig, 72, 7, named_reserved=False, hidden=48),
     "virtual": Spec(LlamaConfig, 48, 8, named_reserved=False),  # no spare row at all: reserved 48..63
     "virtual_llm": Spec(LlamaConfig, 48, 9, named_reserved=False, hidden=48),
-    "gemma2": Spec(Gemma2Config, 64, 10, options=(  # sliding and full layers, soft caps: the eager path
+    "gemma2": Spec(Gemma2Config, 64, 20, options=(  # sliding and full layers, soft caps: the eager path
         *HEAD_DIM_8, ("query_pre_attn_scalar", 8), ("sliding_window", 5), ("attn_logit_softcapping", 20.0),
         ("final_logit_softcapping", 8.0))),
     "mistral": Spec(MistralConfig, 64, 11, options=(*HEAD_DIM_8, ("sliding_window", 5))),  # every layer slides

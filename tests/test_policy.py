@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from s2t_shared import policy
@@ -127,6 +127,7 @@ def test_threshold_spends_the_budget(values: list[int], budget: float) -> None:
 
 
 @given(st.integers(1, 100), st.integers(1, 60))
+@example(29, 10)
 def test_threshold_spends_the_budget_the_operator_wrote(percent: int, tens: int) -> None:
     """0.29 * 100 is 28.999999999999996 in floats: the budget of 29 steps must still be 29, not 28."""
     steps = 10 * tens

@@ -18,7 +18,8 @@ from s2t_shared.text import REPLACEMENT, TextStream, Tokenizer, check_same_token
 from s2t_shared.types import Message, Prompt
 from tests.models import TEXT_IDS, word_tokenizer
 
-CORPUS = ["the answer is 3.14 and the end", "东京 北京 你好世界", "🙂🙃👍🏽 family 👩‍👩‍👧", "naïve café the the answer"] * 3
+CORPUS = ["the answer is 3.14 and the end", "东京 北京 你好世界",
+          "🙂🙃👍🏽 family 👩‍👩‍👧", "naïve café the the answer"] * 3
 
 
 @cache
@@ -126,7 +127,7 @@ def test_an_unfinished_character_shows_at_the_end_only() -> None:
     assert "".join(pieces[:-1]) in ("the", "the ") and REPLACEMENT in pieces[-1]
 
 
-# -- reserved ids -------------------------------------------------------------------------------------------------
+# -- reserved ids -----------------------------------------------------------------------------------------------------
 
 
 def named(tokens: list[str]) -> Tokenizer:
@@ -167,7 +168,7 @@ def test_reserved_ids_of_the_test_models(models: dict[str, Path]) -> None:
     assert found == {"slm": tuple(range(48, 64)), "padding": tuple(range(56, 72)), "virtual": tuple(range(48, 64))}
 
 
-# -- prompts ------------------------------------------------------------------------------------------------------
+# -- prompts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", [
@@ -217,7 +218,7 @@ def test_a_folder_without_tokenizer_is_a_model_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-# -- one tokenizer for both models ----------------------------------------------------------------------------------
+# -- one tokenizer for both models ------------------------------------------------------------------------------------
 
 
 def test_equal_tokenizers_agree_and_row_counts_do_not_matter(models: dict[str, Path]) -> None:

@@ -24,7 +24,7 @@ MIN_PRICE, MAX_PRICE = 2, 20
 DECISION_STEP = 7  # the index, in the solution, of the price that is taken first
 TEST_SHARE = 10  # one content in so many belongs to the test split
 
-_ANSWER = re.compile(r"\bbuys (\d+) and (\d+)\b")
+ANSWER_PATTERN = r"\bbuys (\d+) and (\d+)\b"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
 
 def extract_answer(text: str) -> str | None:
     """The last "buys X and Y" of a text, the lower price first; None if there is none."""
-    matches = _ANSWER.findall(text)
+    matches = re.findall(ANSWER_PATTERN, text)
     if not matches:
         return None
     low, high = sorted(int(price) for price in matches[-1])

@@ -125,7 +125,7 @@ class LabelOptions(_message.Message):
     def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ...) -> None: ...
 
 class GenerationParameters(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "selector_version", "return_steps", "score_rollout", "labels")
+    __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "selector_version", "return_steps", "score_rollout", "labels", "fresh_selections")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class GenerationParameters(_message.Message):
     RETURN_STEPS_FIELD_NUMBER: _ClassVar[int]
     SCORE_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    FRESH_SELECTIONS_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: Messages
     token_ids: TokenIds
@@ -164,7 +165,8 @@ class GenerationParameters(_message.Message):
     return_steps: bool
     score_rollout: bool
     labels: LabelOptions
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., budget: _Optional[float] = ..., threshold: _Optional[float] = ..., candidates: _Optional[int] = ..., candidate_ratio: _Optional[float] = ..., proposals: _Optional[_Union[Proposals, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., samples: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., selector_version: _Optional[str] = ..., return_steps: _Optional[bool] = ..., score_rollout: _Optional[bool] = ..., labels: _Optional[_Union[LabelOptions, _Mapping]] = ...) -> None: ...
+    fresh_selections: bool
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., budget: _Optional[float] = ..., threshold: _Optional[float] = ..., candidates: _Optional[int] = ..., candidate_ratio: _Optional[float] = ..., proposals: _Optional[_Union[Proposals, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., samples: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., selector_version: _Optional[str] = ..., return_steps: _Optional[bool] = ..., score_rollout: _Optional[bool] = ..., labels: _Optional[_Union[LabelOptions, _Mapping]] = ..., fresh_selections: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "triggers", "flips", "llm_forwards", "degraded_steps")
