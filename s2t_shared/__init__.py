@@ -1,7 +1,9 @@
 """The Select-to-Think product: method, engine, labels, distillation. Runs without Ray, gRPC or Redis.
 
-Import order inside this package, kept by `tests/test_layout.py` (a module imports only from its left):
+Import order inside this package, kept by `tests/test_layout.py`: a module imports only from its left.
 
-    errors types files | config policy | text lora kv runtime local_selector | roles engine generate | labels store
-    | metrics registry distill | tasks calibrate | pair, pb (stand alone)
+    errors types files | config policy | text lora kv runtime local_selector | roles engine generate
+    | labels redis_server store selection_cache | metrics registry distill | tasks calibrate
+
+`pair` (the bundled models) and `pb` (generated wire code) stand alone.
 """

@@ -197,9 +197,9 @@ class Engine:
                 version = sequence.request.selector_version
                 try:
                     selector = self._local_selectors(version)
-                except VersionNotFoundError:
-                    selector = None  # it was there when the request was checked: removed since; the live one serves
-                track = self.proposer.open(selector, sequence.request.policy.proposals)
+                except VersionNotFoundError:  # it was there when the request was checked, and was removed since
+                    selector = self._local_selectors(None)
+                track = self.proposer.open(selector, sequence.request.policy)
                 if track is None:
                     return
                 sequence.track, sequence.selector_version = track, selector.version if selector else ""
@@ -333,7 +333,8 @@ class Engine:
                     judgement.llm, judgement.llm_cached, judgement.degraded)
         sequence.steps.append(step)
         sequence.token_ids.append(step.token_id)
-        if step.token_id in sequence.stop_ids:
+        slm_ended = step.chosen_by is ChosenBy.SLM and step.token_id in self.proposer.runtime.eos_ids
+        if slm_ended or step.token_id in sequence.stop_ids:
             self._finish(sequence, FinishReason.STOP)
         elif len(sequence.steps) >= sequence.max_new_tokens:
             self._finish(sequence, FinishReason.LENGTH)

@@ -26,6 +26,7 @@ from s2t_shared.errors import VersionError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save")
 
 
 @dataclass
@@ -142,6 +143,10 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VersionError(f"adapter of version {folder.name!r} cannot be read ({error}); publish it again") from error
+    foreign = [name for name in UNSUPPORTED if config.get(name)]
+    if foreign or not math.isfinite(alpha) or rank < 1:
+        raise VersionError(f"adapter of version {folder.name!r}: r={rank}, lora_alpha={alpha}, {foreign}: only plain "
+                           "LoRA with a finite scale is supported")
     weights = {}
     for path, layer in adaptable_layers(model).items():
         a = tensors.pop(f"{PEFT_PREFIX}{path}.lora_A.weight", None)

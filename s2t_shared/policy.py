@@ -142,7 +142,7 @@ def threshold_for(budget: float, signals: Floats, steps: int | None = None) -> f
         raise InvalidRequestError("no signals to calibrate on: the rollouts have no step after the warm-up; "
                                   "use more or longer training prompts")
     ordered = np.sort(np.asarray(signals, dtype=np.float64))[::-1]
-    allowed = int(budget * (steps if steps is not None else len(ordered)))
+    allowed = int(budget * (steps if steps is not None else len(ordered)) + 1e-9)  # 0.29 * 100 is 28.999... in floats
     if allowed >= len(ordered):
         return float(ordered[-1]) - 1e-6
     return float(ordered[allowed])

@@ -41,7 +41,8 @@ FOLDER_TIMEOUT_S = 3.0  # the server of a process that has just died needs a mom
 STOP_TIMEOUT_S = 5.0
 FREE_PORT_ATTEMPTS = 5  # a port found free can be taken by someone else before our server binds it
 # $1... is the server and its arguments; stdin is our pipe. The subshell drops stdout, which is the locked log file.
-WATCHED = 'exec 3<&0 </dev/null; { read _ <&3; kill -TERM $$; } >/dev/null 2>&1 & exec "$@" 3<&-'
+# CONT: a server that is frozen would take the TERM only when someone wakes it.
+WATCHED = 'exec 3<&0 </dev/null; { read _ <&3; kill -TERM $$; kill -CONT $$; } >/dev/null 2>&1 & exec "$@" 3<&-'
 
 
 LABELS = "s2t:labels"  # stream; field "label" = Label.to_json()

@@ -16,12 +16,13 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from s2t_shared.errors import InvalidRequestError, OverloadedError, SelectorUnavailableError
+from s2t_shared.errors import InvalidRequestError
 from s2t_shared.local_selector import Candidates, LocalSelector, Reading, score_candidates
 from s2t_shared.lora import Adapter
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.types import (
     SUPPORT_SIZE,
+    Policy,
     PositionScores,
     Proposals,
     Sampling,
@@ -52,8 +53,13 @@ class Track:
 
     @property
     def proposing_adapter(self) -> Adapter | None:
-        adapted = self.proposals is Proposals.ADAPTED and self.selector is not None
-        return self.selector.adapter if adapted and self.selector else None
+        return self.selector.adapter if self.selector and self.proposals is Proposals.ADAPTED else None
+
+    @property
+    def reads_for_itself(self) -> bool:
+        """The selector's adapter has a KV of its own (with adapted proposals the generation KV is the adapter's)."""
+        return (self.selector is not None and self.selector.adapter is not None
+                and self.selector.reads is Reading.ADAPTED and self.proposals is Proposals.BASE)
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,19 @@ class Proposer:
         self.excluded_ids = tuple(i for i in reserved_ids if i < runtime.vocab_rows)
         self._support_size = min(SUPPORT_SIZE, runtime.vocab_rows - len(self.excluded_ids))
 
-    def open(self, selector: LocalSelector | None, proposals: Proposals) -> Track | None:
-        """A place for a new sequence, or None when all rows are taken."""
+    def open(self, selector: LocalSelector | None, policy: Policy) -> Track | None:
+        """A place for a new sequence, or None when too few rows are free. A selector that reads the context itself
+        gets its row now: a sequence that has begun must never lack one."""
         row = self.runtime.pool.allocate()
-        return None if row is None else Track(row, selector=selector, proposals=proposals)
+        if row is None:
+            return None
+        track = Track(row, selector=selector, proposals=policy.proposals)
+        if policy.can_trigger and track.reads_for_itself:
+            track.adapted_row = self.runtime.pool.allocate()
+            if track.adapted_row is None:
+                self.runtime.pool.free(row)
+                return None
+        return track
 
     def close(self, track: Track) -> None:
         self.runtime.pool.free(track.row)
@@ -128,8 +143,7 @@ class Proposer:
             batch = list(group)
             selector = selector_of(batch[0])
             rows = [tracks[i].row for i in batch]
-            own_row = selector.reads is Reading.ADAPTED and tracks[batch[0]].proposals is Proposals.BASE
-            if own_row and selector.adapter is not None:
+            if tracks[batch[0]].reads_for_itself:
                 rows = self._catch_up([tracks[i] for i in batch], [token_ids[i] for i in batch], selector)
             candidates = Candidates.pad([supports[i].ids[: counts[i]] for i in batch],
                                         [supports[i].log_probs[: counts[i]] for i in batch])
@@ -141,12 +155,8 @@ class Proposer:
     def _catch_up(self, tracks: Sequence[Track], token_ids: Sequence[Sequence[int]],
                   selector: LocalSelector) -> list[int]:
         """Let the adapter read what came since its last score, into rows of its own."""
-        for track in tracks:
-            if track.adapted_row is None:
-                track.adapted_row = self.runtime.pool.allocate()
-                if track.adapted_row is None:
-                    raise OverloadedError("no KV row is free for the local selector; raise max_rows")
         rows = [track.adapted_row for track in tracks if track.adapted_row is not None]
+        assert len(rows) == len(tracks)
         self.runtime.extend(rows, [ids[t.adapted_length:] for ids, t in zip(token_ids, tracks, strict=True)],
                             [t.adapted_length for t in tracks], selector.adapter)
         for ids, track in zip(token_ids, tracks, strict=True):
@@ -326,14 +336,13 @@ class InProcessSelector:
 
     def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
         futures: list[Future[ScoreReply]] = [Future() for _ in queries]
-        try:
-            for query in queries:
+        good = []
+        for query, future in zip(queries, futures, strict=True):
+            try:
                 self._scorer.check(query)
-            replies = self._scorer.score(queries)
-        except (InvalidRequestError, SelectorUnavailableError) as error:
-            for future in futures:
+                good.append((query, future))
+            except InvalidRequestError as error:
                 future.set_exception(error)
-            return futures
-        for future, reply in zip(futures, replies, strict=True):
+        for (_, future), reply in zip(good, self._scorer.score([query for query, _ in good]), strict=True):
             future.set_result(reply)
         return futures

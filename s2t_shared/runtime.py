@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -84,7 +85,9 @@ class ModelRuntime:
         self.pool = KVPool(max_rows)
         self._switch: AdapterSwitch | None = None
         self._window = int(getattr(self.config, "sliding_window", 0) or 0)
-        self._layer_types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        # Without a list of types (Mistral, Phi-3) a window, if there is one, is every layer's.
+        every = ["sliding_attention" if self._window else "full_attention"]
+        self._layer_types = set(getattr(self.config, "layer_types", None) or every)
         if not self._layer_types <= SUPPORTED_LAYER_TYPES:
             raise ModelLoadError(f"model type {self.config.model_type!r} has layers of type "
                                  f"{sorted(self._layer_types - SUPPORTED_LAYER_TYPES)}; only attention models "
@@ -104,12 +107,14 @@ class ModelRuntime:
             config = AutoConfig.from_pretrained(folder)
             text = config.get_text_config()
             softcapped = getattr(text, "attn_logit_softcapping", None) is not None
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=DTYPES[dtype], use_safetensors=True,
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True,
                 attn_implementation="eager" if softcapped else "sdpa")
+            if found["missing_keys"]:  # transformers would fill them with random numbers
+                raise ValueError(f"weights are missing: {sorted(found['missing_keys'])[0]}")
             generation = (GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file()
                           else GenerationConfig.from_model_config(config))
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelLoadError(f"model folder {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         eos = generation.eos_token_id
         eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])

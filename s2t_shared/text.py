@@ -20,6 +20,7 @@ from s2t_shared.types import Prompt
 
 RESERVED_COUNT = 16
 REPLACEMENT = "\ufffd"
+WINDOW, WINDOW_CONTEXT = 16, 4  # tokens decoded at once while streaming, and kept of them for the next window
 PROBES = ("The answer is 3.14, isn't it?", "  x = [1, 2]\n\treturn x", "12345 67890", "naïve café – 東京 🙂",
           "Q A . + -")
 
@@ -121,11 +122,12 @@ class TextStream:
         if window.endswith(REPLACEMENT):
             return ""
         self.text += window[len(self._anchor_text):]
-        if len(self._ids) - self._anchor >= 16:  # keep the last tokens as context for the next decode
-            self._anchor = len(self._ids) - 4
-            self._anchor_text = self._tokenizer.decode(self._ids[self._anchor:])
-        else:
-            self._anchor_text = window
+        self._anchor_text = window
+        if len(self._ids) - self._anchor >= WINDOW:
+            # The last tokens stay as context: without any text before it, a word may lose its leading space.
+            context = self._tokenizer.decode(self._ids[-WINDOW_CONTEXT:])
+            if context.strip():
+                self._anchor, self._anchor_text = len(self._ids) - WINDOW_CONTEXT, context
         return self._release(final=False)
 
     def finish(self) -> str:

@@ -210,6 +210,7 @@ def harvest(prompts: Annotated[Path, typer.Argument(help="JSONL of training prom
             budget: Annotated[float, typer.Option(help="share of positions per trigger")] = 0.1,
             candidates: Annotated[int, typer.Option(help="K of a label")] = 16,
             max_new_tokens: Annotated[int, typer.Option(help="of a rollout")] = 256,
+            threads: Annotated[int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")] = None,
             config: ConfigFile = None, json_out: Json = False) -> None:
     """Turn training prompts into selection labels."""
     from s2t_shared.tasks import read_prompts
@@ -222,7 +223,8 @@ def harvest(prompts: Annotated[Path, typer.Argument(help="JSONL of training prom
         if slm or llm:
             if not (slm and llm and out):
                 raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-            loaded = local_generate.load_models(slm, llm, "none", Path("."), "float32", "cpu", 16, os.cpu_count() or 1)
+            loaded = local_generate.load_models(slm, llm, "none", Path("."), "float32", "cpu", 16,
+                                                threads or os.cpu_count() or 1)
             outcome = harvesting.harvest_alone(loaded.generator, rows, out, options, on_progress=advance)
         else:
             outcome = harvesting.harvest_by_service(target(address, config, token_file), rows, options, advance)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from s2t_shared.redis_server import LabelStore, open_redis
 
 from s2t_shared.config import Config, check_exposure
 from s2t_shared.errors import S2TError
+from s2t_shared.redis_server import LabelStore, open_redis
 from s2t_shared.registry import Registry, verify_files
 from services.client import Client
 from services.serving import check_models, check_port

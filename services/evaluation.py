@@ -49,7 +49,8 @@ class ModeSpec:
         mode, _, samples = self.name.partition("@")
         p = pb.GenerationParameters(**prompt_fields(prompt), mode=f"MODE_{mode.upper()}",
                                     trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
-                                    max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed), fresh_selections=True)
+                                    max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed),
+                                    fresh_selections=True)
         if samples:
             p.samples = int(samples)
         if self.budget is not None:

@@ -17,15 +17,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from s2t_shared.redis_server import LabelStore
-from s2t_shared.store import Drain
 
 from s2t_shared.config import Config, check_exposure
 from s2t_shared.errors import DeadlineExceededError, S2TError, StoreError
 from s2t_shared.generate import GenerateRequest
 from s2t_shared.labels import lake_rows
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from s2t_shared.redis_server import LabelStore
 from s2t_shared.registry import Registry
+from s2t_shared.store import Drain
 from services import net, wire
 from services.proposer import Description, Reply
 

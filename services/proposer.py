@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from s2t_shared.store import CachedSelector, LabelWriter
 
 from s2t_shared.calibrate import load_calibration, measure_calibration, store_calibration
 from s2t_shared.config import Config
@@ -29,6 +28,8 @@ from s2t_shared.redis_server import LabelStore
 from s2t_shared.registry import Registry
 from s2t_shared.roles import LLMInfo, Proposer
 from s2t_shared.runtime import ModelRuntime, resolve_model
+from s2t_shared.selection_cache import CachedSelector
+from s2t_shared.store import LabelWriter
 from s2t_shared.tasks import calibration_prompts
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import Answer, Mode, Step, Trigger

@@ -20,10 +20,10 @@ os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # Serve logs to files in 
 import ray  # noqa: E402 - the environment above is read at import
 from ray import serve  # noqa: E402
 from ray.serve.config import HTTPOptions, ProxyLocation  # noqa: E402
-from s2t_shared.redis_server import open_redis  # noqa: E402
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure  # noqa: E402
 from s2t_shared.errors import ConfigError, S2TError  # noqa: E402
+from s2t_shared.redis_server import open_redis  # noqa: E402
 from s2t_shared.runtime import resolve_model  # noqa: E402
 from s2t_shared.text import Tokenizer, check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402

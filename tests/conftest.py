@@ -11,10 +11,14 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tests.models import build_models  # noqa: E402
 
 torch.set_num_threads(1)
+# The same examples on every run, and no time limit on a busy machine: a red test means changed code.
+settings.register_profile("s2t", derandomize=True, deadline=None, database=None)
+settings.load_profile("s2t")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

@@ -76,7 +76,7 @@ def test_random_signal_is_uniform_and_its_own_per_seed_and_step() -> None:
     """A signal that repeats over steps or seeds triggers in lockstep; one off [0, 1) misses its budget."""
     draws = np.array([policy.random_signal(seed, step) for seed in range(20) for step in range(100)])
     assert len(set(draws)) == len(draws)
-    assert ((0 <= draws) & (draws < 1)).all()
+    assert ((draws >= 0) & (draws < 1)).all()
     assert (draws > 0.9).mean() == pytest.approx(0.1, abs=0.03)
     assert policy.random_signal(-3, 4) == policy.random_signal(-3, 4)
 
@@ -118,30 +118,21 @@ def test_adaptive_candidates_by_hand() -> None:
     assert policy.candidate_count(CandidateRule(8, 0.0), log_probs) == 5
 
 
-@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=300, unique=True), st.floats(0.001, 1.0))
-def test_threshold_spends_the_budget(values: list[int], budget: float) -> None:
-    """One step too many and the LLM is asked above what the operator pays for; one less and it idles."""
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=300, unique=True), st.integers(1, 1000))
+@example(list(range(100)), 290)
+def test_threshold_spends_the_budget(values: list[int], permille: int) -> None:
+    """One step too many and the LLM is asked above what the operator pays for; one less and it idles. In floats
+    0.29 * 100 is 28.999999999999996: a budget of 29 % of 100 steps is 29 steps all the same, not 28."""
     signals = [v / 1e8 for v in values]
-    above = sum(s > policy.threshold_for(budget, signals) for s in signals)
-    assert above == int(budget * len(signals))
-
-
-@given(st.integers(1, 100), st.integers(1, 60))
-@example(29, 10)
-def test_threshold_spends_the_budget_the_operator_wrote(percent: int, tens: int) -> None:
-    """0.29 * 100 is 28.999999999999996 in floats: the budget of 29 steps must still be 29, not 28."""
-    steps = 10 * tens
-    budget = percent / 100
-    allowed = int(Fraction(percent, 100) * steps)
-    above = sum(s > policy.threshold_for(budget, range(steps)) for s in range(steps))
-    assert above == allowed
+    above = sum(s > policy.threshold_for(permille / 1000, signals) for s in signals)
+    assert above == int(Fraction(permille, 1000) * len(signals))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.floats(0.01, 1.0), st.integers(0, 40))
 def test_threshold_never_overspends(values: list[int], budget: float, warm_up: int) -> None:
     """Tied signals cannot be split, so the rate may fall short; it must never exceed. Warm-up steps count as steps."""
     steps = len(values) + warm_up
-    assert sum(v > policy.threshold_for(budget, values, steps) for v in values) <= budget * steps
+    assert sum(v > policy.threshold_for(budget, values, steps) for v in values) <= budget * steps + 1e-6
 
 
 def test_threshold_counts_warm_up_steps_in_the_share() -> None:

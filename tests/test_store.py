@@ -29,6 +29,7 @@ from s2t_shared.redis_server import (
     DEAD_LETTERS,
     GROUP,
     LABELS,
+    LabelStore,
     RedisServer,
     _free_port,
     find_program,
@@ -37,7 +38,8 @@ from s2t_shared.redis_server import (
     place_of,
 )
 from s2t_shared.roles import LLMInfo
-from s2t_shared.store import CachedSelector, Drain, LabelStore, LabelWriter, decode_selection, selection_key
+from s2t_shared.selection_cache import CachedSelector, decode_selection, selection_key
+from s2t_shared.store import Drain, LabelWriter
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 INFO = LLMInfo("llm-1", "tokenizer-1", frozenset({0}), 4096)
@@ -144,6 +146,12 @@ def test_a_taken_port_is_named_with_the_ways_out(tmp_path: Path) -> None:
             redis_server._start(find_program(), tmp_path, port)
 
 
+@pytest.mark.parametrize("port", [0, 65536])
+def test_an_impossible_port_is_refused(port: int, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=f"port {port}: must be 1..65535"):
+        open_redis(None, tmp_path, port)
+
+
 def test_data_survives_stop_and_kill(tmp_path: Path) -> None:
     port = _free_port()
     with open_redis(None, tmp_path / "with space", port) as server:
@@ -183,6 +191,7 @@ def test_server_dies_with_its_parent_even_if_a_finished_thread_started_it(tmp_pa
         "thread.start(); thread.join()\n"
         "assert open_client(found[0].url, 2.0).ping()\n"
         "print(found[0].process.pid, flush=True)\n"
+        "os.kill(found[0].process.pid, signal.SIGSTOP)\n"  # frozen: the hardest to end
         "os.kill(os.getpid(), signal.SIGKILL)\n")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=20)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -238,6 +247,13 @@ def test_writer_does_not_wait_for_a_frozen_redis(tmp_path: Path) -> None:
         writer.close()
 
 
+def test_closing_while_redis_is_away_counts_what_is_lost() -> None:
+    writer = LabelWriter(LabelStore(f"redis://127.0.0.1:{_free_port()}"))
+    writer.write([label(1), label(2)])
+    writer.close(timeout_s=0.1)
+    assert (writer.written, writer.dropped) == (0, 2)
+
+
 def test_an_unserialisable_label_does_not_stop_the_others(store: LabelStore) -> None:
     writer = LabelWriter(store)
     writer.write([label(1), replace(label(2), mass=object()), label(3)])  # type: ignore[arg-type]
@@ -255,8 +271,8 @@ def test_a_full_redis_keeps_labels_waiting_and_their_content_out_of_the_log(
         writer = LabelWriter(store)
         writer.write([replace(label(1), label_id="canary")])
         eventually(lambda: "OutOfMemoryError" in caplog.text)
-        with pytest.raises(StoreError) as caught:
-            store.append([replace(label(1), label_id="canary").to_json()])
+        with pytest.raises(StoreError, match="OutOfMemoryError: command not allowed") as caught:
+            store.append(['{"context_ids":["canary"]}'])  # short: redis-py shortens long words to nothing
         assert "canary" not in f"{caplog.text}{caught.value}"
     finally:
         client.config_set("maxmemory", "0")
@@ -289,6 +305,7 @@ def test_drain_writes_full_shards_at_once_and_the_rest_when_old(tmp_path: Path, 
     time.sleep(0.2)
     drain.run_once()
     assert (lake_rows(tmp_path), store.counts().labels, store.counts().pending) == (25, 0, 0)
+    assert drain._in_lake == [] and drain._buffer_bytes == 0
     assert labels_in(tmp_path)[0].context_ids == (1, 2, 0)
     assert ids_in(tmp_path) == {f"label-{n}" for n in range(25)}
 
@@ -391,7 +408,7 @@ def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path) -> None:
     time.sleep(0.2)
     with open_redis(None, tmp_path / "two", port):  # an empty Redis: the consumer group is gone as well
         put(store, 2)
-        eventually(lambda: lake_rows(lake) == 2)
+        eventually(lambda: lake_rows(lake) == 2 and store.counts().labels == 0)
         put(store, 3)
         eventually(lambda: store.counts().pending == 1 or lake_rows(lake) == 3)
         drain.stop()
@@ -525,6 +542,13 @@ def test_whole_rollouts_pass_through(cached: CachedSelector, inner: CountingSele
     ask(cached, QUERY)
     keys_reach(client, 1)  # of QUERY only
     assert inner.asked == 3
+
+
+def test_a_query_that_wants_a_fresh_answer_gets_one(cached: CachedSelector, inner: CountingSelector,
+                                                    client: redis.Redis) -> None:
+    ask(cached, QUERY)
+    keys_reach(client, 1)
+    assert not ask(cached, replace(QUERY, fresh=True))[0].cached and inner.asked == 2
 
 
 @pytest.mark.parametrize("value", [

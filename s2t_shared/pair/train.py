@@ -26,13 +26,12 @@ from s2t_shared.pair.problems import DECISION_STEP, NAMES, Problem, is_correct, 
 
 NUM_RESERVED = 16
 MAX_NUMBER = 60
-WORDS = [".", ",", "?", "-", "=", "Prices", "are", "has", "coins", "Which", "two", "cost", "Let", "us", "see", "takes", "the", "first", "is", "left", "So", "buys", "and"]
+PUNCTUATION = [".", ",", "?", "-", "="]
+PROMPT_WORDS = ["Prices", "are", "has", "coins", "Which", "two", "cost"]
+SOLUTION_WORDS = ["Let", "us", "see", "takes", "the", "first", "is", "left", "So", "buys", "and"]
 REPORT_EVERY = 50
 SUPPORT = 64  # ids over which the KL between the two models is taken, as the engine does
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if not loop.last %} {% endif %}{% endfor %}"
-)
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level: splits at whitespace, joins with single spaces, adds nothing of its own."""
     reserved = [f"<|reserved_special_token_{index}|>" for index in range(NUM_RESERVED)]
     numbers = [str(number) for number in range(MAX_NUMBER + 1)]
-    words = ["<pad>", "<eos>", *reserved, "<unk>", *WORDS, *NAMES, *numbers]
+    words = ["<pad>", "<eos>", *reserved, "<unk>", *PUNCTUATION, *PROMPT_WORDS, *SOLUTION_WORDS, *NAMES, *numbers]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -123,7 +122,7 @@ class Muon(torch.optim.Optimizer):
             for param in group["params"]:
                 by_shape.setdefault(param.shape, []).append(param)
             for shape, params in by_shape.items():
-                grads = torch.stack([param.grad for param in params])
+                grads = torch.stack([param.grad for param in params if param.grad is not None])
                 state = self.state[params[0]]
                 momentum = state.setdefault("momentum", torch.zeros_like(grads))
                 momentum.lerp_(grads, 1 - group["momentum"])
@@ -216,8 +215,7 @@ def local_sufficiency(
 ) -> tuple[float, float]:
     """Hit@1 and Hit@8 of the LLM's top-1 at the 5 % of steps of SLM rollouts [B, T] that diverge most."""
     small, large = (  # log-probabilities [B, T - P, V]
-        model(rollouts[:, :-1], use_cache=False).logits[:, prompt_length - 1 :].log_softmax(-1)
-        for model in (slm, llm)
+        model(rollouts[:, :-1], use_cache=False).logits[:, prompt_length - 1 :].log_softmax(-1) for model in (slm, llm)
     )
     support = small.topk(SUPPORT).indices
     p_small = small.gather(-1, support).log_softmax(-1)
