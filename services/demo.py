@@ -52,9 +52,9 @@ class DemoSize:
 
     problems: int = 200
     first_harvest: int = 600
-    harvest: int = 3000
+    harvest: int = 4000
     first_steps: int = 150
-    steps: int = 700
+    steps: int = 1500
 
 
 @dataclass
@@ -76,7 +76,8 @@ def run_demo(json_file: Path | None = None, size: DemoSize = DemoSize(), console
     with tempfile.TemporaryDirectory(prefix="s2t-demo-") as scratch:
         config = load_config(overrides={"data_dir": str(data_dir or scratch), "gateway.port": 0,
                                         "defaults.answer_pattern": problems.ANSWER_PATTERN,
-                                        "training.learning_rate": 3e-3})
+                                        "training.learning_rate": 3e-3, "training.workers": 2,
+                                        "training.cpus_per_worker": 0.25})
 
         def say(line: str) -> None:
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {line}")

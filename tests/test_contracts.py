@@ -115,7 +115,8 @@ def test_bad_requests_name_the_field(parameters: pb.GenerationParameters, messag
 def test_answer_on_the_wire() -> None:
     """Steps carry what the LLM and the SLM said, ranks and divergence included."""
     support = Support((4, 5, 6), (-0.2, -2.0, -3.0))
-    step = Step(3, 5, ChosenBy.LLM, True, 0.7, (4, 5), (-3.0, -0.1), support, PositionScores((-3.0, -0.1, -4.0), 5, -0.1))
+    llm = PositionScores((-3.0, -0.1, -4.0), 5, -0.1)
+    step = Step(3, 5, ChosenBy.LLM, True, 0.7, (4, 5), (-3.0, -0.1), support, llm)
     answer = Answer((1, 5), "t", FinishReason.LENGTH, Usage(2, 2, 1, 1, 1, 0), Versions("a", "b", "c"), (step,))
     sent = wire.write_answer(answer, ["five"], 1)
     assert sent.finish_reason == pb.FINISH_REASON_LENGTH and sent.usage.flips == 1 and sent.labels_stored == 1

@@ -24,7 +24,7 @@ from s2t_shared.engine import Engine, LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
 from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.lora import Adapter, new_adapter
-from s2t_shared.roles import InProcessSelector, LLMInfo, LLMScorer, Proposer, SelectorClient, Track
+from s2t_shared.roles import Draw, InProcessSelector, LLMInfo, LLMScorer, Proposer, SelectorClient, Track, sample
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import (
@@ -282,7 +282,7 @@ def test_siblings_in_one_forward_equal_one_forward_per_candidate(
     selector = make_selector(proposer, "v", kind, reads, seed=5, fusion=fusion)
     naive = NaiveSelector(models[slm], selector)
     contexts = [list(p) for p in PROMPTS[:4]]
-    tracks = [proposer.open(selector, Proposals.BASE) for _ in contexts]
+    tracks = [proposer.open(selector, Policy(Mode.S2T_LOCAL)) for _ in contexts]
     assert all(isinstance(t, Track) for t in tracks)
     counts = [8, 3, 1, 5]
     for tokens in ([], [33, 12, 19]):
@@ -302,7 +302,7 @@ def test_the_scores_depend_on_everything_they_should(models: Models) -> None:
     for selector in [*all_selectors(proposer), LocalSelector.untrained(proposer.reserved_ids)]:
         if selector.adapter is not None:
             selector.adapter = make_selector(proposer, "", SelectorKind.JOINT, Reading.BASE).adapter
-        track = proposer.open(selector, Proposals.BASE)
+        track = proposer.open(selector, Policy(Mode.S2T_LOCAL))
         assert track is not None
         ((support, _),) = proposer.propose([track], [PROMPTS[4]], [None])
         (scores[selector.version],) = proposer.select([track], [PROMPTS[4]], [support], [6])
@@ -486,6 +486,13 @@ def test_sampling_is_repeatable_and_its_own(models: Models) -> None:
     for cut in (Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-3)):
         (sequence,) = run(engine, replace(requests[0], sampling=cut))
         assert sequence.output_ids == greedy, cut
+
+
+def test_every_step_and_seed_draws_anew() -> None:
+    """One random number for all steps keeps a sequence in one quantile: all its tokens likely ones, or all odd ones."""
+    flat = torch.zeros(48).log_softmax(0)
+    assert len({sample(flat, Draw(Sampling(1.0, seed=1), step)) for step in range(60)}) > 25
+    assert len({sample(flat, Draw(Sampling(1.0, seed=seed), 1)) for seed in range(60)}) > 25
 
 
 def test_sampling_follows_the_distribution(models: Models) -> None:
