@@ -408,10 +408,10 @@ def _learning_rate(step: int, config: DistillConfig) -> float:
 def _average_gradients(parameters: Sequence[Tensor]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    for parameter in parameters:
-        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        dist.all_reduce(gradient)
-        parameter.grad = gradient / dist.get_world_size()
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)  # one message, not one per layer
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter) / dist.get_world_size()
 
 
 def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:

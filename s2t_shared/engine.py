@@ -20,7 +20,7 @@ from enum import Enum
 import numpy as np
 
 from s2t_shared import policy as decide
-from s2t_shared.errors import InvalidRequestError, S2TError, VersionNotFoundError
+from s2t_shared.errors import InvalidRequestError, S2TError, SelectorUnavailableError, VersionNotFoundError
 from s2t_shared.local_selector import LocalSelector
 from s2t_shared.roles import Draw, Proposer, SelectorClient, Track
 from s2t_shared.types import (
@@ -36,6 +36,7 @@ from s2t_shared.types import (
     Usage,
 )
 
+REST_AFTER_LATE_S = 1.0  # after a late reply the LLM is not asked for so long
 ROLLOUT_PATIENCE = 10.0  # a whole rollout is scored in one prefill: it may take this many selection timeouts
 SelectorLookup = Callable[[str | None], LocalSelector | None]  # version (None: live) -> local selector
 
@@ -119,6 +120,7 @@ class Engine:
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
         self._wake = threading.Event()
+        self._resting_until = 0.0
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -256,6 +258,8 @@ class Engine:
         judgement, future = sequence.parked.judgement, sequence.parked.future
         sequence.parked = None
         policy = sequence.request.policy
+        if not future.done():
+            self._resting_until = time.monotonic() + REST_AFTER_LATE_S
         reply = _result(future)
         if isinstance(reply, str):
             judgement.degraded = reply
@@ -298,8 +302,14 @@ class Engine:
                           sequence.request.fresh_selections)
 
     def _submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
+        """Ask, unless the LLM was late a moment ago: waiting out the timeout at every token would stall answers."""
         assert self._selector is not None
-        return self._selector.submit(queries)
+        if time.monotonic() >= self._resting_until:
+            return self._selector.submit(queries)
+        futures: list[Future[ScoreReply]] = [Future() for _ in queries]
+        for future in futures:
+            future.set_exception(SelectorUnavailableError("the LLM was late a moment ago"))
+        return futures
 
     def _park(self, sequence: LiveSequence, judgement: Judgement | None, future: Future[ScoreReply]) -> None:
         patience = self._selection_timeout * (1.0 if judgement else ROLLOUT_PATIENCE)

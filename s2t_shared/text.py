@@ -72,7 +72,7 @@ class Tokenizer:
         Raises:
             InvalidRequestError: not exactly one form given, empty, or a template that refuses the messages.
         """
-        given = [prompt.text is not None, bool(prompt.messages), bool(prompt.token_ids)]
+        given = [bool(prompt.text), bool(prompt.messages), bool(prompt.token_ids)]
         if sum(given) != 1:
             raise InvalidRequestError("give exactly one non-empty of: prompt, messages, token_ids")
         if prompt.token_ids:

@@ -54,7 +54,7 @@ class DemoSize:
     first_harvest: int = 600
     harvest: int = 4000
     first_steps: int = 150
-    steps: int = 1500
+    steps: int = 1200
 
 
 @dataclass

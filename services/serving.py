@@ -28,6 +28,7 @@ from s2t_shared.runtime import resolve_model  # noqa: E402
 from s2t_shared.text import Tokenizer, check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 
+logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OBJECT_STORE_BYTES = 256 << 20
 Say = Callable[[str], None]
 

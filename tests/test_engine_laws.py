@@ -772,10 +772,11 @@ def test_a_dead_llm_means_greedy_from_there_on(models: Models, policy: Policy, f
     assert healthy == 0 or sequence.output_ids != greedy_from(models, PROMPTS[0], 12)
 
 
-def test_a_selector_that_comes_back_is_used_again(models: Models) -> None:
+@pytest.mark.parametrize("policy", [ALL, Policy(Mode.LLM)], ids=lambda p: p.mode.value)
+def test_a_selector_that_comes_back_is_used_again(models: Models, policy: Policy) -> None:
     """Degrading is per step: when the LLM answers again the answer is selected again."""
     engine = failing_engine(models, 0, "unavailable")
-    sequence = engine.add(request(ALL, PROMPTS[2], 12))
+    sequence = engine.add(request(policy, PROMPTS[2], 12))
     while len(sequence.steps) < 5:
         engine.step()
     assert isinstance(engine._selector, FailingSelector)
