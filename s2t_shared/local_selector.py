@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from s2t_shared.lora import Adapter
+from s2t_shared.policy import Calibration
 from s2t_shared.runtime import ModelRuntime
 
 
@@ -38,7 +39,8 @@ class Reading(str, Enum):
 @dataclass
 class LocalSelector:
     """What a published version holds in memory. `bin_deltas`: [16, hidden], added to the base model's reserved rows.
-    `temperature` T belongs to the reserved score; `fusion` is lambda, the weight of log p_base(c | s)."""
+    `temperature` T belongs to the reserved score; `fusion` is lambda, the weight of log p_base(c | s); `calibration`
+    holds the thresholds stored with the version."""
 
     version: str
     kind: SelectorKind
@@ -48,6 +50,7 @@ class LocalSelector:
     bin_deltas: Tensor | None = None
     temperature: float = 0.1
     fusion: float = 0.0
+    calibration: Calibration = Calibration({})
 
     @classmethod
     def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:

@@ -195,6 +195,10 @@ class Calibration:
         table = sorted(self.thresholds[trigger].items())
         return float(np.interp(np.log(budget), [np.log(b) for b, _ in table], [t for _, t in table]))
 
+    def or_else(self, other: Calibration) -> Calibration:
+        """This calibration, and `other` for the triggers it lacks."""
+        return Calibration({**other.thresholds, **self.thresholds})
+
     def to_json(self) -> str:
         return json.dumps({t.value: {str(b): x for b, x in table.items()} for t, table in self.thresholds.items()})
 

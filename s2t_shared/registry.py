@@ -68,7 +68,11 @@ class Manifest(BaseModel):
 
     @property
     def calibration(self) -> Calibration:
-        return Calibration.from_json(json.dumps(self.thresholds))
+        """Thresholds per trigger and budget. Raises VersionError: not a calibration."""
+        try:
+            return Calibration.from_json(json.dumps(self.thresholds))
+        except ValueError as error:
+            raise VersionError(f"version {self.version!r}: thresholds are broken ({error})") from error
 
 
 class Registry:
@@ -232,4 +236,4 @@ def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> 
             raise VersionError(f"version {folder.name!r}: {BINS} must be finite and of shape {expected}, it has shape "
                                f"{tuple(deltas.shape)}")
     return LocalSelector(manifest.version, manifest.kind, manifest.reads, manifest.reserved_ids, adapter, deltas,
-                         manifest.temperature, manifest.fusion)
+                         manifest.temperature, manifest.fusion, manifest.calibration)

@@ -33,6 +33,7 @@ class Loaded:
 
     generator: Generator
     calibration_folder: Path
+    selector: LocalSelector | None = None
 
     def calibration(self, needs_llm: bool, max_new_tokens: int = 64, count: int = 32, prompts: Path | None = None,
                     say: Callable[[str], None] = lambda line: None) -> Calibration:
@@ -69,7 +70,7 @@ def load_models(slm: str, llm: str | None, selector: str, versions: Path, dtype:
     local = load_selector(selector, versions, runtime, tokenizer)
     engine = Engine(Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
                     InProcessSelector(scorer) if scorer else None, lambda version: local, batch_size)
-    return Loaded(Generator(tokenizer, engine, scorer.info.digest if scorer else ""), CACHE.expanduser())
+    return Loaded(Generator(tokenizer, engine, scorer.info.digest if scorer else ""), CACHE.expanduser(), local)
 
 
 def load_selector(name: str, versions: Path, runtime: ModelRuntime, tokenizer: Tokenizer) -> LocalSelector | None:
@@ -150,6 +151,8 @@ def resolve_thresholds(template: GenerateRequest, loaded: Loaded, prompts: Path 
     policy = template.policy
     if template.budget is None or not policy.can_trigger or policy.trigger not in CALIBRATED:
         return with_thresholds(template, Calibration({}))
+    if loaded.selector is not None and prompts is None and policy.trigger in loaded.selector.calibration.thresholds:
+        return with_thresholds(template, loaded.selector.calibration)
     return with_thresholds(template, loaded.calibration(policy.trigger.needs_llm, prompts=prompts, say=say))
 
 

@@ -204,11 +204,13 @@ class ProposerReplica:
         return last
 
     def _check(self, request: GenerateRequest) -> GenerateRequest:
-        request = with_thresholds(request, self._calibration)
         if request.labels.store:
             check_split(request.labels.split)
         if request.policy.mode is Mode.S2T_LOCAL or request.selector:
             self._live.check(request.selector)
+        selector = self._live.lookup(request.selector)
+        calibration = selector.calibration.or_else(self._calibration) if selector else self._calibration
+        request = with_thresholds(request, calibration)
         if request.score_rollout and not self._remote.info.digest:
             raise SelectorUnavailableError("no selector (LLM) is running, so a rollout cannot be scored")
         return request
