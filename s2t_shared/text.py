@@ -72,8 +72,8 @@ class Tokenizer:
         Raises:
             InvalidRequestError: not exactly one form given, empty, or a template that refuses the messages.
         """
-        given = [bool(prompt.text), bool(prompt.messages), bool(prompt.token_ids)]
-        if sum(given) != 1:
+        given = [prompt.text is not None, bool(prompt.messages), bool(prompt.token_ids)]
+        if sum(given) != 1 or prompt.text == "":
             raise InvalidRequestError("give exactly one non-empty of: prompt, messages, token_ids")
         if prompt.token_ids:
             return prompt.token_ids

@@ -135,15 +135,15 @@ def test_fresh_selector_changes_nothing(runtime: ModelRuntime) -> None:
     config = DistillConfig(SelectorKind.PREFIX, Reading.ADAPTED)
     selector = new_selector(runtime, (), config)
     trees = build_trees(make_labels(2))
-    assert float(lm_kl(runtime, selector, trees, None, False)) == pytest.approx(0.0, abs=1e-6)
+    assert float(lm_kl(runtime, selector, trees, None, False).detach()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_regulariser_sees_a_distorted_model(runtime: ModelRuntime) -> None:
     """L_reg is positive for an adapter that moves the language model, and leaves labelled positions out on request."""
     selector, _ = trained_a_little(runtime, DistillConfig(SelectorKind.JOINT, Reading.ADAPTED))
     trees = build_trees(make_labels(2))
-    everywhere = float(lm_kl(runtime, selector, trees, None, False))
-    elsewhere = float(lm_kl(runtime, selector, trees, None, True))
+    everywhere = float(lm_kl(runtime, selector, trees, None, False).detach())
+    elsewhere = float(lm_kl(runtime, selector, trees, None, True).detach())
     assert everywhere > 1e-3 and everywhere != pytest.approx(elsewhere, rel=1e-6)
 
 
