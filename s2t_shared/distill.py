@@ -11,11 +11,9 @@ Knows labels and models; no Ray (several workers only need torch.distributed), n
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +27,8 @@ from s2t_shared.local_selector import Candidates, LocalSelector, Reading, Select
 from s2t_shared.lora import new_adapter
 from s2t_shared.metrics import hit_at, spearman
 from s2t_shared.runtime import ModelRuntime
+from s2t_shared.trees import Tree, build_trees, is_held_out
 
-HELD_OUT_SHARE = 0.1
 REGULARISER_ROWS = 256  # positions whose full-vocabulary KL exists at once
 
 
@@ -61,45 +59,6 @@ class DistillConfig:
     validations: int = 10
     patience: int = 3
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Group:
-    """One labelled position of a tree: `length` context tokens come before it."""
-
-    length: int
-    label: Label
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A rollout: its tokens and its labelled positions."""
-
-    token_ids: tuple[int, ...]
-    groups: tuple[Group, ...]
-
-
-def build_trees(labels: Iterable[Label]) -> list[Tree]:
-    """Join labels whose contexts are prefixes of one another (those of one rollout) into trees."""
-    rollouts: dict[str, list[Label]] = defaultdict(list)
-    for label in labels:
-        rollouts[label.rollout_id].append(label)
-    trees = []
-    for _, members in sorted(rollouts.items()):
-        waiting = sorted(members, key=lambda label: (-len(label.context_ids), label.label_id))
-        while waiting:
-            longest = waiting[0].context_ids
-            inside = [m for m in waiting if longest[: len(m.context_ids)] == m.context_ids]
-            waiting = [m for m in waiting if m not in inside]
-            trees.append(Tree(longest, tuple(Group(len(m.context_ids), m) for m in reversed(inside))))
-    return trees
-
-
-def is_held_out(label: Label) -> bool:
-    """Split by problem, by hash: stable when the lake grows, and no problem is on both sides."""
-    problem = label.problem_id or str(label.context_ids[:32])
-    digest = hashlib.sha256(f"{label.task}/{problem}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
 # -- forward and loss ---------------------------------------------------------------------------------------------
@@ -355,11 +314,6 @@ def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Seq
     if kls:
         metrics["lm_kl"] = sum(kls) / len(kls)
     return metrics
-
-
-def held_out_trees(labels: Sequence[Label]) -> list[Tree]:
-    """The trees that no training run ever sees."""
-    return build_trees(label for label in labels if is_held_out(label))
 
 
 def _prepare(runtime: ModelRuntime, labels: Sequence[Label]) -> tuple[list[Tree], list[Tree]]:

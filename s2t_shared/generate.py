@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from s2t_shared.engine import Engine, LiveSequence
+from s2t_shared.engine import Engine
 from s2t_shared.errors import DeadlineExceededError, InvalidRequestError, S2TError
 from s2t_shared.policy import Calibration
+from s2t_shared.sequence import LiveSequence
 from s2t_shared.text import TextStream, Tokenizer
 from s2t_shared.types import (
     Answer,

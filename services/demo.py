@@ -228,7 +228,8 @@ def _print_results(console: Console, results: Sequence[ModeResult], hits: dict[i
     console.print(f"Held-out labels ({outcome.held_out_labels}): Agree@1 {outcome.metrics['agree_at_1']:.3f} "
                   f"(SLM alone {outcome.metrics['slm_agree_at_1']:.3f}), "
                   f"Spearman {outcome.metrics['spearman']:.3f}")
-    console.print(f"Swap: {swap.in_flight} requests while it happened, {swap.failed} failed, {swap.mixed} mixed versions")
+    console.print(f"Swap: {swap.in_flight} requests while it happened, {swap.failed} failed, "
+                  f"{swap.mixed} mixed versions")
 
 
 def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Problem]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from s2t_shared.calibrate import load_calibration, measure_calibration, store_calibration
 from s2t_shared.config import Config
-from s2t_shared.engine import Engine, LiveSequence
+from s2t_shared.engine import Engine
 from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError
 from s2t_shared.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
 from s2t_shared.labels import Digests, check_split, labels_of
@@ -29,6 +29,7 @@ from s2t_shared.registry import Registry
 from s2t_shared.roles import LLMInfo, Proposer
 from s2t_shared.runtime import ModelRuntime, resolve_model
 from s2t_shared.selection_cache import CachedSelector
+from s2t_shared.sequence import LiveSequence
 from s2t_shared.store import LabelWriter
 from s2t_shared.tasks import calibration_prompts
 from s2t_shared.text import Tokenizer, reserved_ids

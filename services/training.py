@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
 from s2t_shared.calibrate import load_calibration  # noqa: E402
 from s2t_shared.config import Config, TrainingConfig  # noqa: E402
-from s2t_shared.distill import DistillConfig, Distilled, distil, evaluate_selector, held_out_trees  # noqa: E402
+from s2t_shared.distill import DistillConfig, Distilled, distil, evaluate_selector  # noqa: E402
 from s2t_shared.errors import ConfigError, S2TError, VersionError  # noqa: E402
 from s2t_shared.labels import Label, freeze_snapshot, read_snapshot  # noqa: E402
 from s2t_shared.local_selector import Reading, SelectorKind  # noqa: E402
@@ -29,6 +29,7 @@ from s2t_shared.policy import Calibration  # noqa: E402
 from s2t_shared.registry import Manifest, Registry  # noqa: E402
 from s2t_shared.runtime import ModelRuntime, resolve_model  # noqa: E402
 from s2t_shared.text import RESERVED_COUNT, Tokenizer, reserved_ids  # noqa: E402
+from s2t_shared.trees import held_out_trees  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,7 @@ import torch
 from s2t_shared.config import load_config
 from s2t_shared.distill import (
     DistillConfig,
-    Group,
-    Tree,
-    build_trees,
     distil,
-    is_held_out,
     lm_kl,
     new_selector,
     selection_loss,
@@ -32,6 +28,7 @@ from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.registry import Manifest, Registry
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.text import Tokenizer, reserved_ids
+from s2t_shared.trees import Group, Tree, build_trees, is_held_out
 from services.training import train_and_publish
 
 KINDS = [(kind, reads) for kind in SelectorKind for reads in Reading]

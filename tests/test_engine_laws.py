@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from s2t_shared import policy as decide
-from s2t_shared.engine import Engine, LiveSequence
+from s2t_shared.engine import Engine
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
 from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.lora import Adapter, new_adapter
 from s2t_shared.roles import Draw, InProcessSelector, LLMInfo, LLMScorer, Proposer, SelectorClient, Track, sample
 from s2t_shared.runtime import ModelRuntime
+from s2t_shared.sequence import LiveSequence
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import (
     CandidateRule,
