@@ -19,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer  # noqa: E402 - the environment above is read at import
 from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -119,9 +120,11 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None,
 
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None, gateway__host=host, gateway__port=port,
                         slm__model=slm, llm__model=llm)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running_service(resolved, say=lambda line: print(line, flush=True), reuse_ray=True) as service:
+            # Here, because Ray sets handlers of its own when it starts.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             print(f"serving at {service.address} (gRPC); Ctrl-C stops", flush=True)
             signal.pause()
     except KeyboardInterrupt:
@@ -272,7 +275,7 @@ def versions_list(config: ConfigFile = None, data_dir: DataDir = None, json_out:
         table.add_row(m.version, "*" if m.version == live else "", m.kind.value, m.reads.value,
                       f"{m.metrics['agree_at_1']:.3f}", f"{m.metrics['slm_agree_at_1']:.3f}",
                       str(m.training.get("training_labels", "")))
-    Console().print(table if manifests else "no versions; train one with: s2t train")
+    wide_console().print(table if manifests else "no versions; train one with: s2t train")
 
 
 @versions_app.command("show")
@@ -324,7 +327,7 @@ def evaluate(problems: Annotated[Path | None, typer.Argument(
     if json_out:
         print(json.dumps(evaluation.as_rows(results)))
         return
-    Console().print(evaluation.table(results, f"{len(items)} problems"))
+    wide_console().print(evaluation.table(results, f"{len(items)} problems"))
 
 
 @app.command()
@@ -337,7 +340,8 @@ def doctor(config: ConfigFile = None, address: Address = None, json_out: Json = 
         print(json.dumps([asdict(f) for f in findings]))
     else:
         for f in findings:
-            Console().print(f"{'[green]ok  [/green]' if f.ok else '[red]FAIL[/red]'} {f.what}: {f.detail}")
+            mark = "[green]ok  [/green]" if f.ok else "[red]FAIL[/red]"
+            Console().print(f"{mark} {f.what}: {escape(f.detail)}", soft_wrap=True, highlight=False)
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
 
@@ -351,6 +355,11 @@ def show_config(config: ConfigFile = None,
     resolved = settings(config)
     print(json.dumps(Config.model_json_schema(), indent=2) if schema
           else yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
+
+
+def wide_console() -> Console:
+    """For tables: a figure that is cut off is worse than a line that wraps."""
+    return Console(width=max(110, Console().width), highlight=False)
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

@@ -71,7 +71,7 @@ class SwapReport:
 def run_demo(json_file: Path | None = None, size: DemoSize = DemoSize(), console: Console | None = None,
              data_dir: Path | None = None) -> dict[str, Any]:
     """Run it all; returns (and writes) the numbers. Leaves nothing running and no files but `json_file`."""
-    console = console or Console(highlight=False, width=None if Console().is_terminal else 110)
+    console = console or Console(highlight=False, width=max(110, Console().width))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="s2t-demo-") as scratch:
         config = load_config(overrides={"data_dir": str(data_dir or scratch), "gateway.port": 0,
