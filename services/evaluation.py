@@ -50,7 +50,7 @@ class ModeSpec:
         p = pb.GenerationParameters(**prompt_fields(prompt), mode=f"MODE_{mode.upper()}",
                                     trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
                                     max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed),
-                                    fresh_selections=True)
+                                    fresh_selections=True, labels=pb.LabelOptions(store=False))
         if samples:
             p.samples = int(samples)
         if self.budget is not None:
