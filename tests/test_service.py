@@ -255,3 +255,22 @@ def test_bad_version_is_refused_and_the_old_one_serves(service: RunningService, 
     assert client.describe().live_selector == live
     assert client.generate(PROBLEMS[0].prompt, mode="s2t_local").versions.selector == live
     assert client.roll_back() == live
+
+
+def test_a_bug_shows_nothing_of_our_insides() -> None:
+    """S7: an unexpected exception ends the call as INTERNAL with a text of ours, not with its own."""
+    import asyncio
+    from typing import Any
+
+    from services.gateway import refuse
+
+    ended: list[tuple[Any, str]] = []
+
+    class Context:
+        async def abort(self, code: grpc.StatusCode, details: str, metadata: Any = ()) -> None:
+            ended.append((code, details))
+            raise RuntimeError("aborted")
+
+    with pytest.raises(RuntimeError, match="aborted"):
+        asyncio.run(refuse(Context(), KeyError("/secret/path")))  # type: ignore[arg-type]
+    assert ended[0][0] is grpc.StatusCode.INTERNAL and "secret" not in ended[0][1] and "KeyError" not in ended[0][1]
