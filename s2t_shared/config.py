@@ -30,8 +30,12 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, description="CPU threads of one replica")
-    max_rows: int = Field(64, ge=2, le=4096, description="sequences whose KV is held at once")
+    kv_gib: float = Field(2.0, gt=0, description="memory for keys and values, of live and kept contexts together")
     chat_template: str | None = Field(None, description="Jinja text that replaces the tokenizer's own")
+
+    @property
+    def kv_bytes(self) -> int:
+        return int(self.kv_gib * (1 << 30))
 
 
 class Placement(_Section):
@@ -47,7 +51,11 @@ class Placement(_Section):
 class ProposerConfig(Placement):
     max_running: int = Field(32, ge=1, description="sequences in one batch")
     max_ongoing_requests: int = Field(256, ge=1, description="requests a replica accepts before it says 'busy'")
+    chunk_tokens: int = Field(256, ge=16, description="prompt tokens read per step, beside the decoding of others")
     selection_timeout_s: float = Field(2.0, gt=0, description="a later LLM selection degrades the step")
+    longest_draft: int = Field(32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token")
+    read_ahead_tokens: int = Field(0, ge=0, description="tell the LLM a context before it is needed when it lags so "
+                                   "many tokens behind; 0: never")
 
 
 class SelectorConfig(Placement):

@@ -21,9 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from s2t_shared.attention import Aside
 from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.labels import Label
-from s2t_shared.local_selector import Candidates, LocalSelector, Reading, SelectorKind, block_mask, combine
+from s2t_shared.local_selector import (
+    Candidates,
+    LocalSelector,
+    Reading,
+    SelectorKind,
+    block_mask,
+    combine,
+    split_hidden,
+)
 from s2t_shared.lora import new_adapter
 from s2t_shared.metrics import hit_at, spearman
 from s2t_shared.runtime import ModelRuntime
@@ -90,8 +99,9 @@ def tree_scores(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[
 
 def _scored_over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree],
                       candidates: Candidates) -> tuple[Tensor | None, Tensor | None]:
-    rows = list(range(len(trees)))
-    runtime.extend(rows, [tree.token_ids for tree in trees], [0] * len(trees))
+    context, context_tokens = _causal(trees)
+    with torch.no_grad():
+        runtime.aside(context_tokens, context)
     with_last = selector.kind is not SelectorKind.RESERVED
     k = candidates.ids.shape[1] if selector.kind is not SelectorKind.PREFIX else 0
     width = k + int(with_last)
@@ -113,9 +123,16 @@ def _scored_over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Seq
             places.append((row, j))
             at += 1
     mask = torch.block_diag(*[block_mask(k, with_last)] * most).bool()
-    hidden = runtime.branch(rows, tokens, positions, visible, mask, selector.adapter)
+    hidden = runtime.aside(tokens, Aside(positions, mask, context, visible), selector.adapter)
     blocks = hidden.view(len(trees), most, width, -1)[[r for r, _ in places], [j for _, j in places]]
-    return blocks[:, 0] if with_last else None, blocks[:, int(with_last):] if k else None
+    return split_hidden(selector, blocks, k)
+
+
+def _causal(trees: Sequence[Tree]) -> tuple[Aside, Tensor]:
+    """The plan and the padded tokens [trees, t] of reading the contexts alone."""
+    longest = max(len(tree.token_ids) for tree in trees)
+    tokens = torch.tensor([[*t.token_ids, *[0] * (longest - len(t.token_ids))] for t in trees])
+    return Aside(torch.arange(longest).expand(len(trees), -1), torch.ones(longest, longest).tril().bool()), tokens
 
 
 def _scored_over_adapted(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree],
@@ -141,7 +158,7 @@ def _scored_over_adapted(runtime: ModelRuntime, selector: LocalSelector, trees: 
                 mask[row, block, : group.length] = True
             places.append((row, j, group.length - 1))
             at += 1
-    hidden = runtime.branch(list(range(len(trees))), tokens, positions, [0] * len(trees), mask, selector.adapter)
+    hidden = runtime.aside(tokens, Aside(positions, mask), selector.adapter)
     rows = [r for r, _, _ in places]
     last = hidden[rows, [p for _, _, p in places]] if selector.kind is not SelectorKind.RESERVED else None
     siblings = None
@@ -174,16 +191,12 @@ def lm_kl(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree],
           skip_labelled: bool) -> Tensor:
     """L_reg: mean KL(adapted || base) in nats of the language-model distribution over V \\ R at the context's
     positions. `skip_labelled` leaves the labelled positions out, where a prefix score is meant to move it."""
-    longest = max(len(tree.token_ids) for tree in trees)
-    tokens = torch.tensor([[*t.token_ids, *[0] * (longest - len(t.token_ids))] for t in trees])
-    positions = torch.arange(longest).expand(len(trees), -1)
-    causal = torch.ones(longest, longest).tril().bool()
-    rows, none = list(range(len(trees))), [0] * len(trees)
+    plan, tokens = _causal(trees)
     if context_hidden is None:
-        context_hidden = runtime.branch(rows, tokens, positions, none, causal, selector.adapter)
+        context_hidden = runtime.aside(tokens, plan, selector.adapter)
     with torch.no_grad():
-        base_hidden = runtime.branch(rows, tokens, positions, none, causal, None)
-    keep = torch.zeros(len(trees), longest, dtype=torch.bool)
+        base_hidden = runtime.aside(tokens, plan)
+    keep = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, tree in enumerate(trees):
         keep[row, : len(tree.token_ids)] = True
         if skip_labelled:

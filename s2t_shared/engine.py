@@ -1,8 +1,8 @@
 """The decode loop: token ids in, Steps out. Knows no text, no Ray, no Redis, no labels.
 
-`step()` advances every live sequence that can move, in one batch, whatever their modes. Sequences join and leave
-at any step. A sequence that waits for the LLM parks while the others go on; one whose selector is dead or late
-takes the best choice there is without it, and says so in the Step.
+`step()` advances every live sequence that can move, in one packed forward, whatever their modes. Sequences join,
+leave and are cancelled at any step. A sequence that waits for the LLM parks while the others go on, one that drafts
+goes on itself; one whose selector is dead or late takes the best choice there is without it, and says so in the Step.
 
 One thread owns an engine.
 """
@@ -13,45 +13,40 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 
-import numpy as np
-
 from s2t_shared import policy as decide
-from s2t_shared.errors import InvalidRequestError, S2TError, SelectorUnavailableError, VersionNotFoundError
+from s2t_shared.asking import Asker
+from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
 from s2t_shared.local_selector import LocalSelector
-from s2t_shared.roles import Draw, Proposer, SelectorClient, Track
-from s2t_shared.sequence import Action, Judgement, LiveSequence, Parked
-from s2t_shared.types import (
-    ChosenBy,
-    DecodeRequest,
-    FinishReason,
-    Mode,
-    ScoreQuery,
-    ScoreReply,
-    Step,
-    Support,
-)
+from s2t_shared.proposer import Draw, Proposal, Propose, Proposer, Result, Score, Work
+from s2t_shared.scorer import SelectorClient
+from s2t_shared.sequence import Action, Judgement, LiveSequence
+from s2t_shared.types import ChosenBy, DecodeRequest, FinishReason, Mode, ScoreReply, Step
 
-REST_AFTER_LATE_S = 1.0  # after a late reply the LLM is not asked for so long
-ROLLOUT_PATIENCE = 10.0  # a whole rollout is scored in one prefill: it may take this many selection timeouts
+LONGEST_DRAFT = 32
 SelectorLookup = Callable[[str | None], LocalSelector | None]  # version (None: live) -> local selector
 
 
 class Engine:
-    """Continuous batching over one proposer and, where there is one, an LLM."""
+    """Continuous batching over one proposer and, where there is one, an LLM.
+
+    longest_draft: drafted tokens per LLM check, at most; 1 asks token by token. read_ahead_tokens: how far the LLM
+    may lag behind a sequence that asks it rarely, before it is told the context ahead of need; 0: never.
+    """
 
     def __init__(self, proposer: Proposer, selector: SelectorClient | None = None,
                  local_selectors: SelectorLookup = lambda version: None, max_running: int = 32,
-                 selection_timeout_s: float = 2.0) -> None:
-        self.proposer, self._selector = proposer, selector
-        self._local_selectors = local_selectors
-        self._max_running, self._selection_timeout = max_running, selection_timeout_s
+                 selection_timeout_s: float = 2.0, longest_draft: int = LONGEST_DRAFT,
+                 read_ahead_tokens: int = 0) -> None:
+        self.proposer, self._local_selectors = proposer, local_selectors
+        self._max_running, self._longest_draft = max_running, longest_draft
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
+        self._events: dict[LiveSequence, list[Step]] = {}
         self._wake = threading.Event()
-        self._resting_until = 0.0
+        self._asker = Asker(selector, proposer.excluded_ids, proposer.runtime.vocab_rows, selection_timeout_s,
+                            read_ahead_tokens, self._wake.set) if selector is not None else None
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -59,23 +54,25 @@ class Engine:
         """Queue a request; it joins the batch at the next step that has room.
 
         Raises:
-            InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no LLM configured.
+            InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no LLM configured,
+                or more KV needed than there is.
         """
-        decide.check_policy(request.policy)
-        info = self._selector.info if self._selector is not None else None
-        if info is None and (request.policy.needs_llm or request.score_rollout):
-            raise InvalidRequestError(f"mode {request.policy.mode.value!r} with trigger "
-                                      f"{request.policy.trigger.value!r} asks the LLM, but none is configured; "
-                                      "give an LLM, or choose mode greedy, sample or s2t_local")
-        if request.score_rollout and request.policy.mode not in (Mode.GREEDY, Mode.SAMPLE):
-            raise InvalidRequestError(f"score_rollout goes with mode greedy or sample, not {request.policy.mode.value}")
-        n = len(request.token_ids)
+        policy, n = request.policy, len(request.token_ids)
+        decide.check_policy(policy)
+        info = self._asker.info if self._asker is not None else None
+        asks = policy.needs_llm or request.score_rollout
+        if info is None and asks:
+            raise InvalidRequestError(f"mode {policy.mode.value!r} with trigger {policy.trigger.value!r} asks the "
+                                      "LLM, but none is configured; give an LLM, or choose mode greedy, sample or "
+                                      "s2t_local")
+        if request.score_rollout and policy.mode not in (Mode.GREEDY, Mode.SAMPLE):
+            raise InvalidRequestError(f"score_rollout goes with mode greedy or sample, not {policy.mode.value}")
         longest = self.proposer.runtime.max_length
         stop_ids = self.proposer.runtime.eos_ids
-        if info is not None and (request.policy.needs_llm or request.score_rollout):
+        if info is not None and asks:
             longest = min(longest, info.max_length)
-        if info is not None and request.policy.needs_llm:
-            stop_ids = info.eos_ids if request.policy.mode is Mode.LLM else stop_ids | info.eos_ids
+        if info is not None and policy.needs_llm:
+            stop_ids = info.eos_ids if policy.mode is Mode.LLM else stop_ids | info.eos_ids
         if not n:
             raise InvalidRequestError("the prompt is empty: it has no tokens")
         if n >= longest:
@@ -83,13 +80,18 @@ class Engine:
                                       "shorten the prompt")
         if request.max_new_tokens < 1:
             raise InvalidRequestError(f"max_new_tokens={request.max_new_tokens}: must be at least 1")
+        new = min(request.max_new_tokens, longest - n)
+        if not self.proposer.fits(policy, n + new):
+            raise InvalidRequestError(f"prompt and answer may take {n + new} tokens, more than the KV pool of "
+                                      f"{self.proposer.runtime.pool.max_tokens} tokens can ever hold for this mode; "
+                                      "lower max_new_tokens, shorten the prompt or raise slm.kv_gib")
         self.proposer.runtime.check_ids(request.token_ids)
-        sequence = LiveSequence(request, list(request.token_ids), min(request.max_new_tokens, longest - n), stop_ids)
+        sequence = LiveSequence(request, list(request.token_ids), new, stop_ids)
         self._waiting.append(sequence)
         return sequence
 
     def cancel(self, sequence: LiveSequence) -> None:
-        """Its rows are free again within one step."""
+        """Its KV is free again within one step."""
         sequence.cancelled = True
         self._wake.set()
 
@@ -98,242 +100,206 @@ class Engine:
         return not self._waiting and not self._running
 
     def wait(self, timeout_s: float = 0.05) -> None:
-        """Block until a parked sequence's reply may have come, if nothing else can move."""
-        if self._running and all(s.parked and not s.cancelled for s in self._running):
+        """Block until a reply may have come, if nothing can move before."""
+        if self._running and not any(s.cancelled or self._can_move(s) for s in self._running):
             self._wake.wait(timeout_s)
         self._wake.clear()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[tuple[LiveSequence, Step | None]]:
-        """One token for every sequence that can move. Returns (sequence, its new Step) in batch order; a sequence
-        that ended without a token (cancelled, expired, rollout scored) comes with None."""
+    def step(self) -> list[tuple[LiveSequence, list[Step]]]:
+        """One forward for every sequence that can move. Returns the sequences that got new Steps or ended, with
+        those Steps (none where one ended without: cancelled, expired, rollout scored)."""
+        self._events = {}
         self._admit()
-        ended = self._drop_cancelled_and_expired() + self._take_rollout_scores()
-        ready = [s for s in self._running if s.parked is None]
-        judged = [self._judge_reply(s) for s in self._replied()]
-        llm_only = [s for s in ready if s.request.policy.mode is Mode.LLM and not s.use_slm_once]
-        proposing = [s for s in ready if s not in llm_only]
-        judged += [self._judge(s, *proposed) for s, proposed in zip(proposing, self._propose(proposing), strict=True)]
-        judged += [(Judgement(s, None), Action.ASK_LLM) for s in llm_only]
-        self._ask([j for j, action in judged if action is Action.ASK_LLM])
-        self._select_locally([j for j, action in judged if action is Action.SELECT_LOCALLY])
-        emitted = [(j.sequence, self._emit(j)) for j, action in judged
-                   if action in (Action.EMIT, Action.SELECT_LOCALLY)]
+        self._drop_cancelled_and_expired()
+        self._hear_replies()
+        moving = [s for s in self._running if self._can_move(s)]
+        llm_only = [s for s in moving if _is_llm_turn(s)]
+        if llm_only and self._asker:
+            self._asker.select(llm_only, [Judgement() for _ in llm_only])
+        working = [s for s in moving if not _is_llm_turn(s)]
+        self._hear_slm(working, self.proposer.run([self._work(s) for s in working]))
+        self._ask()
         self._retire()
-        return [*((s, None) for s in ended), *emitted]
+        return list(self._events.items())
 
     def _admit(self) -> None:
+        """First come, first served, as far as sequences and KV allow."""
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
+            request = sequence.request
             if not sequence.cancelled:
-                version = sequence.request.selector_version
                 try:
-                    selector = self._local_selectors(version)
+                    selector = self._local_selectors(request.selector_version)
                 except VersionNotFoundError:  # it was there when the request was checked, and was removed since
                     selector = self._local_selectors(None)
-                track = self.proposer.open(selector, sequence.request.policy)
+                track = self.proposer.open(selector, request.policy, request.token_ids,
+                                           len(request.token_ids) + sequence.max_new_tokens)
                 if track is None:
                     return
                 sequence.track, sequence.selector_version = track, selector.version if selector else ""
             self._running.append(self._waiting.popleft())
 
-    def _drop_cancelled_and_expired(self) -> list[LiveSequence]:
+    def _drop_cancelled_and_expired(self) -> None:
         now = time.monotonic()
-        ended = []
         for s in [*self._running, *self._waiting]:
             if s.cancelled:
-                s.finish_reason = FinishReason.CANCELLED
+                self._end(s, FinishReason.CANCELLED)
             elif s.request.deadline is not None and now >= s.request.deadline:
-                s.finish_reason = FinishReason.DEADLINE
-            else:
-                continue
-            if s.parked:
-                s.parked.future.cancel()
-            ended.append(s)
+                self._end(s, FinishReason.DEADLINE)
         self._waiting = deque(s for s in self._waiting if s.finish_reason is None)
         self._retire()
-        return ended
 
-    def _propose(self, sequences: Sequence[LiveSequence]) -> list[tuple[Support, int | None]]:
-        if not sequences:
-            return []
-        draws = [Draw(s.request.sampling, len(s.steps)) if s.request.policy.mode is Mode.SAMPLE else None
-                 for s in sequences]
-        return self.proposer.propose([_track(s) for s in sequences], [s.token_ids for s in sequences], draws)
+    def _can_move(self, s: LiveSequence) -> bool:
+        if s.finish_reason is not None or s.parked is not None:
+            return False
+        return s.riding is not None or not (s.draft or s.checks) or s.may_draft(self._longest_draft)
 
-    def _judge(self, sequence: LiveSequence, support: Support, drawn: int | None) -> tuple[Judgement, Action]:
-        """The SLM has proposed: emit its choice, ask the LLM, or score locally."""
-        policy, index = sequence.request.policy, len(sequence.steps)
-        judgement = Judgement(sequence, support, token_id=support.ids[0])
-        if drawn is not None:
-            judgement.token_id, judgement.chosen_by = drawn, ChosenBy.SAMPLER
-            return judgement, Action.EMIT
-        if sequence.use_slm_once:
-            sequence.use_slm_once = False
-            judgement.degraded = "the LLM did not answer"
-            return judgement, Action.EMIT
-        if not policy.can_trigger or not decide.may_trigger(policy, index):
-            return judgement, Action.EMIT
-        if policy.trigger.needs_llm:
-            return judgement, Action.ASK_LLM
-        judgement.signal = decide.slm_signal(policy.trigger, support, sequence.request.sampling.seed, index)
-        judgement.triggered = decide.triggers(policy, judgement.signal, index)
-        if not judgement.triggered:
-            return judgement, Action.EMIT
-        return judgement, Action.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Action.ASK_LLM
+    def _work(self, s: LiveSequence) -> Work:
+        assert s.track is not None
+        if s.riding is not None:
+            assert s.riding.support is not None
+            count = s.riding.candidate_count(s.request)
+            return Score(s.track, s.token_ids, s.riding.support.ids[:count], s.riding.support.log_probs[:count])
+        draw = Draw(s.request.sampling, len(s.steps)) if s.request.policy.mode is Mode.SAMPLE else None
+        return Propose(s.track, s.drafted_ids, draw, s.wants_support)
 
-    def _judge_reply(self, sequence: LiveSequence) -> tuple[Judgement, Action]:
-        """The LLM has answered, failed, or is late."""
-        assert sequence.parked is not None and sequence.parked.judgement is not None
-        judgement, future = sequence.parked.judgement, sequence.parked.future
-        sequence.parked = None
-        policy = sequence.request.policy
-        if not future.done():
-            self._resting_until = time.monotonic() + REST_AFTER_LATE_S
-        reply = _result(future)
-        if isinstance(reply, str):
-            judgement.degraded = reply
-            if judgement.support is None:  # LLM mode: the SLM takes this token
-                sequence.use_slm_once = True
-                return judgement, Action.PROPOSE_NEXT_STEP
-            has_local = judgement.triggered and sequence.selector_version
-            return judgement, Action.SELECT_LOCALLY if has_local else Action.EMIT
-        judgement.llm, judgement.llm_cached = reply.positions[0], reply.cached
-        if judgement.support is None:
-            judgement.token_id, judgement.chosen_by = judgement.llm.top_id, ChosenBy.LLM
-            return judgement, Action.EMIT
-        if policy.trigger.needs_llm:
-            judgement.signal = decide.kl(judgement.support.log_probs, judgement.llm.log_probs,
-                                         reverse=policy.trigger is policy.trigger.KL_REVERSE)
-            judgement.triggered = decide.triggers(policy, judgement.signal, len(sequence.steps))
-            if not judgement.triggered:
-                return judgement, Action.EMIT
-            if policy.mode is Mode.S2T_LOCAL:
-                return judgement, Action.SELECT_LOCALLY
-        judgement.chosen_by = ChosenBy.LLM
-        judgement.scores = judgement.llm.log_probs[: judgement.candidate_count]
-        judgement.token_id = (judgement.llm.top_id if policy.mode is Mode.TAKEOVER
-                              else judgement.support.ids[int(np.argmax(judgement.scores))])
-        return judgement, Action.EMIT
+    def _hear_slm(self, sequences: Sequence[LiveSequence], results: Sequence[Result]) -> None:
+        """Proposals and local scores: what the sequences do next."""
+        asking: list[tuple[LiveSequence, Judgement]] = []
+        for s, result in zip(sequences, results, strict=True):
+            if result is None:  # still reading
+                continue
+            if not isinstance(result, Proposal):
+                assert s.riding is not None
+                judgement, s.riding = s.riding, None
+                judgement.hear_local(result)
+                self._emit(s, judgement)
+                continue
+            judgement, action = s.judge(result)
+            if action is Action.ASK_LLM:
+                asking.append((s, judgement))
+            else:
+                self._act(s, judgement, action)
+        if asking and self._asker:
+            self._asker.select([s for s, _ in asking], [j for _, j in asking])
 
-    def _ask(self, judgements: Sequence[Judgement]) -> None:
-        """Send all LLM selections of this step out together; their sequences park."""
-        if not judgements:
+    def _act(self, s: LiveSequence, judgement: Judgement, action: Action) -> None:
+        if action is Action.DRAFT:
+            s.draft.append(judgement)
+        elif action is Action.SELECT_LOCALLY:
+            s.riding = judgement
+        else:
+            self._emit(s, judgement)
+
+    # -- the LLM ----------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Send full drafts off, and with them those at least half full: one LLM forward then serves them all."""
+        if self._asker is None:
             return
-        queries = [self._query(j.sequence, (len(j.sequence.token_ids) - 1,),
-                               (j.support.ids if j.support else (),)) for j in judgements]
-        for judgement, future in zip(judgements, self._submit(queries), strict=True):
-            self._park(judgement.sequence, judgement, future)
+        drafting = {s: s.unasked / s.draft_length(self._longest_draft) if not s.draft_ended else 1.0
+                    for s in self._running if s.finish_reason is None and s.unasked}
+        if any(fill >= 1.0 for fill in drafting.values()):
+            self._asker.check_drafts([s for s, fill in drafting.items() if fill >= 0.5])
+        self._asker.tell_ahead([s for s in self._running if s.finish_reason is None])
 
-    def _query(self, sequence: LiveSequence, positions: tuple[int, ...],
-               candidates: tuple[tuple[int, ...], ...]) -> ScoreQuery:
-        return ScoreQuery(tuple(sequence.token_ids), positions, candidates, self.proposer.excluded_ids,
-                          self.proposer.runtime.vocab_rows, sequence.request.request_id,
-                          sequence.request.fresh_selections)
-
-    def _submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
-        """Ask, unless the LLM was late a moment ago: waiting out the timeout at every token would stall answers."""
-        assert self._selector is not None
-        if time.monotonic() >= self._resting_until:
-            return self._selector.submit(queries)
-        futures: list[Future[ScoreReply]] = [Future() for _ in queries]
-        for future in futures:
-            future.set_exception(SelectorUnavailableError("the LLM was late a moment ago"))
-        return futures
-
-    def _park(self, sequence: LiveSequence, judgement: Judgement | None, future: Future[ScoreReply]) -> None:
-        patience = self._selection_timeout * (1.0 if judgement else ROLLOUT_PATIENCE)
-        sequence.parked = Parked(judgement, future, time.monotonic() + patience)
-        future.add_done_callback(lambda _: self._wake.set())
-
-    def _replied(self) -> list[LiveSequence]:
-        now = time.monotonic()
-        return [s for s in self._running if s.parked and s.parked.judgement
-                and (s.parked.future.done() or now >= s.parked.give_up_at)]
-
-    def _select_locally(self, judgements: Sequence[Judgement]) -> None:
-        """Score all local selections of this step in one forward."""
-        if not judgements:
+    def _hear_replies(self) -> None:
+        if self._asker is None:
             return
-        supports = [j.support for j in judgements if j.support is not None]
-        scores = self.proposer.select([_track(j.sequence) for j in judgements],
-                                      [j.sequence.token_ids for j in judgements], supports,
-                                      [j.candidate_count for j in judgements])
-        for judgement, support, group in zip(judgements, supports, scores, strict=True):
-            judgement.scores, judgement.chosen_by = group, ChosenBy.LOCAL
-            judgement.token_id = support.ids[int(np.argmax(group))]
+        for s in self._running:
+            if s.parked is not None and self._asker.is_over(s.parked):
+                parked, s.parked = s.parked, None
+                reply = self._asker.reply(s, parked)
+                if parked.judgement is None:
+                    self._take_rollout_scores(s, reply)
+                else:
+                    self._hear_selection(s, parked.judgement, reply)
+            while s.checks and s.finish_reason is None and self._asker.is_over(s.checks[0]):
+                check = s.checks.popleft()
+                self._confirm(s, check.count, self._asker.reply(s, check))
+        self._retire()
 
-    def _emit(self, judgement: Judgement) -> Step:
-        sequence, request = judgement.sequence, judgement.sequence.request
-        support = judgement.support
-        keep_support = judgement.triggered or request.score_rollout or request.keep_support
-        candidates = support.ids[: len(judgement.scores)] if support and judgement.triggered else ()
-        step = Step(len(sequence.steps), judgement.token_id, judgement.chosen_by, judgement.triggered,
-                    judgement.signal, candidates, judgement.scores, support if keep_support else None,
-                    judgement.llm, judgement.llm_cached, judgement.degraded)
-        sequence.steps.append(step)
-        sequence.token_ids.append(step.token_id)
-        slm_ended = step.chosen_by is ChosenBy.SLM and step.token_id in self.proposer.runtime.eos_ids
-        if slm_ended or step.token_id in sequence.stop_ids:
-            self._finish(sequence, FinishReason.STOP)
-        elif len(sequence.steps) >= sequence.max_new_tokens:
-            self._finish(sequence, FinishReason.LENGTH)
-        return step
+    def _hear_selection(self, s: LiveSequence, judgement: Judgement, reply: ScoreReply | str) -> None:
+        if not isinstance(reply, str):
+            self._act(s, judgement, judgement.hear_llm(s.request, len(s.steps), reply.positions[0], reply.cached))
+            return
+        judgement.degraded = reply
+        if judgement.support is None:  # LLM mode: the SLM takes this token
+            s.use_slm_once = True
+        elif s.selector_version:
+            s.riding = judgement
+        else:
+            self._emit(s, judgement)
+
+    def _confirm(self, s: LiveSequence, count: int, reply: ScoreReply | str) -> None:
+        """Make the first `count` drafted tokens Steps, up to the first that turns out otherwise."""
+        for i in range(count):
+            judgement = s.draft[0]
+            drafted = judgement.token_id
+            action = Action.EMIT
+            if isinstance(reply, str):
+                judgement.degraded = reply
+            else:
+                action = judgement.hear_llm(s.request, len(s.steps), reply.positions[i], reply.cached)
+                s.checked_tokens += 1
+            stands = action is Action.EMIT and judgement.token_id == drafted
+            if stands:
+                s.draft.pop(0)
+            else:
+                s.rejections += 1
+                s.drop_draft()
+                assert s.track is not None
+                s.track.truncate(len(s.token_ids))
+            self._act(s, judgement, action)
+            if not stands or s.finish_reason is not None:
+                return
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
-    def _finish(self, sequence: LiveSequence, reason: FinishReason) -> None:
-        if not sequence.request.score_rollout:
-            sequence.finish_reason = reason
-            return
-        start = len(sequence.request.token_ids) - 1
-        positions = tuple(range(start, start + len(sequence.steps)))
-        supports = tuple(s.support.ids for s in sequence.steps if s.support)
-        self._park(sequence, None, self._submit([self._query(sequence, positions, supports)])[0])
+    def _emit(self, s: LiveSequence, judgement: Judgement) -> None:
+        step = judgement.step(s.request, len(s.steps))
+        s.steps.append(step)
+        s.token_ids.append(step.token_id)
+        self._events.setdefault(s, []).append(step)
+        slm_ended = step.chosen_by is ChosenBy.SLM and step.token_id in self.proposer.runtime.eos_ids
+        if slm_ended or step.token_id in s.stop_ids:
+            self._finish(s, FinishReason.STOP)
+        elif len(s.steps) >= s.max_new_tokens:
+            self._finish(s, FinishReason.LENGTH)
 
-    def _take_rollout_scores(self) -> list[LiveSequence]:
-        """Fill in the LLM's view of finished rollouts that asked for it."""
-        ended = []
-        for sequence in self._running:
-            parked = sequence.parked
-            if parked is None or parked.judgement is not None:
-                continue
-            if not parked.future.done() and time.monotonic() < parked.give_up_at:
-                continue
-            reply = _result(parked.future)
-            if isinstance(reply, str):
-                sequence.steps = [replace(step, degraded=reply) for step in sequence.steps]
-            else:
-                sequence.steps = [replace(step, llm=scores, llm_cached=reply.cached)
-                                  for step, scores in zip(sequence.steps, reply.positions, strict=True)]
-                sequence.rollout_forwards = 0 if reply.cached else 1
-            sequence.parked = None
-            stopped = sequence.steps[-1].token_id in sequence.stop_ids
-            sequence.finish_reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-            ended.append(sequence)
-        self._retire()
-        return ended
+    def _finish(self, s: LiveSequence, reason: FinishReason) -> None:
+        if s.request.score_rollout and self._asker:
+            self._asker.score_rollout(s)
+        else:
+            self._end(s, reason)
+
+    def _take_rollout_scores(self, s: LiveSequence, reply: ScoreReply | str) -> None:
+        """Fill in the LLM's view of a finished rollout that asked for it."""
+        if isinstance(reply, str):
+            s.steps = [replace(step, degraded=reply) for step in s.steps]
+        else:
+            s.steps = [replace(step, llm=scores, llm_cached=reply.cached)
+                       for step, scores in zip(s.steps, reply.positions, strict=True)]
+        stopped = s.steps[-1].token_id in s.stop_ids
+        self._end(s, FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+    def _end(self, s: LiveSequence, reason: FinishReason) -> None:
+        s.finish_reason = reason
+        self._events.setdefault(s, [])
 
     def _retire(self) -> None:
-        for sequence in self._running:
-            if sequence.finish_reason is not None and sequence.track is not None:
-                self.proposer.close(sequence.track)
-                sequence.track = None
+        """Give back what ended sequences hold."""
+        for s in self._running:
+            if s.finish_reason is not None and s.track is not None:
+                if s.parked is not None:
+                    s.parked.future.cancel()
+                s.drop_draft()
+                self.proposer.close(s.track)
+                s.track = None
         self._running = [s for s in self._running if s.finish_reason is None]
 
 
-def _track(sequence: LiveSequence) -> Track:
-    assert sequence.track is not None
-    return sequence.track
-
-
-def _result(future: Future[ScoreReply]) -> ScoreReply | str:
-    """The reply, or why there is none (for `Step.degraded`)."""
-    if not future.done():
-        future.cancel()
-        return "the LLM was late"
-    try:
-        return future.result()
-    except (S2TError, CancelledError) as error:
-        return str(error) or "the LLM could not be asked"
+def _is_llm_turn(s: LiveSequence) -> bool:
+    return s.request.policy.mode is Mode.LLM and not s.use_slm_once

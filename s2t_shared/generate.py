@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from s2t_shared.engine import Engine
@@ -127,13 +127,18 @@ class AnswerBuilder:
         self._streams = {id(s): TextStream(tokenizer, request.stop) for s in self.sequences}
         self._open = len(self.sequences)
 
-    def push(self, sequence: LiveSequence, step: Step | None) -> str:
+    def push(self, sequence: LiveSequence, steps: Sequence[Step]) -> str:
         """Fold one event of the engine; returns text to stream now (nothing for majority until the vote)."""
         stream = self._streams[id(sequence)]
-        # A stop id is not text, whatever its tokenizer makes of it.
-        piece = stream.push(step.token_id) if step and step.token_id not in sequence.stop_ids else ""
-        if stream.stopped and sequence.finish_reason is None:
-            self._engine.cancel(sequence)
+        piece = ""
+        for step in steps:
+            # A stop id is not text, whatever its tokenizer makes of it.
+            piece += stream.push(step.token_id) if step.token_id not in sequence.stop_ids else ""
+            if stream.stopped:  # what was decided behind a stop string is not part of the answer
+                sequence.cut(step.index + 1)
+                if sequence.finish_reason is None:
+                    self._engine.cancel(sequence)
+                break
         if sequence.finish_reason is not None:
             piece += stream.finish()
             self._open -= 1
@@ -208,9 +213,9 @@ class Generator:
                     continue
                 active.add(id(builder))
                 live |= {id(s): builder for s in builder.sequences}
-            for sequence, step in self.engine.step():
+            for sequence, steps in self.engine.step():
                 builder = live[id(sequence)]
-                builder.push(sequence, step)
+                builder.push(sequence, steps)
                 if builder.done and id(builder) in active:
                     active.remove(id(builder))
                     for s in builder.sequences:

@@ -1,7 +1,7 @@
 """The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL; DESIGN section 1).
 
-Three kinds, two readings, one function. `score_candidates` runs the same forward for serving (no gradient) and for
-training (`distill`), so that what is trained is what is served. Knows rows and tokens; no policy, no files.
+Three kinds, two readings. `scoring_segment` says which tokens to look at, for serving; `combine` turns their hidden
+states into scores, for serving and for training (`distill`) alike. Knows rows and tokens; no policy, no files.
 
     kind       tokens looked at            score(c)
     reserved   the K siblings              sum_i v_i softmax(z(c))_i, v = linspace(0, 1, 16)   (paper, eq. of S2T-LOCAL)
@@ -20,9 +20,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from s2t_shared.kv import Row
 from s2t_shared.lora import Adapter
 from s2t_shared.policy import Calibration
-from s2t_shared.runtime import ModelRuntime
+from s2t_shared.runtime import ModelRuntime, Segment
 
 
 class SelectorKind(str, Enum):
@@ -83,27 +84,30 @@ class Candidates:
         return torch.arange(self.ids.shape[1])[None, :] < self.counts[:, None]
 
 
-def score_candidates(runtime: ModelRuntime, selector: LocalSelector, rows: Sequence[int], last_ids: Sequence[int],
-                     lengths: Sequence[int], candidates: Candidates) -> Tensor:
-    """Scores [n, K] float32 (padding -inf) of each context's candidates, in one forward.
+def scoring_segment(selector: LocalSelector, row: Row, token_ids: Sequence[int], candidate_ids: Sequence[int],
+                    own_reading: bool, limit: int) -> tuple[Segment, bool]:
+    """The tokens to look at for the scores of `candidate_ids` after `token_ids`, and whether they are all of them.
 
-    rows: the KV row of each context, holding its `lengths[i]` tokens; last_ids: each context's last token.
+    own_reading: `row` is the adapter's own, which first reads what is new in `token_ids`, at most `limit` tokens at
+    a time. Otherwise `row` is the generation's; it has read all of `token_ids`, and nothing is kept.
     """
-    k = candidates.ids.shape[1]
     with_last = selector.kind is not SelectorKind.RESERVED
-    with_siblings = selector.kind is not SelectorKind.PREFIX
-    length = torch.tensor(list(lengths))
-    tokens, positions = [], []
-    if with_last:
-        tokens.append(torch.tensor(list(last_ids))[:, None])
-        positions.append(length[:, None] - 1)
-    if with_siblings:
-        tokens.append(candidates.ids)
-        positions.append(length[:, None].expand(-1, k))
-    hidden = runtime.branch(rows, torch.cat(tokens, 1), torch.cat(positions, 1), length - int(with_last),
-                            block_mask(k if with_siblings else 0, with_last), selector.adapter)
-    return combine(runtime, selector, hidden[:, 0] if with_last else None,
-                   hidden[:, int(with_last):] if with_siblings else None, candidates)
+    siblings = candidate_ids if selector.kind is not SelectorKind.PREFIX else ()
+    start = len(token_ids) - int(with_last)
+    if own_reading:
+        start = min(start, len(row.token_ids))
+        if len(token_ids) - start > limit:
+            return Segment(row, token_ids[start: start + limit], start, (), selector.adapter), False
+    return Segment(row, token_ids[start:], start, siblings, selector.adapter, keep=own_reading), True
+
+
+def split_hidden(selector: LocalSelector, hidden: Tensor, candidates: int) -> tuple[Tensor | None, Tensor | None]:
+    """Hidden states [..., t, hidden] of a whole scoring segment -> those of the last context token [..., hidden] and
+    of the siblings [..., K, hidden], as the kind reads them."""
+    if selector.kind is SelectorKind.PREFIX:
+        return hidden[..., -1, :], None
+    siblings = hidden[..., -candidates:, :]
+    return (hidden[..., -candidates - 1, :] if selector.kind is SelectorKind.JOINT else None), siblings
 
 
 def block_mask(siblings: int, with_last: bool) -> Tensor:

@@ -1,22 +1,25 @@
-"""Gated LoRA: low-rank deltas on a model's linear layers that act only while the caller says so.
+"""Gated LoRA: low-rank deltas on a model's linear layers that act only on the tokens the caller says.
 
 Knows linear layers and PEFT's file format; nothing of contexts, caches or selection. With no adapter active a
-`GatedLinear` returns exactly what its base layer returns, bit for bit (DESIGN law 4).
+`GatedLinear` returns exactly what its base layer returns, bit for bit (DESIGN law 4); several adapters may act on
+different tokens of one forward: W x + gate_t * B A x.
 
-Our own few lines rather than PEFT's layers, because the gate is switched several times per decode step and PEFT
-walks every module to switch it. The files are PEFT's: `PeftModel.from_pretrained` loads them (tested).
+Our own few lines rather than PEFT's layers, because the gate is per token and changes at every decode step. The
+files are PEFT's: `PeftModel.from_pretrained` loads them (tested).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,13 +32,21 @@ PEFT_PREFIX = "base_model.model."
 UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save")
 
 
-@dataclass
+_keys = itertools.count(1)
+
+
+@dataclass(eq=False)
 class Adapter:
-    """LoRA weights by module path: A [rank, in_features], B [out_features, rank]; delta = (alpha / rank) * B A x."""
+    """LoRA weights by module path: A [rank, in_features], B [out_features, rank]; delta = (alpha / rank) * B A x.
+
+    `key` names these very weights for as long as the process lives (what they have read is theirs alone).
+    `merged`: W + delta by module path, where they were merged (see `merge`)."""
 
     rank: int
     alpha: float
     weights: dict[str, tuple[Tensor, Tensor]]
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    key: int = field(default_factory=lambda: next(_keys))
 
     @property
     def scale(self) -> float:
@@ -49,15 +60,18 @@ class Adapter:
                        {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.weights.items()})
 
 
+Gate = tuple[Adapter, Tensor | None]  # an adapter and the packed tokens it acts on; None: all of them
+
+
 class AdapterSwitch:
-    """The one place that says which adapter a model's forward uses. One per model, one thread at a time."""
+    """The one place that says which adapters a model's forward uses. One per model, one thread at a time."""
 
     def __init__(self) -> None:
-        self.active: Adapter | None = None
+        self.active: Sequence[Gate] = ()
 
     @contextmanager
-    def using(self, adapter: Adapter | None) -> Iterator[None]:
-        previous, self.active = self.active, adapter
+    def using(self, gates: Sequence[Gate]) -> Iterator[None]:
+        previous, self.active = self.active, gates
         try:
             yield
         finally:
@@ -65,19 +79,27 @@ class AdapterSwitch:
 
 
 class GatedLinear(nn.Module):
-    """y = W x (+ b), plus the active adapter's delta when there is one."""
+    """y = W x (+ b), plus each active adapter's delta on its tokens. x: [1, N, in] where a gate names tokens."""
 
     def __init__(self, base: nn.Linear, path: str, switch: AdapterSwitch) -> None:
         super().__init__()
         self.base, self.path, self.switch = base, path, switch
 
     def forward(self, x: Tensor) -> Tensor:
+        gates = self.switch.active
+        if not gates:
+            return self.base(x)
+        if len(gates) == 1 and gates[0][1] is None and (merged := gates[0][0].merged.get(self.path)) is not None:
+            return F.linear(x, merged, self.base.bias)
         y: Tensor = self.base(x)
-        adapter = self.switch.active
-        if adapter is None:
-            return y
-        a, b = adapter.weights[self.path]
-        return y + (x.to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
+        for adapter, tokens in gates:
+            a, b = adapter.weights[self.path]
+            if tokens is None:
+                y = y + (x.to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
+            else:
+                delta = (x[0].index_select(0, tokens).to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
+                y[0].index_add_(0, tokens, delta)
+        return y
 
     @property
     def weight(self) -> Tensor:
@@ -103,6 +125,18 @@ def install(model: nn.Module) -> AdapterSwitch:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, GatedLinear(layer, path, switch))
     return switch
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, model: nn.Module) -> None:
+    """Keep W + delta beside W, for forwards in which this adapter acts on every token: there two small products per
+    layer cost more than they compute. Takes the memory of one more copy of the adapted layers."""
+    if not adapter.merged:
+        for path, layer in adaptable_layers(model).items():
+            a, b = adapter.weights[path]
+            merged = torch.empty_like(layer.weight)  # in the same memory order
+            merged.copy_(layer.weight.float() + adapter.scale * (b.float() @ a.float()))
+            adapter.merged[path] = merged
 
 
 def new_adapter(model: nn.Module, rank: int, alpha: float, seed: int) -> Adapter:

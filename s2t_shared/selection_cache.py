@@ -19,7 +19,7 @@ from functools import partial
 
 from s2t_shared.errors import StoreError
 from s2t_shared.redis_server import LabelStore
-from s2t_shared.roles import LLMInfo, SelectorClient
+from s2t_shared.scorer import LLMInfo, SelectorClient
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 log = logging.getLogger(__name__)

@@ -17,14 +17,16 @@ from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, Versio
 from s2t_shared.generate import GenerateRequest, Generator, check_request, with_thresholds
 from s2t_shared.local_selector import LocalSelector
 from s2t_shared.policy import CALIBRATED, Calibration, check_policy
+from s2t_shared.proposer import Proposer
 from s2t_shared.registry import MANIFEST, Registry, load_version
-from s2t_shared.roles import InProcessSelector, LLMScorer, Proposer
 from s2t_shared.runtime import ModelRuntime, resolve_model
+from s2t_shared.scorer import InProcessSelector, LLMScorer
 from s2t_shared.tasks import calibration_prompts, read_prompts
 from s2t_shared.text import Tokenizer, check_same_tokenizer, reserved_ids
 from s2t_shared.types import Answer, Prompt
 
 CACHE = Path("~/.cache/s2t/calibration")
+KV_BYTES = 4 << 30  # of each model; taken as it is needed
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def load_models(slm: str, llm: str | None, selector: str, versions: Path, dtype:
     if llm is not None:
         llm_tokenizer = Tokenizer.load(resolve_model(llm))
         check_same_tokenizer(tokenizer, llm_tokenizer)
-        scorer = LLMScorer(ModelRuntime.load(llm, dtype, device, max(2, 4 * batch_size)), llm_tokenizer.digest)
-    runtime = ModelRuntime.load(slm, dtype, device, 2 * batch_size)
+        scorer = LLMScorer(ModelRuntime.load(llm, dtype, device, KV_BYTES), llm_tokenizer.digest)
+    runtime = ModelRuntime.load(slm, dtype, device, KV_BYTES)
     local = load_selector(selector, versions, runtime, tokenizer)
     engine = Engine(Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
                     InProcessSelector(scorer) if scorer else None, lambda version: local, batch_size)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +24,11 @@ from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableErro
 from s2t_shared.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
 from s2t_shared.labels import Digests, check_split, labels_of
 from s2t_shared.policy import Calibration
+from s2t_shared.proposer import Proposer
 from s2t_shared.redis_server import LabelStore
 from s2t_shared.registry import Registry
-from s2t_shared.roles import LLMInfo, Proposer
 from s2t_shared.runtime import ModelRuntime, resolve_model
+from s2t_shared.scorer import LLMInfo
 from s2t_shared.selection_cache import CachedSelector
 from s2t_shared.sequence import LiveSequence
 from s2t_shared.store import LabelWriter
@@ -105,13 +106,13 @@ class EngineThread:
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()
-            for sequence, step in self._engine.step():
-                self._fold(sequence, step)
+            for sequence, steps in self._engine.step():
+                self._fold(sequence, steps)
             self._engine.wait(0.005)
 
-    def _fold(self, sequence: LiveSequence, step: Step | None) -> None:
+    def _fold(self, sequence: LiveSequence, steps: Sequence[Step]) -> None:
         job = self._jobs[id(sequence)]
-        piece = job.builder.push(sequence, step)
+        piece = job.builder.push(sequence, steps)
         if sequence.finish_reason is not None:
             del self._jobs[id(sequence)]
         if piece or job.builder.done:
@@ -125,7 +126,7 @@ class ProposerReplica:
         torch.set_num_threads(config.slm.threads)
         self._config = config
         self._tokenizer = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
-        runtime = ModelRuntime.load(config.slm_model, config.slm.dtype, config.slm.device, config.slm.max_rows)
+        runtime = ModelRuntime.load(config.slm_model, config.slm.dtype, config.slm.device, config.slm.kv_bytes)
         runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
         reserved = reserved_ids(self._tokenizer, runtime.vocab_rows)
         self._remote = await self._connect(config, runtime, selector_handle)
@@ -133,8 +134,9 @@ class ProposerReplica:
         self._writer = LabelWriter(self._store) if self._store else None
         selector = CachedSelector(self._remote, self._store, config.redis.cache_ttl_s) if self._store else self._remote
         self._live = LiveSelectors(Registry(config.versions), runtime, self._tokenizer.digest)
-        engine = Engine(Proposer(runtime, reserved), selector, self._live.lookup, config.proposer.max_running,
-                        config.proposer.selection_timeout_s)
+        p = config.proposer
+        engine = Engine(Proposer(runtime, reserved, p.chunk_tokens), selector, self._live.lookup, p.max_running,
+                        p.selection_timeout_s, p.longest_draft, p.read_ahead_tokens)
         self._runtime = runtime
         self._calibration = await asyncio.to_thread(self._calibrate, engine)
         self._engine = EngineThread(engine, self._tokenizer)

@@ -22,7 +22,7 @@ from s2t_shared.config import SecurityConfig
 from s2t_shared.errors import SelectorUnavailableError, TokenizerMismatchError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
-from s2t_shared.roles import LLMInfo
+from s2t_shared.scorer import LLMInfo
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services import net, wire
 

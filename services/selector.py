@@ -1,5 +1,5 @@
 """A selector replica: the LLM behind its own gRPC server. Its jobs: 1. batch the queries of many proposers,
-2. say its address, 3. report its health. What a query means is `roles.LLMScorer`'s business.
+2. say its address, 3. report its health. What a query means is `scorer.LLMScorer`'s business.
 
 Proposers call this server directly: a Serve handle or proxy would cost 7-12 ms a selection, this hop about one.
 """
@@ -21,8 +21,8 @@ from s2t_shared.config import LOOPBACK, Config
 from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
-from s2t_shared.roles import LLMScorer
 from s2t_shared.runtime import ModelRuntime, resolve_model
+from s2t_shared.scorer import LLMScorer
 from s2t_shared.text import Tokenizer
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services import net, wire
@@ -90,7 +90,7 @@ class Selector:
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         torch.set_num_threads(config.llm.threads)
-        runtime = ModelRuntime.load(config.llm_model, config.llm.dtype, config.llm.device, config.llm.max_rows)
+        runtime = ModelRuntime.load(config.llm_model, config.llm.dtype, config.llm.device, config.llm.kv_bytes)
         tokenizer = Tokenizer.load(resolve_model(config.llm_model))
         scorer = LLMScorer(runtime, tokenizer.digest)
         self._batcher = ScoreBatcher(scorer)

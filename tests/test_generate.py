@@ -14,8 +14,9 @@ from s2t_shared.labels import Digests, labels_of
 from s2t_shared.metrics import hit_at, paired_difference, spearman, wilson_interval
 from s2t_shared.pair import LLM_DIR, SLM_DIR, problems
 from s2t_shared.policy import Calibration
-from s2t_shared.roles import InProcessSelector, LLMScorer, Proposer
+from s2t_shared.proposer import Proposer
 from s2t_shared.runtime import ModelRuntime
+from s2t_shared.scorer import InProcessSelector, LLMScorer
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import Answer, CandidateRule, LabelOptions, LabelRule, Mode, Policy, Prompt, Sampling, Trigger
 
@@ -65,7 +66,7 @@ def test_stop_string_ends_the_answer(pair: Generator) -> None:
     cut = one(pair, replace(request, stop=(" first",)))
     assert cut.text == whole.text.partition(" first")[0] and cut.finish_reason.value == "stop"
     assert len(cut.token_ids) < len(whole.token_ids)
-    assert pair.engine.idle and pair.engine.proposer.runtime.pool.used_rows == 0
+    assert pair.engine.idle and pair.engine.proposer.runtime.pool.live_rows == 0
 
 
 def test_length_and_deadline(pair: Generator) -> None:

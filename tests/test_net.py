@@ -14,7 +14,7 @@ from s2t_shared.config import SecurityConfig
 from s2t_shared.errors import ConfigError, S2TError, TokenizerMismatchError, UnauthenticatedError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
-from s2t_shared.roles import LLMInfo
+from s2t_shared.scorer import LLMInfo
 from s2t_shared.types import ScoreQuery
 from services import net, wire
 from services.remote_selector import RemoteSelector

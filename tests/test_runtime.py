@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from s2t_shared.errors import InvalidRequestError, ModelLoadError, VersionError
-from s2t_shared.kv import FIRST_COLUMNS, FIRST_ROWS, KVPool, PoolCache
-from s2t_shared.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, load_adapter, new_adapter, save_adapter
-from s2t_shared.runtime import ModelRuntime
+from s2t_shared.kv import Row
+from s2t_shared.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, load_adapter, merge, new_adapter, save_adapter
+from s2t_shared.runtime import ModelRuntime, Segment
 from tests.models import SPECS
 
 ARCHITECTURES = ["slm", "qwen2", "qwen2_tied", "padding", "gemma2", "mistral"]
@@ -38,6 +36,19 @@ def plain_logits(folder: Path, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids]), use_cache=False).logits[0]
 
 
+def new_row(runtime: ModelRuntime, columns: int = 128, reader: object = None) -> Row:
+    row = runtime.pool.acquire((), columns, reader)
+    assert row is not None
+    return row
+
+
+def read(runtime: ModelRuntime, row: Row, ids: list[int], start: int = 0, adapter: Adapter | None = None
+         ) -> torch.Tensor:
+    """Hidden states [t, hidden] of one segment."""
+    hidden, (place,) = runtime.forward([Segment(row, ids, start, (), adapter)])
+    return hidden[place]
+
+
 # -- forwards ---------------------------------------------------------------------------------------------------------
 
 
@@ -47,15 +58,15 @@ def test_extending_in_ragged_pieces_equals_one_plain_forward(models: dict[str, P
     runtime = ModelRuntime.load(str(models[name]))
     torch.manual_seed(0)
     contexts = [torch.randint(5, 48, (n,)).tolist() for n in (17, 4, 11)]
-    rows = [runtime.pool.allocate() for _ in contexts]
+    rows = [new_row(runtime) for _ in contexts]
     got: list[list[torch.Tensor]] = [[] for _ in contexts]
     done = [0, 0, 0]
     for cuts in ([5, 1, 3], [6, 3, 1], [1, 0, 7], [5, 0, 0]):  # several rows at several starts, padded
         live = [i for i, n in enumerate(cuts) if n]
-        hidden = runtime.extend([rows[i] for i in live], [contexts[i][done[i]: done[i] + cuts[i]] for i in live],
-                                [done[i] for i in live])
-        for j, i in enumerate(live):
-            got[i].append(runtime.logits(hidden[j, : cuts[i]]))
+        hidden, places = runtime.forward([Segment(rows[i], contexts[i][done[i]: done[i] + cuts[i]], done[i])
+                                          for i in live])
+        for i, place in zip(live, places, strict=True):
+            got[i].append(runtime.logits(hidden[place]))
             done[i] += cuts[i]
     assert done == [17, 4, 11]
     for context, pieces in zip(contexts, got, strict=True):
@@ -77,103 +88,93 @@ def test_row_and_reserved_logits_equal_the_whole_heads(models: dict[str, Path], 
     assert runtime.reserved_logits(hidden, virtual, torch.ones(16, hidden.shape[-1])).any()
 
 
-def test_branches_leave_no_trace(models: dict[str, Path]) -> None:
-    """A branch that wrote into the pool would let one trigger's candidates leak into the answer."""
+def test_candidates_leave_no_trace(models: dict[str, Path]) -> None:
+    """Looking at candidates (over the base KV, or behind new tokens of an adapter's own row) must change nothing that
+    a later token sees."""
     runtime = ModelRuntime.load(str(models["slm"]))
-    row = runtime.pool.allocate()
-    runtime.extend([row], [[5, 6, 7, 8]], [0])
-    before = [t.clone() for layer in runtime.pool._layers for t in layer]
-    runtime.branch([row], torch.tensor([[9, 10]]), torch.tensor([[4, 4]]), [4], torch.eye(2, dtype=torch.bool))
-    for a, b in zip(before, (t for layer in runtime.pool._layers for t in layer), strict=True):
-        assert torch.equal(a, b)
+    row = new_row(runtime)
+    read(runtime, row, [5, 6, 7, 8])
+    adapter = random_adapter(runtime)
+    runtime.forward([Segment(row, [8], 3, (9, 10, 11), adapter, keep=False)])
+    runtime.forward([Segment(row, (), 4, (12, 13), adapter, keep=False)])
+    assert row.token_ids == [5, 6, 7, 8]
+    logits = runtime.logits(read(runtime, row, [20, 21], 4))
+    torch.testing.assert_close(logits, plain_logits(models["slm"], [5, 6, 7, 8, 20, 21])[4:], atol=2e-5, rtol=1e-5)
+    hidden, (place,) = runtime.forward([Segment(row, [22], 6, (9, 10))])
+    assert row.token_ids[6:] == [22]
+    for i, candidate in enumerate((9, 10)):
+        expected = plain_logits(models["slm"], [5, 6, 7, 8, 20, 21, 22, candidate])[-1]
+        torch.testing.assert_close(runtime.logits(hidden[place])[1 + i], expected, atol=2e-5, rtol=1e-5)
 
 
 def test_a_freed_row_starts_clean(models: dict[str, Path]) -> None:
     """What a longer, ended sequence left behind in the row must not be seen by the next one."""
     runtime = ModelRuntime.load(str(models["slm"]))
-    row = runtime.pool.allocate()
-    runtime.extend([row], [list(range(5, 45))], [0])
-    runtime.pool.free(row)
-    assert runtime.pool.allocate() == row
-    logits = runtime.logits(runtime.extend([row], [[9, 8, 7]], [0])[0])
+    row = new_row(runtime)
+    read(runtime, row, list(range(5, 45)))
+    runtime.pool.release(row)
+    runtime.pool.clear()
+    logits = runtime.logits(read(runtime, new_row(runtime), [9, 8, 7]))
     torch.testing.assert_close(logits, plain_logits(models["slm"], [9, 8, 7]), atol=2e-5, rtol=1e-5)
 
 
-def test_growing_the_pool_keeps_what_it_holds(models: dict[str, Path]) -> None:
-    """A sequence that crosses 128 tokens while others join forces a copy of the storage: nothing may be lost."""
-    runtime = ModelRuntime.load(str(models["slm"]))
-    context = [5 + i % 40 for i in range(FIRST_COLUMNS + 20)]
-    row = runtime.pool.allocate()
-    runtime.extend([row], [context[:100]], [0])
-    small = runtime.pool.bytes
-    others = [runtime.pool.allocate() for _ in range(FIRST_ROWS)]
-    runtime.extend(others, [[7]] * len(others), [0] * len(others))
-    hidden = runtime.extend([row], [context[100:]], [100])
-    assert runtime.pool.bytes == 4 * small  # rows doubled, columns doubled
-    torch.testing.assert_close(runtime.logits(hidden[0]), plain_logits(models["slm"], context)[100:],
-                               atol=5e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_packed_forward_of_everything_at_once(models: dict[str, Path], name: str) -> None:
+    """Prefill chunks, single tokens of rows with holes between them, a long chunk behind a prefix, and candidates, in
+    one forward and any order: each is what a plain forward of its own says."""
+    runtime = ModelRuntime.load(str(models[name]))
+    torch.manual_seed(1)
+    contexts = [torch.randint(5, 48, (n,)).tolist() for n in (9, 90, 30, 5, 100, 12, 3)]
+    stored = [8, 20, 29, 0, 99, 12, 2]
+    rows = [new_row(runtime, 256 if i == 4 else 128) for i in range(len(contexts))]
+    for row, context, n in zip(rows, contexts, stored, strict=True):
+        if n:
+            read(runtime, row, context[:n])
+    segments = [Segment(row, context[n:], n) for row, context, n in zip(rows, contexts, stored, strict=True)]
+    segments[5] = Segment(rows[5], (), 12, (40, 41, 42), keep=False)
+    hidden, places = runtime.forward([segments[i] for i in (3, 5, 0, 6, 1, 4, 2)])
+    for i, place in zip((3, 5, 0, 6, 1, 4, 2), places, strict=True):
+        logits = runtime.logits(hidden[place])
+        if i == 5:
+            expected = torch.stack([plain_logits(models[name], [*contexts[5], c])[-1] for c in (40, 41, 42)])
+        else:
+            expected = plain_logits(models[name], contexts[i])[stored[i]:]
+        torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)
+    runtime.pool.check()
 
 
-@given(st.lists(st.integers(0, 9), max_size=60))
-def test_row_allocation_invariants(choices: list[int]) -> None:
-    """Two sequences in one row corrupt both; a lost row shrinks the service until it is restarted."""
-    pool, held = KVPool(max_rows=6), []
-    for choice in choices:
-        if choice < 6:
-            row = pool.allocate()
-            free = sorted(set(range(6)) - set(held))
-            assert row == (free[0] if free else None)
-            held += [row] if row is not None else []
-        elif held:
-            pool.free(held.pop(choice % len(held)))
-        assert pool.used_rows == len(held)
+def test_adapters_act_on_their_own_tokens_only(models: dict[str, Path]) -> None:
+    """Two versions and none in one forward, each row as if alone."""
+    runtime = ModelRuntime.load(str(models["qwen2"]))
+    one, two = random_adapter(runtime, 1), random_adapter(runtime, 7)
+    ids = [5, 9, 40, 7]
+    alone = [read(runtime, new_row(runtime, reader=a and a.key), ids, 0, a) for a in (None, one, two)]
+    rows = [new_row(runtime, reader=a and a.key) for a in (None, one, two)]
+    hidden, places = runtime.forward([Segment(r, ids, 0, (), a) for r, a in zip(rows, (None, one, two), strict=True)])
+    for place, expected in zip(places, alone, strict=True):
+        torch.testing.assert_close(hidden[place], expected, atol=2e-5, rtol=1e-5)
+    assert (alone[0] - alone[1]).abs().max() > 0.1 and (alone[1] - alone[2]).abs().max() > 0.1
 
 
-def test_freeing_twice_is_a_bug_and_says_so() -> None:
-    """A silent double free would hand one row to two sequences later."""
-    pool = KVPool(4)
-    row = pool.allocate()
-    pool.free(row)
-    with pytest.raises(KeyError):
-        pool.free(row)
-
-
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 600)), min_size=1, max_size=5))
-def test_reserve_grows_enough_and_never_shrinks(requests: list[tuple[int, int]]) -> None:
-    """Storage too small by one column is an index error in the middle of an answer."""
-    pool = KVPool(64)
-    keys = torch.ones(1, 1, 1, 1)
-    PoolCache(pool, [0], torch.tensor([[0]]), 1).update(keys, keys, 0)
-    bytes_before = pool.bytes
-    for rows, columns in requests:
-        pool.reserve(rows, columns)
-        stored = pool._layers[0][0]
-        assert stored.shape[0] >= rows and stored.shape[2] >= columns and pool.bytes >= bytes_before
-        assert float(stored[0, 0, 0, 0]) == 1.0 and float(stored.sum()) == 1.0
-        bytes_before = pool.bytes
-
-
-@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1]])
-def test_rows_may_come_in_any_order(models: dict[str, Path], rows: list[int]) -> None:
-    """Contiguous rows are read as a slice, others by index: both must read the rows that were asked."""
-    runtime = ModelRuntime.load(str(models["slm"]))
-    contexts = {row: [5 + row, 20 + row, 30 + row] for row in range(3)}
-    runtime.extend([0, 1, 2], [contexts[r] for r in range(3)], [0, 0, 0])
-    hidden = runtime.extend(rows, [[9]] * len(rows), [3] * len(rows))
-    for i, row in enumerate(rows):
-        torch.testing.assert_close(runtime.logits(hidden[i, 0]), plain_logits(models["slm"], [*contexts[row], 9])[-1],
-                                   atol=2e-5, rtol=1e-5)
+def test_merged_weights_are_the_adapter(models: dict[str, Path]) -> None:
+    runtime = ModelRuntime.load(str(models["qwen2"]))
+    adapter = random_adapter(runtime)
+    gated = read(runtime, new_row(runtime, reader=1), [5, 9, 40, 7], 0, adapter)
+    merge(adapter, runtime.model)
+    merged = read(runtime, new_row(runtime, reader=1), [5, 9, 40, 7], 0, adapter)
+    assert not torch.equal(gated, merged)
+    torch.testing.assert_close(gated, merged, atol=2e-5, rtol=1e-5)
 
 
 def test_bfloat16_smoke(models: dict[str, Path]) -> None:
     """A float32 tensor mixed into a bfloat16 model raises only on the machine with the GPU, if not here."""
     runtime = ModelRuntime.load(str(models["gemma2"]), dtype="bfloat16")
     plain = plain_logits(models["gemma2"], [5, 6, 7, 8])
-    row = runtime.pool.allocate()
+    row = new_row(runtime)
     adapter = random_adapter(runtime)
-    with_adapter = runtime.extend([row], [[5, 6, 7]], [0], adapter)
-    hidden = runtime.extend([row], [[5, 6, 7]], [0])
-    branch = runtime.branch([row], torch.tensor([[8, 9]]), torch.tensor([[3, 3]]), [3], torch.eye(2, dtype=torch.bool))
+    with_adapter = read(runtime, row, [5, 6, 7], 0, adapter)
+    hidden = read(runtime, row, [5, 6, 7])
+    branch = runtime.forward([Segment(row, (), 3, (8, 9), keep=False)])[0][None]
     assert hidden.dtype == torch.bfloat16 and runtime.logits(hidden).dtype == torch.float32
     assert not torch.equal(hidden, with_adapter)
     torch.testing.assert_close(runtime.logits(branch[0, 0]), plain[3], atol=0.8, rtol=0.1)
@@ -202,8 +203,7 @@ def test_an_adapter_file_means_to_peft_what_it_means_to_us(models: dict[str, Pat
     loaded = load_adapter(tmp_path, ModelRuntime.load(str(models[name])).model)
     assert loaded.rank == saved.rank and loaded.alpha == saved.alpha
     ids = [5, 9, 40, 7, 30, 22, 11]
-    row = runtime.pool.allocate()
-    ours = runtime.logits(runtime.extend([row], [ids], [0], loaded)[0])
+    ours = runtime.logits(read(runtime, new_row(runtime), ids, 0, loaded))
     base = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32, attn_implementation="eager")
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
@@ -214,28 +214,28 @@ def test_an_adapter_file_means_to_peft_what_it_means_to_us(models: dict[str, Pat
 def test_installed_layers_change_nothing_while_no_adapter_is_active(models: dict[str, Path]) -> None:
     """Law 4: bit for bit, before the layers are wrapped, after, after an adapter was used, and after one raised."""
     runtime = ModelRuntime.load(str(models["qwen2"]))
-    row = runtime.pool.allocate()
+    row = new_row(runtime)
 
     def logits() -> torch.Tensor:
-        return runtime.logits(runtime.extend([row], [[5, 9, 40, 7]], [0]))
+        return runtime.logits(read(runtime, row, [5, 9, 40, 7]))
 
     before = logits()
     adapter = random_adapter(runtime)
-    assert runtime.switch.active is None and torch.equal(logits(), before)
-    assert not torch.equal(runtime.logits(runtime.extend([row], [[5, 9, 40, 7]], [0], adapter)), before)
+    assert not runtime.switch.active and torch.equal(logits(), before)
+    assert not torch.equal(runtime.logits(read(runtime, row, [5, 9, 40, 7], 0, adapter)), before)
     assert torch.equal(logits(), before)
     with pytest.raises(KeyError):
-        runtime.extend([row], [[5]], [0], Adapter(1, 1.0, {}))
-    assert runtime.switch.active is None and torch.equal(logits(), before)
+        read(runtime, row, [5], 0, Adapter(1, 1.0, {}))
+    assert not runtime.switch.active and torch.equal(logits(), before)
 
 
 def test_a_fresh_adapter_is_the_base_model(models: dict[str, Path]) -> None:
     """B starts at zero, so training starts from the base model and not from noise."""
     runtime = ModelRuntime.load(str(models["slm"]))
-    row = runtime.pool.allocate()
-    base = runtime.extend([row], [[5, 9]], [0])
+    base = read(runtime, new_row(runtime), [5, 9])
     fresh = new_adapter(runtime.model, 2, 4.0, seed=0)
-    assert torch.equal(runtime.extend([row], [[5, 9]], [0], fresh), base)
+    with torch.no_grad():
+        assert torch.equal(read(runtime, new_row(runtime), [5, 9], 0, fresh), base)
     assert all(p.requires_grad for p in fresh.parameters()) and any(p.any() for p in fresh.parameters())
     assert all(torch.equal(a, b) for a, b in zip(
         fresh.parameters(), new_adapter(runtime.model, 2, 4.0, seed=0).parameters(), strict=True))

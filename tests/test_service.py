@@ -21,8 +21,9 @@ from s2t_shared.engine import Engine
 from s2t_shared.generate import GenerateRequest, Generator
 from s2t_shared.pair import LLM_DIR, SLM_DIR, problems
 from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.roles import InProcessSelector, LLMScorer, Proposer
+from s2t_shared.proposer import Proposer
 from s2t_shared.runtime import ModelRuntime
+from s2t_shared.scorer import InProcessSelector, LLMScorer
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import Answer, CandidateRule, Mode, Policy, Prompt, Sampling, Trigger
 from services.client import Client

@@ -37,7 +37,7 @@ from s2t_shared.redis_server import (
     open_redis,
     place_of,
 )
-from s2t_shared.roles import LLMInfo
+from s2t_shared.scorer import LLMInfo
 from s2t_shared.selection_cache import CachedSelector, decode_selection, selection_key
 from s2t_shared.store import Drain, LabelWriter
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
