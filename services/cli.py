@@ -33,11 +33,13 @@ from s2t_shared.errors import (  # noqa: E402
     VersionError,
 )
 from s2t_shared.types import CandidateRule, Mode, Policy, Prompt, Proposals, Sampling, Trigger  # noqa: E402
+from services.bench.commands import bench_app  # noqa: E402
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Select-to-Think: a small model answers, a large one only selects.")
 versions_app = typer.Typer(no_args_is_help=True, help="Published local selectors.")
 app.add_typer(versions_app, name="versions")
+app.add_typer(bench_app, name="bench")
 USER_ERRORS = (ConfigError, InvalidRequestError, ModelLoadError, VersionError, EvaluationSplitError)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")]

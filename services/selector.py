@@ -10,7 +10,8 @@ import asyncio
 import logging
 import queue
 import threading
-from typing import Any
+import time
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -18,52 +19,70 @@ import ray
 import torch
 
 from s2t_shared.config import LOOPBACK, Config
-from s2t_shared.errors import S2TError
+from s2t_shared.errors import S2TError, SelectorUnavailableError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
 from s2t_shared.runtime import ModelRuntime, resolve_model
-from s2t_shared.scorer import LLMScorer
+from s2t_shared.scorer import LLMScorer, Pending
 from s2t_shared.text import Tokenizer
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services import net, wire
 
 log = logging.getLogger(__name__)
-MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A query on its way to the LLM's thread, and where its answer goes."""
+
+    query: ScoreQuery
+    future: asyncio.Future[ScoreReply]
+    loop: asyncio.AbstractEventLoop
+    deadline: float | None
+
+    def is_wanted(self) -> bool:
+        return not self.future.cancelled() and (self.deadline is None or time.monotonic() < self.deadline)
 
 
 class ScoreBatcher:
-    """One thread owns the scorer; whatever queries have come in since the last forward make the next batch."""
+    """One thread owns the scorer. Queries join before any forward; those nobody waits for any more are dropped."""
 
     def __init__(self, scorer: LLMScorer) -> None:
         self._scorer = scorer
-        self._inbox: queue.SimpleQueue[tuple[ScoreQuery, asyncio.Future[ScoreReply], Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
+        self._answering: dict[Pending, _Asked] = {}
         self.thread = threading.Thread(target=self._run, daemon=True, name="llm")
         self.thread.start()
 
-    async def score(self, query: ScoreQuery) -> ScoreReply:
-        """Raises InvalidRequestError. A caller that goes away before the forward costs nothing."""
+    async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
+        """Raises InvalidRequestError."""
         self._scorer.check(query)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ScoreReply] = loop.create_future()
-        self._inbox.put((query, future, loop))
+        deadline = time.monotonic() + time_left_s if time_left_s is not None else None
+        self._inbox.put(_Asked(query, future, loop, deadline))
         return await future
 
     def _run(self) -> None:
         while True:
-            batch = [self._inbox.get()]
-            while len(batch) < MAX_BATCH and not self._inbox.empty():
-                batch.append(self._inbox.get())
-            batch = [item for item in batch if not item[1].cancelled()]
-            if not batch:
-                continue
-            replies = self._scorer.score([query for query, _, _ in batch])
-            for (_, future, loop), reply in zip(batch, replies, strict=True):
-                loop.call_soon_threadsafe(_complete, future, reply)
+            if self._scorer.idle:
+                self._take(self._inbox.get())
+            while not self._inbox.empty():
+                self._take(self._inbox.get())
+            for pending, reply in self._scorer.step():
+                asked = self._answering.pop(pending)
+                asked.loop.call_soon_threadsafe(_complete, asked.future, reply)
+
+    def _take(self, asked: _Asked) -> None:
+        self._answering[self._scorer.add(asked.query, asked.is_wanted)] = asked
 
 
-def _complete(future: asyncio.Future[ScoreReply], reply: ScoreReply) -> None:
+def _complete(future: asyncio.Future[ScoreReply], reply: ScoreReply | None) -> None:
     if not future.done():
-        future.set_result(reply)
+        if reply is None:
+            future.set_exception(SelectorUnavailableError("the deadline passed before the LLM came to it"))
+        else:
+            future.set_result(reply)
 
 
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
@@ -72,9 +91,13 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
     def __init__(self, batcher: ScoreBatcher, scorer: LLMScorer) -> None:
         self._batcher, self._info = batcher, scorer.info
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        pb_grpc.add_SelectionServiceServicer_to_server(self, server)
+
     async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
         try:
-            return wire.write_reply(await self._batcher.score(wire.read_query(request)))
+            query = wire.read_query(request)
+            return wire.write_reply(await self._batcher.score(query, context.time_remaining()))
         except S2TError as error:
             await wire.abort(context, error)
             raise AssertionError("abort raises") from error
@@ -95,7 +118,7 @@ class Selector:
         scorer = LLMScorer(runtime, tokenizer.digest)
         self._batcher = ScoreBatcher(scorer)
         self._server = net.new_server(config.security)
-        pb_grpc.add_SelectionServiceServicer_to_server(SelectionServicer(self._batcher, scorer), self._server)
+        SelectionServicer(self._batcher, scorer).add_to(self._server)
         host = config.selector.host
         port = net.bind(self._server, host, 0, config.security, "selector.host")
         await self._server.start()

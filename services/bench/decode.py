@@ -1,0 +1,109 @@
+"""`s2t bench decode`: this engine's greedy against Hugging Face `generate`, and `s2t_local` against greedy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from s2t_shared.local_selector import Reading, SelectorKind
+from s2t_shared.runtime import DTYPES, resolve_model
+from s2t_shared.types import CandidateRule, Mode, Policy, Proposals
+from services.bench import workload
+from services.bench.measure import Figure, Report, figure, ratios, take_turns
+from services.bench.workload import Models, Settings
+
+CONFIGURATIONS: dict[str, tuple[SelectorKind, Reading, Proposals]] = {
+    **{f"{kind.value}, base": (kind, Reading.BASE, Proposals.BASE) for kind in SelectorKind},
+    **{f"{kind.value}, adapted": (kind, Reading.ADAPTED, Proposals.BASE) for kind in SelectorKind},
+    "reserved, proposals adapted": (SelectorKind.RESERVED, Reading.ADAPTED, Proposals.ADAPTED),
+}
+
+
+def bench_decode(settings: Settings, batches: Sequence[int], names: Sequence[str], against_hf: bool,
+                 on_turn: Callable[[], None] = lambda: None) -> Report:
+    """Greedy tokens per second against `generate` (whole answers, prompts included), and the decode time of
+    `s2t_local` over that of greedy at the budget (from the first token on; what an adapter must first read of the
+    prompt counts)."""
+    models = workload.load(settings)
+    figures: list[Figure] = []
+    for batch in batches:
+        ids = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
+        if against_hf:
+            figures += _against_hf(settings, models, ids, on_turn)
+        if names:
+            figures += _local(settings, models, ids, names, on_turn)
+    return Report(f"decode: {settings.slm}, {settings.dtype}", tuple(figures))
+
+
+def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]],
+                on_turn: Callable[[], None]) -> list[Figure]:
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(settings.slm), dtype=DTYPES[settings.dtype]
+                                                 ).to(settings.device).eval()
+    longest = max(map(len, ids))
+    padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in ids], device=settings.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in ids], device=settings.device)
+    answers: dict[str, list[tuple[int, ...]]] = {}
+
+    def theirs() -> float:
+        started = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(padded, attention_mask=mask, max_new_tokens=settings.new,
+                                 min_new_tokens=settings.new, do_sample=False, pad_token_id=0,
+                                 suppress_tokens=list(models.proposer.excluded_ids) or None)
+        seconds = time.perf_counter() - started
+        answers["theirs"] = [tuple(row[longest:].tolist()) for row in out]
+        return seconds
+
+    def ours() -> float:
+        result = workload.run(models, [Policy()] * len(ids), ids, settings.new)
+        answers["ours"] = [s.output_ids for s in result.sequences]
+        return result.total_s
+
+    # `min_new_tokens` suppresses the end token, so ours must not choose it either.
+    ours_excluded = models.proposer._excluded
+    eos = torch.tensor(sorted(models.slm.eos_ids), dtype=torch.long, device=ours_excluded.device)
+    models.proposer._excluded = torch.cat([ours_excluded, eos])
+    try:
+        seconds = take_turns({"ours": ours, "theirs": theirs}, settings.repeats, on_turn)
+    finally:
+        models.proposer._excluded = ours_excluded
+    tokens, b = len(ids) * settings.new, len(ids)
+    conditions = f"batch {b}, prompts {min(map(len, ids))}-{longest} tokens, {settings.new} new each"
+    same = sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True))
+    return [figure("greedy, this engine", [tokens / s for s in seconds["ours"]], "tokens/s", conditions),
+            figure("greedy, Hugging Face generate", [tokens / s for s in seconds["theirs"]], "tokens/s", conditions),
+            figure("greedy / generate", ratios(seconds["theirs"], seconds["ours"]), "x",
+                   f"batch {b}; {same} of {b} answers token for token equal")]
+
+
+def _local(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]], names: Sequence[str],
+           on_turn: Callable[[], None]) -> list[Figure]:
+    greedy = Policy()
+    base = workload.with_random_trigger(Policy(Mode.S2T_LOCAL, candidates=CandidateRule(settings.k)), settings.budget)
+    seeds, start = [], 0
+    for _ in ids:
+        seeds.append(workload.seed_with(settings.budget, settings.new, base.warmup_steps, start))
+        start = seeds[-1] + 1
+
+    def local(name: str) -> Callable[[], float]:
+        kind, reads, proposals = CONFIGURATIONS[name]
+
+        def side() -> float:
+            selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
+            result = workload.run(models, [replace(base, proposals=proposals)] * len(ids), ids, settings.new, selector,
+                                  seeds)
+            assert all(s.usage.triggers == max(1, round(settings.budget * settings.new)) for s in result.sequences)
+            return result.decode_s
+
+        return side
+
+    sides = {"greedy": lambda: workload.run(models, [greedy] * len(ids), ids, settings.new).decode_s}
+    seconds = take_turns(sides | {name: local(name) for name in names}, settings.repeats, on_turn)
+    conditions = (f"batch {len(ids)}, prefix {settings.prefix}, {settings.new} new each, K {settings.k}, "
+                  f"{max(1, round(settings.budget * settings.new))} triggers each")
+    return [figure(f"s2t_local ({name}) / greedy", ratios(seconds[name], seconds["greedy"]), "x", conditions)
+            for name in names]

@@ -1,0 +1,122 @@
+"""`s2t bench score`: what scoring one divergence point locally costs, in decode steps, against the published way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.proposer import Propose, Score, Track
+from s2t_shared.runtime import Segment
+from s2t_shared.types import CandidateRule, Mode, Policy, Support
+from services.bench import workload
+from services.bench.measure import Figure, Report, figure, ratios, take_turns
+from services.bench.workload import Models, Settings
+
+GAP = 64  # tokens since an adapted reading's last score
+INNER = 5  # forwards per measurement
+
+
+def bench_score(settings: Settings, prefixes: Sequence[int], ks: Sequence[int], naive: bool,
+                on_turn: Callable[[], None] = lambda: None) -> Report:
+    models = workload.load(settings)
+    figures: list[Figure] = []
+    for prefix in prefixes:
+        for k in ks:
+            figures += _at(settings, models, prefix, k, naive, on_turn)
+    return Report(f"score: {settings.slm}, {settings.dtype}", tuple(figures))
+
+
+def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on_turn: Callable[[], None]
+        ) -> list[Figure]:
+    (ids,) = workload.prompts(models.tokenizer, [prefix])
+    opened: list[Track] = []
+
+    def ready(kind: SelectorKind, reads: Reading) -> tuple[Track, Support]:
+        selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
+        policy = Policy(Mode.S2T_LOCAL, candidates=CandidateRule(k))
+        track = models.proposer.open(selector, policy, ids, prefix + 2)
+        assert track is not None
+        opened.append(track)
+        return track, _support(models, track, ids)
+
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        def side() -> float:
+            started = time.perf_counter()
+            for _ in range(INNER):
+                work()
+            return (time.perf_counter() - started) / INNER
+        return side
+
+    def decode(track: Track) -> None:
+        track.row.truncate(prefix - 1)
+        models.proposer.run([Propose(track, ids, None, False)])
+
+    def score(track: Track, support: Support, gap: int = 0) -> Callable[[], object]:
+        def work() -> None:
+            if track.adapted_row is not None:
+                track.adapted_row.truncate(prefix - gap)
+            while models.proposer.run([Score(track, ids, support.ids[:k], support.log_probs[:k])]) == [None]:
+                pass
+        return work
+
+    def read_gap(track: Track) -> None:
+        assert track.adapted_row is not None and track.selector is not None
+        track.adapted_row.truncate(prefix - GAP)
+        models.slm.forward([Segment(track.adapted_row, ids[prefix - GAP:], prefix - GAP, (), track.selector.adapter)])
+
+    first, _ = ready(SelectorKind.PREFIX, Reading.BASE)
+    sides: dict[str, Callable[[], float]] = {"decode": timed(lambda: decode(first))}
+    for kind in SelectorKind:
+        sides[f"{kind.value}, base"] = timed(score(*ready(kind, Reading.BASE)))
+    adapted = ready(SelectorKind.JOINT, Reading.ADAPTED)
+    score(*adapted, gap=prefix)()  # the adapter reads the prompt once
+    sides[f"joint, adapted, gap {GAP}"] = timed(score(*adapted, gap=GAP))
+    sides[f"reading {GAP} tokens"] = timed(lambda: read_gap(adapted[0]))
+    if naive:
+        sides["published way (K whole prefixes)"] = _published(models, ids, adapted, k)
+    seconds = take_turns(sides, settings.repeats, on_turn)
+    for track in opened:
+        models.proposer.close(track)
+    models.slm.pool.clear()
+    conditions = f"prefix {prefix}, K {k}"
+    return [figure("one decode step", [1e3 * s for s in seconds["decode"]], "ms", conditions),
+            *(figure(f"{name} / decode step", ratios(seconds[name], seconds["decode"]), "x", conditions)
+              for name in sides if name != "decode")]
+
+
+def _support(models: Models, track: Track, ids: Sequence[int]) -> Support:
+    while True:
+        (proposal,) = models.proposer.run([Propose(track, ids)])
+        if proposal is not None:
+            break
+    support = getattr(proposal, "support", None)
+    assert isinstance(support, Support)
+    return support
+
+
+def _published(models: Models, ids: Sequence[int], scored: tuple[Track, Support], k: int) -> Callable[[], float]:
+    """Re-run the whole prefix once per candidate, without a cache, as the published code does."""
+    track, support = scored
+    selector = track.selector
+    assert isinstance(selector, LocalSelector)
+
+    def side() -> float:
+        started = time.perf_counter()
+        rows = []
+        for candidate in support.ids[:k]:
+            row = models.slm.pool.acquire((), len(ids) + 1, object())
+            assert row is not None
+            with torch.no_grad():
+                hidden, _ = models.slm.forward([Segment(row, [*ids, candidate], 0, (), selector.adapter)])
+                models.slm.reserved_logits(hidden[-1], selector.reserved_ids, selector.bin_deltas)
+            rows.append(row)
+        seconds = time.perf_counter() - started
+        for row in rows:
+            models.slm.pool.release(row)
+        models.slm.pool.clear()
+        return seconds
+
+    return side

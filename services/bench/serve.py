@@ -1,0 +1,180 @@
+"""`s2t bench serve`: the whole service against the engine inside it, concurrency against one by one, and a soak."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import psutil
+
+from s2t_shared.config import load_config
+from s2t_shared.engine import Engine
+from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
+from s2t_shared.proposer import Proposer
+from s2t_shared.types import Policy
+from services import net
+from services.bench import workload
+from services.bench.measure import Figure, Report, figure, ratios, take_turns
+from services.bench.workload import Settings
+from services.load import bounded
+from services.serving import RunningService, running_service
+
+SAMPLE_S = 5.0
+Ask = pb.GenerationParameters
+
+
+def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = lambda: None) -> Report:
+    """Greedy answers, streamed through gateway, gRPC and Serve, against the same engine in this process; with an LLM
+    also requests of every mode at once against one after another."""
+    models = workload.load(settings)
+    prompts = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
+    turn = iter(range(10_000))
+    counted: list[int] = []
+
+    def in_process() -> float:
+        result = workload.run(models, [Policy()] * batch, prompts, settings.new, engine=_plain(batch))
+        counted.append(result.tokens)
+        return result.total_s / result.tokens
+
+    figures: list[Figure] = []
+    with _service(settings, batch) as service:
+        def served() -> float:
+            # Another first token each time: neither side may reuse what it read in an earlier turn.
+            n = next(turn)
+            asks = [_greedy([20 + n, *ids[1:]], settings.new) for ids in prompts]
+            return _stream_all(service, asks, batch)
+
+        seconds = take_turns({"in process": in_process, "served": served}, settings.repeats, on_turn)
+        conditions = f"batch {batch}, prefix {settings.prefix} ragged, up to {settings.new} new"
+        figures.append(figure("in process", [1 / s for s in seconds["in process"]], "tokens/s", conditions))
+        figures.append(figure("streamed through the service", [1 / s for s in seconds["served"]], "tokens/s"))
+        figures.append(figure("service / in process, tokens per second",
+                              ratios(seconds["in process"], seconds["served"]), "x"))
+        if settings.llm:
+            def mixed(concurrency: int) -> Callable[[], float]:
+                return lambda: _stream_all(service, _mixed(prompts, settings.new, next(turn)), concurrency)
+
+            seconds = take_turns({"together": mixed(batch), "one by one": mixed(1)}, max(1, settings.repeats // 2),
+                                 on_turn)
+            figures.append(figure(f"{batch} requests of mixed modes: together / one after another, tokens per second",
+                                  ratios(seconds["one by one"], seconds["together"]), "x", ", ".join(MODES)))
+    return Report(f"serve: {settings.slm}, {settings.dtype}", tuple(figures))
+
+
+def soak(settings: Settings, minutes: float, batch: int, say: Callable[[str], None] = lambda line: None) -> Report:
+    """Mixed load for so long; the slope of the resident memory of all the service's processes after the first fifth
+    of the time (warm-up)."""
+    models = workload.load(settings)
+    samples: list[tuple[float, float]] = []
+    tokens = failed = rounds = 0
+    with _service(settings, batch) as service:
+        started = last = time.monotonic()
+        while time.monotonic() - started < 60 * minutes:
+            prompts = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix), rounds)
+            answers = asyncio.run(_stream(service.address, _mixed(prompts, settings.new, rounds), batch))
+            tokens += sum(answers)
+            failed += sum(n == 0 for n in answers)
+            rounds += 1
+            if time.monotonic() - last >= SAMPLE_S:
+                last = time.monotonic()
+                samples.append(((last - started) / 60, _resident_mb()))
+                say(f"{samples[-1][0]:6.1f} min  {samples[-1][1]:8.1f} MB  {tokens} tokens, {failed} failed")
+    warm = [s for s in samples if s[0] >= minutes / 5]
+    slope = statistics.linear_regression([t for t, _ in warm], [m for _, m in warm]).slope
+    thirds = [warm[i * len(warm) // 3: (i + 1) * len(warm) // 3] for i in range(3)]
+    slopes = [statistics.linear_regression([t for t, _ in p], [m for _, m in p]).slope for p in thirds]
+    return Report(f"soak: {settings.slm}", (
+        Figure("resident memory of all processes, slope", slope, min(slopes), max(slopes), "MB/min",
+               f"{minutes:g} min, first fifth left out; min - max of thirds; {rounds * batch} requests of mixed modes"),
+        Figure("resident memory at the end", warm[-1][1], warm[0][1], max(m for _, m in warm), "MB",
+               f"min: at the start of the measured time; {tokens} tokens, {failed} failed")))
+
+
+MODES = ("greedy", "sample", "s2t entropy", "s2t kl", "takeover kl", "s2t_local random", "llm", "majority@2")
+
+
+def _mixed(prompts: Sequence[Sequence[int]], new: int, turn: int) -> list[Ask]:
+    asks = []
+    for i, ids in enumerate(prompts):
+        mode, _, trigger = MODES[i % len(MODES)].partition(" ")
+        mode, _, samples = mode.partition("@")
+        ask = Ask(token_ids=pb.TokenIds(ids=[20 + turn % 1000, *ids[1:]]), mode=f"MODE_{mode.upper()}",
+                  trigger=f"TRIGGER_{trigger.upper() or 'UNSPECIFIED'}", max_new_tokens=new,
+                  sampling=pb.Sampling(seed=turn, temperature=0.7), labels=pb.LabelOptions(store=False),
+                  fresh_selections=True)
+        if trigger:
+            ask.budget = 0.05
+        if samples:
+            ask.samples = int(samples)
+        if mode == "s2t_local":
+            ask.selector_version = "none"
+        asks.append(ask)
+    return asks
+
+
+def _greedy(ids: Sequence[int], new: int) -> Ask:
+    return Ask(token_ids=pb.TokenIds(ids=ids), mode="MODE_GREEDY", max_new_tokens=new,
+               labels=pb.LabelOptions(store=False))
+
+
+def _stream_all(service: RunningService, asks: Sequence[Ask], concurrency: int) -> float:
+    """Seconds per token."""
+    started = time.perf_counter()
+    answers = asyncio.run(_stream(service.address, asks, concurrency))
+    return (time.perf_counter() - started) / sum(answers)
+
+
+async def _stream(address: str, asks: Sequence[Ask], concurrency: int) -> list[int]:
+    """Tokens of every answer (0: it failed)."""
+    async with net.open_channel(address, None) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+
+        async def one(ask: Ask) -> int:
+            count = 0
+            try:
+                async for event in stub.StreamGenerate(pb.StreamGenerateRequest(parameters=ask), timeout=600):
+                    if event.HasField("answer"):
+                        count = event.answer.usage.completion_tokens
+            except grpc.RpcError:
+                return 0
+            return count
+
+        return await bounded(asks, one, concurrency)
+
+
+def _plain(batch: int) -> Callable[[Proposer], Engine]:
+    return lambda proposer: Engine(proposer, max_running=batch)
+
+
+def _resident_mb() -> float:
+    """Of this process and everything it started."""
+    total = 0
+    for process in [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total / (1 << 20)
+
+
+@contextmanager
+def _service(settings: Settings, batch: int) -> Iterator[RunningService]:
+    with tempfile.TemporaryDirectory(prefix="s2t-bench-") as folder:
+        model = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads}
+        overrides = {f"slm.{key}": value for key, value in ({"model": settings.slm} | model).items()}
+        if settings.llm:
+            overrides |= {f"llm.{key}": value for key, value in ({"model": settings.llm} | model).items()}
+        config = load_config(None, overrides | {
+            "data_dir": str(Path(folder)), "gateway.port": 0, "selector.replicas": 1 if settings.llm else 0,
+            "proposer.max_running": max(32, batch), "proposer.selection_timeout_s": 60.0, "calibration.count": 8,
+            "calibration.max_new_tokens": 24, "proposer.num_cpus": 0.5, "selector.num_cpus": 0.5})
+        with running_service(config) as service:
+            yield service

@@ -1,0 +1,170 @@
+"""What the benchmarks share: models, prompts of a wanted length, runs of an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+
+from s2t_shared import policy as decide
+from s2t_shared.engine import LONGEST_DRAFT, Engine
+from s2t_shared.errors import ConfigError
+from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.lora import Adapter, new_adapter
+from s2t_shared.proposer import Proposer
+from s2t_shared.runtime import ModelRuntime, resolve_model
+from s2t_shared.scorer import InProcessSelector, LLMScorer
+from s2t_shared.sequence import LiveSequence
+from s2t_shared.tasks import GENERIC_QUESTIONS
+from s2t_shared.text import Tokenizer, check_same_tokenizer, reserved_ids
+from s2t_shared.types import DecodeRequest, Message, Policy, Prompt, Sampling, Trigger
+
+KV_BYTES = 4 << 30
+RANK = 16
+_runs = count()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The knobs all benchmarks have. Lengths are in tokens."""
+
+    slm: str
+    llm: str | None = None
+    prefix: int = 256
+    new: int = 64
+    k: int = 8
+    budget: float = 0.01
+    repeats: int = 5
+    threads: int = 2
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Models:
+    """An SLM in an engine's clothes and, for some, an LLM."""
+
+    tokenizer: Tokenizer
+    proposer: Proposer
+    scorer: LLMScorer | None = None
+
+    @property
+    def slm(self) -> ModelRuntime:
+        return self.proposer.runtime
+
+
+def load(settings: Settings, needs_llm: bool = False) -> Models:
+    """Raises ConfigError, ModelLoadError, TokenizerMismatchError."""
+    torch.set_num_threads(settings.threads)
+    tokenizer = Tokenizer.load(resolve_model(settings.slm))
+    slm = ModelRuntime.load(settings.slm, settings.dtype, settings.device, KV_BYTES)
+    proposer = Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows))
+    if not needs_llm:
+        return Models(tokenizer, proposer)
+    if settings.llm is None:
+        raise ConfigError("this benchmark compares with an LLM; give --llm")
+    llm_tokenizer = Tokenizer.load(resolve_model(settings.llm))
+    check_same_tokenizer(tokenizer, llm_tokenizer)
+    llm = ModelRuntime.load(settings.llm, settings.dtype, settings.device, KV_BYTES)
+    return Models(tokenizer, proposer, LLMScorer(llm, llm_tokenizer.digest))
+
+
+def ragged_lengths(batch: int, mean: int) -> list[int]:
+    """Lengths spread evenly over mean/4 .. 7 mean/4, in a scrambled order; one sequence has the mean."""
+    if batch == 1:
+        return [mean]
+    spread = [mean // 4 + (3 * mean // 2) * i // (batch - 1) for i in range(batch)]
+    return [spread[i * 7 % batch] if batch % 7 else spread[i] for i in range(batch)]
+
+
+def prompts(tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:
+    """Chat prompts of these lengths: a question behind as many others as it takes, cut at the front."""
+    made: list[tuple[int, ...]] = []
+    for i, length in enumerate(lengths):
+        text, ids = "", tuple[int, ...]()
+        for j in range(1000):
+            text = GENERIC_QUESTIONS[(seed + 5 * i + j) % len(GENERIC_QUESTIONS)] + "\n" + text
+            message = "Answer the last of these questions.\n" + text
+            chat = Prompt(messages=(Message("user", message),))
+            ids = tokenizer.encode(chat if tokenizer.hf.chat_template else Prompt(text=message))
+            if len(ids) >= length:
+                break
+        made.append(tuple(ids[len(ids) - length:]))
+    return made
+
+
+def random_selector(runtime: ModelRuntime, reserved: tuple[int, ...], kind: SelectorKind, reads: Reading
+                    ) -> LocalSelector:
+    """A selector of the right shape: what it prefers does not matter to what it costs. New weights every time, so
+    that nothing is reused between runs."""
+    adapter = new_adapter(runtime.model, RANK, 2.0 * RANK, 0)
+    generator = torch.Generator().manual_seed(1)
+    weights = {path: (a.detach().to(runtime.model.dtype),
+                      (torch.randn(b.shape, generator=generator) * 0.02).to(b.device, runtime.model.dtype))
+               for path, (a, b) in adapter.weights.items()}
+    deltas = torch.randn(len(reserved), runtime.head.weight.shape[1], generator=generator) * 0.02
+    return LocalSelector(f"bench-{next(_runs)}", kind, reads, reserved, Adapter(RANK, 2.0 * RANK, weights),
+                         deltas.to(runtime.device))
+
+
+def seed_with(budget: float, steps: int, warmup: int, first: int = 0) -> int:
+    """A seed whose random trigger fires at exactly `budget` of the steps (at least once)."""
+    wanted = max(1, round(budget * steps))
+    for seed in range(first, first + 100_000):
+        if sum(decide.random_signal(seed, i) > 1.0 - budget for i in range(warmup, steps)) == wanted:
+            return seed
+    raise ConfigError(f"no seed fires at {budget:.1%} of {steps} steps; ask for more steps")
+
+
+@dataclass(frozen=True)
+class Run:
+    """`decode_s`: from the moment when every sequence has its first token; `total_s`: from the start."""
+
+    sequences: tuple[LiveSequence, ...]
+    decode_s: float
+    total_s: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(s.steps) for s in self.sequences)
+
+
+def run(models: Models, policies: Sequence[Policy], prompt_ids: Sequence[tuple[int, ...]], new: int,
+        selector: LocalSelector | None = None, seeds: Sequence[int] | None = None, keep_kv: bool = False,
+        engine: Callable[[Proposer], Engine] | None = None) -> Run:
+    """Answer the prompts together. Without an `engine` of the caller's, each gets exactly `new` tokens."""
+    if not keep_kv:
+        models.slm.pool.clear()
+        if models.scorer is not None:
+            models.scorer.runtime.pool.clear()
+    eos_ids = models.slm.eos_ids
+    if engine is None:  # decode as long as we were told
+        models.slm.eos_ids = frozenset()
+    made = engine(models.proposer) if engine else Engine(models.proposer, None, lambda _: selector, len(prompt_ids))
+    live = [made.add(DecodeRequest(f"{next(_runs)}", ids, policy, Sampling(seed=seed), new))
+            for ids, policy, seed in zip(prompt_ids, policies, seeds or [0] * len(prompt_ids), strict=True)]
+    started = time.perf_counter()
+    first = started
+    while not made.idle:
+        made.step()
+        if first == started and all(s.steps for s in live):
+            first = time.perf_counter()
+        made.wait()
+    ended = time.perf_counter()
+    models.slm.eos_ids = eos_ids
+    return Run(tuple(live), ended - first, ended - started)
+
+
+def with_llm(models: Models, batch: int, longest_draft: int = LONGEST_DRAFT, read_ahead_tokens: int = 0
+             ) -> Callable[[Proposer], Engine]:
+    assert models.scorer is not None
+    selector = InProcessSelector(models.scorer)
+    return lambda proposer: Engine(proposer, selector, max_running=batch, selection_timeout_s=600.0,
+                                   longest_draft=longest_draft, read_ahead_tokens=read_ahead_tokens)
+
+
+def with_random_trigger(policy: Policy, budget: float) -> Policy:
+    return replace(policy, trigger=Trigger.RANDOM, threshold=1.0 - budget)
