@@ -63,10 +63,11 @@ class Asker:
         """Let the LLM read contexts before it is needed, so that a divergence point waits for a short gap only."""
         if not self._read_ahead:
             return
-        due = [s for s in sequences if len(s.token_ids) - s.told >= self._read_ahead and _selects_rarely(s)]
-        for s, _ in zip(due, self._submit([self._query(s, s.token_ids, (len(s.token_ids) - 1,), ((),))
-                                           for s in due]), strict=True):
-            s.told = len(s.token_ids)
+        due = [s for s in sequences if len(s.token_ids) - s.told >= self._read_ahead and _selects_rarely(s)
+               and (s.telling is None or s.telling.done())]
+        queries = [self._query(s, s.token_ids, (len(s.token_ids) - 1,), ((),)) for s in due]
+        for s, future in zip(due, self._submit(queries), strict=True):
+            s.told, s.telling = len(s.token_ids), future
             s.llm_forwards += 1
 
     def is_over(self, waiting: Parked | Check) -> bool:

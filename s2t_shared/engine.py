@@ -293,9 +293,7 @@ class Engine:
         """Give back what ended sequences hold."""
         for s in self._running:
             if s.finish_reason is not None and s.track is not None:
-                if s.parked is not None:
-                    s.parked.future.cancel()
-                s.drop_draft()
+                s.forget_questions()
                 self.proposer.close(s.track)
                 s.track = None
         self._running = [s for s in self._running if s.finish_reason is None]

@@ -112,16 +112,25 @@ class KVPool:
         """A row for a sequence of up to `columns` tokens, holding as much of `token_ids` (never all of it: the last
         token's output is wanted) as any row of the same reader has read. None: no room now, try again later."""
         source, shared = self._longest_prefix(token_ids, reader)
-        takeable = source is not None and not source.live and source.columns >= columns
-        row = None
-        if not (takeable and source and len(source.token_ids) - shared <= SHORTEST_REUSE):
-            row = self._place(columns, reader, source)
-            if row is not None and source is not None:
+        kept = source if source is not None and not source.live else None
+        if kept is not None and kept.columns == _size_class(columns) and len(kept.token_ids) - shared <= SHORTEST_REUSE:
+            return self._take(kept, shared)  # little of it is lost
+        row = self._place(columns, reader, source)
+        if row is not None:
+            if source is not None:
                 self._copy(source, row, shared)
-        if row is None and takeable and source is not None:  # little of it is lost, or there is no other room
-            source.truncate(shared)
-            source.live, row = True, self._touched(source)
-        return row
+            return row
+        if kept is not None and kept.columns >= columns:  # no other room
+            return self._take(kept, shared)
+        if kept is None:
+            return None
+        self._evict(kept)  # what it holds is of no use where it stands in its own way
+        return self.acquire(token_ids, columns, reader)
+
+    def _take(self, row: Row, length: int) -> Row:
+        row.truncate(length)
+        row.live = True
+        return self._touched(row)
 
     def catch_up(self, row: Row, token_ids: Sequence[int]) -> None:
         """Copy what another row has meanwhile read of `token_ids` and this one has not."""

@@ -112,16 +112,18 @@ class Proposer:
         adapted = policy.proposals is Proposals.ADAPTED
         if adapted and adapter is not None:
             merge(adapter, self.runtime.model)
+        needs_own = policy.can_trigger and selector is not None and selector.reads is Reading.ADAPTED and not adapted
         row = pool.acquire(token_ids, columns, adapter.key if adapted and adapter else None)
         if row is None:
             return None
-        track = Track(row, None, selector, policy.proposals)
-        if policy.can_trigger and adapter and not adapted and selector and selector.reads is Reading.ADAPTED:
-            track.adapted_row = pool.acquire(token_ids, columns, adapter.key)
-            if track.adapted_row is None:
-                pool.release(row)
-                return None
-        return track
+        own_row = pool.acquire(token_ids, columns, adapter.key) if needs_own and adapter else None
+        if needs_own and adapter and own_row is None:
+            pool.release(row)
+            if pool.live_rows == 0:  # what is kept for reuse stands in the way of what fits
+                pool.clear()
+                return self.open(selector, policy, token_ids, max_tokens)
+            return None
+        return Track(row, own_row, selector, policy.proposals)
 
     def close(self, track: Track) -> None:
         self.runtime.pool.release(track.row)

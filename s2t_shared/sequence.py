@@ -136,6 +136,7 @@ class LiveSequence:
     finish_reason: FinishReason | None = None
     llm_forwards: int = 0
     told: int = 0  # how much of the context the LLM was told ahead of need
+    telling: Future[ScoreReply] | None = None
     checked_tokens: int = 0
     rejections: int = 0
 
@@ -217,6 +218,13 @@ class LiveSequence:
             check.future.cancel()
         self.checks.clear()
         self.draft.clear()
+
+    def forget_questions(self) -> None:
+        """Nobody waits for the LLM any more."""
+        self.drop_draft()
+        for future in (self.telling, self.parked.future if self.parked else None):
+            if future is not None:
+                future.cancel()
 
     def cut(self, steps: int) -> None:
         """The answer ends after so many steps, whatever was decided behind them."""

@@ -103,6 +103,7 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             if self._engine.idle:
+                self._engine.proposer.runtime.pool.check()  # a bug found here ends the replica, not an answer
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()

@@ -14,7 +14,7 @@ from s2t_shared.labels import freeze_snapshot, read_snapshot
 from s2t_shared.pair import LLM_DIR, SLM_DIR, problems
 from services import cli, local_generate
 
-VERBS = {"demo", "serve", "generate", "harvest", "train", "versions", "eval", "doctor", "config"}
+VERBS = {"demo", "serve", "generate", "harvest", "train", "versions", "eval", "doctor", "config", "bench"}
 
 
 @pytest.fixture(autouse=True)
