@@ -197,12 +197,12 @@ class Proposer:
         logits[:, self._excluded] = -torch.inf
         wanting = [i for i, w in enumerate(works) if isinstance(w, Propose) and (w.wants_support or w.draw)]
         if not wanting:
-            return [Proposal(top) for top in logits.argmax(-1).tolist()]
+            return [Proposal(top) for (top,) in top_k(logits, 1)[1].tolist()]
         k = self._support_size
         chosen = logits if len(wanting) == len(works) else logits[wanting]
         norm = chosen.logsumexp(-1, keepdim=True)
         values, ids = top_k(chosen, k)
-        first = logits.argmax(-1).float() if len(wanting) < len(works) else logits.new_zeros(0)
+        first = top_k(logits, 1)[1][:, 0].float() if len(wanting) < len(works) else logits.new_zeros(0)
         packed = torch.cat([first, (values - norm).flatten(), ids.flatten().float()]).tolist()
         firsts, packed = packed[: len(first)], packed[len(first):]
         half = len(wanting) * k

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from s2t_shared.local_selector import Reading, SelectorKind
+from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.runtime import DTYPES, resolve_model
 from s2t_shared.types import CandidateRule, Mode, Policy, Proposals
 from services.bench import workload
@@ -82,28 +82,26 @@ def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...
 
 def _local(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]], names: Sequence[str],
            on_turn: Callable[[], None]) -> list[Figure]:
-    greedy = Policy()
     base = workload.with_random_trigger(Policy(Mode.S2T_LOCAL, candidates=CandidateRule(settings.k)), settings.budget)
     seeds, start = [], 0
     for _ in ids:
         seeds.append(workload.seed_with(settings.budget, settings.new, base.warmup_steps, start))
         start = seeds[-1] + 1
 
-    def local(name: str) -> Callable[[], float]:
+    def side(name: str) -> tuple[list[Policy], LocalSelector]:
         kind, reads, proposals = CONFIGURATIONS[name]
+        selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
+        return [replace(base, proposals=proposals)] * len(ids), selector
 
-        def side() -> float:
-            selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
-            result = workload.run(models, [replace(base, proposals=proposals)] * len(ids), ids, settings.new, selector,
-                                  seeds)
-            assert all(s.usage.triggers == max(1, round(settings.budget * settings.new)) for s in result.sequences)
-            return result.decode_s
-
-        return side
-
-    sides = {"greedy": lambda: workload.run(models, [greedy] * len(ids), ids, settings.new).decode_s}
-    seconds = take_turns(sides | {name: local(name) for name in names}, settings.repeats, on_turn)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    triggers = max(1, round(settings.budget * settings.new))
+    for _ in range(settings.repeats):
+        sides = {"greedy": ([Policy()] * len(ids), None)} | {name: side(name) for name in names}
+        runs = workload.interleaved(models, sides, ids, settings.new, seeds)
+        for name in names:
+            assert all(s.usage.triggers == triggers for s in runs[name].sequences)
+            found[name].append(runs[name].decode_s / runs["greedy"].decode_s)
+        on_turn()
     conditions = (f"batch {len(ids)}, prefix {settings.prefix}, {settings.new} new each, K {settings.k}, "
-                  f"{max(1, round(settings.budget * settings.new))} triggers each")
-    return [figure(f"s2t_local ({name}) / greedy", ratios(seconds[name], seconds["greedy"]), "x", conditions)
-            for name in names]
+                  f"{triggers} triggers each")
+    return [figure(f"s2t_local ({name}) / greedy", found[name], "x", conditions) for name in names]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
 
 from s2t_shared import policy as decide
-from s2t_shared.engine import LONGEST_DRAFT, Engine
+from s2t_shared.engine import LONGEST_DRAFT, Engine, SelectorLookup
 from s2t_shared.errors import ConfigError
 from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.lora import Adapter, new_adapter
@@ -143,7 +143,7 @@ def run(models: Models, policies: Sequence[Policy], prompt_ids: Sequence[tuple[i
     eos_ids = models.slm.eos_ids
     if engine is None:  # decode as long as we were told
         models.slm.eos_ids = frozenset()
-    made = engine(models.proposer) if engine else Engine(models.proposer, None, lambda _: selector, len(prompt_ids))
+    made = engine(models.proposer) if engine else Engine(models.proposer, None, _always(selector), len(prompt_ids))
     live = [made.add(DecodeRequest(f"{next(_runs)}", ids, policy, Sampling(seed=seed), new))
             for ids, policy, seed in zip(prompt_ids, policies, seeds or [0] * len(prompt_ids), strict=True)]
     started = time.perf_counter()
@@ -156,6 +156,37 @@ def run(models: Models, policies: Sequence[Policy], prompt_ids: Sequence[tuple[i
     ended = time.perf_counter()
     models.slm.eos_ids = eos_ids
     return Run(tuple(live), ended - first, ended - started)
+
+
+def _always(selector: LocalSelector | None) -> SelectorLookup:
+    return lambda version: selector
+
+
+def interleaved(models: Models, sides: Mapping[str, tuple[Sequence[Policy], LocalSelector | None]],
+                prompt_ids: Sequence[tuple[int, ...]], new: int, seeds: Sequence[int],
+                on_tokens: Callable[[], None] = lambda: None) -> dict[str, Run]:
+    """The same prompts on several engines over one model, which take turns step by step: whatever the machine does
+    meanwhile, it does to all of them. Timed from each engine's first tokens on."""
+    models.slm.pool.clear()
+    eos_ids, models.slm.eos_ids = models.slm.eos_ids, frozenset()
+    engines, live, seconds = {}, {}, dict.fromkeys(sides, 0.0)
+    for name, (policies, selector) in sides.items():
+        engines[name] = engine = Engine(models.proposer, None, _always(selector), len(prompt_ids))
+        live[name] = [engine.add(DecodeRequest(f"{next(_runs)}", ids, policy, Sampling(seed=seed), new))
+                      for ids, policy, seed in zip(prompt_ids, policies, seeds, strict=True)]
+        while not all(s.steps for s in live[name]):
+            engine.step()
+    names = list(sides)
+    while any(not engine.idle for engine in engines.values()):
+        names.append(names.pop(0))
+        for name in names:
+            if not engines[name].idle:
+                started = time.perf_counter()
+                engines[name].step()
+                seconds[name] += time.perf_counter() - started
+        on_tokens()
+    models.slm.eos_ids = eos_ids
+    return {name: Run(tuple(live[name]), seconds[name], 0.0) for name in sides}
 
 
 def with_llm(models: Models, batch: int, longest_draft: int = LONGEST_DRAFT, read_ahead_tokens: int = 0
