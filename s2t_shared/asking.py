@@ -6,15 +6,18 @@ and the selector client; no models.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 
 from s2t_shared.errors import S2TError, SelectorUnavailableError
 from s2t_shared.scorer import LLMInfo, SelectorClient
 from s2t_shared.sequence import Check, Judgement, LiveSequence, Parked
 from s2t_shared.types import Mode, ScoreQuery, ScoreReply
 
+log = logging.getLogger(__name__)
 REST_AFTER_LATE_S = 1.0  # after a late reply the LLM is not asked for so long
 ROLLOUT_PATIENCE = 10.0  # a whole rollout is scored in one prefill: it may take this many timeouts
 
@@ -38,6 +41,7 @@ class Asker:
                    for s, j in zip(sequences, judgements, strict=True)]
         for sequence, judgement, future in zip(sequences, judgements, self._submit(queries), strict=True):
             sequence.parked = Parked(judgement, future, time.monotonic() + self._timeout_s)
+            sequence.told = len(sequence.token_ids)
 
     def check_drafts(self, sequences: Sequence[LiveSequence]) -> None:
         """Ask about every drafted token that was not sent yet."""
@@ -65,10 +69,13 @@ class Asker:
             return
         due = [s for s in sequences if len(s.token_ids) - s.told >= self._read_ahead and _selects_rarely(s)
                and (s.telling is None or s.telling.done())]
-        queries = [self._query(s, s.token_ids, (len(s.token_ids) - 1,), ((),)) for s in due]
+        # Fresh: it is the reading that is wanted, not a cached answer.
+        queries = [replace(self._query(s, s.token_ids, (len(s.token_ids) - 1,), ((),)), fresh=True) for s in due]
         for s, future in zip(due, self._submit(queries), strict=True):
-            s.told, s.telling = len(s.token_ids), future
-            s.llm_forwards += 1
+            s.telling = future
+            if not future.done() or future.exception() is None:
+                s.told = len(s.token_ids)
+                s.llm_forwards += 1
 
     def is_over(self, waiting: Parked | Check) -> bool:
         """Whether the reply is there, or need not be waited for any longer."""
@@ -85,6 +92,9 @@ class Asker:
             reply = future.result()
         except (S2TError, CancelledError) as error:
             return str(error) or "the LLM could not be asked"
+        except Exception:
+            log.exception("a selector's reply could not be read")
+            return "the LLM's reply could not be read"
         sequence.llm_forwards += not reply.cached
         return reply
 

@@ -22,7 +22,8 @@ from transformers import AttentionInterface
 from s2t_shared.kv import Page, Row
 
 NAME = "s2t"
-WASTE = 256  # columns of padding that cost as much as one more attention call (measured on CPU)
+WASTE = 1024  # columns of padding that cost about as much as one more attention call (measured on CPU)
+UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices")  # what some architectures ask of attention besides
 FOLDED_TOKENS = 64  # longer segments use SDPA's own grouped-query path
 
 
@@ -44,7 +45,10 @@ class Plan(Protocol):
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
                plan: Plan, scaling: float | None = None, softcap: float | None = None,
-               sliding_window: int | None = None, **_: Any) -> tuple[Tensor, None]:
+               sliding_window: int | None = None, **rest: Any) -> tuple[Tensor, None]:
+    for name in UNSUPPORTED:
+        if rest.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} is not supported")
     flavour = Flavour(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
     return plan.attend(int(module.layer_idx), query, key, value, flavour), None  # type: ignore[arg-type]
 
@@ -197,7 +201,7 @@ def _runs(spans: Sequence[Span]) -> list[_Run]:
             ends = [s.end for s in mine]
             waste = max(*ends, span.end) * (len(mine) + 1) - sum(ends) - span.end
             before = max(ends) * len(mine) - sum(ends)
-            together = waste - before <= WASTE * 4
+            together = waste - before <= WASTE
             if span.row.page is last.row.page and span.row.index == last.row.index + 1 and together:
                 mine.append(span)
                 continue
@@ -216,8 +220,10 @@ def _segment(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, f
     if _is_folded(t, flavour):
         out = _sdpa(query.reshape(1, keys.shape[1], groups * t, dim), keys, values, mask, flavour)
         return out.reshape(1, heads, t, -1)
+    if query.is_cuda and mask is not None and groups > 1:  # its fast kernels take a mask or shared heads, not both
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None,
-                                          scale=flavour.scaling, enable_gqa=groups > 1)
+                                          scale=flavour.scaling, enable_gqa=keys.shape[1] < heads)
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, flavour: Flavour) -> Tensor:
@@ -244,6 +250,7 @@ class Aside:
     def __init__(self, positions: Tensor, mask: Tensor, context: Aside | None = None,
                  visible: Tensor | None = None) -> None:
         self._context, self._layers = context, dict[int, tuple[Tensor, Tensor]]()
+        self._masks: dict[int | None, Tensor] = {}
         self.positions, seen = positions, mask.expand(*positions.shape, -1)
         self._key_positions = positions
         if context is not None:
@@ -264,10 +271,16 @@ class Aside:
         if self._context is not None:
             before_k, before_v = self._context._layers[layer]
             key, value = torch.cat([before_k, key], dim=2), torch.cat([before_v, value], dim=2)
-        seen = self._seen
-        if flavour.window is not None:
-            seen = seen & (self.positions[:, :, None] - self._key_positions[:, None, :] < flavour.window)
         groups = query.shape[1] // key.shape[1]
-        mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf).to(query.device)
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return _sdpa(query, key, value, mask[:, None], flavour).transpose(1, 2)
+        return _sdpa(query, key, value, self._mask(flavour.window, query), flavour).transpose(1, 2)
+
+    def _mask(self, window: int | None, query: Tensor) -> Tensor:
+        """[b, 1, t, keys] to add to the scores; the same for all layers of a kind."""
+        if window not in self._masks:
+            seen = self._seen
+            if window is not None:
+                seen = seen & (self.positions[:, :, None] - self._key_positions[:, None, :] < window)
+            mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+            self._masks[window] = mask[:, None].to(query.device)
+        return self._masks[window]

@@ -184,7 +184,7 @@ class KVPool:
         return best, most
 
     def _place(self, columns: int, reader: Hashable, keep: Row | None) -> Row | None:
-        """A free place of the right size, evicting kept rows (but not `keep`) where there is none."""
+        """A free place of the right size, evicting kept rows (but not `keep`) where that makes one."""
         size = _size_class(columns)
         while True:
             for page in self._pages:
@@ -195,12 +195,20 @@ class KVPool:
             if self._make_room(self._page_bytes(size)):
                 self._pages.append(self._new_page(size))
                 continue
-            idle = [row for row in self._all_rows() if not row.live and row is not keep]
-            if not idle:
+            for row in self._least_useful(size, keep):
+                self._evict(row)
+                break
+            else:
                 return None
-            # One of the right size frees a place at once; others only when their whole page falls empty.
-            right = [row for row in idle if row.columns == size] or idle
-            self._evict(min(right, key=lambda row: row.used_at))
+
+    def _least_useful(self, size: int, keep: Row | None) -> Iterator[Row]:
+        """Kept rows whose eviction leads to a place of this size: one of the size frees a place at once; others only
+        together, where dropping whole pages makes room for a new one."""
+        kept = sorted((r for r in self._all_rows() if not r.live and r is not keep), key=lambda row: row.used_at)
+        yield from (row for row in kept if row.columns == size)
+        idle = [page for page in self._pages if not any(r is not None and (r.live or r is keep) for r in page.rows)]
+        if self.bytes - sum(page.bytes for page in idle) + self._page_bytes(size) <= self.max_bytes:
+            yield from (row for row in kept if row.page in idle)
 
     def _make_room(self, needed: int) -> bool:
         """Whether a new page fits, dropping empty pages if it does not otherwise."""

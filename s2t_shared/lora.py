@@ -60,7 +60,7 @@ class Adapter:
                        {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.weights.items()})
 
 
-Gate = tuple[Adapter, Tensor | None]  # an adapter and the packed tokens it acts on; None: all of them
+Gate = tuple[Adapter, Tensor | slice | None]  # an adapter and the packed tokens it acts on; None: all of them
 
 
 class AdapterSwitch:
@@ -96,6 +96,10 @@ class GatedLinear(nn.Module):
             a, b = adapter.weights[self.path]
             if tokens is None:
                 y = y + (x.to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
+            elif isinstance(tokens, slice) and a.dtype == y.dtype:  # the usual case: one sequence rides
+                y[0, tokens].addmm_(x[0, tokens] @ a.T, b.T, alpha=adapter.scale)
+            elif isinstance(tokens, slice):
+                y[0, tokens] += (x[0, tokens].to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
             else:
                 delta = (x[0].index_select(0, tokens).to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
                 y[0].index_add_(0, tokens, delta)

@@ -103,7 +103,7 @@ class ModelRuntime:
         self.device: torch.device = next(model.parameters()).device
         self.head = model.get_output_embeddings()
         self.vocab_rows = int(self.head.weight.shape[0])
-        self.max_length = int(getattr(self.config, "max_position_embeddings", 1 << 20))
+        self.max_length = _max_length(self.config)
         self._switch: AdapterSwitch | None = None
         unknown = set(getattr(self.config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
         if unknown:
@@ -196,7 +196,9 @@ class ModelRuntime:
         for adapter in adapters.values():
             tokens = [i for span, s in spans if segments[s].adapter is adapter
                       for i in range(span.at, span.at + span.length)]
-            gates.append((adapter, torch.tensor(tokens, device=self.device)))
+            first, last = min(tokens), max(tokens)
+            gates.append((adapter, slice(first, last + 1) if last - first + 1 == len(tokens)
+                          else torch.tensor(tokens, device=self.device)))
         return gates
 
     @torch.no_grad()
@@ -204,7 +206,14 @@ class ModelRuntime:
         """What each layer stores per token, from a forward of one token rather than from configuration fields, whose
         meaning differs between architectures."""
         probe = Aside(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.bool))
-        self._run(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), probe, [])
+        kind = self.config.model_type
+        try:
+            self._run(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), probe, [])
+        except (NotImplementedError, TypeError) as error:
+            raise ModelLoadError(f"model type {kind!r} is not supported: {error}") from error
+        if len(probe.stored) != self.config.num_hidden_layers:
+            raise ModelLoadError(f"model type {kind!r}: only {len(probe.stored)} of {self.config.num_hidden_layers} "
+                                 "layers are attention; only attention models are supported")
         return [KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in probe.stored]
 
     # -- output rows --------------------------------------------------------------------------------------------
@@ -248,6 +257,18 @@ class ModelRuntime:
         for index, token_id in enumerate(token_ids):
             if not 0 <= token_id < self.vocab_rows:
                 raise InvalidRequestError(f"token_ids[{index}]={token_id}: must be 0..{self.vocab_rows - 1}")
+
+
+def _max_length(config: Any) -> int:
+    """Positions a token may have. Rotary frequencies that depend on the longest sequence of a forward (`longrope`,
+    `dynamic`) would tie a sequence's numbers to the batch: such a model is used up to where they begin to change."""
+    longest = int(getattr(config, "max_position_embeddings", 1 << 20))
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None)
+        return int(min(longest, original or longest))
+    return longest
 
 
 def _order_for_single_tokens(model: Any, head: Any) -> None:

@@ -143,13 +143,15 @@ class LLMScorer:
         for pending in self._pending:
             if pending.row is None:
                 pending.row = self.runtime.pool.acquire(_reusable(pending), len(pending.needed))
+            if pending.row is None:  # first come, first served: later ones must not take what it waits for
+                break
         ready = [p for p in self._pending if p.row is not None]
         assert ready or not self._pending, "check() let a query pass that does not fit"
         share = dict.fromkeys(ready[:1], self._step_tokens // 2) if len(ready) > 1 else {}
         budget = self._step_tokens
         chunks: list[tuple[Pending, int]] = []
         for pending in [*ready[:1], *sorted(ready[1:], key=lambda p: p.unread)]:
-            if self._waits_for_another(pending, chunks):
+            if budget <= 0 or self._waits_for_another(pending, chunks):
                 continue
             tokens = min(pending.unread, share.get(pending, budget), budget)
             if tokens > 0:
@@ -190,11 +192,15 @@ class LLMScorer:
     def _read(self, hidden: Tensor, asked: Sequence[tuple[ScoreQuery, int]]) -> list[PositionScores]:
         """[m, hidden] and who asked -> the asked log-probabilities, with one transfer to the host."""
         logits = self.runtime.logits(hidden)
+        rows_of: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for row, (query, _) in enumerate(asked):
-            if query.excluded_ids:
-                logits[row, [i for i in query.excluded_ids if i < self.runtime.vocab_rows]] = -torch.inf
-            if query.vocab_size:
-                logits[row, query.vocab_size:] = -torch.inf
+            rows_of.setdefault((query.excluded_ids, query.vocab_size or self.runtime.vocab_rows), []).append(row)
+        for (excluded, vocab_size), rows in rows_of.items():  # one group where all proposers run the same SLM
+            barred = torch.zeros(self.runtime.vocab_rows, dtype=torch.bool)
+            barred[[i for i in excluded if i < self.runtime.vocab_rows]] = True
+            barred[vocab_size:] = True
+            mine = slice(None) if len(rows) == len(asked) else torch.tensor(rows, device=logits.device)
+            logits[mine] = logits[mine].masked_fill(barred.to(logits.device), -torch.inf)
         norm = logits.logsumexp(-1, keepdim=True)
         best = logits.max(-1)
         groups = [query.candidate_ids[j] for query, j in asked]

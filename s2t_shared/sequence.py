@@ -215,6 +215,8 @@ class LiveSequence:
     def drop_draft(self) -> None:
         """The draft does not stand; the KV of its tokens is forgotten with it."""
         for check in self.checks:
+            if check.future.done() and not check.future.cancelled() and check.future.exception() is None:
+                self.llm_forwards += 1  # in vain, but done
             check.future.cancel()
         self.checks.clear()
         self.draft.clear()

@@ -86,6 +86,8 @@ class EngineThread:
         accepted: Future[AnswerBuilder] = Future()
 
         def start() -> None:
+            if not accepted.set_running_or_notify_cancel():  # the caller has gone away meanwhile
+                return
             try:
                 builder = AnswerBuilder(request, self._tokenizer, self._engine)
             except S2TError as error:
@@ -99,6 +101,11 @@ class EngineThread:
 
     def cancel(self, builder: AnswerBuilder) -> None:
         self._inbox.put(builder.cancel)
+
+    def cancel_accepted(self, accepted: Future[AnswerBuilder]) -> None:
+        """For a caller that went away while its request was being accepted."""
+        if not accepted.cancelled() and accepted.exception() is None:
+            self.cancel(accepted.result())
 
     def _run(self) -> None:
         while True:
@@ -186,7 +193,12 @@ class ProposerReplica:
             loop.call_soon_threadsafe(events.put_nowait, (text, done))
 
         try:
-            builder = accepted = await asyncio.wrap_future(self._engine.submit(request, deliver))
+            submitted = self._engine.submit(request, deliver)
+            try:
+                builder = accepted = await asyncio.wrap_future(submitted)
+            except asyncio.CancelledError:
+                submitted.add_done_callback(self._engine.cancel_accepted)
+                raise
             finished = False
             while not finished:
                 text, finished = await events.get()

@@ -207,6 +207,9 @@ def write_reply(reply: ScoreReply) -> selection.ScoreResponse:
 
 def read_reply(query: ScoreQuery, response: selection.ScoreResponse) -> ScoreReply:
     positions, at, log_probs = [], 0, list(response.log_probs)
+    asked = len(query.candidate_ids), sum(map(len, query.candidate_ids))
+    if (len(response.top_ids), len(log_probs)) != asked or len(response.top_log_probs) != asked[0]:
+        raise errors.SelectorUnavailableError("a selector's reply does not fit its query; are its versions the same?")
     for group, top_id, top in zip(query.candidate_ids, response.top_ids, response.top_log_probs, strict=True):
         positions.append(PositionScores(tuple(log_probs[at: at + len(group)]), top_id, top))
         at += len(group)

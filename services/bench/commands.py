@@ -122,7 +122,7 @@ def kl(slm: Slm, llm: Llm = None, prefix: Prefix = 256, new: New = 96, k: K = 8,
 @bench_app.command()
 def selector(llm: Slm, prefix: Prefix = 512, k: K = 8, repeats: Repeats = 5, threads: Threads = 1,
              dtype: Dtype = "float32", device: Device = "cpu", json_out: Json = False) -> None:
-    """What a `Score` costs beyond the model, and how queries batch. (--slm names the model that plays the LLM.)"""
+    """What a `Score` costs beyond the model's own time, and how queries batch."""
     from services.bench.selector import bench_selector
 
     made = settings(slm=llm, prefix=prefix, k=k, repeats=repeats, threads=threads, dtype=dtype, device=device)
@@ -151,12 +151,12 @@ def serve(slm: Slm, llm: Llm = None, prefix: Prefix = 256, new: New = 64, batch:
 
 @bench_app.command()
 def plot(slm: Slm, out: Annotated[Path, typer.Option(help="SVG file; the numbers go beside it")] = Path("cost.svg"),
-         new: New = 50, repeats: Repeats = 3, threads: Threads = 2, dtype: Dtype = "float32", device: Device = "cpu"
+         new: New = 100, repeats: Repeats = 3, threads: Threads = 2, dtype: Dtype = "float32", device: Device = "cpu"
          ) -> None:
     """How the cost grows with batch, prefix, K and budget: four small plots."""
     from services.bench.plot import draw, sweep
 
-    made = settings(slm=slm, new=new, repeats=repeats, threads=threads, dtype=dtype, device=device, budget=0.02)
+    made = settings(slm=slm, new=new, repeats=repeats, threads=threads, dtype=dtype, device=device, budget=0.01)
     with ticks() as tick:
         plots = sweep(made, tick)
     draw(plots, made, out)

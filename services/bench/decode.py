@@ -26,8 +26,8 @@ CONFIGURATIONS: dict[str, tuple[SelectorKind, Reading, Proposals]] = {
 def bench_decode(settings: Settings, batches: Sequence[int], names: Sequence[str], against_hf: bool,
                  on_turn: Callable[[], None] = lambda: None) -> Report:
     """Greedy tokens per second against `generate` (whole answers, prompts included), and the decode time of
-    `s2t_local` over that of greedy at the budget (from the first token on; what an adapter must first read of the
-    prompt counts)."""
+    `s2t_local` over that of greedy at the budget (all prompts have been read; what an adapter must first
+    read of them for itself counts)."""
     models = workload.load(settings)
     figures: list[Figure] = []
     for batch in batches:
@@ -52,7 +52,7 @@ def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...
         started = time.perf_counter()
         with torch.no_grad():
             out = model.generate(padded, attention_mask=mask, max_new_tokens=settings.new,
-                                 min_new_tokens=settings.new, do_sample=False, pad_token_id=0,
+                                 min_new_tokens=settings.new, do_sample=False, pad_token_id=0, repetition_penalty=1.0,
                                  suppress_tokens=list(models.proposer.excluded_ids) or None)
         seconds = time.perf_counter() - started
         answers["theirs"] = [tuple(row[longest:].tolist()) for row in out]
@@ -75,7 +75,8 @@ def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...
     conditions = f"batch {b}, prompts {min(map(len, ids))}-{longest} tokens, {settings.new} new each"
     same = sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True))
     return [figure("greedy, this engine", [tokens / s for s in seconds["ours"]], "tokens/s", conditions),
-            figure("greedy, Hugging Face generate", [tokens / s for s in seconds["theirs"]], "tokens/s", conditions),
+            figure("greedy, Hugging Face generate", [tokens / s for s in seconds["theirs"]], "tokens/s",
+                   f"{conditions}; padded to {longest}"),
             figure("greedy / generate", ratios(seconds["theirs"], seconds["ours"]), "x",
                    f"batch {b}; {same} of {b} answers token for token equal")]
 

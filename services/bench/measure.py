@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +32,6 @@ class Report:
 
     title: str
     figures: tuple[Figure, ...]
-    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"machine": machine()}
@@ -64,6 +64,13 @@ def take_turns(sides: Mapping[str, Callable[[], float]], repeats: int,
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     """Turn by turn."""
     return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def clock() -> float:
+    """Seconds, when everything that was launched is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def machine() -> str:

@@ -71,7 +71,7 @@ def draw(plots: dict[str, Curves], settings: Settings, file: Path) -> None:
         axis.set_xticks(sorted({p[0] for points in curves.values() for p in points}))
         axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.minorticks_off()
-        axis.set_ylim(bottom=0 if name in ("prefix", "K") else 0.95)
+        axis.set_ylim(bottom=0 if name in ("prefix", "K") else min(0.95, *(p[2] for c in curves.values() for p in c)))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)

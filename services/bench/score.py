@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,10 +11,10 @@ from s2t_shared.proposer import Propose, Score, Track
 from s2t_shared.runtime import Segment
 from s2t_shared.types import CandidateRule, Mode, Policy, Support
 from services.bench import workload
-from services.bench.measure import Figure, Report, figure, ratios, take_turns
+from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.workload import Models, Settings
 
-GAP = 64  # tokens since an adapted reading's last score
+GAP = 64  # tokens since an adapted reading's last score, at most half of the prefix
 INNER = 5  # forwards per measurement
 
 
@@ -33,6 +32,7 @@ def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on
         ) -> list[Figure]:
     (ids,) = workload.prompts(models.tokenizer, [prefix])
     opened: list[Track] = []
+    gap = min(GAP, prefix // 2)
 
     def ready(kind: SelectorKind, reads: Reading) -> tuple[Track, Support]:
         selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
@@ -44,10 +44,10 @@ def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on
 
     def timed(work: Callable[[], object]) -> Callable[[], float]:
         def side() -> float:
-            started = time.perf_counter()
+            started = clock()
             for _ in range(INNER):
                 work()
-            return (time.perf_counter() - started) / INNER
+            return (clock() - started) / INNER
         return side
 
     def decode(track: Track) -> None:
@@ -64,8 +64,8 @@ def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on
 
     def read_gap(track: Track) -> None:
         assert track.adapted_row is not None and track.selector is not None
-        track.adapted_row.truncate(prefix - GAP)
-        models.slm.forward([Segment(track.adapted_row, ids[prefix - GAP:], prefix - GAP, (), track.selector.adapter)])
+        track.adapted_row.truncate(prefix - gap)
+        models.slm.forward([Segment(track.adapted_row, ids[prefix - gap:], prefix - gap, (), track.selector.adapter)])
 
     first, _ = ready(SelectorKind.PREFIX, Reading.BASE)
     sides: dict[str, Callable[[], float]] = {"decode": timed(lambda: decode(first))}
@@ -73,8 +73,8 @@ def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on
         sides[f"{kind.value}, base"] = timed(score(*ready(kind, Reading.BASE)))
     adapted = ready(SelectorKind.JOINT, Reading.ADAPTED)
     score(*adapted, gap=prefix)()  # the adapter reads the prompt once
-    sides[f"joint, adapted, gap {GAP}"] = timed(score(*adapted, gap=GAP))
-    sides[f"reading {GAP} tokens"] = timed(lambda: read_gap(adapted[0]))
+    sides[f"joint, adapted, gap {gap}"] = timed(score(*adapted, gap=gap))
+    sides[f"reading {gap} tokens"] = timed(lambda: read_gap(adapted[0]))
     if naive:
         sides["published way (K whole prefixes)"] = _published(models, ids, adapted, k)
     seconds = take_turns(sides, settings.repeats, on_turn)
@@ -104,19 +104,16 @@ def _published(models: Models, ids: Sequence[int], scored: tuple[Track, Support]
     assert isinstance(selector, LocalSelector)
 
     def side() -> float:
-        started = time.perf_counter()
-        rows = []
+        row = models.slm.pool.acquire((), len(ids) + 1, object())
+        assert row is not None
+        started = clock()
         for candidate in support.ids[:k]:
-            row = models.slm.pool.acquire((), len(ids) + 1, object())
-            assert row is not None
+            row.truncate(0)
             with torch.no_grad():
                 hidden, _ = models.slm.forward([Segment(row, [*ids, candidate], 0, (), selector.adapter)])
                 models.slm.reserved_logits(hidden[-1], selector.reserved_ids, selector.bin_deltas)
-            rows.append(row)
-        seconds = time.perf_counter() - started
-        for row in rows:
-            models.slm.pool.release(row)
-        models.slm.pool.clear()
+        seconds = clock() - started
+        models.slm.pool.release(row)
         return seconds
 
     return side

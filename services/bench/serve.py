@@ -16,9 +16,12 @@ import psutil
 
 from s2t_shared.config import load_config
 from s2t_shared.engine import Engine
+from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.proposer import Proposer
+from s2t_shared.runtime import resolve_model
+from s2t_shared.text import Tokenizer
 from s2t_shared.types import Policy
 from services import net
 from services.bench import workload
@@ -36,21 +39,22 @@ def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = la
     also requests of every mode at once against one after another."""
     models = workload.load(settings)
     prompts = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
-    turn = iter(range(10_000))
-    counted: list[int] = []
+    turns = {"in process": iter(range(10_000)), "served": iter(range(10_000))}
+
+    def fresh(side: str) -> list[tuple[int, ...]]:
+        """Another first token each turn, so that the service cannot reuse what it read in an earlier one; the same
+        on both sides."""
+        n = next(turns[side])
+        return [(20 + n, *ids[1:]) for ids in prompts]
 
     def in_process() -> float:
-        result = workload.run(models, [Policy()] * batch, prompts, settings.new, engine=_plain(batch))
-        counted.append(result.tokens)
+        result = workload.run(models, [Policy()] * batch, fresh("in process"), settings.new, engine=_plain(batch))
         return result.total_s / result.tokens
 
     figures: list[Figure] = []
     with _service(settings, batch) as service:
         def served() -> float:
-            # Another first token each time: neither side may reuse what it read in an earlier turn.
-            n = next(turn)
-            asks = [_greedy([20 + n, *ids[1:]], settings.new) for ids in prompts]
-            return _stream_all(service, asks, batch)
+            return _stream_all(service, [_greedy(ids, settings.new) for ids in fresh("served")], batch)
 
         seconds = take_turns({"in process": in_process, "served": served}, settings.repeats, on_turn)
         conditions = f"batch {batch}, prefix {settings.prefix} ragged, up to {settings.new} new"
@@ -59,6 +63,8 @@ def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = la
         figures.append(figure("service / in process, tokens per second",
                               ratios(seconds["in process"], seconds["served"]), "x"))
         if settings.llm:
+            turn = iter(range(1000, 10_000))
+
             def mixed(concurrency: int) -> Callable[[], float]:
                 return lambda: _stream_all(service, _mixed(prompts, settings.new, next(turn)), concurrency)
 
@@ -72,13 +78,15 @@ def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = la
 def soak(settings: Settings, minutes: float, batch: int, say: Callable[[str], None] = lambda line: None) -> Report:
     """Mixed load for so long; the slope of the resident memory of all the service's processes after the first fifth
     of the time (warm-up)."""
-    models = workload.load(settings)
+    if minutes < 2:
+        raise InvalidRequestError(f"--soak-minutes={minutes:g}: too short for a slope; give at least 2")
+    tokenizer = Tokenizer.load(resolve_model(settings.slm))
     samples: list[tuple[float, float]] = []
     tokens = failed = rounds = 0
     with _service(settings, batch) as service:
         started = last = time.monotonic()
         while time.monotonic() - started < 60 * minutes:
-            prompts = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix), rounds)
+            prompts = workload.prompts(tokenizer, workload.ragged_lengths(batch, settings.prefix), rounds)
             answers = asyncio.run(_stream(service.address, _mixed(prompts, settings.new, rounds), batch))
             tokens += sum(answers)
             failed += sum(n == 0 for n in answers)

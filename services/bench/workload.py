@@ -102,8 +102,7 @@ def random_selector(runtime: ModelRuntime, reserved: tuple[int, ...], kind: Sele
     that nothing is reused between runs."""
     adapter = new_adapter(runtime.model, RANK, 2.0 * RANK, 0)
     generator = torch.Generator().manual_seed(1)
-    weights = {path: (a.detach().to(runtime.model.dtype),
-                      (torch.randn(b.shape, generator=generator) * 0.02).to(b.device, runtime.model.dtype))
+    weights = {path: (a.detach(), (torch.randn(b.shape, generator=generator) * 0.02).to(b.device))
                for path, (a, b) in adapter.weights.items()}
     deltas = torch.randn(len(reserved), runtime.head.weight.shape[1], generator=generator) * 0.02
     return LocalSelector(f"bench-{next(_runs)}", kind, reads, reserved, Adapter(RANK, 2.0 * RANK, weights),
@@ -166,16 +165,17 @@ def interleaved(models: Models, sides: Mapping[str, tuple[Sequence[Policy], Loca
                 prompt_ids: Sequence[tuple[int, ...]], new: int, seeds: Sequence[int],
                 on_tokens: Callable[[], None] = lambda: None) -> dict[str, Run]:
     """The same prompts on several engines over one model, which take turns step by step: whatever the machine does
-    meanwhile, it does to all of them. Timed from each engine's first tokens on."""
-    models.slm.pool.clear()
+    meanwhile, it does to all of them. The prompts have been read before; timed from every sequence's second token on,
+    so that all sides decode the same number of tokens."""
+    run(models, [Policy()] * len(prompt_ids), prompt_ids, 1)
     eos_ids, models.slm.eos_ids = models.slm.eos_ids, frozenset()
     engines, live, seconds = {}, {}, dict.fromkeys(sides, 0.0)
     for name, (policies, selector) in sides.items():
         engines[name] = engine = Engine(models.proposer, None, _always(selector), len(prompt_ids))
         live[name] = [engine.add(DecodeRequest(f"{next(_runs)}", ids, policy, Sampling(seed=seed), new))
                       for ids, policy, seed in zip(prompt_ids, policies, seeds, strict=True)]
-        while not all(s.steps for s in live[name]):
-            engine.step()
+        engine.step()
+        assert all(len(s.steps) == 1 for s in live[name]), "the prompts did not stay in the pool"
     names = list(sides)
     while any(not engine.idle for engine in engines.values()):
         names.append(names.pop(0))
