@@ -34,7 +34,9 @@ def bench_kl(settings: Settings, batch: int, answers: int, read_ahead: int, lock
         return work
 
     def s2t(trigger: Trigger) -> Policy:
-        return Policy(Mode.S2T, trigger, calibration.threshold(trigger, settings.budget), CandidateRule(settings.k))
+        # The calibrated value is the signal of one of these very steps, where rounding would decide: just above it.
+        threshold = calibration.threshold(trigger, settings.budget) + 1e-3
+        return Policy(Mode.S2T, trigger, threshold, CandidateRule(settings.k))
 
     sides = {"LLM alone": side("LLM alone", alone, Policy()), "SLM alone": side("SLM alone", models, Policy()),
              "KL": side("KL", models, s2t(Trigger.KL)), "entropy": side("entropy", models, s2t(Trigger.ENTROPY))}
