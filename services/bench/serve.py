@@ -114,7 +114,7 @@ def _mixed(prompts: Sequence[Sequence[int]], new: int, turn: int) -> list[Ask]:
     for i, ids in enumerate(prompts):
         mode, _, trigger = MODES[i % len(MODES)].partition(" ")
         mode, _, samples = mode.partition("@")
-        ask = Ask(token_ids=pb.TokenIds(ids=[20 + turn % 1000, *ids[1:]]), mode=f"MODE_{mode.upper()}",
+        ask = Ask(token_ids=pb.TokenIds(ids=[20 + turn % 80, *ids[1:]]), mode=f"MODE_{mode.upper()}",
                   trigger=f"TRIGGER_{trigger.upper() or 'UNSPECIFIED'}", max_new_tokens=new,
                   sampling=pb.Sampling(seed=turn, temperature=0.7), labels=pb.LabelOptions(store=False),
                   fresh_selections=True)
