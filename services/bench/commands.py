@@ -13,13 +13,14 @@ import typer
 from rich.console import Console
 
 from s2t_shared.errors import InvalidRequestError
+from s2t_shared.pair import LLM_DIR, SLM_DIR
 
 if TYPE_CHECKING:
     from services.bench.measure import Report
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure side by side, in one run, on any model folder.")
 
-Slm = Annotated[str, typer.Option(help="folder or hub id of the SLM")]
+Slm = Annotated[str, typer.Option(help="folder or hub id of the SLM, or bundled")]
 Llm = Annotated[str | None, typer.Option(help="folder or hub id of the LLM")]
 Prefix = Annotated[int, typer.Option(help="prompt tokens (mean, where prompts are ragged)")]
 New = Annotated[int, typer.Option(help="tokens of an answer")]
@@ -49,6 +50,10 @@ def settings(**values: Any) -> Any:
             raise InvalidRequestError(f"--{name}={values[name]}: must be at least 1")
     if not 0 < values.get("budget", 0.01) <= 1:
         raise InvalidRequestError(f"--budget={values['budget']}: must be above 0 and at most 1")
+    if values["slm"] == "bundled":
+        values["slm"] = str(SLM_DIR)
+    if values.get("llm") == "bundled":
+        values["llm"] = str(LLM_DIR)
     return Settings(**values)
 
 
