@@ -31,6 +31,7 @@ from services.load import bounded
 from services.serving import RunningService, running_service
 
 SAMPLE_S = 5.0
+SOAK_KV_GIB = 0.05  # kept contexts fill the pools up to their bound by design: so small that warm-up fills them
 Ask = pb.GenerationParameters
 
 
@@ -77,13 +78,13 @@ def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = la
 
 def soak(settings: Settings, minutes: float, batch: int, say: Callable[[str], None] = lambda line: None) -> Report:
     """Mixed load for so long; the slope of the resident memory of all the service's processes after the first fifth
-    of the time (warm-up)."""
+    of the time (warm-up, in which the KV pools fill up to their bound)."""
     if minutes < 2:
         raise InvalidRequestError(f"--soak-minutes={minutes:g}: too short for a slope; give at least 2")
     tokenizer = Tokenizer.load(resolve_model(settings.slm))
     samples: list[tuple[float, float]] = []
     tokens = failed = rounds = 0
-    with _service(settings, batch) as service:
+    with _service(settings, batch, SOAK_KV_GIB) as service:
         started = last = time.monotonic()
         while time.monotonic() - started < 60 * minutes:
             prompts = workload.prompts(tokenizer, workload.ragged_lengths(batch, settings.prefix), rounds)
@@ -174,9 +175,9 @@ def _resident_mb() -> float:
 
 
 @contextmanager
-def _service(settings: Settings, batch: int) -> Iterator[RunningService]:
+def _service(settings: Settings, batch: int, kv_gib: float = 2.0) -> Iterator[RunningService]:
     with tempfile.TemporaryDirectory(prefix="s2t-bench-") as folder:
-        model = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads}
+        model = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads, "kv_gib": kv_gib}
         overrides = {f"slm.{key}": value for key, value in ({"model": settings.slm} | model).items()}
         if settings.llm:
             overrides |= {f"llm.{key}": value for key, value in ({"model": settings.llm} | model).items()}
