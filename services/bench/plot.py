@@ -13,10 +13,10 @@ from services.bench.measure import Figure, machine
 from services.bench.score import bench_score
 from services.bench.workload import Settings
 
-BATCHES = (1, 2, 4, 8, 16)
-PREFIXES = (64, 128, 256, 512, 1024)
-KS = (2, 4, 8, 16, 32)
-BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
+BATCHES = (1, 4, 16)
+PREFIXES = (64, 256, 1024)
+KS = (2, 8, 32)
+BUDGETS = (0.01, 0.05, 0.2)
 KINDS = ("prefix", "joint", "reserved")
 Curves = dict[str, list[tuple[float, float, float, float]]]  # name -> (x, median, low, high)
 
@@ -61,7 +61,8 @@ def draw(plots: dict[str, Curves], settings: Settings, file: Path) -> None:
               "K": ("one scoring / one decode step, prefix 256", "K (candidates)")}
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4))
     for axis, (name, curves) in zip(axes.flat, plots.items(), strict=True):
-        for kind, points in curves.items():
+        for kind in (kind for kind in KINDS if kind in curves):  # the same colour in every plot
+            points = curves[kind]
             x, y, low, high = zip(*points, strict=True)
             axis.plot(x, y, marker="o", markersize=3, label=kind)
             axis.fill_between(x, low, high, alpha=0.15)
