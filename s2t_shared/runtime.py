@@ -273,7 +273,7 @@ def _max_length(config: Any) -> int:
 
 def _order_for_single_tokens(model: Any, head: Any) -> None:
     """Keep weights that widen their input (and the head) in [in, out] memory order: on CPU, fp32, the product with
-    one token is then 1.6 times as fast, and not slower with many (measured). The numbers are the same weights."""
+    one token is then 1.6 times as fast, with many about as fast (measured: 13 % slower to 10 % faster)."""
     for layer in [*adaptable_layers(model).values(), head]:
         if layer.out_features > layer.in_features:
             layer.weight.data = layer.weight.data.t().contiguous().t()

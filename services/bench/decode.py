@@ -61,7 +61,7 @@ def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...
     def ours() -> float:
         result = workload.run(models, [Policy()] * len(ids), ids, settings.new)
         answers["ours"] = [s.output_ids for s in result.sequences]
-        return result.total_s
+        return result.seconds
 
     # `min_new_tokens` suppresses the end token, so ours must not choose it either.
     ours_excluded = models.proposer._excluded
@@ -101,7 +101,7 @@ def _local(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]], n
         runs = workload.interleaved(models, sides, ids, settings.new, seeds)
         for name in names:
             assert all(s.usage.triggers == triggers for s in runs[name].sequences)
-            found[name].append(runs[name].decode_s / runs["greedy"].decode_s)
+            found[name].append(runs[name].seconds / runs["greedy"].seconds)
         on_turn()
     conditions = (f"batch {len(ids)}, prefix {settings.prefix}, {settings.new} new each, K {settings.k}, "
                   f"{triggers} triggers each")

@@ -30,7 +30,7 @@ def bench_kl(settings: Settings, batch: int, answers: int, read_ahead: int, lock
             engine = workload.with_llm(models, batch, **options)
             last[name] = [workload.run(which, [policy] * len(part), part, settings.new, engine=engine)
                           for part in _parts(ids, batch)]
-            return sum(run.total_s for run in last[name])
+            return sum(run.seconds for run in last[name])
         return work
 
     def s2t(trigger: Trigger) -> Policy:

@@ -50,7 +50,7 @@ def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = la
 
     def in_process() -> float:
         result = workload.run(models, [Policy()] * batch, fresh("in process"), settings.new, engine=_plain(batch))
-        return result.total_s / result.tokens
+        return result.seconds / result.tokens
 
     figures: list[Figure] = []
     with _service(settings, batch) as service:

@@ -120,11 +120,10 @@ def seed_with(budget: float, steps: int, warmup: int, first: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """`decode_s`: from the moment when every sequence has its first token; `total_s`: from the start."""
+    """Finished sequences and what they took."""
 
     sequences: tuple[LiveSequence, ...]
-    decode_s: float
-    total_s: float
+    seconds: float
 
     @property
     def tokens(self) -> int:
@@ -132,29 +131,25 @@ class Run:
 
 
 def run(models: Models, policies: Sequence[Policy], prompt_ids: Sequence[tuple[int, ...]], new: int,
-        selector: LocalSelector | None = None, seeds: Sequence[int] | None = None, keep_kv: bool = False,
         engine: Callable[[Proposer], Engine] | None = None) -> Run:
-    """Answer the prompts together. Without an `engine` of the caller's, each gets exactly `new` tokens."""
-    if not keep_kv:
-        models.slm.pool.clear()
-        if models.scorer is not None:
-            models.scorer.runtime.pool.clear()
+    """Answer the prompts together, on empty pools. Without an `engine` of the caller's, each gets exactly `new`
+    tokens."""
+    models.slm.pool.clear()
+    if models.scorer is not None:
+        models.scorer.runtime.pool.clear()
     eos_ids = models.slm.eos_ids
     if engine is None:  # decode as long as we were told
         models.slm.eos_ids = frozenset()
-    made = engine(models.proposer) if engine else Engine(models.proposer, None, _always(selector), len(prompt_ids))
-    live = [made.add(DecodeRequest(f"{next(_runs)}", ids, policy, Sampling(seed=seed), new))
-            for ids, policy, seed in zip(prompt_ids, policies, seeds or [0] * len(prompt_ids), strict=True)]
+    made = engine(models.proposer) if engine else Engine(models.proposer, max_running=len(prompt_ids))
+    live = [made.add(DecodeRequest(f"{next(_runs)}", ids, policy, max_new_tokens=new))
+            for ids, policy in zip(prompt_ids, policies, strict=True)]
     started = time.perf_counter()
-    first = started
     while not made.idle:
         made.step()
-        if first == started and all(s.steps for s in live):
-            first = time.perf_counter()
         made.wait()
-    ended = time.perf_counter()
+    seconds = time.perf_counter() - started
     models.slm.eos_ids = eos_ids
-    return Run(tuple(live), ended - first, ended - started)
+    return Run(tuple(live), seconds)
 
 
 def _always(selector: LocalSelector | None) -> SelectorLookup:
@@ -162,8 +157,7 @@ def _always(selector: LocalSelector | None) -> SelectorLookup:
 
 
 def interleaved(models: Models, sides: Mapping[str, tuple[Sequence[Policy], LocalSelector | None]],
-                prompt_ids: Sequence[tuple[int, ...]], new: int, seeds: Sequence[int],
-                on_tokens: Callable[[], None] = lambda: None) -> dict[str, Run]:
+                prompt_ids: Sequence[tuple[int, ...]], new: int, seeds: Sequence[int]) -> dict[str, Run]:
     """The same prompts on several engines over one model, which take turns step by step: whatever the machine does
     meanwhile, it does to all of them. The prompts have been read before; timed from every sequence's second token on,
     so that all sides decode the same number of tokens."""
@@ -184,9 +178,8 @@ def interleaved(models: Models, sides: Mapping[str, tuple[Sequence[Policy], Loca
                 started = time.perf_counter()
                 engines[name].step()
                 seconds[name] += time.perf_counter() - started
-        on_tokens()
     models.slm.eos_ids = eos_ids
-    return {name: Run(tuple(live[name]), seconds[name], 0.0) for name in sides}
+    return {name: Run(tuple(live[name]), seconds[name]) for name in sides}
 
 
 def with_llm(models: Models, batch: int, longest_draft: int = LONGEST_DRAFT, read_ahead_tokens: int = 0
