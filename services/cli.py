@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +18,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402 - the environment above is read at import
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from s2t_shared.config import Config, load_config  # noqa: E402
+from s2t_shared.config import Config  # noqa: E402
 from s2t_shared.errors import (  # noqa: E402
     ConfigError,
     EvaluationSplitError,
@@ -34,6 +31,19 @@ from s2t_shared.errors import (  # noqa: E402
 )
 from s2t_shared.types import CandidateRule, Mode, Policy, Prompt, Proposals, Sampling, Trigger  # noqa: E402
 from services.bench.commands import bench_app  # noqa: E402
+from services.console import (  # noqa: E402
+    Address,
+    ConfigFile,
+    DataDir,
+    Json,
+    TokenFile,
+    pick,
+    progress,
+    settings,
+    show,
+    target,
+    wide_console,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Select-to-Think: a small model answers, a large one only selects.")
@@ -42,11 +52,6 @@ app.add_typer(versions_app, name="versions")
 app.add_typer(bench_app, name="bench")
 USER_ERRORS = (ConfigError, InvalidRequestError, ModelLoadError, VersionError, EvaluationSplitError)
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")]
-DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis files")]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
-Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
-TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
 
 
 def run() -> None:
@@ -56,49 +61,6 @@ def run() -> None:
     except S2TError as error:
         print(f"s2t: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, USER_ERRORS) else 3)
-
-
-@contextmanager
-def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere; yields a function to call once per finished item."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda: None
-        return
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
-def settings(config: Path | None, **overrides: Any) -> Config:
-    return load_config(config, {key.replace("__", "."): value for key, value in overrides.items()})
-
-
-def pick(kind: type[Any], name: str, option: str) -> Any:
-    """An enum member by its name on the command line.
-
-    Raises:
-        InvalidRequestError: unknown, listing the known ones.
-    """
-    try:
-        return kind(name.replace("-", "_"))
-    except ValueError:
-        known = ", ".join(member.value for member in kind)
-        raise InvalidRequestError(f"{option}={name!r}: unknown; choose from {known}") from None
-
-
-def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:
-    from services.load import Target
-
-    resolved = settings(config)
-    token = (token_file or resolved.security.token_file)
-    try:
-        secret = token.read_text(encoding="utf-8").strip() if token else None
-    except OSError as error:
-        raise ConfigError(f"token file {str(token)!r} cannot be read: {error.strerror}") from error
-    authority = resolved.security.authority
-    return Target(address or f"{resolved.gateway.host}:{resolved.gateway.port}", secret,
-                  str(authority) if authority else None)
 
 
 @app.command()
@@ -357,18 +319,3 @@ def show_config(config: ConfigFile = None,
     resolved = settings(config)
     print(json.dumps(Config.model_json_schema(), indent=2) if schema
           else yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
-
-
-def wide_console() -> Console:
-    """For tables: a figure that is cut off is worse than a line that wraps."""
-    return Console(width=max(110, Console().width), highlight=False)
-
-
-def show(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values))
-        return
-    for key, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
-        print(f"{key:>16}: {value:.4g}" if isinstance(value, float) else f"{key:>16}: {value}")
