@@ -3,7 +3,8 @@
 Import order inside this package, kept by `tests/test_layout.py`: a module imports only from its left.
 
     errors types files | config policy | text lora kv attention runtime local_selector | proposer scorer sequence
-    asking engine generate | labels redis_server store selection_cache | metrics registry trees distill
+    asking engine generate | labels lake redis_server store selection_cache | metrics gate
+    manifest model_card registry export trees distill
     | tasks calibrate
 
 `pair` (the bundled models) and `pb` (generated wire code) stand alone.

@@ -56,11 +56,13 @@ class Asker:
             s.checks.append(Check(count, future, time.monotonic() + self._timeout_s))
 
     def score_rollout(self, sequence: LiveSequence) -> None:
-        """Ask for the LLM's view of every step of a finished answer; the sequence parks."""
+        """Ask for the LLM's view of every step of a finished answer that it has not given; the sequence parks."""
         start = len(sequence.request.token_ids) - 1
-        positions = tuple(range(start, start + len(sequence.steps)))
-        supports = tuple(s.support.ids for s in sequence.steps if s.support)
-        (future,) = self._submit([self._query(sequence, sequence.token_ids, positions, supports)])
+        unseen = [s for s in sequence.steps if s.llm is None]
+        positions = tuple(start + s.index for s in unseen)
+        supports = tuple(s.support.ids for s in unseen if s.support)
+        ids = sequence.token_ids[: positions[-1] + 1]  # the last token is judged, not read
+        (future,) = self._submit([self._query(sequence, ids, positions, supports)])
         sequence.parked = Parked(None, future, time.monotonic() + self._timeout_s * ROLLOUT_PATIENCE)
 
     def tell_ahead(self, sequences: Sequence[LiveSequence]) -> None:

@@ -65,8 +65,8 @@ class Engine:
             raise InvalidRequestError(f"mode {policy.mode.value!r} with trigger {policy.trigger.value!r} asks the "
                                       "LLM, but none is configured; give an LLM, or choose mode greedy, sample or "
                                       "s2t_local")
-        if request.score_rollout and policy.mode not in (Mode.GREEDY, Mode.SAMPLE):
-            raise InvalidRequestError(f"score_rollout goes with mode greedy or sample, not {policy.mode.value}")
+        if request.score_rollout and policy.mode is Mode.LLM:
+            raise InvalidRequestError("score_rollout goes with every mode but llm, where no SLM proposes")
         longest = self.proposer.runtime.max_length
         stop_ids = self.proposer.runtime.eos_ids
         if info is not None and asks:
@@ -270,18 +270,19 @@ class Engine:
             self._finish(s, FinishReason.LENGTH)
 
     def _finish(self, s: LiveSequence, reason: FinishReason) -> None:
-        if s.request.score_rollout and self._asker:
+        if s.request.score_rollout and self._asker and any(step.llm is None for step in s.steps):
             self._asker.score_rollout(s)
         else:
             self._end(s, reason)
 
     def _take_rollout_scores(self, s: LiveSequence, reply: ScoreReply | str) -> None:
-        """Fill in the LLM's view of a finished rollout that asked for it."""
+        """Fill in the LLM's view of a finished rollout where it has not been asked before."""
         if isinstance(reply, str):
-            s.steps = [replace(step, degraded=reply) for step in s.steps]
+            s.steps = [replace(step, degraded=reply) if step.llm is None else step for step in s.steps]
         else:
-            s.steps = [replace(step, llm=scores, llm_cached=reply.cached)
-                       for step, scores in zip(s.steps, reply.positions, strict=True)]
+            scores = iter(reply.positions)
+            s.steps = [replace(step, llm=next(scores), llm_cached=reply.cached) if step.llm is None else step
+                       for step in s.steps]
         stopped = s.steps[-1].token_id in s.stop_ids
         self._end(s, FinishReason.STOP if stopped else FinishReason.LENGTH)
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from s2t_shared.engine import Engine
 from s2t_shared.errors import DeadlineExceededError, InvalidRequestError, S2TError
-from s2t_shared.policy import Calibration
+from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.sequence import LiveSequence
 from s2t_shared.text import TextStream, Tokenizer
 from s2t_shared.types import (
@@ -72,6 +73,10 @@ def check_request(request: GenerateRequest) -> None:
         raise InvalidRequestError(f"top_p={sampling.top_p}: must be above 0 and at most 1")
     if sampling.top_k < 0:
         raise InvalidRequestError(f"top_k={sampling.top_k}: must be 0 (off) or more")
+    for rule in request.labels.rules:
+        if rule.trigger not in CALIBRATED or not math.isfinite(rule.threshold):
+            raise InvalidRequestError(f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of "
+                                      f"{', '.join(t.value for t in CALIBRATED)}")
 
 
 def with_thresholds(request: GenerateRequest, calibration: Calibration) -> GenerateRequest:

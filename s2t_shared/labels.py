@@ -1,12 +1,8 @@
-"""What a selection label is, and the Parquet lake it ends in.
+"""What a selection label is. Labels travel and rest inside the `Rollout` they were found in: its tokens once, then each
+labelled position, which is also how the trainer reads them.
 
-    lake/
-      shard-<id>.parquet    labels, zstd
-      shard-<id>.json       its manifest, written last: a shard without one does not exist
-      snapshots/<id>.json   a frozen list of shards; a training run names the snapshot it read
-
-Labels arrive at least once and are deduplicated by `label_id`, which hashes everything a label's value depends on.
-Knows Steps and files; not Redis, not models.
+Labels arrive at least once and are deduplicated by `label_id`, a hash of everything that a label's value depends on:
+context, candidates, and the digests of SLM, LLM, tokenizer and chat template. Knows Steps; no files, Redis, models.
 """
 
 from __future__ import annotations
@@ -15,38 +11,32 @@ import hashlib
 import json
 import math
 import time
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from s2t_shared import policy as decide
 from s2t_shared.errors import EvaluationSplitError, StoreError
-from s2t_shared.files import sha256_file, write_atomically
 from s2t_shared.types import WARMUP_STEPS, CandidateRule, LabelOptions, Step
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EVALUATION_SPLITS = frozenset({"test", "eval", "evaluation", "heldout", "held_out", "held-out", "val", "validation",
                                "dev"})
+HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Label:
-    """One LLM selection.
+    """One LLM selection, at one position of a rollout.
 
-    context_ids: the full prefix. candidate_ids: the SLM's top K in its order; slm_log_probs and llm_log_probs:
-    natural logs of the same candidates over each model's whole vocabulary. llm_top_rank: place of the LLM's top-1
-    in the SLM's order, 0 = first, -1 = outside its top 64. mass: the LLM's probability on the candidates.
-    kl, entropy: nats, on the SLM's top-64 support. step: 0-based index in the answer; rollout_id joins the labels
-    of one answer.
+    position: tokens before it; the context is `rollout.token_ids[:position]`. candidate_ids: the SLM's top K in its
+    order; slm_log_probs and llm_log_probs: natural logs of the same candidates over each model's whole vocabulary.
+    llm_top_rank: place of the LLM's top-1 in the SLM's order, 0 = first, -1 = outside its top 64. mass: the LLM's
+    probability on the candidates. kl, entropy: nats, on the SLM's top-64 support.
     """
 
     label_id: str
-    context_ids: tuple[int, ...]
+    position: int
     candidate_ids: tuple[int, ...]
     slm_log_probs: tuple[float, ...]
     llm_log_probs: tuple[float, ...]
@@ -55,51 +45,81 @@ class Label:
     mass: float
     kl: float
     entropy: float
-    slm_digest: str
-    llm_digest: str
-    tokenizer_digest: str
-    task: str
-    problem_id: str
-    split: str
-    step: int
-    rollout_id: str
-    created_at: float
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def best(self) -> int:
         """Index of the LLM's best candidate (ties to the SLM's order)."""
         return max(range(len(self.candidate_ids)), key=lambda i: (self.llm_log_probs[i], -i))
 
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer and its labels.
+
+    token_ids: prompt and answer; the first `prompt_length` are the prompt. source: "plain" (greedy SLM, then scored),
+    "intervened" (S2T decoding) or "online". entropy, kl (nats), llm_top_rank: of every position of the answer where
+    all were scored, else empty; they say how often the LLM's choice is among the SLM's first K, also where no label is.
+    """
+
+    rollout_id: str
+    request_id: str
+    problem_id: str
+    task: str
+    split: str
+    source: str
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    entropy: tuple[float, ...]
+    kl: tuple[float, ...]
+    llm_top_rank: tuple[int, ...]
+    labels: tuple[Label, ...]
+    slm_digest: str
+    llm_digest: str
+    tokenizer_digest: str
+    template_digest: str
+    created_at: float
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def problem(self) -> str:
+        """What a split into training and held-out problems goes by: the problem's id, else the prompt itself."""
+        return self.problem_id or hashlib.sha256(json.dumps(self.token_ids[: self.prompt_length]).encode()).hexdigest()
+
+    @property
+    def held_out(self) -> bool:
+        """Split by problem, by hash: stable when the lake grows, and no problem is on both sides."""
+        digest = hashlib.sha256(f"{self.task}/{self.problem}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Label:
-        """Raises StoreError: not a label of this schema version."""
+    def from_json(cls, text: str | bytes) -> Rollout:
+        """Raises StoreError: not a rollout of this schema version, or one whose values cannot be."""
         try:
             row = json.loads(text)
             if row["schema_version"] != SCHEMA_VERSION:
-                raise StoreError(f"label of schema {row['schema_version']}, this program reads {SCHEMA_VERSION}")
-            return cls.from_row(row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"not a label: {type(error).__name__}: {error}") from error
+                raise StoreError(f"labels of schema {row['schema_version']}, this program reads {SCHEMA_VERSION}")
+            rollout = cls.from_row(row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(f"not labels: {type(error).__name__}: {error}") from error
+        check_rollout(rollout)
+        return rollout
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Label:
-        values: dict[str, Any] = {f.name: row[f.name] for f in fields(cls)}
-        return cls(**values | {name: tuple(values[name]) for name in LIST_FIELDS})
+    def from_row(cls, row: dict[str, Any]) -> Rollout:
+        """From a row of the lake or of JSON: the same names, lists for tuples."""
+        labels = tuple(Label(**_values(Label, label, _LABEL_LISTS)) for label in row["labels"])
+        return cls(**_values(cls, row, _ROLLOUT_LISTS) | {"labels": labels})
 
 
-LIST_FIELDS = ("context_ids", "candidate_ids", "slm_log_probs", "llm_log_probs")
-ARROW_SCHEMA = pa.schema(
-    [("label_id", pa.string()), ("context_ids", pa.list_(pa.int32())), ("candidate_ids", pa.list_(pa.int32())),
-     ("slm_log_probs", pa.list_(pa.float32())), ("llm_log_probs", pa.list_(pa.float32())),
-     ("llm_top_id", pa.int32()), ("llm_top_rank", pa.int32()), ("mass", pa.float32()), ("kl", pa.float32()),
-     ("entropy", pa.float32()), ("slm_digest", pa.string()), ("llm_digest", pa.string()),
-     ("tokenizer_digest", pa.string()), ("task", pa.string()), ("problem_id", pa.string()), ("split", pa.string()),
-     ("step", pa.int32()), ("rollout_id", pa.string()), ("created_at", pa.float64()), ("schema_version", pa.int32())],
-    metadata={"s2t_schema_version": str(SCHEMA_VERSION)})
+_LABEL_LISTS = ("candidate_ids", "slm_log_probs", "llm_log_probs")
+_ROLLOUT_LISTS = ("token_ids", "entropy", "kl", "llm_top_rank")
+
+
+def _values(kind: type[Any], row: dict[str, Any], lists: tuple[str, ...]) -> dict[str, Any]:
+    return {f.name: tuple(row[f.name]) if f.name in lists else row[f.name] for f in fields(kind)}
 
 
 def check_split(split: str) -> None:
@@ -109,31 +129,71 @@ def check_split(split: str) -> None:
                                    "use training problems (split 'train')")
 
 
+def check_rollout(rollout: Rollout) -> None:
+    """What a JSON text alone does not promise: anyone who can reach Redis may have written it.
+
+    Raises:
+        StoreError: a value has the wrong type or range. EvaluationSplitError: it comes from an evaluation split.
+    """
+    n, answer = len(rollout.token_ids), len(rollout.token_ids) - rollout.prompt_length
+    whole = [*rollout.token_ids, *rollout.llm_top_rank, rollout.prompt_length]
+    real = [*rollout.entropy, *rollout.kl, rollout.created_at]
+    texts = [getattr(rollout, f.name) for f in fields(Rollout) if f.name.endswith("_id") or f.name.endswith("_digest")]
+    for label in rollout.labels:
+        whole += [label.position, label.llm_top_id, label.llm_top_rank, *label.candidate_ids]
+        real += [*label.slm_log_probs, *label.llm_log_probs, label.mass, label.kl, label.entropy]
+        texts.append(label.label_id)
+        k = len(label.candidate_ids)
+        if not k == len(label.slm_log_probs) == len(label.llm_log_probs) > 0:
+            raise StoreError("candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths")
+    if not all(type(i) is int and -1 <= i < 2**31 for i in whole):
+        raise StoreError("token ids, ranks and positions must be whole numbers in range")
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in real):
+        raise StoreError("log-probabilities, entropy, kl, mass and created_at must be finite numbers")
+    if not all(isinstance(t, str) for t in (*texts, rollout.task, rollout.split, rollout.source)):
+        raise StoreError("ids, digests, task, split and source must be texts")
+    if not 0 < rollout.prompt_length <= n or not all(0 < label.position <= n for label in rollout.labels):
+        raise StoreError("prompt_length and label positions must lie inside token_ids")
+    for values in (rollout.entropy, rollout.kl, rollout.llm_top_rank):
+        if len(values) not in (0, answer):
+            raise StoreError("entropy, kl, llm_top_rank: one value per answer token, or none")
+    check_split(rollout.split)
+
+
 @dataclass(frozen=True)
 class Digests:
-    """Which models and tokenizer a label's numbers come from."""
+    """Which models, tokenizer and chat template a label's numbers come from."""
 
     slm: str
     llm: str
     tokenizer: str
+    template: str = ""
 
 
-def labels_of(prompt_ids: Sequence[int], steps: Sequence[Step], rule: CandidateRule, options: LabelOptions,
-              digests: Digests, rollout_id: str) -> list[Label]:
-    """Fold the Steps of one answer into labels: every LLM selection, or, of a scored rollout, every position that
-    one of `options.rules` marks.
+def rollout_of(prompt_ids: Sequence[int], steps: Sequence[Step], rule: CandidateRule, options: LabelOptions,
+               digests: Digests, request_id: str, source: str = "online") -> Rollout:
+    """Fold the Steps of one answer into its rollout: a label for every LLM selection, or, of a scored rollout, for
+    every position that one of `options.rules` marks.
 
     Raises:
         EvaluationSplitError: `options.split` names an evaluation split.
     """
     check_split(options.split)
-    labels, context = [], list(prompt_ids)
-    now = time.time()
-    for step in steps:
-        if step.support is not None and step.llm is not None and _is_label(step, options):
-            labels.append(_label(tuple(context), step, rule, options, digests, rollout_id, now))
-        context.append(step.token_id)
-    return labels
+    token_ids = (*prompt_ids, *(step.token_id for step in steps))
+    start = len(prompt_ids)
+    labels = tuple(_label(token_ids, start + i, step, rule, digests) for i, step in enumerate(steps)
+                   if step.support is not None and step.llm is not None and _is_label(step, options))
+    entropy: tuple[float, ...] = ()
+    kl: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
+    if steps and all(step.support is not None and step.llm is not None for step in steps):
+        measured = [_position(step) for step in steps]
+        entropy, kl = tuple(m[0] for m in measured), tuple(m[1] for m in measured)
+        ranks = tuple(m[2] for m in measured)
+    key = [request_id, token_ids, [label.label_id for label in labels], bool(ranks), *asdict(digests).values()]
+    return Rollout(
+        _hash(key), request_id, options.problem_id, options.task, options.split, source, token_ids, start, entropy, kl,
+        ranks, labels, digests.slm, digests.llm, digests.tokenizer, digests.template, time.time())
 
 
 def _is_label(step: Step, options: LabelOptions) -> bool:
@@ -144,78 +204,23 @@ def _is_label(step: Step, options: LabelOptions) -> bool:
     return any(decide.step_signal(step, r.trigger) > r.threshold for r in options.rules)
 
 
-def _label(context: tuple[int, ...], step: Step, rule: CandidateRule, options: LabelOptions, digests: Digests,
-           rollout_id: str, now: float) -> Label:
+def _position(step: Step) -> tuple[float, float, int]:
+    """Entropy and KL of a scored step, and the rank of the LLM's first choice."""
     assert step.support is not None and step.llm is not None
     support, llm = step.support, step.llm
-    k = decide.candidate_count(rule, support.log_probs)
-    candidates, scores = support.ids[:k], llm.log_probs[:k]
-    key = json.dumps([SCHEMA_VERSION, context, candidates, digests.slm, digests.llm, digests.tokenizer])
-    return Label(
-        label_id=hashlib.sha256(key.encode()).hexdigest()[:32], context_ids=context, candidate_ids=candidates,
-        slm_log_probs=support.log_probs[:k], llm_log_probs=scores, llm_top_id=llm.top_id,
-        llm_top_rank=support.ids.index(llm.top_id) if llm.top_id in support.ids else -1,
-        mass=sum(math.exp(s) for s in scores), kl=decide.kl(support.log_probs, llm.log_probs),
-        entropy=decide.entropy(support.log_probs), slm_digest=digests.slm, llm_digest=digests.llm,
-        tokenizer_digest=digests.tokenizer, task=options.task, problem_id=options.problem_id, split=options.split,
-        step=step.index, rollout_id=rollout_id, created_at=now)
+    rank = support.ids.index(llm.top_id) if llm.top_id in support.ids else -1
+    return decide.entropy(support.log_probs), decide.kl(support.log_probs, llm.log_probs), rank
 
 
-# -- the lake -----------------------------------------------------------------------------------------------------
+def _label(token_ids: tuple[int, ...], position: int, step: Step, rule: CandidateRule, digests: Digests) -> Label:
+    assert step.support is not None and step.llm is not None
+    k = decide.candidate_count(rule, step.support.log_probs)
+    candidates, scores = step.support.ids[:k], step.llm.log_probs[:k]
+    entropy, kl, rank = _position(step)
+    return Label(_hash([token_ids[:position], candidates, *asdict(digests).values()]), position, candidates,
+                 step.support.log_probs[:k], scores, step.llm.top_id, rank, sum(math.exp(s) for s in scores), kl,
+                 entropy)
 
 
-def write_shard(lake: Path, labels: Sequence[Label]) -> str:
-    """Write one shard, then its manifest; returns the shard's name. A crash in between leaves nothing visible."""
-    lake.mkdir(parents=True, exist_ok=True)
-    name = f"shard-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-    columns = {f: [getattr(label, f) for label in labels] for f in ARROW_SCHEMA.names}
-    path = lake / f"{name}.parquet"
-    pq.write_table(pa.table(columns, schema=ARROW_SCHEMA), path, compression="zstd")
-    manifest = {"shard": path.name, "rows": len(labels), "sha256": sha256_file(path), "schema_version": SCHEMA_VERSION}
-    write_atomically(lake / f"{name}.json", json.dumps(manifest, indent=2))
-    return name
-
-
-def freeze_snapshot(lake: Path) -> str:
-    """Record the shards there are now; returns the snapshot's id (a hash of their content).
-
-    Raises:
-        StoreError: the lake holds no complete shard.
-    """
-    manifests = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(lake.glob("shard-*.json"))]
-    if not manifests:
-        raise StoreError(f"no labels in the lake folder {lake.name!r}; harvest first (s2t harvest)")
-    shards = [{"shard": m["shard"], "sha256": m["sha256"], "rows": m["rows"]} for m in manifests]
-    snapshot = hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()[:16]
-    (lake / "snapshots").mkdir(exist_ok=True)
-    write_atomically(lake / "snapshots" / f"{snapshot}.json", json.dumps({"shards": shards}, indent=2))
-    return snapshot
-
-
-def read_snapshot(lake: Path, snapshot: str) -> list[Label]:
-    """The labels of a snapshot, each once, in a stable order.
-
-    Raises:
-        StoreError: a shard is missing, changed, or of another schema.
-    """
-    listed = json.loads((lake / "snapshots" / f"{snapshot}.json").read_text(encoding="utf-8"))
-    labels: dict[str, Label] = {}
-    for entry in listed["shards"]:
-        path = lake / entry["shard"]
-        if not path.is_file() or sha256_file(path) != entry["sha256"]:
-            raise StoreError(f"label shard {path.name} is missing or changed since the snapshot {snapshot}")
-        for label in _read_shard(path):
-            labels.setdefault(label.label_id, label)
-    return sorted(labels.values(), key=lambda label: label.label_id)
-
-
-def _read_shard(path: Path) -> Iterable[Label]:
-    table = pq.read_table(path)
-    if table.schema.names != ARROW_SCHEMA.names:
-        raise StoreError(f"label shard {path.name} has another schema: {table.schema.names}")
-    return (Label.from_row(row) for row in table.to_pylist())
-
-
-def lake_rows(lake: Path) -> int:
-    """Labels in complete shards, before deduplication."""
-    return sum(json.loads(p.read_text(encoding="utf-8"))["rows"] for p in lake.glob("shard-*.json"))
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([SCHEMA_VERSION, *parts], separators=(",", ":")).encode()).hexdigest()[:32]

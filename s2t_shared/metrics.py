@@ -28,6 +28,22 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
     return float(difference.mean()), float(Z95 * difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
+def clustered_difference(a: Sequence[bool], b: Sequence[bool], clusters: Sequence[str]) -> tuple[float, float]:
+    """Mean of a - b over the same items, and the half width of its 95 % interval, when items of one cluster (labels
+    of one problem) are not independent: the ratio estimator of cluster sums over cluster sizes. inf for one cluster.
+    """
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if not len(difference):
+        return 0.0, math.inf
+    mean = float(difference.mean())
+    _, of = np.unique(np.asarray(clusters), return_inverse=True)
+    residuals = np.bincount(of, weights=difference - mean)  # per cluster: its sum - mean * its size
+    if (n := len(residuals)) < 2:
+        return mean, math.inf
+    variance = n / (n - 1) * float((residuals**2).sum()) / len(difference) ** 2
+    return mean, Z95 * math.sqrt(variance)
+
+
 def hit_at(ranks: Sequence[int], k: int) -> float:
     """Hit@K: share of positions where the LLM's top-1 is among the SLM's top K. rank -1 = outside the support."""
     return sum(0 <= rank < k for rank in ranks) / len(ranks) if ranks else math.nan

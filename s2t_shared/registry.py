@@ -1,13 +1,17 @@
-"""Published local selectors on disk: written aside, synced, renamed, checked before every use.
+"""Published local selectors on disk: written aside, synced, renamed, checked before every use; and which is live.
 
     versions/
       v0001-prefix-base-3f2a9c1d/
         adapter_config.json  adapter_model.safetensors    PEFT's files
         bins.safetensors                                  [16, hidden] deltas of the reserved rows, unless kind prefix
+        README.md                                         the model card; beside it what training adds (curve, plot)
         manifest.json                                     written last; names and hashes every other file
-      LIVE                                                which version is live, and the ones before it
+      LIVE                                                which version is live, the ones before it, and the canary
+      promotions.jsonl                                    what the gate said, what went live and when; only appended to
 
-Put the folder on storage that all proposers see. Knows files and manifests; not who serves them.
+One lock serialises writers and dies with its holder, and every change becomes visible by one rename: whatever process
+dies when, a reader sees the state before or after, and the next writer sweeps what was left half done. Put the folder
+on storage that all proposers see. Knows files and manifests; not who serves them.
 """
 
 from __future__ import annotations
@@ -19,60 +23,67 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, flock
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
 from s2t_shared.files import sha256_file, sync_folder, write_atomically
-from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.gate import Verdict
+from s2t_shared.local_selector import LocalSelector
 from s2t_shared.lora import load_adapter, save_adapter
-from s2t_shared.policy import Calibration
+from s2t_shared.manifest import (
+    BINS,
+    CARD,
+    DATA_SUFFIXES,
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    verify_files,
+    verify_weights,
+)
+from s2t_shared.model_card import model_card
 from s2t_shared.runtime import ModelRuntime
 
-MANIFEST = "manifest.json"
 LIVE = "LIVE"
-BINS = "bins.safetensors"
-SCHEMA_VERSION = 1
+EVENTS = "promotions.jsonl"
+LEFTOVERS = (".publishing-*", f".{LIVE}.*.tmp")  # of writers that died; only looked for under the lock
+NAME = re.compile(r"v(\d{4,})-.+")
+HISTORY = 100
 
 
-class Manifest(BaseModel):
-    """What a version is, what it fits, and what was measured of it."""
+@dataclass(frozen=True)
+class Canary:
+    """A version on trial: it serves `share` (in (0, 1)) of the requests that name no version."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int = SCHEMA_VERSION
     version: str
-    kind: SelectorKind
-    reads: Reading
-    temperature: float
-    fusion: float = 0.0
-    base_model: str
-    slm_digest: str
-    llm_digest: str
-    tokenizer_digest: str
-    reserved_ids: tuple[int, ...]
-    bins: int
-    thresholds: dict[str, dict[str, float]]
-    metrics: dict[str, float]
-    snapshot: str
-    training: dict[str, float | int | str]
-    created_at: float
-    files: dict[str, str]
+    share: float
+
+
+@dataclass(frozen=True)
+class Live:
+    """Versions that were live, the present one last; and the canary beside it."""
+
+    history: tuple[str, ...] = ()
+    canary: Canary | None = None
 
     @property
-    def calibration(self) -> Calibration:
-        """Thresholds per trigger and budget. Raises VersionError: not a calibration."""
-        try:
-            return Calibration.from_json(json.dumps(self.thresholds))
-        except ValueError as error:
-            raise VersionError(f"version {self.version!r}: thresholds are broken ({error})") from error
+    def version(self) -> str | None:
+        return self.history[-1] if self.history else None
+
+    def share(self, version: str) -> float:
+        """Of the requests that name no version."""
+        canary = self.canary.share if self.canary else 0.0
+        if self.canary and self.canary.version == version:
+            return canary
+        return 1.0 - canary if version == self.version else 0.0
 
 
 class Registry:
@@ -81,133 +92,243 @@ class Registry:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def publish(self, selector: LocalSelector, manifest: Manifest) -> Manifest:
-        """Write `selector` as a new version; `manifest.version` and `.files` are filled in here.
+    def publish(self, selector: LocalSelector, manifest: Manifest, extra: Mapping[str, bytes] | None = None
+                ) -> Manifest:
+        """Write `selector` as a new version; `manifest.version`, `.files` and `.created_at` are filled in here, and
+        the model card is written. `extra`: further files by name (a plot, the training curve).
 
-        Nobody ever sees a part of a version: the folder appears by one rename, after everything is synced.
+        A job publishes once: when `manifest.job` has a version already, that version's manifest is returned and
+        nothing is written. Nobody ever sees a part of a version: the folder appears by one rename, when everything
+        in it is on disk.
         """
         assert selector.adapter is not None
-        self.root.mkdir(parents=True, exist_ok=True)
-        aside = self.root / f".publishing-{uuid.uuid4().hex}"
-        aside.mkdir()
-        try:
-            save_adapter(selector.adapter, aside, manifest.base_model)
-            if selector.bin_deltas is not None:
-                save_file({"deltas": selector.bin_deltas.detach().float().cpu().contiguous()}, aside / BINS)
-            files = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
-            digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
-            with self._lock():
-                number = 1 + max((int(name[1:5]) for name in self.names()), default=0)
-                name = f"v{number:04d}-{manifest.kind.value}-{manifest.reads.value}-{digest}"
-                done = manifest.model_copy(update={"version": name, "files": files, "created_at": time.time()})
-                for path in aside.iterdir():
-                    with path.open("rb+") as stream:
-                        os.fsync(stream.fileno())
-                write_atomically(aside / MANIFEST, done.model_dump_json(indent=2))
-                aside.rename(self.root / name)
+        with self._writing():
+            if manifest.job and (done := self.find_job(manifest.job)) is not None:
+                return done
+            aside = self.root / f".publishing-{uuid.uuid4().hex}"
+            aside.mkdir()
+            try:
+                save_adapter(selector.adapter, aside, manifest.base_model)
+                if selector.bin_deltas is not None:
+                    save_file({"deltas": selector.bin_deltas.detach().float().cpu().contiguous()}, aside / BINS)
+                for name, content in (extra or {}).items():
+                    assert Path(name).name == name and Path(name).suffix in DATA_SUFFIXES, name
+                    assert name not in (MANIFEST, CARD) and not (aside / name).exists(), name
+                    (aside / name).write_bytes(content)
+                published = self._describe(aside, manifest)
+                _sync_files(aside)
+                write_atomically(aside / MANIFEST, published.model_dump_json(indent=2))
+                aside.rename(self.root / published.version)
                 sync_folder(self.root)
-            return done
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+                return published
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _describe(self, aside: Path, manifest: Manifest) -> Manifest:
+        """Name the version, write its card into `aside`, and complete its manifest."""
+        files = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+        number = 1 + max((_number(name) for name in self.names()), default=0)
+        named = manifest.model_copy(update={
+            "version": f"v{number:04d}-{manifest.kind.value}-{manifest.reads.value}-{digest}",
+            # A figure that could not be computed was not measured, and NaN is not JSON.
+            "metrics": {name: value for name, value in manifest.metrics.items() if abs(value) < float("inf")},
+            "files": files, "created_at": time.time()})
+        (aside / CARD).write_text(model_card(named), encoding="utf-8")
+        return named.model_copy(update={"files": files | {CARD: sha256_file(aside / CARD)}})
 
     def names(self) -> list[str]:
         """Complete versions, oldest first."""
         if not self.root.is_dir():
             return []
-        return sorted(p.name for p in self.root.iterdir() if re.fullmatch(r"v\d{4}-.+", p.name)
-                      and (p / MANIFEST).is_file())
+        return sorted((p.name for p in self.root.iterdir() if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()),
+                      key=lambda name: (_number(name), name))
 
     def manifest(self, version: str) -> Manifest:
         """Raises VersionNotFoundError, or VersionError for a broken manifest."""
-        if version not in self.names():
+        return read_manifest(self.folder(version))
+
+    def folder(self, version: str) -> Path:
+        """Where a version's files are. Raises VersionNotFoundError."""
+        names = self.names()
+        if version not in names:
             raise VersionNotFoundError(f"no version {version!r} in the registry; there are: "
-                                       f"{', '.join(self.names()) or 'none'}")
-        return read_manifest(self.root / version)
+                                       f"{', '.join(names) or 'none'}")
+        return self.root / version
+
+    def find_job(self, job: str) -> Manifest | None:
+        """What a training job has published, or None. A version that cannot be read is nobody's."""
+        assert job
+        for name in reversed(self.names()):
+            try:
+                manifest = read_manifest(self.root / name)
+            except VersionError:
+                continue
+            if manifest.job == job:
+                return manifest
+        return None
 
     def load(self, version: str, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:
         """Read and check a version for this SLM. Raises VersionNotFoundError or VersionError."""
-        self.manifest(version)
-        return load_version(self.root / version, runtime, tokenizer_digest)
+        return load_version(self.folder(version), runtime, tokenizer_digest)
+
+    def verify(self, version: str, runtime: ModelRuntime | None = None, tokenizer_digest: str = "") -> Manifest:
+        """Check a version's manifest, files and weights; with a model also that it fits that model.
+
+        Raises:
+            VersionNotFoundError or VersionError: the first thing that is wrong.
+        """
+        manifest = self.manifest(version)
+        if manifest.version != version:
+            raise VersionError(f"version {version!r}: its manifest says it is {manifest.version!r}; publish it again")
+        verify_files(self.root / version, manifest)
+        verify_weights(self.root / version, manifest)
+        _ = manifest.calibration
+        if runtime is not None:
+            load_version(self.root / version, runtime, tokenizer_digest)
+        return manifest
 
     # -- the live pointer -------------------------------------------------------------------------------------------
 
-    def live(self) -> str | None:
-        """The live version, or None."""
-        return history[-1] if (history := self.history()) else None
-
-    def history(self) -> list[str]:
-        """Versions that were live, the present one last.
+    def state(self) -> Live:
+        """What is live, was live, and is on trial.
 
         Raises:
             VersionError: the pointer file is damaged.
         """
         try:
             content = json.loads((self.root / LIVE).read_text(encoding="utf-8"))
-            return [str(name) for name in content["history"]]
+            canary = content.get("canary")
+            return Live(tuple(str(name) for name in content["history"]),
+                        Canary(str(canary["version"]), float(canary["share"])) if canary else None)
         except FileNotFoundError:
-            return []
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            return Live()
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise VersionError(f"the registry's {LIVE} file is damaged ({type(error).__name__}); promote a version "
                                "again (s2t versions promote VERSION)") from error
 
-    def promote(self, version: str) -> None:
-        """Make `version` live. Raises VersionNotFoundError or VersionError."""
-        manifest = self.manifest(version)
-        verify_files(self.root / version, manifest)
-        with self._lock():
-            try:
-                history = self.history()
-            except VersionError:
-                history = []
-            if not history or history[-1] != version:
-                write_atomically(self.root / LIVE, json.dumps({"history": [*history, version][-100:]}))
+    def live(self) -> str | None:
+        """The live version, or None. Raises VersionError: as `state`."""
+        return self.state().version
 
-    def rollback(self) -> str | None:
-        """Make the version before the live one live again; returns it (None: no version is live any more).
+    def promote(self, version: str, share: float | None = None) -> None:
+        """Make `version` live, and end a canary. With a `share` in (0, 1) make it the canary instead, for so large a
+        share of the requests that name no version.
 
         Raises:
-            VersionError: nothing is live.
+            VersionNotFoundError or VersionError: it is not sound, the share is no share, or a canary has no live
+            version beside it.
         """
-        with self._lock():
-            history = self.history()
-            if not history:
+        if share is not None and not 0.0 < share <= 1.0:
+            raise VersionError(f"share={share}: must be above 0 and at most 1 (all requests)")
+        self.verify(version)
+        with self._writing():
+            try:
+                state = self.state()
+            except VersionError:
+                state = Live()
+            if share is None or share == 1.0:
+                history = state.history if state.version == version else (*state.history, version)
+                self._set(Live(history), {"event": "live", "version": version})
+                return
+            if state.version is None:
+                raise VersionError(f"share={share:g}: no version is live that the other requests could get; promote "
+                                   f"{version!r} without a share")
+            if state.version == version:
+                raise VersionError(f"version {version!r} is live already, so it cannot be its own canary; choose "
+                                   "another, or promote it without a share to end the canary")
+            self._set(Live(state.history, Canary(version, share)),
+                      {"event": "canary", "version": version, "share": share})
+
+    def rollback(self) -> str | None:
+        """End the canary, if there is one; else make the version before the live one live again. Returns the live
+        version (None: none is live any more).
+
+        Raises:
+            VersionError: nothing is live, or the version before is not sound.
+        """
+        with self._writing():
+            state = self.state()
+            if state.canary is not None:
+                self._set(Live(state.history), {"event": "canary ended", "version": state.canary.version})
+                return state.version
+            if state.version is None:
                 raise VersionError("nothing to roll back: no version is live")
-            write_atomically(self.root / LIVE, json.dumps({"history": history[:-1]}))
-            return history[-2] if len(history) > 1 else None
+            before = Live(state.history[:-1])
+            if before.version is not None:
+                self.verify(before.version)
+            self._set(before, {"event": "rolled back", "version": state.version, "to": before.version or ""})
+            return before.version
+
+    def _set(self, state: Live, event: dict[str, Any]) -> None:
+        content = {"history": state.history[-HISTORY:], "canary": asdict(state.canary) if state.canary else None}
+        if state != self._readable_state():
+            write_atomically(self.root / LIVE, json.dumps(content))
+            self._append(event)
+
+    def _readable_state(self) -> Live | None:
+        try:
+            return self.state()
+        except VersionError:
+            return None
+
+    # -- what happened ----------------------------------------------------------------------------------------------
+
+    def record(self, version: str, verdict: Verdict) -> None:
+        """Keep what the gate said of a version. A manifest never changes, so it is written beside."""
+        with self._writing():
+            self._append({"event": "gate", "version": version, **verdict.as_json()})
+
+    def events(self, version: str | None = None) -> list[dict[str, Any]]:
+        """What happened to the versions (or to one), oldest first: {"at": Unix seconds, "event", "version", ...}."""
+        try:
+            lines = (self.root / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # half a line, of a writer that died
+            if isinstance(event, dict) and version in (None, event.get("version")):
+                found.append(event)
+        return found
+
+    def _append(self, event: dict[str, Any]) -> None:
+        with (self.root / EVENTS).open("ab+") as stream:
+            if stream.tell():  # half a line must not swallow the next one
+                stream.seek(-1, os.SEEK_END)
+                stream.write(b"" if stream.read(1) == b"\n" else b"\n")
+            stream.write(json.dumps({"at": time.time(), **event}).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One writer at a time, on this and other hosts that share the folder; released when the process dies."""
-        self.root.mkdir(parents=True, exist_ok=True)
+    def _writing(self) -> Iterator[None]:
+        """One writer at a time, on this and other hosts that share the folder; released when the process dies. Who
+        has it finds only dead writers' leftovers, and sweeps them."""
+        if not self.root.is_dir():
+            self.root.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.root.parent)
         with (self.root / ".lock").open("w") as stream:
             flock(stream, LOCK_EX)
+            for pattern in LEFTOVERS:
+                for path in self.root.glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             yield
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises VersionError: missing, not JSON, or not of this schema."""
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise VersionNotFoundError(f"{folder.name!r} has no {MANIFEST}: not a published version") from error
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise VersionError(f"version {folder.name!r}: {MANIFEST} is broken ({reason}); publish it again") from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise VersionError(f"version {folder.name!r} has schema {manifest.schema_version}, this program reads "
-                           f"{SCHEMA_VERSION}; train it again")
-    return manifest
+def _number(name: str) -> int:
+    match = NAME.fullmatch(name)
+    assert match is not None
+    return int(match.group(1))
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raises VersionError: a file is missing or its hash differs from the manifest's."""
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise VersionError(f"version {folder.name!r}: file {name!r} is missing; publish it again")
-        if sha256_file(path) != expected:
-            raise VersionError(f"version {folder.name!r}: {name} does not match its hash in the manifest; it is "
-                               "damaged or was changed: publish it again")
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
 
 
 def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:

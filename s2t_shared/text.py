@@ -62,6 +62,12 @@ class Tokenizer:
         content = json.dumps([sorted(self.vocabulary.items()), [self._plain(p) for p in PROBES]])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    @cached_property
+    def template_digest(self) -> str:
+        """16 hex digits of the chat template in use; "" for none."""
+        template = self.hf.chat_template
+        return hashlib.sha256(json.dumps(template).encode()).hexdigest()[:16] if template else ""
+
     def _plain(self, text: str) -> list[int]:
         return list(self.hf.encode(text, add_special_tokens=False))
 

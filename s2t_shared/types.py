@@ -276,8 +276,9 @@ class LabelRule:
 class LabelOptions:
     """Whether and how an answer's LLM selections are kept as labels. `split` must not be an evaluation split.
 
-    Every LLM selection becomes a label. Of a scored rollout (plain harvest) those positions do that one of `rules`
-    marks; the rules are made from `triggers` and `budget` (share of positions per trigger) when they are empty.
+    Every LLM selection becomes a label. Of a scored rollout (harvest) those positions do that one of `rules` marks;
+    the rules are made from `triggers` and `budget` (share of positions per trigger) when they are empty. `durable`:
+    the answer waits until its labels are stored durably.
     """
 
     store: bool = False
@@ -287,6 +288,7 @@ class LabelOptions:
     triggers: tuple[Trigger, ...] = ()
     budget: float = 0.1
     rules: tuple[LabelRule, ...] = ()
+    durable: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from s2t_shared.types import (
     ChosenBy,
     FinishReason,
     LabelOptions,
+    LabelRule,
     Message,
     Mode,
     Policy,
@@ -127,9 +128,11 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
         tuple(p.stop), p.timeout_seconds or call_timeout_s or 0.0,
         "" if selector == NO_SELECTOR else selector, p.score_rollout, p.return_steps,
         LabelOptions(p.labels.store if p.labels.HasField("store") else defaults.store_labels,
-                     p.labels.task, p.labels.problem_id or request_id, p.labels.split or "train",
+                     p.labels.task, p.labels.problem_id, p.labels.split or "train",
                      tuple(_known(t, TRIGGERS, "labels.triggers") for t in p.labels.triggers),
-                     p.labels.budget if p.labels.HasField("budget") else 0.1),
+                     p.labels.budget if p.labels.HasField("budget") else 0.1,
+                     tuple(LabelRule(_known(r.trigger, TRIGGERS, "labels.rules"), r.threshold)
+                           for r in p.labels.rules), p.labels.durable),
         defaults.answer_pattern, fresh_selections=p.fresh_selections)
 
 

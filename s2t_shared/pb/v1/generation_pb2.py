@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!s2t_shared/pb/v1/generation.proto\x12\x06s2t.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x08Messages\x12!\n\x08messages\x18\x01 \x03(\x0b\x32\x0f.s2t.v1.Message\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"o\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xa0\x01\n\x0cLabelOptions\x12\x12\n\x05store\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\nproblem_id\x18\x03 \x01(\t\x12\r\n\x05split\x18\x04 \x01(\t\x12!\n\x08triggers\x18\x05 \x03(\x0e\x32\x0f.s2t.v1.Trigger\x12\x13\n\x06\x62udget\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_storeB\t\n\x07_budget\"\x8f\x05\n\x14GenerationParameters\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x08messages\x18\x02 \x01(\x0b\x32\x10.s2t.v1.MessagesH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.s2t.v1.TokenIdsH\x00\x12\x1a\n\x04mode\x18\x04 \x01(\x0e\x32\x0c.s2t.v1.Mode\x12 \n\x07trigger\x18\x05 \x01(\x0e\x32\x0f.s2t.v1.Trigger\x12\x10\n\x06\x62udget\x18\x06 \x01(\x01H\x01\x12\x13\n\tthreshold\x18\x07 \x01(\x01H\x01\x12\x17\n\ncandidates\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x17\n\x0f\x63\x61ndidate_ratio\x18\t \x01(\x01\x12$\n\tproposals\x18\n \x01(\x0e\x32\x11.s2t.v1.Proposals\x12\"\n\x08sampling\x18\x0b \x01(\x0b\x32\x10.s2t.v1.Sampling\x12\x14\n\x07samples\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\r \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x0f \x01(\x01\x12\x1d\n\x10selector_version\x18\x10 \x01(\tH\x05\x88\x01\x01\x12\x14\n\x0creturn_steps\x18\x11 \x01(\x08\x12\x15\n\rscore_rollout\x18\x12 \x01(\x08\x12$\n\x06labels\x18\x13 \x01(\x0b\x32\x14.s2t.v1.LabelOptions\x12\x18\n\x10\x66resh_selections\x18\x14 \x01(\x08\x42\x08\n\x06promptB\x06\n\x04whenB\r\n\x0b_candidatesB\n\n\x08_samplesB\x11\n\x0f_max_new_tokensB\x13\n\x11_selector_version\"\x88\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x10\n\x08triggers\x18\x03 \x01(\r\x12\r\n\x05\x66lips\x18\x04 \x01(\r\x12\x14\n\x0cllm_forwards\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65graded_steps\x18\x06 \x01(\r\"6\n\x08Versions\x12\x0b\n\x03slm\x18\x01 \x01(\t\x12\x0b\n\x03llm\x18\x02 \x01(\t\x12\x10\n\x08selector\x18\x03 \x01(\t\"\x84\x03\n\x04Step\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12#\n\tchosen_by\x18\x03 \x01(\x0e\x32\x10.s2t.v1.ChosenBy\x12\x11\n\ttriggered\x18\x04 \x01(\x08\x12\x13\n\x06signal\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\rcandidate_ids\x18\x06 \x03(\rB\x02\x10\x01\x12\x12\n\x06scores\x18\x07 \x03(\x02\x42\x02\x10\x01\x12\x17\n\nslm_top_id\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nllm_top_id\x18\t \x01(\rH\x02\x88\x01\x01\x12\x19\n\x0cllm_top_rank\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x0f\n\x02kl\x18\x0b \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07\x65ntropy\x18\x0c \x01(\x01H\x05\x88\x01\x01\x12\x10\n\x08\x64\x65graded\x18\r \x01(\t\x12\x0c\n\x04text\x18\x0e \x01(\tB\t\n\x07_signalB\r\n\x0b_slm_top_idB\r\n\x0b_llm_top_idB\x0f\n\r_llm_top_rankB\x05\n\x03_klB\n\n\x08_entropy\"\xd0\x01\n\x06\x41nswer\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12+\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x14.s2t.v1.FinishReason\x12\x1c\n\x05usage\x18\x04 \x01(\x0b\x32\r.s2t.v1.Usage\x12\"\n\x08versions\x18\x05 \x01(\x0b\x32\x10.s2t.v1.Versions\x12\x1b\n\x05steps\x18\x06 \x03(\x0b\x32\x0c.s2t.v1.Step\x12\x15\n\rlabels_stored\x18\x07 \x01(\r\"]\n\x15StreamGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\nparameters\x18\x02 \x01(\x0b\x32\x1c.s2t.v1.GenerationParameters\"Z\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1e\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x0e.s2t.v1.Answer\"W\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\nparameters\x18\x02 \x01(\x0b\x32\x1c.s2t.v1.GenerationParameters\"F\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x0e.s2t.v1.Answer\"\x18\n\x16\x44\x65scribeServiceRequest\"\xb4\x01\n\x17\x44\x65scribeServiceResponse\x12\x12\n\nslm_digest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nllm_digest\x18\x03 \x01(\t\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\x15\n\rlive_selector\x18\x05 \x01(\t\x12,\n\x13\x63\x61librated_triggers\x18\x06 \x03(\x0e\x32\x0f.s2t.v1.Trigger*\x94\x01\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMODE_GREEDY\x10\x01\x12\x0f\n\x0bMODE_SAMPLE\x10\x02\x12\x0c\n\x08MODE_S2T\x10\x03\x12\x12\n\x0eMODE_S2T_LOCAL\x10\x04\x12\x11\n\rMODE_TAKEOVER\x10\x05\x12\x0c\n\x08MODE_LLM\x10\x06\x12\x11\n\rMODE_MAJORITY\x10\x07*\xae\x01\n\x07Trigger\x12\x17\n\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n\x0fTRIGGER_ENTROPY\x10\x01\x12\x0e\n\nTRIGGER_KL\x10\x02\x12\x16\n\x12TRIGGER_KL_REVERSE\x10\x03\x12\x12\n\x0eTRIGGER_MARGIN\x10\x04\x12\x12\n\x0eTRIGGER_RANDOM\x10\x05\x12\x11\n\rTRIGGER_NEVER\x10\x06\x12\x12\n\x0eTRIGGER_ALWAYS\x10\x07*Q\n\tProposals\x12\x19\n\x15PROPOSALS_UNSPECIFIED\x10\x00\x12\x12\n\x0ePROPOSALS_BASE\x10\x01\x12\x15\n\x11PROPOSALS_ADAPTED\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*w\n\x08\x43hosenBy\x12\x19\n\x15\x43HOSEN_BY_UNSPECIFIED\x10\x00\x12\x11\n\rCHOSEN_BY_SLM\x10\x01\x12\x15\n\x11\x43HOSEN_BY_SAMPLER\x10\x02\x12\x11\n\rCHOSEN_BY_LLM\x10\x03\x12\x13\n\x0f\x43HOSEN_BY_LOCAL\x10\x04\x32\xf9\x01\n\x11GenerationService\x12Q\n\x0eStreamGenerate\x12\x1d.s2t.v1.StreamGenerateRequest\x1a\x1e.s2t.v1.StreamGenerateResponse0\x01\x12=\n\x08Generate\x12\x17.s2t.v1.GenerateRequest\x1a\x18.s2t.v1.GenerateResponse\x12R\n\x0f\x44\x65scribeService\x12\x1e.s2t.v1.DescribeServiceRequest\x1a\x1f.s2t.v1.DescribeServiceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!s2t_shared/pb/v1/generation.proto\x12\x06s2t.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x08Messages\x12!\n\x08messages\x18\x01 \x03(\x0b\x32\x0f.s2t.v1.Message\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"o\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"@\n\tLabelRule\x12 \n\x07trigger\x18\x01 \x01(\x0e\x32\x0f.s2t.v1.Trigger\x12\x11\n\tthreshold\x18\x02 \x01(\x01\"\xd3\x01\n\x0cLabelOptions\x12\x12\n\x05store\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\nproblem_id\x18\x03 \x01(\t\x12\r\n\x05split\x18\x04 \x01(\t\x12!\n\x08triggers\x18\x05 \x03(\x0e\x32\x0f.s2t.v1.Trigger\x12\x13\n\x06\x62udget\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12 \n\x05rules\x18\x07 \x03(\x0b\x32\x11.s2t.v1.LabelRule\x12\x0f\n\x07\x64urable\x18\x08 \x01(\x08\x42\x08\n\x06_storeB\t\n\x07_budget\"\x8f\x05\n\x14GenerationParameters\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x08messages\x18\x02 \x01(\x0b\x32\x10.s2t.v1.MessagesH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.s2t.v1.TokenIdsH\x00\x12\x1a\n\x04mode\x18\x04 \x01(\x0e\x32\x0c.s2t.v1.Mode\x12 \n\x07trigger\x18\x05 \x01(\x0e\x32\x0f.s2t.v1.Trigger\x12\x10\n\x06\x62udget\x18\x06 \x01(\x01H\x01\x12\x13\n\tthreshold\x18\x07 \x01(\x01H\x01\x12\x17\n\ncandidates\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x17\n\x0f\x63\x61ndidate_ratio\x18\t \x01(\x01\x12$\n\tproposals\x18\n \x01(\x0e\x32\x11.s2t.v1.Proposals\x12\"\n\x08sampling\x18\x0b \x01(\x0b\x32\x10.s2t.v1.Sampling\x12\x14\n\x07samples\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\r \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x0f \x01(\x01\x12\x1d\n\x10selector_version\x18\x10 \x01(\tH\x05\x88\x01\x01\x12\x14\n\x0creturn_steps\x18\x11 \x01(\x08\x12\x15\n\rscore_rollout\x18\x12 \x01(\x08\x12$\n\x06labels\x18\x13 \x01(\x0b\x32\x14.s2t.v1.LabelOptions\x12\x18\n\x10\x66resh_selections\x18\x14 \x01(\x08\x42\x08\n\x06promptB\x06\n\x04whenB\r\n\x0b_candidatesB\n\n\x08_samplesB\x11\n\x0f_max_new_tokensB\x13\n\x11_selector_version\"\x88\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x10\n\x08triggers\x18\x03 \x01(\r\x12\r\n\x05\x66lips\x18\x04 \x01(\r\x12\x14\n\x0cllm_forwards\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65graded_steps\x18\x06 \x01(\r\"6\n\x08Versions\x12\x0b\n\x03slm\x18\x01 \x01(\t\x12\x0b\n\x03llm\x18\x02 \x01(\t\x12\x10\n\x08selector\x18\x03 \x01(\t\"\x84\x03\n\x04Step\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12#\n\tchosen_by\x18\x03 \x01(\x0e\x32\x10.s2t.v1.ChosenBy\x12\x11\n\ttriggered\x18\x04 \x01(\x08\x12\x13\n\x06signal\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\rcandidate_ids\x18\x06 \x03(\rB\x02\x10\x01\x12\x12\n\x06scores\x18\x07 \x03(\x02\x42\x02\x10\x01\x12\x17\n\nslm_top_id\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nllm_top_id\x18\t \x01(\rH\x02\x88\x01\x01\x12\x19\n\x0cllm_top_rank\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x0f\n\x02kl\x18\x0b \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07\x65ntropy\x18\x0c \x01(\x01H\x05\x88\x01\x01\x12\x10\n\x08\x64\x65graded\x18\r \x01(\t\x12\x0c\n\x04text\x18\x0e \x01(\tB\t\n\x07_signalB\r\n\x0b_slm_top_idB\r\n\x0b_llm_top_idB\x0f\n\r_llm_top_rankB\x05\n\x03_klB\n\n\x08_entropy\"\xd0\x01\n\x06\x41nswer\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12+\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x14.s2t.v1.FinishReason\x12\x1c\n\x05usage\x18\x04 \x01(\x0b\x32\r.s2t.v1.Usage\x12\"\n\x08versions\x18\x05 \x01(\x0b\x32\x10.s2t.v1.Versions\x12\x1b\n\x05steps\x18\x06 \x03(\x0b\x32\x0c.s2t.v1.Step\x12\x15\n\rlabels_stored\x18\x07 \x01(\r\"]\n\x15StreamGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\nparameters\x18\x02 \x01(\x0b\x32\x1c.s2t.v1.GenerationParameters\"Z\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1e\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x0e.s2t.v1.Answer\"W\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\nparameters\x18\x02 \x01(\x0b\x32\x1c.s2t.v1.GenerationParameters\"F\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x0e.s2t.v1.Answer\"\x18\n\x16\x44\x65scribeServiceRequest\"\xb4\x01\n\x17\x44\x65scribeServiceResponse\x12\x12\n\nslm_digest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nllm_digest\x18\x03 \x01(\t\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\x15\n\rlive_selector\x18\x05 \x01(\t\x12,\n\x13\x63\x61librated_triggers\x18\x06 \x03(\x0e\x32\x0f.s2t.v1.Trigger*\x94\x01\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMODE_GREEDY\x10\x01\x12\x0f\n\x0bMODE_SAMPLE\x10\x02\x12\x0c\n\x08MODE_S2T\x10\x03\x12\x12\n\x0eMODE_S2T_LOCAL\x10\x04\x12\x11\n\rMODE_TAKEOVER\x10\x05\x12\x0c\n\x08MODE_LLM\x10\x06\x12\x11\n\rMODE_MAJORITY\x10\x07*\xae\x01\n\x07Trigger\x12\x17\n\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n\x0fTRIGGER_ENTROPY\x10\x01\x12\x0e\n\nTRIGGER_KL\x10\x02\x12\x16\n\x12TRIGGER_KL_REVERSE\x10\x03\x12\x12\n\x0eTRIGGER_MARGIN\x10\x04\x12\x12\n\x0eTRIGGER_RANDOM\x10\x05\x12\x11\n\rTRIGGER_NEVER\x10\x06\x12\x12\n\x0eTRIGGER_ALWAYS\x10\x07*Q\n\tProposals\x12\x19\n\x15PROPOSALS_UNSPECIFIED\x10\x00\x12\x12\n\x0ePROPOSALS_BASE\x10\x01\x12\x15\n\x11PROPOSALS_ADAPTED\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*w\n\x08\x43hosenBy\x12\x19\n\x15\x43HOSEN_BY_UNSPECIFIED\x10\x00\x12\x11\n\rCHOSEN_BY_SLM\x10\x01\x12\x15\n\x11\x43HOSEN_BY_SAMPLER\x10\x02\x12\x11\n\rCHOSEN_BY_LLM\x10\x03\x12\x13\n\x0f\x43HOSEN_BY_LOCAL\x10\x04\x32\xf9\x01\n\x11GenerationService\x12Q\n\x0eStreamGenerate\x12\x1d.s2t.v1.StreamGenerateRequest\x1a\x1e.s2t.v1.StreamGenerateResponse0\x01\x12=\n\x08Generate\x12\x17.s2t.v1.GenerateRequest\x1a\x18.s2t.v1.GenerateResponse\x12R\n\x0f\x44\x65scribeService\x12\x1e.s2t.v1.DescribeServiceRequest\x1a\x1f.s2t.v1.DescribeServiceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,16 +37,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEP'].fields_by_name['scores']._serialized_options = b'\020\001'
   _globals['_ANSWER'].fields_by_name['token_ids']._loaded_options = None
   _globals['_ANSWER'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_MODE']._serialized_start=2448
-  _globals['_MODE']._serialized_end=2596
-  _globals['_TRIGGER']._serialized_start=2599
-  _globals['_TRIGGER']._serialized_end=2773
-  _globals['_PROPOSALS']._serialized_start=2775
-  _globals['_PROPOSALS']._serialized_end=2856
-  _globals['_FINISHREASON']._serialized_start=2858
-  _globals['_FINISHREASON']._serialized_end=2953
-  _globals['_CHOSENBY']._serialized_start=2955
-  _globals['_CHOSENBY']._serialized_end=3074
+  _globals['_MODE']._serialized_start=2565
+  _globals['_MODE']._serialized_end=2713
+  _globals['_TRIGGER']._serialized_start=2716
+  _globals['_TRIGGER']._serialized_end=2890
+  _globals['_PROPOSALS']._serialized_start=2892
+  _globals['_PROPOSALS']._serialized_end=2973
+  _globals['_FINISHREASON']._serialized_start=2975
+  _globals['_FINISHREASON']._serialized_end=3070
+  _globals['_CHOSENBY']._serialized_start=3072
+  _globals['_CHOSENBY']._serialized_end=3191
   _globals['_MESSAGE']._serialized_start=45
   _globals['_MESSAGE']._serialized_end=85
   _globals['_MESSAGES']._serialized_start=87
@@ -55,30 +55,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_end=157
   _globals['_SAMPLING']._serialized_start=159
   _globals['_SAMPLING']._serialized_end=270
-  _globals['_LABELOPTIONS']._serialized_start=273
-  _globals['_LABELOPTIONS']._serialized_end=433
-  _globals['_GENERATIONPARAMETERS']._serialized_start=436
-  _globals['_GENERATIONPARAMETERS']._serialized_end=1091
-  _globals['_USAGE']._serialized_start=1094
-  _globals['_USAGE']._serialized_end=1230
-  _globals['_VERSIONS']._serialized_start=1232
-  _globals['_VERSIONS']._serialized_end=1286
-  _globals['_STEP']._serialized_start=1289
-  _globals['_STEP']._serialized_end=1677
-  _globals['_ANSWER']._serialized_start=1680
-  _globals['_ANSWER']._serialized_end=1888
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=1890
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1983
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1985
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=2075
-  _globals['_GENERATEREQUEST']._serialized_start=2077
-  _globals['_GENERATEREQUEST']._serialized_end=2164
-  _globals['_GENERATERESPONSE']._serialized_start=2166
-  _globals['_GENERATERESPONSE']._serialized_end=2236
-  _globals['_DESCRIBESERVICEREQUEST']._serialized_start=2238
-  _globals['_DESCRIBESERVICEREQUEST']._serialized_end=2262
-  _globals['_DESCRIBESERVICERESPONSE']._serialized_start=2265
-  _globals['_DESCRIBESERVICERESPONSE']._serialized_end=2445
-  _globals['_GENERATIONSERVICE']._serialized_start=3077
-  _globals['_GENERATIONSERVICE']._serialized_end=3326
+  _globals['_LABELRULE']._serialized_start=272
+  _globals['_LABELRULE']._serialized_end=336
+  _globals['_LABELOPTIONS']._serialized_start=339
+  _globals['_LABELOPTIONS']._serialized_end=550
+  _globals['_GENERATIONPARAMETERS']._serialized_start=553
+  _globals['_GENERATIONPARAMETERS']._serialized_end=1208
+  _globals['_USAGE']._serialized_start=1211
+  _globals['_USAGE']._serialized_end=1347
+  _globals['_VERSIONS']._serialized_start=1349
+  _globals['_VERSIONS']._serialized_end=1403
+  _globals['_STEP']._serialized_start=1406
+  _globals['_STEP']._serialized_end=1794
+  _globals['_ANSWER']._serialized_start=1797
+  _globals['_ANSWER']._serialized_end=2005
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=2007
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=2100
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=2102
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=2192
+  _globals['_GENERATEREQUEST']._serialized_start=2194
+  _globals['_GENERATEREQUEST']._serialized_end=2281
+  _globals['_GENERATERESPONSE']._serialized_start=2283
+  _globals['_GENERATERESPONSE']._serialized_end=2353
+  _globals['_DESCRIBESERVICEREQUEST']._serialized_start=2355
+  _globals['_DESCRIBESERVICEREQUEST']._serialized_end=2379
+  _globals['_DESCRIBESERVICERESPONSE']._serialized_start=2382
+  _globals['_DESCRIBESERVICERESPONSE']._serialized_end=2562
+  _globals['_GENERATIONSERVICE']._serialized_start=3194
+  _globals['_GENERATIONSERVICE']._serialized_end=3443
 # @@protoc_insertion_point(module_scope)

@@ -108,21 +108,33 @@ class Sampling(_message.Message):
     seed: int
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class LabelRule(_message.Message):
+    __slots__ = ("trigger", "threshold")
+    TRIGGER_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    trigger: Trigger
+    threshold: float
+    def __init__(self, trigger: _Optional[_Union[Trigger, str]] = ..., threshold: _Optional[float] = ...) -> None: ...
+
 class LabelOptions(_message.Message):
-    __slots__ = ("store", "task", "problem_id", "split", "triggers", "budget")
+    __slots__ = ("store", "task", "problem_id", "split", "triggers", "budget", "rules", "durable")
     STORE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_ID_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     TRIGGERS_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
     store: bool
     task: str
     problem_id: str
     split: str
     triggers: _containers.RepeatedScalarFieldContainer[Trigger]
     budget: float
-    def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ...) -> None: ...
+    rules: _containers.RepeatedCompositeFieldContainer[LabelRule]
+    durable: bool
+    def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class GenerationParameters(_message.Message):
     __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "selector_version", "return_steps", "score_rollout", "labels", "fresh_selections")
