@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,6 +16,7 @@ import grpc.aio
 from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
+from s2t_shared.types import Prompt
 from services import net, wire
 
 T = TypeVar("T")
@@ -68,3 +69,13 @@ async def bounded(items: Sequence[T], work: Callable[[T], Awaitable[R]], concurr
 
     await asyncio.gather(*(worker() for _ in range(min(concurrency, len(items)))))
     return [results[i] for i in range(len(items))]
+
+
+def prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """The wire's prompt field of a prompt."""
+    if prompt.text is not None:
+        return {"text": prompt.text}
+    if prompt.messages:
+        return {"messages": pb.Messages(messages=[pb.Message(role=m.role, content=m.content)
+                                                  for m in prompt.messages])}
+    return {"token_ids": pb.TokenIds(ids=prompt.token_ids)}
