@@ -99,28 +99,64 @@ class RedisConfig(_Section):
 
 
 class LabelsConfig(_Section):
-    shard_rows: int = Field(2000, ge=1)
-    shard_age_s: float = Field(2.0, gt=0, description="a shard is written at the latest after this long")
+    shard_rows: int = Field(2000, ge=1, description="rollouts that make a shard at once")
+    shard_age_s: float = Field(60.0, gt=0, description="a shard is written at the latest after this long")
+    max_age_days: float = Field(0.0, ge=0, description="shards of older labels only are removed; 0: kept")
+    max_gib: float = Field(0.0, ge=0, description="the oldest shards beyond are removed; 0: kept")
+    spool_mib: int = Field(1024, ge=1, description="disk of one proposer for labels that Redis cannot take now")
 
 
 class TrainingConfig(_Section):
-    """Settings of `s2t train`; see `distill.DistillConfig` for the loss."""
+    """Settings of `s2t train`; see `losses.LossConfig` and `objective.DistillConfig` for what they do."""
 
     kind: Literal["reserved", "prefix", "joint"] = "prefix"
     reads: Literal["base", "adapted"] = "base"
+    objective: Literal["top1_ce", "kl", "pairwise_margin", "plain"] = "top1_ce"
+    scoring: Literal["expected", "binary"] = "expected"
+    standardise: bool = Field(False, description="reserved scores to mean 0, variance 1 over a context's candidates")
+    fusion: bool = Field(False, description="choose lambda, the weight of the SLM's log-probability in the score")
     steps: int = Field(1000, ge=1)
-    batch_labels: int = Field(64, ge=1)
+    batch_labels: int = Field(64, ge=1, description="labels per step, of all workers together")
+    max_tokens: int = Field(16_384, ge=1, description="tokens of one forward; more of a batch is accumulated")
     learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.1, gt=0, description="T of the reserved score")
+    row_scale: float = Field(1.0, ge=0)
+    ce_weight: float = Field(1.0, ge=0)
     kl_weight: float = Field(0.5, ge=0)
     hinge_weight: float = Field(0.1, ge=0)
+    hinge_margin: float = Field(0.1, ge=0)
     reg_weight: float = Field(0.1, ge=0)
+    teacher_temperature: float = Field(1.0, gt=0, description="of the LLM's distribution over the candidates")
+    teacher_margin: Literal["none", "weight", "drop"] = "none"
+    margin_power: float = Field(1.0, ge=0)
+    margin_eps: float = Field(1e-3, ge=0)
+    min_margin: float = Field(0.0, ge=0, le=1)
+    min_mass: float = Field(1e-3, ge=0, le=1, description="labels with less LLM probability on the candidates are left "
+                            "out")
+    validate_every: int = Field(0, ge=0, description="steps; 0: a tenth of all")
+    patience: int = Field(3, ge=1, description="validations without improvement before stopping")
+    checkpoint_every: int = Field(100, ge=1, description="steps")
+    held_out_labels: int = Field(4096, ge=1, description="to validate on, and as many to test on, at most")
     seed: int = 0
+    init_from: str = Field("", description="start from this version's weights, or from the 'live' one's")
     workers: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0.0, ge=0)
     cpus_per_worker: float = Field(0.5, gt=0)
+    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: each worker holds a part of the SLM's layers")
+    gate_problems: Path | None = Field(None, description='JSONL of training problems with "answer"; None: the bundled '
+                                       "ones with the bundled SLM, else no task set")
+    gate_problem_count: int = Field(100, ge=0)
+    gate_budget: float = Field(0.05, gt=0, le=1, description="share of steps that may trigger on the task set")
+    gate_min_gain: float = Field(0.0, description="of Agree@1 on held-out labels, at the lower end of its interval")
+    gate_max_lm_kl: float = Field(0.1, gt=0, description="nats per token")
+    gate_max_task_loss: float | None = Field(None, ge=0, le=1, description="None: only a significant loss is refused")
+    gate_min_problems: int = Field(20, ge=1, description="held-out problems, below which nothing is judged")
 
 
 class CalibrationConfig(_Section):
@@ -156,6 +192,10 @@ class Config(_Section):
     @property
     def lake(self) -> Path:
         return self.data_dir / "labels"
+
+    @property
+    def spool(self) -> Path:
+        return self.data_dir / "spool"
 
     @property
     def versions(self) -> Path:

@@ -1,385 +1,317 @@
-"""Teaching the SLM to select: labels in, a trained `LocalSelector` and held-out metrics out (paper, S2T-LOCAL).
+"""Teaching the SLM to select: rollouts in, a trained `LocalSelector` and its figures out (paper, S2T-LOCAL).
 
-Every rollout is one tree: its tokens once, then the scored tokens of all its labelled positions, under one mask.
-The forwards are the runtime's own, so what is trained is what is served.
-
-    reads: base      context forward without gradient -> its KV; one branch with the scored tokens, adapter on
-    reads: adapted   one branch with context and siblings, adapter on everywhere
-
-Knows labels and models; no Ray (several workers only need torch.distributed), no registry.
+One loop for all kinds, readings and losses: stream, pack, accumulate, average over the workers, step; validate, stop
+early, keep the best; and a checkpoint from which a killed run goes on bit for bit. Knows labels and models; no Ray
+(several workers only need torch.distributed), no registry.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import fully_shard
 
-from s2t_shared.attention import Aside
-from s2t_shared.errors import ConfigError, StoreError
-from s2t_shared.labels import Label
-from s2t_shared.local_selector import (
-    Candidates,
-    LocalSelector,
-    Reading,
-    SelectorKind,
-    block_mask,
-    combine,
-    split_hidden,
-)
-from s2t_shared.lora import new_adapter
-from s2t_shared.metrics import hit_at, spearman
+from s2t_shared.checkpoints import load_checkpoint, save_checkpoint
+from s2t_shared.errors import ConfigError
+from s2t_shared.labels import Rollout
+from s2t_shared.lake import Snapshot
+from s2t_shared.local_selector import LocalSelector, SelectorKind
+from s2t_shared.lora import Adapter, new_adapter
+from s2t_shared.objective import DistillConfig, Evaluation, Whole, evaluate_selector, place, training_loss
+from s2t_shared.packing import parts_of
 from s2t_shared.runtime import ModelRuntime
-from s2t_shared.trees import Tree, build_trees, is_held_out
+from s2t_shared.trees import Source, TrainingData, count_labels
 
-REGULARISER_ROWS = 256  # positions whose full-vocabulary KL exists at once
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """Training settings. Loss = ce * CE + hinge * margin loss + kl * listwise KL to the LLM + reg * L_reg.
-
-    `temperature`: T of the reserved score; scores lie in [0, 1], so T = 1 would leave a loss floor of 1.87 nats at
-    K = 16. `row_scale`: standard deviation of the reserved-row deltas at the start, in units of the head's own.
-    `patience`: validations without improvement before stopping.
-    """
-
-    kind: SelectorKind = SelectorKind.PREFIX
-    reads: Reading = Reading.BASE
-    steps: int = 1000
-    batch_labels: int = 64
-    learning_rate: float = 3e-4
-    rank: int = 16
-    alpha: float = 32.0
-    temperature: float = 0.1
-    row_scale: float = 1.0
-    ce_weight: float = 1.0
-    hinge_weight: float = 0.1
-    hinge_margin: float = 0.1
-    kl_weight: float = 0.5
-    reg_weight: float = 0.1
-    warmup_share: float = 0.05
-    validations: int = 10
-    patience: int = 3
-    seed: int = 0
+FUSIONS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+LAST_LEARNING_RATE = 0.1  # of the peak, where the decay ends
 
 
-# -- forward and loss ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TreeScores:
-    """Scores [m, K] of all m groups of a batch, their candidates and labels in the same order. `context_hidden`:
-    [trees, t, hidden] of the adapted context, where it was read."""
-
-    scores: Tensor
-    candidates: Candidates
-    labels: list[Label]
-    context_hidden: Tensor | None
-
-
-def tree_scores(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree]) -> TreeScores:
-    """Score every candidate of every group of `trees` in one pass."""
-    groups = [(row, group) for row, tree in enumerate(trees) for group in tree.groups]
-    candidates = Candidates.pad([g.label.candidate_ids for _, g in groups], [g.label.slm_log_probs for _, g in groups])
-    if selector.reads is Reading.BASE:
-        last, siblings = _scored_over_base(runtime, selector, trees, candidates)
-        context_hidden = None
-    else:
-        last, siblings, context_hidden = _scored_over_adapted(runtime, selector, trees, candidates)
-    scores = combine(runtime, selector, last, siblings, candidates)
-    return TreeScores(scores, candidates, [g.label for _, g in groups], context_hidden)
-
-
-def _scored_over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree],
-                      candidates: Candidates) -> tuple[Tensor | None, Tensor | None]:
-    context, context_tokens = _causal(trees)
-    with torch.no_grad():
-        runtime.aside(context_tokens, context)
-    with_last = selector.kind is not SelectorKind.RESERVED
-    k = candidates.ids.shape[1] if selector.kind is not SelectorKind.PREFIX else 0
-    width = k + int(with_last)
-    most = max(len(tree.groups) for tree in trees)
-    tokens = torch.zeros(len(trees), most * width, dtype=torch.long)
-    positions = torch.zeros_like(tokens)
-    visible = torch.zeros_like(tokens)
-    places = []
-    at = 0
-    for row, tree in enumerate(trees):
-        for j, group in enumerate(tree.groups):
-            block = slice(j * width, (j + 1) * width)
-            last_id = [tree.token_ids[group.length - 1]] if with_last else []
-            tokens[row, block] = torch.tensor([*last_id, *(candidates.ids[at].tolist() if k else [])])
-            positions[row, block] = group.length
-            if with_last:
-                positions[row, j * width] = group.length - 1
-            visible[row, block] = group.length - int(with_last)
-            places.append((row, j))
-            at += 1
-    mask = torch.block_diag(*[block_mask(k, with_last)] * most).bool()
-    hidden = runtime.aside(tokens, Aside(positions, mask, context, visible), selector.adapter)
-    blocks = hidden.view(len(trees), most, width, -1)[[r for r, _ in places], [j for _, j in places]]
-    return split_hidden(selector, blocks, k)
-
-
-def _causal(trees: Sequence[Tree]) -> tuple[Aside, Tensor]:
-    """The plan and the padded tokens [trees, t] of reading the contexts alone."""
-    longest = max(len(tree.token_ids) for tree in trees)
-    tokens = torch.tensor([[*t.token_ids, *[0] * (longest - len(t.token_ids))] for t in trees])
-    return Aside(torch.arange(longest).expand(len(trees), -1), torch.ones(longest, longest).tril().bool()), tokens
-
-
-def _scored_over_adapted(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree],
-                         candidates: Candidates) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    k = candidates.ids.shape[1] if selector.kind is not SelectorKind.PREFIX else 0
-    longest = max(len(tree.token_ids) for tree in trees)
-    most = max(len(tree.groups) for tree in trees)
-    total = longest + most * k
-    tokens = torch.zeros(len(trees), total, dtype=torch.long)
-    positions = torch.zeros_like(tokens)
-    positions[:, :longest] = torch.arange(longest)
-    mask = torch.eye(total, dtype=torch.bool).repeat(len(trees), 1, 1)
-    mask[:, :longest, :longest] = torch.ones(longest, longest).tril().bool()
-    places = []
-    at = 0
-    for row, tree in enumerate(trees):
-        tokens[row, : len(tree.token_ids)] = torch.tensor(tree.token_ids)
-        for j, group in enumerate(tree.groups):
-            block = slice(longest + j * k, longest + (j + 1) * k)
-            if k:
-                tokens[row, block] = candidates.ids[at]
-                positions[row, block] = group.length
-                mask[row, block, : group.length] = True
-            places.append((row, j, group.length - 1))
-            at += 1
-    hidden = runtime.aside(tokens, Aside(positions, mask), selector.adapter)
-    rows = [r for r, _, _ in places]
-    last = hidden[rows, [p for _, _, p in places]] if selector.kind is not SelectorKind.RESERVED else None
-    siblings = None
-    if k:
-        siblings = hidden[:, longest:].reshape(len(trees), most, k, -1)[rows, [j for _, j, _ in places]]
-    return last, siblings, hidden[:, :longest]
-
-
-def selection_loss(logits: Tensor, labels: Sequence[Label], valid: Tensor, config: DistillConfig) -> Tensor:
-    """L_sel of logits [m, K] (padding masked by `valid`): cross-entropy against the LLM's best candidate, pairwise
-    hinge against the others, listwise KL(p_L || softmax) on the candidates (paper, section on distillation)."""
-    m, k = logits.shape
-    teacher = torch.full((m, k), -torch.inf)
-    for row, label in enumerate(labels):
-        teacher[row, : len(label.llm_log_probs)] = torch.tensor(label.llm_log_probs)
-    teacher = teacher.to(logits.device).log_softmax(-1)
-    best = torch.tensor([label.best for label in labels], device=logits.device)
-    log_q = logits.masked_fill(~valid, -torch.inf).log_softmax(-1)
-    ce = -log_q.gather(1, best[:, None]).mean()
-    gap = logits.gather(1, best[:, None]) - logits.masked_fill(~valid, -1e9)
-    others = valid.clone()
-    others[torch.arange(m), best] = False
-    hinge = (config.hinge_margin - gap).clamp(min=0)[others].sum() / max(1, int(others.sum()))
-    difference = torch.where(valid, teacher - log_q.masked_fill(~valid, 0.0), torch.zeros_like(logits))
-    listwise = (teacher.exp() * difference).nan_to_num(0.0).sum(-1).mean()
-    return config.ce_weight * ce + config.hinge_weight * hinge + config.kl_weight * listwise
-
-
-def lm_kl(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree], context_hidden: Tensor | None,
-          skip_labelled: bool) -> Tensor:
-    """L_reg: mean KL(adapted || base) in nats of the language-model distribution over V \\ R at the context's
-    positions. `skip_labelled` leaves the labelled positions out, where a prefix score is meant to move it."""
-    plan, tokens = _causal(trees)
-    if context_hidden is None:
-        context_hidden = runtime.aside(tokens, plan, selector.adapter)
-    with torch.no_grad():
-        base_hidden = runtime.aside(tokens, plan)
-    keep = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, tree in enumerate(trees):
-        keep[row, : len(tree.token_ids)] = True
-        if skip_labelled:
-            keep[row, [group.length - 1 for group in tree.groups]] = False
-    if not keep.any():
-        return context_hidden.new_zeros(())
-    reserved = [i for i in selector.reserved_ids if i < runtime.vocab_rows]
-
-    def chunk(adapted: Tensor, base: Tensor) -> Tensor:
-        a, b = runtime.logits(adapted), runtime.logits(base)
-        a[:, reserved], b[:, reserved] = -1e9, -1e9
-        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-        return (log_a.exp() * (log_a - log_b)).sum()
-
-    adapted, base = context_hidden[keep], base_hidden[keep]
-    parts = [checkpoint(chunk, adapted[i: i + REGULARISER_ROWS], base[i: i + REGULARISER_ROWS], use_reentrant=False)
-             for i in range(0, len(adapted), REGULARISER_ROWS)]
-    return torch.stack([p for p in parts if p is not None]).sum() / len(adapted)
-
-
-# -- training -----------------------------------------------------------------------------------------------------
-
-
-def new_selector(runtime: ModelRuntime, reserved_ids: tuple[int, ...], config: DistillConfig) -> LocalSelector:
+def new_selector(runtime: ModelRuntime, reserved_ids: tuple[int, ...], config: DistillConfig,
+                 init: LocalSelector | None = None) -> LocalSelector:
     """An untrained selector: LoRA that changes nothing yet, and reserved-row deltas that break the near equality of
-    real models' spare rows (equal rows score every candidate 0.5, and their gradient keeps them equal)."""
-    adapter = new_adapter(runtime.model, config.rank, config.alpha, config.seed)
-    deltas = None
+    real models' spare rows (equal rows score every candidate 0.5, and their gradient keeps them equal). `init`: start
+    from this one's weights instead.
+
+    Raises:
+        ConfigError: `init` is of another kind, reading or shape.
+    """
+    adapter, deltas = new_adapter(runtime.model, config.rank, config.alpha, config.seed), None
     if config.kind is not SelectorKind.PREFIX:
         generator = torch.Generator().manual_seed(config.seed + 1)
         scale = float(runtime.head.weight.float().std()) * config.row_scale
         shape = (len(reserved_ids), runtime.head.weight.shape[1])
         deltas = (torch.randn(shape, generator=generator) * scale).to(runtime.device).requires_grad_()
-    return LocalSelector("", config.kind, config.reads, reserved_ids, adapter, deltas, config.temperature)
+    if init is not None:
+        adapter, deltas = _weights_of(init, adapter, deltas, config)
+    return LocalSelector("", config.kind, config.reads, reserved_ids, adapter, deltas, config.temperature,
+                         scoring=config.scoring, standardise=config.standardise)
+
+
+def _weights_of(init: LocalSelector, adapter: Adapter, deltas: Tensor | None,
+                config: DistillConfig) -> tuple[Adapter, Tensor | None]:
+    theirs = init.adapter
+    wanted = (config.kind, config.reads, config.rank, config.alpha)
+    there = (init.kind, init.reads, theirs.rank, theirs.alpha) if theirs is not None else None
+    if theirs is None or there != wanted or theirs.weights.keys() != adapter.weights.keys():
+        raise ConfigError(f"training.init_from={init.version!r}: it was trained with other settings (kind, reads, "
+                          "rank, alpha); train with its settings, or from the beginning")
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().float().requires_grad_()
+
+    weights = {path: (copy(a), copy(b)) for path, (a, b) in theirs.weights.items()}
+    return Adapter(config.rank, config.alpha, weights), copy(init.bin_deltas) if init.bin_deltas is not None else None
+
+
+def trained_tensors(selector: LocalSelector) -> list[Tensor]:
+    assert selector.adapter is not None
+    return selector.adapter.parameters() + ([selector.bin_deltas] if selector.bin_deltas is not None else [])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the training curve: the mean training loss since the point before, and the validation figures."""
+
+    step: int
+    train_loss: float
+    loss: float
+    agree_at_1: float
+    learning_rate: float
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """A trained selector, its metrics on the held-out labels, and how it got there."""
+    """A trained selector, its figures on the test labels, and how it got there. lm_kl: None where the adapter never
+    touches the context."""
 
     selector: LocalSelector
-    metrics: dict[str, float]
+    evaluation: Evaluation
     training_labels: int
-    held_out_labels: int
+    validation_labels: int
+    test_labels: int
     steps: int
-    curve: list[tuple[int, float, float]]  # (step, held-out loss, held-out Agree@1)
+    curve: list[Point]
+    llm_digest: str
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.evaluation.metrics
 
 
-def distil(runtime: ModelRuntime, reserved_ids: tuple[int, ...], labels: Sequence[Label], config: DistillConfig,
-           on_progress: Callable[[int, float], None] = lambda step, loss: None) -> Distilled:
-    """Train one selector. Under torch.distributed each worker takes every world-size-th tree of the same order and
-    gradients are averaged.
+Progress = Callable[[int, float, Point], None]  # step, its loss, the last validation
+
+
+def distil(runtime: ModelRuntime, reserved_ids: tuple[int, ...], source: Source, config: DistillConfig,
+           on_progress: Progress = lambda step, loss, point: None, checkpoints: Path | None = None,
+           init: LocalSelector | None = None, sharded: bool = False) -> Distilled:
+    """Train one selector on a snapshot, or on any sequence of rollouts. Under torch.distributed every worker calls
+    this; each takes its share of every batch, and gradients are averaged.
+
+    checkpoints: a folder of this run alone. Called again with the same arguments, a killed run goes on from there and
+    ends with the weights it would have had. sharded: each worker holds a part of every layer of the SLM and gathers
+    the others' when it needs them (FSDP); `runtime` then forwards only where all workers do.
 
     Raises:
-        StoreError: too few labels. ConfigError: labels of another SLM or tokenizer size.
+        StoreError: too few labels, or the folder cannot be written. ConfigError: labels of another SLM or of several
+        LLMs; `init` does not fit; the folder is of another run.
     """
-    training, held_out = _prepare(runtime, labels)
+    data = TrainingData(source, runtime.digest, config.weigh, config.batch_labels, config.held_out_labels, config.seed)
     for parameter in runtime.model.parameters():
         parameter.requires_grad_(False)
-    selector = new_selector(runtime, reserved_ids, config)
-    assert selector.adapter is not None
-    parameters = selector.adapter.parameters() + ([selector.bin_deltas] if selector.bin_deltas is not None else [])
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _learning_rate(s, config))
-    best, best_loss, bad, curve, step = _copy(parameters), math.inf, 0, [], 0
-    every = max(1, config.steps // config.validations)
-    batches = _batches(training, config)
-    for step in range(1, config.steps + 1):
-        loss = training_loss(runtime, selector, next(batches), config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        _average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        on_progress(step, float(loss.detach()))
-        if step % every == 0 or step == config.steps:
-            metrics = evaluate_selector(runtime, selector, held_out, config)
-            curve.append((step, metrics["loss"], metrics["agree_at_1"]))
-            if metrics["loss"] < best_loss:
-                best, best_loss, bad = _copy(parameters), metrics["loss"], 0
-            elif (bad := bad + 1) >= config.patience:
-                break
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.copy_(value)
-            parameter.requires_grad_(False)
-    metrics = evaluate_selector(runtime, selector, held_out, config, with_lm_kl=True)
-    return Distilled(selector, metrics, sum(len(t.groups) for t in training), sum(len(t.groups) for t in held_out),
-                     step, curve)
+    identity = _identity(runtime, source, config, init)
+    if sharded:
+        shard_layers(runtime)
+    run = _Run(runtime, new_selector(runtime, reserved_ids, config, init), data, config, checkpoints, identity)
+    run.resume()
+    run.train(on_progress)
+    return run.finish()
 
 
-def training_loss(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree],
-                  config: DistillConfig) -> Tensor:
-    """L = L_sel + reg * L_reg. With `reads: base` the adapter never touches the context: there is no L_reg."""
-    result = tree_scores(runtime, selector, trees)
-    valid = result.candidates.valid.to(runtime.device)
-    loss = selection_loss(selector.selection_logits(result.scores), result.labels, valid, config)
-    if config.reg_weight and selector.reads is Reading.ADAPTED:
-        loss = loss + config.reg_weight * lm_kl(runtime, selector, trees, result.context_hidden,
-                                                selector.kind is not SelectorKind.RESERVED)
-    return loss
+def shard_layers(runtime: ModelRuntime) -> None:
+    """Spread every decoder layer of `runtime` over the workers. The adapter, embeddings and head stay whole: the first
+    is what is trained, of the others' rows the scores read a few."""
+    _ = runtime.switch  # its wrappers must be in place before the parameters are taken over
+    for layer in runtime.model.get_decoder().layers:
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.contiguous()
+        fully_shard(layer)
 
 
-@torch.no_grad()
-def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Tree], config: DistillConfig,
-                      with_lm_kl: bool = False) -> dict[str, float]:
-    """Held-out figures: loss, Agree@1, the SLM's own Agree@1, Spearman, Hit@K of the labels, LM-KL."""
-    agreed, first, rhos, losses, kls, ranks = [], [], [], [], [], []
-    for start in range(0, len(trees), 16):
-        batch = trees[start: start + 16]
-        result = tree_scores(runtime, selector, batch)
-        logits = selector.selection_logits(result.scores)
-        valid = result.candidates.valid.to(runtime.device)
-        losses.append((float(selection_loss(logits, result.labels, valid, config)), len(result.labels)))
-        for scores, label in zip(result.scores.tolist(), result.labels, strict=True):
-            k = len(label.candidate_ids)
-            agreed.append(max(range(k), key=lambda i: (scores[i], -i)) == label.best)
-            first.append(label.best == 0)
-            rhos.append(spearman(scores[:k], label.llm_log_probs))
-            ranks.append(label.llm_top_rank)
-        if with_lm_kl:
-            kls.append(float(lm_kl(runtime, selector, batch, None, skip_labelled=False)))
-    n = len(agreed)
-    metrics = {"n": float(n), "loss": sum(x * m for x, m in losses) / n, "agree_at_1": sum(agreed) / n,
-               "slm_agree_at_1": sum(first) / n, "spearman": sum(rhos) / n}
-    metrics |= {f"hit_at_{k}": hit_at(ranks, k) for k in (1, 2, 4, 8)}
-    if kls:
-        metrics["lm_kl"] = sum(kls) / len(kls)
-    return metrics
+def _identity(runtime: ModelRuntime, source: Source, config: DistillConfig, init: LocalSelector | None) -> str:
+    content = json.dumps([asdict(config), runtime.digest, init.version if init else "",
+                          source.id if isinstance(source, Snapshot) else len(source)], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _prepare(runtime: ModelRuntime, labels: Sequence[Label]) -> tuple[list[Tree], list[Tree]]:
-    foreign = {label.slm_digest for label in labels} - {runtime.digest}
-    if foreign:
-        raise ConfigError(f"the labels were made with another SLM (digest {sorted(foreign)[0]}, this one is "
-                          f"{runtime.digest}); harvest with this SLM")
-    if len(llms := {label.llm_digest for label in labels}) > 1:
-        raise ConfigError(f"the labels come from {len(llms)} different LLMs ({', '.join(sorted(llms))}); keep each "
-                          "LLM's labels in a lake of its own (data_dir)")
-    held_out = [label for label in labels if is_held_out(label)]
-    training = [label for label in labels if not is_held_out(label)]
-    if len(training) < 8 or len(held_out) < 2:
-        raise StoreError(f"{len(training)} training and {len(held_out)} held-out labels are too few to train on; "
-                         "harvest more problems")
-    return build_trees(training), build_trees(held_out)
+@dataclass
+class _Run:
+    """The state of one run. What a checkpoint holds: the weights, the best weights so far, the optimizer's moments,
+    the position in the data (epoch, batches done of it), and the numbers below."""
+
+    runtime: ModelRuntime
+    selector: LocalSelector
+    data: TrainingData
+    config: DistillConfig
+    checkpoints: Path | None
+    identity: str
+    step: int = 0
+    epoch: int = 0
+    batches_done: int = 0
+    best_loss: float = math.inf
+    bad: int = 0  # validations since the best one
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    curve: list[Point] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = trained_tensors(self.selector)
+        self.best = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate,
+                                           weight_decay=self.config.weight_decay)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, on_progress: Progress) -> None:
+        config = self.config
+        every = config.validate_every or max(1, config.steps // 10)
+        if not self.curve:
+            self._validate()
+        batches = self._batches()
+        while self.step < config.steps and self.bad < config.patience:
+            loss = self._step(next(batches))
+            if self.step % every == 0 or self.step == config.steps:
+                self._validate()
+            if self.step % config.checkpoint_every == 0 or self.step == config.steps or self.bad >= config.patience:
+                self._save()
+            on_progress(self.step, loss, self.curve[-1])
+
+    def _batches(self) -> Iterator[list[Rollout]]:
+        """Endless, from where the run stands."""
+        while True:
+            for batch in islice(self.data.epoch(self.epoch), self.batches_done, None):
+                self.batches_done += 1
+                yield batch
+            self.epoch, self.batches_done = self.epoch + 1, 0
+
+    def _step(self, batch: list[Rollout]) -> float:
+        rank, world = place()
+        whole, total = Whole.of(batch, self.config), torch.zeros(1, device=self.runtime.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        shares = [list(parts_of(batch[r::world], self.config.max_tokens, self.config.scored_tokens))
+                  for r in range(world)]
+        for turn in range(max(map(len, shares))):  # as many for all: with a sharded SLM a forward takes all workers
+            mine = turn < len(shares[rank])
+            part = shares[rank][turn] if mine else batch[:1]
+            loss = training_loss(self.runtime, self.selector, part, self.config, whole) * mine
+            loss.backward()
+            total += loss.detach()
+        mean = self._sum_gradients(total)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimizer.step()
+        self.step += 1
+        self.loss_sum, self.loss_count = self.loss_sum + mean, self.loss_count + 1
+        return mean
+
+    def _sum_gradients(self, loss: Tensor) -> float:
+        """Add up all workers' gradients (each is a share of the batch's mean) and losses, in one message."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # no label needed it
+                parameter.grad = torch.zeros_like(parameter)
+        if place()[1] > 1:
+            flat = torch.cat([loss, *(p.grad.flatten() for p in self.parameters if p.grad is not None)])
+            dist.all_reduce(flat)
+            loss = flat[:1]
+            for parameter, part in zip(self.parameters, flat[1:].split([p.numel() for p in self.parameters]),
+                                       strict=True):
+                parameter.grad = part.view_as(parameter)
+        return float(loss)
+
+    def _validate(self) -> None:
+        metrics = evaluate_selector(self.runtime, self.selector, self.data.validation, self.config,
+                                    together=True).metrics
+        trained = self.loss_sum / self.loss_count if self.loss_count else math.nan
+        self.curve.append(Point(self.step, trained, metrics["loss"], metrics["agree_at_1"],
+                                learning_rate(self.step, self.config)))
+        self.loss_sum, self.loss_count = 0.0, 0
+        if metrics["loss"] < self.best_loss:
+            self.best_loss, self.bad = metrics["loss"], 0
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        else:
+            self.bad += 1
+
+    def finish(self) -> Distilled:
+        """The best weights, lambda where it is wanted, and the figures of labels that had no say in either."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+                parameter.requires_grad_(False)
+        selector = self._fused() if self.config.fusion else self.selector
+        evaluation = evaluate_selector(self.runtime, selector, self.data.test, self.config, with_lm_kl=True,
+                                       together=True)
+        return Distilled(selector, evaluation, self.data.labels, count_labels(self.data.validation),
+                         count_labels(self.data.test), self.step, self.curve, self.data.llm_digest)
+
+    def _fused(self) -> LocalSelector:
+        """The selector with the lambda that agrees most often on the validation labels; 0 where none does better."""
+        tried = [replace(self.selector, fusion=value) for value in FUSIONS]
+        agreements = [evaluate_selector(self.runtime, selector, self.data.validation, self.config,
+                                        together=True).metrics["agree_at_1"] for selector in tried]
+        return tried[agreements.index(max(agreements))]
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoints is None or place()[0] != 0:
+            return
+        tensors = {"rng": torch.get_rng_state()}
+        for i, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"weight.{i}": parameter, f"best.{i}": best}
+            tensors |= {f"{name}.{i}": value for name, value in moments.items()}
+        save_checkpoint(self.checkpoints, self.step, tensors, {
+            "identity": self.identity, "epoch": self.epoch, "batches_done": self.batches_done, "bad": self.bad,
+            "best_loss": self.best_loss, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+            "curve": [asdict(point) for point in self.curve]})
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = load_checkpoint(self.checkpoints) if self.checkpoints is not None else None
+        if found is None:
+            return
+        state, tensors = found.state, found.tensors
+        if state["identity"] != self.identity:
+            raise ConfigError(f"the training folder {self.checkpoints and self.checkpoints.name!r} holds the "
+                              "checkpoint of another run; give this one a folder of its own")
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"weight.{i}"])
+                self.best[i].copy_(tensors[f"best.{i}"])
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"step.{i}"],
+                    **{name: tensors[f"{name}.{i}"].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")}}
+        torch.set_rng_state(tensors["rng"])
+        self.step, self.epoch, self.batches_done = found.step, state["epoch"], state["batches_done"]
+        self.best_loss, self.bad = state["best_loss"], state["bad"]
+        self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
+        self.curve = [Point(**point) for point in state["curve"]]
 
 
-def _batches(trees: Sequence[Tree], config: DistillConfig) -> Iterator[list[Tree]]:
-    """Endless batches of about `batch_labels` labels, reshuffled every epoch; this worker's share of each."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = random.Random(config.seed)
-    while True:
-        shuffled = list(trees)
-        order.shuffle(shuffled)
-        batch: list[Tree] = []
-        size = 0
-        for tree in shuffled:
-            batch.append(tree)
-            size += len(tree.groups)
-            if size >= config.batch_labels and len(batch) >= world:
-                yield batch[rank::world]
-                batch, size = [], 0
-        if len(batch) >= world:
-            yield batch[rank::world]
-
-
-def _learning_rate(step: int, config: DistillConfig) -> float:
-    """Linear warm-up, then linear decay to a tenth."""
+def learning_rate(step: int, config: DistillConfig) -> float:
+    """Linear warm-up from 0, then decay to a tenth (linear, cosine), or none (constant)."""
     warmup = max(1, int(config.warmup_share * config.steps))
     if step < warmup:
-        return (step + 1) / warmup
-    return 1.0 - 0.9 * (step - warmup) / max(1, config.steps - warmup)
-
-
-def _average_gradients(parameters: Sequence[Tensor]) -> None:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)  # one message, not one per layer
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter) / dist.get_world_size()
-
-
-def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
+    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config.schedule]
+    return config.learning_rate * (LAST_LEARNING_RATE + (1 - LAST_LEARNING_RATE) * left)

@@ -12,12 +12,12 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from s2t_shared import policy as decide
 from s2t_shared.errors import EvaluationSplitError, StoreError
-from s2t_shared.types import WARMUP_STEPS, CandidateRule, LabelOptions, Step
+from s2t_shared.types import SUPPORT_SIZE, WARMUP_STEPS, CandidateRule, LabelOptions, Step
 
 SCHEMA_VERSION = 2
 EVALUATION_SPLITS = frozenset({"test", "eval", "evaluation", "heldout", "held_out", "held-out", "val", "validation",
@@ -102,10 +102,10 @@ class Rollout:
             if row["schema_version"] != SCHEMA_VERSION:
                 raise StoreError(f"labels of schema {row['schema_version']}, this program reads {SCHEMA_VERSION}")
             rollout = cls.from_row(row)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            check_rollout(rollout)
+            return rollout
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise StoreError(f"not labels: {type(error).__name__}: {error}") from error
-        check_rollout(rollout)
-        return rollout
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Rollout:
@@ -135,29 +135,38 @@ def check_rollout(rollout: Rollout) -> None:
     Raises:
         StoreError: a value has the wrong type or range. EvaluationSplitError: it comes from an evaluation split.
     """
-    n, answer = len(rollout.token_ids), len(rollout.token_ids) - rollout.prompt_length
-    whole = [*rollout.token_ids, *rollout.llm_top_rank, rollout.prompt_length]
-    real = [*rollout.entropy, *rollout.kl, rollout.created_at]
+    n = len(rollout.token_ids)
+    whole = [*rollout.token_ids, rollout.prompt_length]
+    real: list[Any] = [*rollout.entropy, *rollout.kl]
     texts = [getattr(rollout, f.name) for f in fields(Rollout) if f.name.endswith("_id") or f.name.endswith("_digest")]
     for label in rollout.labels:
-        whole += [label.position, label.llm_top_id, label.llm_top_rank, *label.candidate_ids]
+        whole += [label.position, label.llm_top_id, *label.candidate_ids]
         real += [*label.slm_log_probs, *label.llm_log_probs, label.mass, label.kl, label.entropy]
         texts.append(label.label_id)
         k = len(label.candidate_ids)
         if not k == len(label.slm_log_probs) == len(label.llm_log_probs) > 0:
             raise StoreError("candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths")
-    if not all(type(i) is int and -1 <= i < 2**31 for i in whole):
+    ranks = [*rollout.llm_top_rank, *(label.llm_top_rank for label in rollout.labels)]
+    if not (all(type(i) is int and 0 <= i < 2**31 for i in whole)
+            and all(type(i) is int and -1 <= i < SUPPORT_SIZE for i in ranks)):
         raise StoreError("token ids, ranks and positions must be whole numbers in range")
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in real):
+    if not all(_is_float32(x) for x in real) or type(rollout.created_at) is not float or not math.isfinite(
+            rollout.created_at):
         raise StoreError("log-probabilities, entropy, kl, mass and created_at must be finite numbers")
-    if not all(isinstance(t, str) for t in (*texts, rollout.task, rollout.split, rollout.source)):
-        raise StoreError("ids, digests, task, split and source must be texts")
+    try:
+        "".join([*texts, rollout.task, rollout.split, rollout.source]).encode()
+    except (TypeError, UnicodeEncodeError):
+        raise StoreError("ids, digests, task, split and source must be texts") from None
     if not 0 < rollout.prompt_length <= n or not all(0 < label.position <= n for label in rollout.labels):
         raise StoreError("prompt_length and label positions must lie inside token_ids")
     for values in (rollout.entropy, rollout.kl, rollout.llm_top_rank):
-        if len(values) not in (0, answer):
+        if len(values) not in (0, n - rollout.prompt_length):
             raise StoreError("entropy, kl, llm_top_rank: one value per answer token, or none")
     check_split(rollout.split)
+
+
+def _is_float32(value: Any) -> bool:
+    return type(value) is float and abs(value) < 1e30 or type(value) is int and abs(value) <= 1 << 24
 
 
 @dataclass(frozen=True)
@@ -190,10 +199,18 @@ def rollout_of(prompt_ids: Sequence[int], steps: Sequence[Step], rule: Candidate
         measured = [_position(step) for step in steps]
         entropy, kl = tuple(m[0] for m in measured), tuple(m[1] for m in measured)
         ranks = tuple(m[2] for m in measured)
-    key = [request_id, token_ids, [label.label_id for label in labels], bool(ranks), *asdict(digests).values()]
-    return Rollout(
-        _hash(key), request_id, options.problem_id, options.task, options.split, source, token_ids, start, entropy, kl,
-        ranks, labels, digests.slm, digests.llm, digests.tokenizer, digests.template, time.time())
+    rollout = Rollout(
+        "", request_id, options.problem_id, options.task, options.split, source, token_ids, start, entropy, kl, ranks,
+        (), digests.slm, digests.llm, digests.tokenizer, digests.template, time.time())
+    return with_labels(rollout, labels)
+
+
+def with_labels(rollout: Rollout, labels: tuple[Label, ...]) -> Rollout:
+    """The rollout with these labels, under the id that goes with them."""
+    r = rollout
+    key = [r.request_id, r.token_ids, [label.label_id for label in labels], bool(r.llm_top_rank), r.slm_digest,
+           r.llm_digest, r.tokenizer_digest, r.template_digest]
+    return replace(rollout, labels=labels, rollout_id=_hash(key))
 
 
 def _is_label(step: Step, options: LabelOptions) -> bool:

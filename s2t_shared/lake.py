@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ SCHEMA = pa.schema(
     [("rollout_id", pa.string()), ("request_id", pa.string()), ("problem_id", pa.string()), ("task", pa.string()),
      ("split", pa.string()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32())),
      ("prompt_length", pa.int32()), ("entropy", pa.list_(pa.float32())), ("kl", pa.list_(pa.float32())),
-     ("llm_top_rank", pa.list_(pa.int16())), ("labels", pa.list_(LABEL_TYPE)), ("slm_digest", pa.string()), ("llm_digest", pa.string()),
-     ("tokenizer_digest", pa.string()), ("template_digest", pa.string()), ("created_at", pa.float64()),
-     ("schema_version", pa.int32())],
+     ("llm_top_rank", pa.list_(pa.int16())), ("labels", pa.list_(LABEL_TYPE)), ("slm_digest", pa.string()),
+     ("llm_digest", pa.string()), ("tokenizer_digest", pa.string()), ("template_digest", pa.string()),
+     ("created_at", pa.float64()), ("schema_version", pa.int32())],
     metadata={"s2t_schema_version": str(SCHEMA_VERSION)})
-SHARD_BYTES = 64 << 20  # on disk, about; a shard is read whole
+SHARD_BYTES, SHARD_ROLLOUTS = 64 << 20, 8192  # at most, about: when joined, when written
 ORPHAN_S = 3600.0  # a file without a manifest is a crash's after so long, not a writer's
 SNAPSHOT_S = 30 * 86_400.0  # a snapshot holds its shards' space that long
-READ_ROWS = 256
+READ_ROWS = 256  # a row group; in memory at a time
 
 
 @dataclass(frozen=True)
@@ -95,37 +96,46 @@ class Lake:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    # -- writing ----------------------------------------------------------------------------------------------------
-
     def write(self, rollouts: Sequence[Rollout], name: str = "") -> None:
         """Write rollouts durably, in shards of bounded size. With a `name`, writing the same again changes nothing.
 
         Raises:
-            StoreError: the folder cannot be written. Nothing of it is visible then, or all.
+            StoreError: the folder cannot be written. A shard is visible whole or not at all: write all again.
         """
         with self._locked(fcntl.LOCK_SH):
             deletions = self.deletions()
             kept = [r for r in rollouts if not any(d.matches(r) for d in deletions)]
             stamp = name or f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-            for part, rows in enumerate(_bounded(kept)):
-                self._write_shard(f"{stamp}-{part}", rows)
+            replaced = {r for s in _present(self.root) for r in s.replaces} if name else set()
+            for part, rows in enumerate(_groups(kept, SHARD_ROLLOUTS)):
+                # What was replaced does not exist, whoever writes it again.
+                again = f"-{uuid.uuid4().hex[:8]}" if f"shard-{stamp}-{part}" in replaced else ""
+                self._write_shard(f"{stamp}-{part}{again}", rows)
 
-    def _write_shard(self, stamp: str, rollouts: Sequence[Rollout], replaces: tuple[str, ...] = ()) -> None:
+    def _write_shard(self, stamp: str, rollouts: Iterable[Rollout], replaces: tuple[str, ...] = ()) -> None:
         name = f"shard-{stamp}"
-        columns = {f: [getattr(r, f) for r in rollouts] for f in SCHEMA.names if f != "labels"}
-        columns["labels"] = [[asdict(label) for label in r.labels] for r in rollouts]
-        path, aside = self.root / f"{name}.parquet", self.root / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-        pq.write_table(pa.table({f: columns[f] for f in SCHEMA.names}, schema=SCHEMA), aside, compression="zstd",
-                       row_group_size=READ_ROWS)
-        with aside.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        times = [r.created_at for r in rollouts] or [0.0]
-        shard = Shard(name, len(rollouts), sum(len(r.labels) for r in rollouts), aside.stat().st_size,
-                      sha256_file(aside), min(times), max(times), replaces)
-        aside.replace(path)
-        write_atomically(self.root / f"{name}.json", json.dumps(asdict(shard), indent=2))
-
-    # -- reading ----------------------------------------------------------------------------------------------------
+        path, manifest = self.root / f"{name}.parquet", self.root / f"{name}.json"
+        if manifest.exists():  # written before, under this name
+            return
+        aside = self.root / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        times, labels = [], 0
+        try:
+            with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
+                for rows in _groups(rollouts, READ_ROWS):
+                    writer.write_table(pa.Table.from_pylist([asdict(r) for r in rows], schema=SCHEMA))
+                    times += [r.created_at for r in rows]
+                    labels += sum(len(r.labels) for r in rows)
+            with aside.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            shard = Shard(name, len(times), labels, aside.stat().st_size, sha256_file(aside), min(times, default=0.0),
+                          max(times, default=0.0), replaces)
+            aside.replace(path)
+            write_atomically(manifest, json.dumps(asdict(shard), indent=2))
+        except BaseException:  # a full disk must not be filled by what it refused
+            aside.unlink(missing_ok=True)
+            if not manifest.exists():
+                path.unlink(missing_ok=True)
+            raise
 
     def shards(self) -> list[Shard]:
         """The shards there are, in the order of their names.
@@ -139,7 +149,7 @@ class Lake:
             return _present(self.root)
 
     def rollouts(self) -> Iterator[Rollout]:
-        """Every rollout once, each label in the first one that has it; one row group in memory at a time.
+        """Every rollout once, each label in the first one that has it.
 
         Raises:
             StoreError: a shard is missing, damaged, or was removed meanwhile.
@@ -184,10 +194,9 @@ class Lake:
         for manifest in sorted(self.root.glob("shard-*.json")):
             try:
                 shard = _read_manifest(manifest)
-                if shard.name == manifest.stem:
-                    for _ in read_rollouts(self.root, [shard]):
-                        pass
-                else:
+                for _ in _read_shard(self.root, shard):
+                    pass
+                if shard.name != manifest.stem:
                     wrong[manifest.stem] = f"its manifest names {shard.name!r}"
             except StoreError as error:
                 wrong[manifest.stem] = str(error)
@@ -201,8 +210,6 @@ class Lake:
                 for suffix in (".json", ".parquet"):  # the manifest first: then the shard does not exist
                     if (path := self.root / f"{name}{suffix}").exists():
                         path.rename(self.root / "quarantine" / path.name)
-
-    # -- rewriting --------------------------------------------------------------------------------------------------
 
     def deletions(self) -> list[Deletion]:
         try:
@@ -221,13 +228,13 @@ class Lake:
                 stream.write(("\n" if stream.tell() else "") + json.dumps(asdict(deletion)))
                 stream.flush()
                 os.fsync(stream.fileno())
+            sync_folder(self.root)
             removed, affected = 0, []
             for shard in _present(self.root):
-                rows = list(_read_shard(self.root, shard))
-                kept = [r for r in rows if not deletion.matches(r)]
-                if len(kept) < len(rows):
-                    removed += len(rows) - len(kept)
+                if gone := sum(map(deletion.matches, _read_shard(self.root, shard))):
+                    removed += gone
                     affected.append(shard.name)
+                    kept = (r for r in _read_shard(self.root, shard) if not deletion.matches(r))
                     self._write_shard(f"{uuid.uuid4().hex[:12]}-0", kept, (shard.name,))
             for folder in (self.root / "snapshots").glob("*"):
                 if any(deletion.matches(r) for s in _present(folder) for r in _read_shard(folder, s)):
@@ -262,12 +269,10 @@ class Lake:
             small = [s for s in _present(self.root) if s.bytes < SHARD_BYTES // 8]
             if len(small) < least:
                 return 0
-            batch, size = [], 0
-            for shard in small:
-                if size < SHARD_BYTES:
-                    batch.append(shard)
-                    size += shard.bytes
-            rows = list(read_rollouts(self.root, batch))
+            sizes = accumulate(s.bytes for s in small)
+            batch = [s for s, size in zip(small, sizes, strict=True) if size < SHARD_BYTES]
+            # Copies of a rollout go; copies of a label stay: deleting one rollout must not take another's labels.
+            rows = _distinct(r for shard in batch for r in _read_shard(self.root, shard))
             self._write_shard(f"{uuid.uuid4().hex[:12]}-0", rows, tuple(s.name for s in batch))
             self._remove([s.name for s in batch])
             self._sweep()
@@ -280,14 +285,13 @@ class Lake:
 
     def _sweep(self) -> None:
         """What a crash has left: replaced shards, and files that never got their manifest."""
-        manifests = {p.stem: p for p in self.root.glob("shard-*.json")}
         present = {s.name for s in _present(self.root)}
-        self._remove([name for name in manifests if name not in present])
+        self._remove([p.stem for p in self.root.glob("shard-*.json") if p.stem not in present])
         for path in [*self.root.glob("shard-*.parquet"), *self.root.glob(".shard-*")]:
             if path.stem not in present and time.time() - path.stat().st_mtime > ORPHAN_S:
                 path.unlink(missing_ok=True)
         for folder in (self.root / "snapshots").glob("*"):
-            if time.time() - folder.stat().st_mtime > SNAPSHOT_S:
+            if folder.name.startswith(".") or time.time() - folder.stat().st_mtime > SNAPSHOT_S:
                 shutil.rmtree(folder)
 
     @contextmanager
@@ -329,23 +333,22 @@ def read_rollouts(folder: Path, shards: Iterable[Shard]) -> Iterator[Rollout]:
     Raises:
         StoreError: a shard is missing, changed, or of another schema.
     """
-    rollouts: set[int] = set()  # 60 bytes each, rather than the texts
     labels: set[int] = set()
-    for shard in shards:
-        for rollout in _read_shard(folder, shard):
-            if (key := _key(rollout.rollout_id)) in rollouts:
-                continue
-            rollouts.add(key)
-            new: list[Label] = []
-            for label in rollout.labels:
-                if (key := _key(label.label_id)) not in labels:
-                    labels.add(key)
-                    new.append(label)
-            yield rollout if len(new) == len(rollout.labels) else replace(rollout, labels=tuple(new))
+    for rollout in _distinct(r for shard in shards for r in _read_shard(folder, shard)):
+        new: list[Label] = []
+        for label in rollout.labels:
+            if (key := hash(label.label_id)) not in labels:
+                labels.add(key)
+                new.append(label)
+        yield rollout if len(new) == len(rollout.labels) else replace(rollout, labels=tuple(new))
 
 
-def _key(identity: str) -> int:
-    return hash(identity)  # 64 bits; of one process
+def _distinct(rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
+    seen: set[int] = set()  # hashes of 64 bits, rather than the texts
+    for rollout in rollouts:
+        if (key := hash(rollout.rollout_id)) not in seen:
+            seen.add(key)
+            yield rollout
 
 
 def _read_shard(folder: Path, shard: Shard) -> Iterator[Rollout]:
@@ -381,18 +384,10 @@ def _read_manifest(path: Path) -> Shard:
                          "verify --quarantine moves such shards aside") from error
 
 
-def _bounded(rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
-    """Parts of about SHARD_BYTES at most (before compression)."""
-    part: list[Rollout] = []
-    size = 0
-    for rollout in rollouts:
-        part.append(rollout)
-        size += 14 * len(rollout.token_ids) + sum(60 + 12 * len(label.candidate_ids) for label in rollout.labels)
-        if size >= SHARD_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+def _groups(rollouts: Iterable[Rollout], size: int) -> Iterator[list[Rollout]]:
+    remaining = iter(rollouts)
+    while group := list(islice(remaining, size)):
+        yield group
 
 
 def _link(source: Path, target: Path) -> None:

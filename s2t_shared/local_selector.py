@@ -8,6 +8,9 @@ states into scores, for serving and for training (`distill`) alike. Knows rows a
     prefix     the last context token      log p_adapted(c | s), renormalised on the candidates
     joint      last token and siblings     reserved score / T + prefix score
 
+The reserved score can be `binary` instead: z(c)_1, the raw logit of the second bin; and `standardise` brings it to
+mean 0 and variance 1 over the candidates of a context.
+
 `reads: base` looks at those tokens over the base model's KV; `reads: adapted` over a KV the adapter read itself.
 """
 
@@ -37,6 +40,16 @@ class Reading(str, Enum):
     ADAPTED = "adapted"
 
 
+class Scoring(str, Enum):
+    """How reserved logits become a score."""
+
+    EXPECTED = "expected"
+    BINARY = "binary"
+
+
+VARIANCE_FLOOR = 1e-8  # equal scores stay equal when they are standardised, and have a gradient
+
+
 @dataclass
 class LocalSelector:
     """What a published version holds in memory. `bin_deltas`: [16, hidden], added to the base model's reserved rows.
@@ -52,6 +65,8 @@ class LocalSelector:
     temperature: float = 0.1
     fusion: float = 0.0
     calibration: Calibration = Calibration({})
+    scoring: Scoring = Scoring.EXPECTED
+    standardise: bool = False
 
     @classmethod
     def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:
@@ -125,12 +140,27 @@ def combine(runtime: ModelRuntime, selector: LocalSelector, last: Tensor | None,
     valid = candidates.valid.to(device)
     scores = torch.zeros(valid.shape, device=device)
     if siblings is not None:
-        bins = runtime.reserved_logits(siblings, selector.reserved_ids, selector.bin_deltas).softmax(-1)
-        expected = bins @ torch.linspace(0, 1, bins.shape[-1], device=device)
-        scores = expected if selector.kind is SelectorKind.RESERVED else expected / selector.temperature
+        reserved = _reserved_scores(runtime, selector, siblings, valid)
+        scores = reserved if selector.kind is SelectorKind.RESERVED else reserved / selector.temperature
     if last is not None:
         logits = runtime.row_logits(last, candidates.ids).masked_fill(~valid, -torch.inf)
         scores = scores + logits.log_softmax(-1)
     if selector.fusion:
         scores = scores + selector.fusion * candidates.base_log_probs.to(device)
     return scores.masked_fill(~valid, -torch.inf)
+
+
+def _reserved_scores(runtime: ModelRuntime, selector: LocalSelector, siblings: Tensor, valid: Tensor) -> Tensor:
+    """[n, K, hidden] -> [n, K]."""
+    deltas = selector.bin_deltas
+    if selector.scoring is Scoring.BINARY:
+        second = None if deltas is None else deltas[1:2]
+        scores = runtime.reserved_logits(siblings, selector.reserved_ids[1:2], second)[..., 0]
+    else:
+        bins = runtime.reserved_logits(siblings, selector.reserved_ids, deltas).softmax(-1)
+        scores = bins @ torch.linspace(0, 1, bins.shape[-1], device=runtime.device)
+    if not selector.standardise:
+        return scores
+    counts = valid.sum(-1, keepdim=True)
+    centred = (scores - (scores * valid).sum(-1, keepdim=True) / counts) * valid
+    return centred / (centred.square().sum(-1, keepdim=True) / counts + VARIANCE_FLOOR).sqrt()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
 from s2t_shared.files import sha256_file
-from s2t_shared.local_selector import Reading, SelectorKind
+from s2t_shared.local_selector import Reading, Scoring, SelectorKind
 from s2t_shared.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from s2t_shared.policy import Calibration
 
@@ -44,7 +44,7 @@ class Manifest(BaseModel):
     reads: Reading
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     fusion: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    scoring: str = "expected"
+    scoring: Scoring = Scoring.EXPECTED
     standardise: bool = False
     base_model: str
     slm_digest: str
@@ -101,7 +101,12 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
                                "save the weights as safetensors and publish it again")
         if not path.is_file():
             raise VersionError(f"{where}: file {name!r} is missing; publish it again")
-        if sha256_file(path) != expected:
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise VersionError(f"{where}: {name} cannot be read ({error.strerror}); check the registry's storage"
+                               ) from error
+        if found != expected:
             raise VersionError(f"{where}: {name} does not match its hash in the manifest; it is damaged or was "
                                "changed: publish it again")
     if missing := sorted(needed - set(manifest.files)):

@@ -148,6 +148,16 @@ class Registry:
         """Raises VersionNotFoundError, or VersionError for a broken manifest."""
         return read_manifest(self.folder(version))
 
+    def manifests(self) -> tuple[list[Manifest], dict[str, str]]:
+        """All versions' manifests, oldest first; and of those that cannot be read, why."""
+        found, broken = [], {}
+        for name in self.names():
+            try:
+                found.append(read_manifest(self.root / name))
+            except VersionError as error:
+                broken[name] = str(error)
+        return found, broken
+
     def folder(self, version: str) -> Path:
         """Where a version's files are. Raises VersionNotFoundError."""
         names = self.names()
@@ -159,14 +169,7 @@ class Registry:
     def find_job(self, job: str) -> Manifest | None:
         """What a training job has published, or None. A version that cannot be read is nobody's."""
         assert job
-        for name in reversed(self.names()):
-            try:
-                manifest = read_manifest(self.root / name)
-            except VersionError:
-                continue
-            if manifest.job == job:
-                return manifest
-        return None
+        return next((m for m in self.manifests()[0] if m.job == job), None)
 
     def load(self, version: str, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:
         """Read and check a version for this SLM. Raises VersionNotFoundError or VersionError."""
@@ -198,9 +201,10 @@ class Registry:
         """
         try:
             content = json.loads((self.root / LIVE).read_text(encoding="utf-8"))
-            canary = content.get("canary")
-            return Live(tuple(str(name) for name in content["history"]),
-                        Canary(str(canary["version"]), float(canary["share"])) if canary else None)
+            canary = Canary(str(c["version"]), float(c["share"])) if (c := content.get("canary")) else None
+            if canary is not None and not 0.0 < canary.share < 1.0:
+                raise ValueError(f"a canary's share of {canary.share}")
+            return Live(tuple(str(name) for name in content["history"]), canary)
         except FileNotFoundError:
             return Live()
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -357,4 +361,5 @@ def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> 
             raise VersionError(f"version {folder.name!r}: {BINS} must be finite and of shape {expected}, it has shape "
                                f"{tuple(deltas.shape)}")
     return LocalSelector(manifest.version, manifest.kind, manifest.reads, manifest.reserved_ids, adapter, deltas,
-                         manifest.temperature, manifest.fusion, manifest.calibration)
+                         manifest.temperature, manifest.fusion, manifest.calibration, manifest.scoring,
+                         manifest.standardise)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 
 from s2t_shared.errors import StoreError
-from s2t_shared.redis_server import LabelStore
+from s2t_shared.redis_client import LabelStore
 from s2t_shared.scorer import LLMInfo, SelectorClient
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 

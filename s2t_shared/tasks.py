@@ -1,15 +1,14 @@
-"""Prompts to calibrate on, and problems from files. Training prompts only: an evaluation split is refused."""
+"""Prompts to calibrate on. Training prompts only: an evaluation split is refused."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.errors import ConfigError
 from s2t_shared.pair import SLM_DIR
 from s2t_shared.pair import problems as pair_problems
+from s2t_shared.prompts import PromptSource, read
 from s2t_shared.text import Tokenizer
 from s2t_shared.types import Message, Prompt
 
@@ -46,10 +45,12 @@ def calibration_prompts(tokenizer: Tokenizer, count: int, file: Path | None = No
     where its tokenizer is in use, else a few generic questions (through the chat template, if there is one).
 
     Raises:
-        ConfigError: the file is unreadable or holds no prompt.
+        ConfigError: the file is unreadable or holds no prompt. EvaluationSplitError: its name says that it is
+            for evaluation.
     """
     if file is not None:
-        prompts = [prompt for _, prompt in read_prompts(file) if isinstance(prompt, Prompt)][:count]
+        rows = read(PromptSource(str(file)))
+        prompts = list(islice((prompt for _, prompt in rows if isinstance(prompt, Prompt)), count))
         if not prompts:
             raise ConfigError(f"calibration prompts {str(file)!r}: no usable line")
         return prompts
@@ -58,60 +59,3 @@ def calibration_prompts(tokenizer: Tokenizer, count: int, file: Path | None = No
     if tokenizer.hf.chat_template:
         return [Prompt(messages=(Message("user", q),)) for q in GENERIC_QUESTIONS[:count]]
     return [Prompt(text=q) for q in GENERIC_QUESTIONS[:count]]
-
-
-def read_prompts(file: Path) -> Iterator[tuple[dict[str, Any], Prompt | InvalidRequestError]]:
-    """The lines of a JSONL file: {"id", and one of "prompt" | "messages" | "token_ids"}.
-
-    A broken line yields its error, which names the line's number; an unreadable file raises ConfigError.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"input {str(file)!r} cannot be read: {error}") from error
-    return _parse(lines)
-
-
-def _parse(lines: Iterable[str]) -> Iterator[tuple[dict[str, Any], Prompt | InvalidRequestError]]:
-    seen: set[str] = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row: dict[str, Any] = {"line": number}
-        try:
-            content = json.loads(line)
-            if not isinstance(content, dict):
-                raise InvalidRequestError("not a JSON object")
-            row |= content
-            if not isinstance(row.get("id"), (str, int)):
-                raise InvalidRequestError('"id" is missing; give a string')
-            row["id"] = str(row["id"])
-            if row["id"] in seen:
-                raise InvalidRequestError(f'"id" {row["id"]!r} was used before')
-            seen.add(row["id"])
-            yield row, _prompt(row)
-        except ValueError as error:
-            yield row, InvalidRequestError(f"line {number}: not JSON ({error})")
-        except InvalidRequestError as error:
-            yield row, InvalidRequestError(f"line {number}: {error}")
-
-
-def _prompt(row: dict[str, Any]) -> Prompt:
-    given = [key for key in ("prompt", "messages", "token_ids") if row.get(key) is not None]
-    if len(given) != 1:
-        raise InvalidRequestError(f'give exactly one of "prompt", "messages", "token_ids" (found {given or "none"})')
-    value = row[given[0]]
-    if given[0] == "prompt":
-        if not isinstance(value, str) or not value:
-            raise InvalidRequestError('"prompt" must be a non-empty string')
-        return Prompt(text=value)
-    if not isinstance(value, list) or not value:
-        raise InvalidRequestError(f'"{given[0]}" must be a non-empty list')
-    if given[0] == "token_ids":
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-            raise InvalidRequestError('"token_ids" must hold whole numbers')
-        return Prompt(token_ids=tuple(value))
-    try:
-        return Prompt(messages=tuple(Message(str(m["role"]), str(m["content"])) for m in value))
-    except (TypeError, KeyError) as error:
-        raise InvalidRequestError('"messages" must hold objects with "role" and "content"') from error

@@ -1,4 +1,7 @@
-"""Labels of one rollout as one training sequence, and the split of problems into training and held-out ones.
+"""Rollouts as training sequences, called trees: which of them train, validate and test, and in what order they stream.
+
+A tree is a rollout with its labelled positions; its tokens count up to the last of these. An epoch never rests in
+memory: shards in a seeded order, a shuffle buffer, a window that is sorted by length to limit padding.
 
 Knows labels; no models.
 """
@@ -6,54 +9,167 @@ Knows labels; no models.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+import heapq
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from enum import Enum
 
-from s2t_shared.labels import Label
+from s2t_shared.errors import ConfigError, StoreError
+from s2t_shared.labels import Label, Rollout, check_split
+from s2t_shared.lake import Shard, Snapshot
 
-HELD_OUT_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Group:
-    """One labelled position of a tree: `length` context tokens come before it."""
-
-    length: int
-    label: Label
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A rollout: its tokens and its labelled positions."""
-
-    token_ids: tuple[int, ...]
-    groups: tuple[Group, ...]
+Source = Snapshot | Sequence[Rollout]
+BUFFER = 2048  # trees; also all of an epoch that is in memory, beside one window
+WINDOW = 16  # batches sorted by length together
+LEAST_TRAINING_LABELS = 8
 
 
-def build_trees(labels: Iterable[Label]) -> list[Tree]:
-    """Join labels whose contexts are prefixes of one another (those of one rollout) into trees."""
-    rollouts: dict[str, list[Label]] = defaultdict(list)
-    for label in labels:
-        rollouts[label.rollout_id].append(label)
-    trees = []
-    for _, members in sorted(rollouts.items()):
-        waiting = sorted(members, key=lambda label: (-len(label.context_ids), label.label_id))
-        while waiting:
-            longest = waiting[0].context_ids
-            inside = [m for m in waiting if longest[: len(m.context_ids)] == m.context_ids]
-            waiting = [m for m in waiting if m not in inside]
-            trees.append(Tree(longest, tuple(Group(len(m.context_ids), m) for m in reversed(inside))))
-    return trees
+class Part(str, Enum):
+    """What a rollout is for. The held-out tenth of all problems is halved: when to stop, the best weights and lambda
+    are chosen on `VALIDATION`; what is reported and gated is measured on `TEST`, which had no say in anything."""
+
+    TRAINING = "training"
+    VALIDATION = "validation"
+    TEST = "test"
 
 
-def is_held_out(label: Label) -> bool:
-    """Split by problem, by hash: stable when the lake grows, and no problem is on both sides."""
-    problem = label.problem_id or str(label.context_ids[:32])
-    digest = hashlib.sha256(f"{label.task}/{problem}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+def part_of(rollout: Rollout) -> Part:
+    """By problem, by hash: stable when the lake grows, and no problem is in two parts."""
+    if not rollout.held_out:
+        return Part.TRAINING
+    digest = hashlib.sha256(f"half/{rollout.task}/{rollout.problem}".encode()).digest()
+    return Part.VALIDATION if digest[0] < 128 else Part.TEST
 
 
-def held_out_trees(labels: Iterable[Label]) -> list[Tree]:
-    """The trees that no training run ever sees."""
-    return build_trees(label for label in labels if is_held_out(label))
+def tree_length(tree: Rollout) -> int:
+    """Tokens before the last labelled position: nothing behind it is ever looked at."""
+    return max(label.position for label in tree.labels)
+
+
+class TrainingData:
+    """What one run reads of `source`. `weigh`: a label's weight in the loss; 0 drops it from training (held-out
+    labels are all kept, so that figures of different settings are about the same labels).
+
+    validation, test: at most `held_out_labels` labels each, chosen by hash, sorted by length. labels: how many train.
+
+    Raises:
+        StoreError: too few labels. ConfigError: labels of another SLM, or of several LLMs.
+        EvaluationSplitError: a rollout comes from an evaluation split.
+    """
+
+    def __init__(self, source: Source, slm_digest: str, weigh: Callable[[Label], float], batch_labels: int = 64,
+                 held_out_labels: int = 4096, seed: int = 0) -> None:
+        self._source, self._weigh, self._batch_labels, self._seed = source, weigh, batch_labels, seed
+        chosen = {Part.VALIDATION: _Chosen(held_out_labels), Part.TEST: _Chosen(held_out_labels)}
+        self._held_out: set[int] = set()  # hashes of label ids; of all, not only of the chosen ones
+        self._llms: set[str] = set()
+        for rollout in _read(source):
+            self._check(rollout, slm_digest)
+            part = part_of(rollout)
+            if rollout.labels and part is not Part.TRAINING:
+                chosen[part].add(rollout)
+                self._held_out.update(hash(label.label_id) for label in rollout.labels)
+        self.validation, self.test = chosen[Part.VALIDATION].trees(), chosen[Part.TEST].trees()
+        self.labels = sum(len(tree.labels) for tree in self._training(_read(source)))
+        if self.labels < LEAST_TRAINING_LABELS or not self.validation or not self.test:
+            raise StoreError(
+                f"{self.labels} training labels, {count_labels(self.validation)} to validate and "
+                f"{count_labels(self.test)} to test are too few to train on (at least {LEAST_TRAINING_LABELS}, 1, 1, "
+                "after the filters of teacher_margin and min_mass); harvest more problems")
+
+    @property
+    def llm_digest(self) -> str:
+        return next(iter(self._llms))
+
+    def epoch(self, number: int) -> Iterator[list[Rollout]]:
+        """Batches of about `batch_labels` labels. The same for the same source, seed and number, whoever asks."""
+        order = random.Random(f"{self._seed}/{number}")
+        shuffled = _shuffle(self._training(_read(self._source, order)), order)
+        for window in _windows(shuffled, self._batch_labels * WINDOW):
+            window.sort(key=lambda tree: (tree_length(tree), tree.rollout_id))
+            batches = list(_windows(iter(window), self._batch_labels))
+            order.shuffle(batches)
+            yield from batches
+
+    def _training(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
+        for rollout in rollouts:
+            if part_of(rollout) is not Part.TRAINING:
+                continue
+            kept = tuple(label for label in rollout.labels
+                         if hash(label.label_id) not in self._held_out and self._weigh(label) > 0)
+            if kept:
+                yield replace(rollout, labels=kept)
+
+    def _check(self, rollout: Rollout, slm_digest: str) -> None:
+        check_split(rollout.split)
+        if rollout.slm_digest != slm_digest:
+            raise ConfigError(f"the labels were made with another SLM (digest {rollout.slm_digest}, this one is "
+                              f"{slm_digest}); harvest with this SLM")
+        self._llms.add(rollout.llm_digest)
+        if len(self._llms) > 1:
+            raise ConfigError(f"the labels come from {len(self._llms)} different LLMs "
+                              f"({', '.join(sorted(self._llms))}); keep each LLM's labels in a lake of its own "
+                              "(data_dir)")
+
+
+def count_labels(trees: Iterable[Rollout]) -> int:
+    return sum(len(tree.labels) for tree in trees)
+
+
+class _Chosen:
+    """The trees with the smallest hashes that together have about `limit` labels at most."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._count = limit, 0
+        self._heap: list[tuple[int, str, Rollout]] = []  # the largest hash first
+
+    def add(self, tree: Rollout) -> None:
+        digest = hashlib.sha256(f"chosen/{tree.rollout_id}".encode()).digest()
+        heapq.heappush(self._heap, (-int.from_bytes(digest[:8], "big"), tree.rollout_id, tree))
+        self._count += len(tree.labels)
+        while self._count > self._limit and len(self._heap) > 1:
+            self._count -= len(heapq.heappop(self._heap)[2].labels)
+
+    def trees(self) -> tuple[Rollout, ...]:
+        return tuple(sorted((tree for _, _, tree in self._heap), key=lambda tree: (tree_length(tree), tree.rollout_id)))
+
+
+def _read(source: Source, order: random.Random | None = None) -> Iterator[Rollout]:
+    if not isinstance(source, Snapshot):
+        return iter(source)
+
+    def shuffled(shards: list[Shard]) -> list[Shard]:
+        if order is not None:
+            order.shuffle(shards)
+        return shards
+
+    return source.rollouts(shuffled)
+
+
+def _shuffle(trees: Iterator[Rollout], order: random.Random) -> Iterator[Rollout]:
+    """Random order within a buffer: each tree that comes in pushes out one at random."""
+    buffer: list[Rollout] = []
+    for tree in trees:
+        if len(buffer) < BUFFER:
+            buffer.append(tree)
+            continue
+        place = order.randrange(BUFFER)
+        buffer[place], tree = tree, buffer[place]
+        yield tree
+    order.shuffle(buffer)
+    yield from buffer
+
+
+def _windows(trees: Iterator[Rollout], labels: int) -> Iterator[list[Rollout]]:
+    """Runs of trees with about `labels` labels, the last one smaller."""
+    window: list[Rollout] = []
+    size = 0
+    for tree in trees:
+        window.append(tree)
+        size += len(tree.labels)
+        if size >= labels:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window

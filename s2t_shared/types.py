@@ -278,7 +278,7 @@ class LabelOptions:
 
     Every LLM selection becomes a label. Of a scored rollout (harvest) those positions do that one of `rules` marks;
     the rules are made from `triggers` and `budget` (share of positions per trigger) when they are empty. `durable`:
-    the answer waits until its labels are stored durably.
+    the answer waits until its labels are stored durably; `collect`: it carries them.
     """
 
     store: bool = False
@@ -289,6 +289,7 @@ class LabelOptions:
     budget: float = 0.1
     rules: tuple[LabelRule, ...] = ()
     durable: bool = False
+    collect: bool = False
 
 
 @dataclass(frozen=True)

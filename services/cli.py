@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -18,7 +18,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402 - the environment above is read at import
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from s2t_shared.config import Config  # noqa: E402
 from s2t_shared.errors import (  # noqa: E402
@@ -40,15 +39,18 @@ from services.console import (  # noqa: E402
     pick,
     progress,
     settings,
-    show,
     target,
     wide_console,
 )
+from services.harvest_command import harvest  # noqa: E402
+from services.labels import labels_app  # noqa: E402
+from services.training_command import train  # noqa: E402
+from services.versions import versions_app  # noqa: E402
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Select-to-Think: a small model answers, a large one only selects.")
-versions_app = typer.Typer(no_args_is_help=True, help="Published local selectors.")
 app.add_typer(versions_app, name="versions")
+app.add_typer(labels_app, name="labels")
 app.add_typer(bench_app, name="bench")
 USER_ERRORS = (ConfigError, InvalidRequestError, ModelLoadError, VersionError, EvaluationSplitError)
 
@@ -166,105 +168,10 @@ def count_lines(file: Path) -> int:
         return 0  # the command itself reports the file
 
 
-@app.command()
-def harvest(prompts: Annotated[Path, typer.Argument(help="JSONL of training prompts")],
-            out: Annotated[Path | None, typer.Option(help="with --slm and --llm: the lake folder")] = None,
-            slm: Annotated[str | None, typer.Option(help="harvest in this process, without a service")] = None,
-            llm: Annotated[str | None, typer.Option(help="with --slm")] = None,
-            address: Address = None, token_file: TokenFile = None,
-            task: Annotated[str, typer.Option(help="name stored with the labels")] = "",
-            split: Annotated[str, typer.Option(help="recorded; an evaluation split is refused")] = "train",
-            budget: Annotated[float, typer.Option(help="share of positions per trigger")] = 0.1,
-            candidates: Annotated[int, typer.Option(help="K of a label")] = 16,
-            max_new_tokens: Annotated[int, typer.Option(help="of a rollout")] = 256,
-            threads: Annotated[int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")] = None,
-            config: ConfigFile = None, json_out: Json = False) -> None:
-    """Turn training prompts into selection labels."""
-    from s2t_shared.tasks import read_prompts
-    from services import harvest as harvesting
-    from services import local_generate
-
-    options = harvesting.HarvestOptions(task, split, budget, candidates, max_new_tokens)
-    rows = list(read_prompts(prompts))
-    with progress(len(rows), "rollouts", json_out) as advance:
-        if slm or llm:
-            if not (slm and llm and out):
-                raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-            loaded = local_generate.load_models(slm, llm, "none", Path("."), "float32", "cpu", 16,
-                                                threads or os.cpu_count() or 1)
-            outcome = harvesting.harvest_alone(loaded.generator, rows, out, options, on_progress=advance)
-        else:
-            outcome = harvesting.harvest_by_service(target(address, config, token_file), rows, options, advance)
-    for text in outcome.errors:
-        print(f"s2t: {text}", file=sys.stderr)
-    show({"prompts": outcome.prompts, "labels": outcome.labels, "tokens": outcome.tokens,
-          "failed": len(outcome.errors)}, json_out)
-    if outcome.errors:
-        raise typer.Exit(1)
+app.command()(harvest)
 
 
-@app.command()
-def train(config: ConfigFile = None, data_dir: DataDir = None,
-          kind: Annotated[str | None, typer.Option(help="prefix, joint or reserved")] = None,
-          reads: Annotated[str | None, typer.Option(help="base or adapted")] = None,
-          steps: Annotated[int | None, typer.Option(help="training steps at most")] = None,
-          learning_rate: Annotated[float | None, typer.Option()] = None,
-          workers: Annotated[int | None, typer.Option(help="Ray Train workers")] = None,
-          seed: Annotated[int | None, typer.Option()] = None,
-          promote: Annotated[bool, typer.Option(help="make it live when it is better")] = True,
-          json_out: Json = False) -> None:
-    """Distil the labels into a new version (a Ray Train job) and make it live if it is better."""
-    from services.serving import local_ray
-    from services.training import train as run_training
-
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None, training__kind=kind,
-                        training__reads=reads, training__steps=steps, training__learning_rate=learning_rate,
-                        training__workers=workers, training__seed=seed)
-    with local_ray():
-        outcome = run_training(resolved, promote)
-    show(asdict(outcome), json_out)
-
-
-@versions_app.command("list")
-def versions_list(config: ConfigFile = None, data_dir: DataDir = None, json_out: Json = False) -> None:
-    """All versions; the live one is marked."""
-    registry = _registry(config, data_dir)
-    live = registry.live()
-    manifests = [registry.manifest(name) for name in registry.names()]
-    if json_out:
-        print(json.dumps([{**m.model_dump(mode="json"), "live": m.version == live} for m in manifests]))
-        return
-    table = Table("version", "live", "kind", "reads", "Agree@1", "SLM's own", "labels")
-    for m in manifests:
-        table.add_row(m.version, "*" if m.version == live else "", m.kind.value, m.reads.value,
-                      f"{m.metrics['agree_at_1']:.3f}", f"{m.metrics['slm_agree_at_1']:.3f}",
-                      str(m.training.get("training_labels", "")))
-    wide_console().print(table if manifests else "no versions; train one with: s2t train")
-
-
-@versions_app.command("show")
-def versions_show(version: str, config: ConfigFile = None, data_dir: DataDir = None) -> None:
-    """One version's manifest."""
-    print(_registry(config, data_dir).manifest(version).model_dump_json(indent=2))
-
-
-@versions_app.command("promote")
-def versions_promote(version: str, config: ConfigFile = None, data_dir: DataDir = None) -> None:
-    """Make a version live; proposers take it up by themselves."""
-    _registry(config, data_dir).promote(version)
-    print(f"live: {version}")
-
-
-@versions_app.command("rollback")
-def versions_rollback(config: ConfigFile = None, data_dir: DataDir = None) -> None:
-    """Go back to the version that was live before."""
-    print(f"live: {_registry(config, data_dir).rollback() or 'none'}")
-
-
-def _registry(config: Path | None, data_dir: Path | None) -> Any:
-    from s2t_shared.registry import Registry
-
-    return Registry(settings(config, data_dir=str(data_dir) if data_dir else None).versions)
+app.command()(train)
 
 
 @app.command("eval")

@@ -88,10 +88,13 @@ class Client:
     def versions(self) -> list[admin_pb2.Version]:
         return list(self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest()).versions)
 
-    def promote(self, version: str) -> str:
-        return self._call(self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version)).live
+    def promote(self, version: str, share: float | None = None) -> str:
+        """Make a version live, or (`share` in (0, 1)) the canary for this share of the requests that name none.
+        Returns the live version."""
+        return self._call(self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version, share=share)).live
 
     def roll_back(self) -> str:
+        """End the canary, else go back to the version live before. Returns the live version."""
         return self._call(self._admin.RollBackVersion, admin_pb2.RollBackVersionRequest()).live
 
     def count_labels(self, flush: bool = False) -> admin_pb2.CountLabelsResponse:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, S2TError
+from s2t_shared.lake import Lake
 from s2t_shared.pair import SLM_DIR, problems
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.text import Tokenizer
@@ -32,8 +33,9 @@ from services.evaluation import (
     run_mode,
     table,
 )
-from services.harvest import HarvestOptions, harvest_by_service, pair_rows
+from services.harvest import harvest, pair_prompts
 from services.load import Target, answer_all
+from services.rollers import ByService, HarvestOptions
 from services.serving import RunningService, running_service
 from services.training import TrainOutcome, train
 
@@ -131,10 +133,10 @@ def _ask(target: Target, spec: ModeSpec, held_out: Sequence[Problem], say: Calla
 
 def _harvest(service: RunningService, training: Sequence[problems.Problem], say: Callable[[str], None]) -> None:
     started = time.perf_counter()
-    outcome = harvest_by_service(Target(service.address), pair_rows(training),
-                                 HarvestOptions(task="shop", max_new_tokens=MAX_NEW_TOKENS))
-    if outcome.errors:
-        raise ConfigError(f"{len(outcome.errors)} prompts could not be harvested; the first: {outcome.errors[0]}")
+    outcome = harvest(ByService(Target(service.address), collect=False), pair_prompts(training),
+                      Lake(service.config.lake), HarvestOptions(task="shop", max_new_tokens=MAX_NEW_TOKENS))
+    if bad := [*outcome.errors, *outcome.failed]:
+        raise ConfigError(f"{len(bad)} prompts could not be harvested; the first: {bad[0]}")
     with Client(service.address) as client:
         deadline = time.monotonic() + 30
         while (counts := client.count_labels(flush=True)).queued and time.monotonic() < deadline:

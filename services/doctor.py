@@ -13,8 +13,10 @@ import torch
 
 from s2t_shared.config import Config, check_exposure
 from s2t_shared.errors import S2TError
-from s2t_shared.redis_server import LabelStore, open_redis
-from s2t_shared.registry import Registry, verify_files
+from s2t_shared.manifest import verify_files
+from s2t_shared.redis_client import LabelStore
+from s2t_shared.redis_server import open_redis
+from s2t_shared.registry import Registry
 from services.client import Client
 from services.serving import check_models, check_port
 

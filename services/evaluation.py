@@ -16,10 +16,9 @@ from s2t_shared.generate import extract_answer
 from s2t_shared.metrics import hit_at, paired_difference, wilson_interval
 from s2t_shared.pair import problems as pair_problems
 from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.tasks import read_prompts
+from s2t_shared.prompts import read_prompts
 from s2t_shared.types import Prompt
-from services.harvest import prompt_fields
-from services.load import Target, answer_all
+from services.load import Target, answer_all, prompt_fields
 
 
 @dataclass(frozen=True)

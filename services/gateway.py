@@ -19,13 +19,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from s2t_shared.config import Config, check_exposure
+from s2t_shared.drain import Drain
 from s2t_shared.errors import DeadlineExceededError, S2TError, StoreError
 from s2t_shared.generate import GenerateRequest
-from s2t_shared.labels import lake_rows
+from s2t_shared.lake import Lake
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
-from s2t_shared.redis_server import LabelStore
+from s2t_shared.redis_client import LabelStore
 from s2t_shared.registry import Registry
-from s2t_shared.store import Drain
 from services import net, wire
 from services.proposer import Description, Reply
 
@@ -52,7 +52,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Wire in, proposer handle out."""
 
     def __init__(self, config: Config, proposers: Any) -> None:
-        self._defaults, self._proposers = config.defaults, proposers
+        self._defaults, self._replicas, self._proposers = config.defaults, config.proposer.replicas, proposers
 
     def _read(self, request: Any, context: grpc.aio.ServicerContext) -> GenerateRequest:
         return wire.read_request(request.request_id, request.parameters, self._defaults, _time_remaining(context))
@@ -85,15 +85,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             await refuse(context, error)
             raise AssertionError("abort raises") from error
         return generation_pb2.DescribeServiceResponse(
-            slm_digest=d.slm_digest, tokenizer_digest=d.tokenizer_digest, llm_digest=d.llm_digest,
+            slm_digest=d.slm_digest, tokenizer_digest=d.tokenizer_digest, template_digest=d.template_digest,
+            llm_digest=d.llm_digest, proposers=self._replicas,
             max_length=d.max_length, live_selector=d.live_selector,
+            canary_selector=d.canary[0], canary_share=d.canary[1],
             calibrated_triggers=[f"TRIGGER_{t.name}" for t in d.calibrated])
 
 
 def _answer(reply: Reply) -> generation_pb2.Answer | None:
     if reply.answer is None:
         return None
-    return wire.write_answer(reply.answer, list(reply.step_texts), reply.labels_stored)
+    return wire.write_answer(reply.answer, list(reply.step_texts), reply.labels_stored, reply.rollout)
 
 
 def _time_remaining(context: grpc.aio.ServicerContext) -> float | None:
@@ -108,7 +110,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """The registry and the label store, over the wire."""
 
     def __init__(self, config: Config, proposers: Any, store: LabelStore | None, drain: Drain | None) -> None:
-        self._registry, self._lake = Registry(config.versions), config.lake
+        self._registry, self._lake = Registry(config.versions), Lake(config.lake)
         self._proposers, self._store, self._drain = proposers, store, drain
 
     async def ListVersions(self, request: admin_pb2.ListVersionsRequest,
@@ -116,17 +118,22 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return await _guarded(context, self._list)
 
     def _list(self) -> admin_pb2.ListVersionsResponse:
-        live = self._registry.live()
-        manifests = [self._registry.manifest(name) for name in self._registry.names()]
+        state = self._registry.state()
+        manifests, broken = self._registry.manifests()
+        for text in broken.values():
+            log.error("%s", text)
         return admin_pb2.ListVersionsResponse(versions=[
-            admin_pb2.Version(name=m.version, kind=m.kind.value, reads=m.reads.value, live=m.version == live,
-                              created_at=m.created_at, metrics=m.metrics) for m in manifests])
+            admin_pb2.Version(name=m.version, kind=m.kind.value, reads=m.reads.value, live=m.version == state.version,
+                              created_at=m.created_at, metrics=m.metrics, share=state.share(m.version))
+            for m in manifests])
 
     async def PromoteVersion(self, request: admin_pb2.PromoteVersionRequest,
                              context: grpc.aio.ServicerContext) -> admin_pb2.PromoteVersionResponse:
         def promote() -> admin_pb2.PromoteVersionResponse:
-            self._registry.promote(request.name)
-            return admin_pb2.PromoteVersionResponse(live=self._registry.live() or "")
+            self._registry.promote(request.name, request.share if request.HasField("share") else None)
+            state = self._registry.state()
+            return admin_pb2.PromoteVersionResponse(live=state.version or "",
+                                                    canary=state.canary.version if state.canary else "")
 
         return await _guarded(context, promote)
 
@@ -137,7 +144,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def CountLabels(self, request: admin_pb2.CountLabelsRequest,
                           context: grpc.aio.ServicerContext) -> admin_pb2.CountLabelsResponse:
         try:
-            dropped = (await self._proposers.describe.remote()).labels_dropped
+            dropped = sum((await self._proposers.describe.remote()).labels_dropped.values())
         except (S2TError, RayError, DeploymentUnavailableError):
             dropped = 0
 
@@ -148,8 +155,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 self._drain.flush()
             counts = self._store.counts()
             return admin_pb2.CountLabelsResponse(
-                queued=counts.labels, in_lake=lake_rows(self._lake), dead_letters=counts.dead_letters,
-                cached_selections=counts.cached_selections, dropped=dropped)
+                queued=counts.rollouts, in_lake=sum(s.labels for s in self._lake.shards()),
+                dead_letters=counts.dead_letters, dropped=dropped)
 
         return await _guarded(context, count)
 
@@ -168,7 +175,9 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         check_exposure(config)
         store = LabelStore(config.redis.url) if config.redis.url else None
-        self._drain = Drain(store, config.lake, config.labels.shard_rows, config.labels.shard_age_s) if store else None
+        labels = config.labels
+        self._drain = Drain(store, Lake(config.lake), labels.shard_rows, labels.shard_age_s, labels.max_age_days,
+                            labels.max_gib) if store else None
         if self._drain is not None:
             self._drain.start()
         self._server = net.new_server(config.security, config.gateway.max_message_bytes)

@@ -66,7 +66,8 @@ Progress = Callable[[HarvestOutcome], None]
 
 
 def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOptions,
-            on_progress: Progress = lambda outcome: None) -> HarvestOutcome:
+            on_progress: Progress = lambda outcome: None, say: Callable[[str], None] = lambda line: None
+            ) -> HarvestOutcome:
     """Harvest what is not done yet.
 
     Raises:
@@ -79,6 +80,8 @@ def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOption
         for chunk in run.done.values():
             outcome.add(chunk)
         outcome.resumed = outcome.heard = outcome.prompts
+        if not run.rules and not options.thresholds:
+            say(f"run {run.id}: thresholds from the first {options.calibrate_on} prompts")
         first = {} if run.rules else _plan(run, roller, prompts, options)
         work = _Work(run, lake, roller, options, outcome, on_progress)
         on_progress(outcome)

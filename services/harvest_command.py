@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.types import LabelRule, Trigger
 from services.console import Address, ConfigFile, DataDir, Json, TokenFile, pick, settings, show, target
+
+if TYPE_CHECKING:
+    from s2t_shared.generate import Generator
 
 LINE_EVERY_S = 30.0
 POSITIONS = {"kl": (Trigger.KL,), "entropy": (Trigger.ENTROPY,), "both": (Trigger.ENTROPY, Trigger.KL)}
@@ -62,30 +65,29 @@ def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging
     if positions not in POSITIONS:
         raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
     source = PromptSource(prompts, split, id_column, prompt_column, template, system, chat or system is not None)
-    asked = harvesting.prompts_of(source, limit, lambda line: print(f"s2t: {line}", file=sys.stderr))
+    asked = harvesting.prompts_of(source, limit, say)
     rules = tuple(_rule(text) for text in threshold or ())
     options = HarvestOptions(task, split, tuple(r.trigger for r in rules) or POSITIONS[positions], budget, rules,
                              candidates, max_new_tokens, intervene, calibrate_on)
     roller: Roller
     if slm or llm:
-        from services import local_generate
-
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        loaded = local_generate.load_models(slm, llm, "none", Path("."), dtype, device, batch_size,
-                                            threads or os.cpu_count() or 1, _text_of(chat_template))
-        roller, lake = InProcess(loaded.generator), out
+        roller, lake = InProcess(_load(slm, llm, dtype, device, batch_size, threads, chat_template)), out
     else:
         resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
         roller = ByService(target(address, config, token_file), out is not None, concurrency)
         lake = out or resolved.lake
-    outcome = harvesting.HarvestOutcome()
     try:
         with reporting(asked.total, json_out) as on_progress:
-            outcome = harvesting.harvest(roller, asked, Lake(lake), options, on_progress)
+            outcome = harvesting.harvest(roller, asked, Lake(lake), options, on_progress, say)
     except KeyboardInterrupt:
         print("s2t: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
+    _tell(outcome, lake, json_out)
+
+
+def _tell(outcome: Any, lake: Path, json_out: bool) -> None:
     for text in [*outcome.errors, *outcome.failed]:
         print(f"s2t: {text}", file=sys.stderr)
     show({"lake": str(lake), "run": outcome.run, "prompts": outcome.prompts, "resumed": outcome.resumed,
@@ -96,6 +98,18 @@ def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging
               "again", file=sys.stderr)
     if outcome.errors or outcome.failed:
         raise typer.Exit(1)
+
+
+def say(line: str) -> None:
+    print(f"s2t: {line}", file=sys.stderr, flush=True)
+
+
+def _load(slm: str, llm: str, dtype: str, device: str, batch_size: int, threads: int | None,
+          chat_template: Path | None) -> Generator:
+    from services import local_generate
+
+    return local_generate.load_models(slm, llm, "none", Path("."), dtype, device, batch_size,
+                                      threads or os.cpu_count() or 1, _text_of(chat_template)).generator
 
 
 def _rule(text: str) -> LabelRule:

@@ -16,12 +16,14 @@ from s2t_shared.engine import Engine
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, VersionError
 from s2t_shared.generate import GenerateRequest, Generator, check_request, with_thresholds
 from s2t_shared.local_selector import LocalSelector
+from s2t_shared.manifest import MANIFEST
 from s2t_shared.policy import CALIBRATED, Calibration, check_policy
+from s2t_shared.prompts import read_prompts
 from s2t_shared.proposer import Proposer
-from s2t_shared.registry import MANIFEST, Registry, load_version
+from s2t_shared.registry import Registry, load_version
 from s2t_shared.runtime import ModelRuntime, resolve_model
 from s2t_shared.scorer import InProcessSelector, LLMScorer
-from s2t_shared.tasks import calibration_prompts, read_prompts
+from s2t_shared.tasks import calibration_prompts
 from s2t_shared.text import Tokenizer, check_same_tokenizer, reserved_ids
 from s2t_shared.types import Answer, Prompt
 
@@ -54,7 +56,7 @@ class Loaded:
 
 
 def load_models(slm: str, llm: str | None, selector: str, versions: Path, dtype: str, device: str, batch_size: int,
-                threads: int) -> Loaded:
+                threads: int, chat_template: str | None = None) -> Loaded:
     """SLM, optional LLM and optional local selector, in one engine.
 
     Raises:
@@ -62,7 +64,7 @@ def load_models(slm: str, llm: str | None, selector: str, versions: Path, dtype:
     """
     torch.set_num_threads(threads)
     folder = resolve_model(slm)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, chat_template)
     scorer = None
     if llm is not None:
         llm_tokenizer = Tokenizer.load(resolve_model(llm))

@@ -20,12 +20,12 @@ import torch
 from s2t_shared.calibrate import load_calibration, measure_calibration, store_calibration
 from s2t_shared.config import Config
 from s2t_shared.engine import Engine
-from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError
+from s2t_shared.errors import ConfigError, OverloadedError, S2TError, SelectorUnavailableError, StoreError
 from s2t_shared.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
-from s2t_shared.labels import Digests, check_split, labels_of
+from s2t_shared.labels import Digests, Rollout, check_split, rollout_of
 from s2t_shared.policy import Calibration
 from s2t_shared.proposer import Proposer
-from s2t_shared.redis_server import LabelStore
+from s2t_shared.redis_client import LabelStore
 from s2t_shared.registry import Registry
 from s2t_shared.runtime import ModelRuntime, resolve_model
 from s2t_shared.scorer import LLMInfo
@@ -40,6 +40,7 @@ from services.remote_selector import RemoteSelector
 
 log = logging.getLogger(__name__)
 SELECTOR_START_S = 120.0
+DURABLE_S = 30.0  # an answer waits so long at most for its labels
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Reply:
     answer: Answer | None = None
     step_texts: tuple[str, ...] = ()
     labels_stored: int = 0
+    rollout: Rollout | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class Description:
 
     slm_digest: str
     tokenizer_digest: str
+    template_digest: str
     llm_digest: str
     max_length: int
     live_selector: str
+    canary: tuple[str, float]  # its name ("" for none) and its share of the requests
     calibrated: tuple[Trigger, ...]
-    labels_dropped: int
+    labels_dropped: dict[str, int]  # by reason, since the start
 
 
 @dataclass
@@ -139,7 +143,7 @@ class ProposerReplica:
         reserved = reserved_ids(self._tokenizer, runtime.vocab_rows)
         self._remote = await self._connect(config, runtime, selector_handle)
         self._store = LabelStore(config.redis.url) if config.redis.url else None
-        self._writer = LabelWriter(self._store) if self._store else None
+        self._writer = LabelWriter(self._store, config.spool, config.labels.spool_mib << 20) if self._store else None
         selector = CachedSelector(self._remote, self._store, config.redis.cache_ttl_s) if self._store else self._remote
         self._live = LiveSelectors(Registry(config.versions), runtime, self._tokenizer.digest)
         p = config.proposer
@@ -184,7 +188,7 @@ class ProposerReplica:
         """Text as it comes, then the answer. Raises S2TError; a caller that goes away frees its rows."""
         if self._ongoing >= self._config.proposer.max_ongoing_requests:
             raise OverloadedError(f"{self._ongoing} requests are being answered; try again in a moment")
-        request = self._check(request)
+        request = await self._check(request)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, bool]]()
         self._ongoing += 1
         builder: AnswerBuilder | None = None
@@ -207,7 +211,7 @@ class ProposerReplica:
                     text += more
                 if text and not finished:
                     yield Reply(text)
-            yield replace(self._finish(request, accepted), text=text)
+            yield replace(await self._finish(request, accepted), text=text)
         finally:
             self._ongoing -= 1
             if builder is not None and not builder.done:
@@ -219,11 +223,15 @@ class ProposerReplica:
             last = reply
         return last
 
-    def _check(self, request: GenerateRequest) -> GenerateRequest:
-        if request.labels.store:
+    async def _check(self, request: GenerateRequest) -> GenerateRequest:
+        if request.labels.store or request.labels.collect:
             check_split(request.labels.split)
+        if request.labels.store and request.labels.durable and self._writer is None:
+            raise ConfigError("durable labels were asked for, but no Redis is configured (redis.url)")
         if request.policy.mode is Mode.S2T_LOCAL or request.selector:
-            self._live.check(request.selector)
+            await self._live.check(request.selector)
+        if request.selector is None:  # named from here on: thresholds and weights are of one version
+            request = replace(request, selector=self._live.choose(request.request_id))
         selector = self._live.lookup(request.selector)
         calibration = selector.calibration.or_else(self._calibration) if selector else self._calibration
         request = with_thresholds(request, calibration)
@@ -231,25 +239,51 @@ class ProposerReplica:
             raise SelectorUnavailableError("no selector (LLM) is running, so a rollout cannot be scored")
         return request
 
-    def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Reply:
+    async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Reply:
         uses_llm = request.policy.needs_llm or request.score_rollout
         answer = builder.answer(self._runtime.digest, self._remote.info.digest if uses_llm else "")
-        stored = 0
-        if request.labels.store and self._writer is not None:
-            digests = Digests(self._runtime.digest, self._remote.info.digest, self._tokenizer.digest)
-            labels = labels_of(builder.sequences[0].request.token_ids, answer.steps, request.policy.candidates,
-                               request.labels, digests, request.request_id)
-            self._writer.write(labels)
-            stored = len(labels)
+        labels, stored = request.labels, 0
+        if (labels.durable or labels.collect) and answer.usage.degraded_steps:
+            raise SelectorUnavailableError(f"the LLM did not answer at {answer.usage.degraded_steps} positions; "
+                                           "nothing was kept, send the request again")
+        rollout = self._rollout(request, builder, answer) if labels.store or labels.collect else None
+        if rollout is not None and labels.store and self._writer is not None:
+            await self._keep(rollout, self._writer, labels.durable)
+            stored = len(rollout.labels)
         shown = tuple(s for s in answer.steps if s.triggered or s.degraded or request.score_rollout)
         answer = replace(answer, steps=shown if request.return_steps else ())
         texts = tuple(self._tokenizer.decode([s.token_id]) for s in answer.steps)
-        return Reply(answer=answer, step_texts=texts, labels_stored=stored)
+        return Reply(answer=answer, step_texts=texts, labels_stored=stored,
+                     rollout=rollout if labels.collect else None)
+
+    async def _keep(self, rollout: Rollout, writer: LabelWriter, durable: bool) -> None:
+        if not rollout.labels and not rollout.llm_top_rank:  # it says nothing of the LLM
+            return
+        stored = writer.write([rollout])
+        if durable:
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(stored), DURABLE_S)
+            except (StoreError, TimeoutError) as error:
+                log.warning("labels of a request that wanted them durable: %s", error or "not in time")
+                raise StoreError("the labels could not be stored durably; send the request again") from error
+
+    def _rollout(self, request: GenerateRequest, builder: AnswerBuilder, answer: Answer) -> Rollout:
+        digests = Digests(self._runtime.digest, self._remote.info.digest, self._tokenizer.digest,
+                          self._tokenizer.template_digest)
+        scored = "plain" if request.policy.mode in (Mode.GREEDY, Mode.SAMPLE) else "intervened"
+        return rollout_of(builder.sequences[0].request.token_ids, answer.steps, request.policy.candidates,
+                          request.labels, digests, request.request_id, scored if request.score_rollout else "online")
 
     async def describe(self) -> Description:
-        return Description(self._runtime.digest, self._tokenizer.digest, self._remote.info.digest,
-                           self._runtime.max_length, self._live.live_version, tuple(self._calibration.thresholds),
-                           self._writer.dropped if self._writer else 0)
+        return Description(self._runtime.digest, self._tokenizer.digest, self._tokenizer.template_digest,
+                           self._remote.info.digest,
+                           self._runtime.max_length, self._live.live_version, self._live.canary,
+                           tuple(self._calibration.thresholds), dict(self._writer.dropped) if self._writer else {})
+
+    def __del__(self) -> None:
+        writer: LabelWriter | None = getattr(self, "_writer", None)  # none after a failed start
+        if writer is not None:  # Serve ends us in good order: what is queued is stored first
+            writer.close()
 
     def check_health(self) -> None:
         if not self._engine.thread.is_alive():

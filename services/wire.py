@@ -132,7 +132,7 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
                      tuple(_known(t, TRIGGERS, "labels.triggers") for t in p.labels.triggers),
                      p.labels.budget if p.labels.HasField("budget") else 0.1,
                      tuple(LabelRule(_known(r.trigger, TRIGGERS, "labels.rules"), r.threshold)
-                           for r in p.labels.rules), p.labels.durable),
+                           for r in p.labels.rules), p.labels.durable, p.labels.collect),
         defaults.answer_pattern, fresh_selections=p.fresh_selections)
 
 
@@ -147,8 +147,8 @@ def read_prompt(p: pb.GenerationParameters) -> Prompt:
     raise errors.InvalidRequestError("prompt: missing; give text, messages or token_ids")
 
 
-def write_answer(answer: Answer, texts: list[str], labels_stored: int) -> pb.Answer:
-    """`texts`: the text of each step's token, same order as `answer.steps`."""
+def write_answer(answer: Answer, texts: list[str], labels_stored: int, rollout: Any = None) -> pb.Answer:
+    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a labels.Rollout or None."""
     u, v = answer.usage, answer.versions
     return pb.Answer(
         token_ids=answer.token_ids, text=answer.text, finish_reason=FINISH[answer.finish_reason],
@@ -156,7 +156,7 @@ def write_answer(answer: Answer, texts: list[str], labels_stored: int) -> pb.Ans
                        flips=u.flips, llm_forwards=u.llm_forwards, degraded_steps=u.degraded_steps),
         versions=pb.Versions(slm=v.slm, llm=v.llm, selector=v.selector),
         steps=[write_step(step, text) for step, text in zip(answer.steps, texts, strict=True)],
-        labels_stored=labels_stored)
+        labels_stored=labels_stored, rollout=rollout.to_json().encode() if rollout is not None else b"")
 
 
 def write_step(step: Step, text: str) -> pb.Step:

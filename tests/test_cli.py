@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from s2t_shared.labels import freeze_snapshot, read_snapshot
+from s2t_shared.lake import Lake
 from s2t_shared.pair import LLM_DIR, SLM_DIR, problems
 from services import cli, local_generate
 
-VERBS = {"demo", "serve", "generate", "harvest", "train", "versions", "eval", "doctor", "config", "bench"}
+VERBS = {"demo", "serve", "generate", "harvest", "train", "versions", "eval", "doctor", "config", "bench", "labels"}
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +147,12 @@ def test_harvest_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
                  "--max-new-tokens", "40", "--threads", "1"]
     assert s2t(monkeypatch, *arguments, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    labels = read_snapshot(tmp_path / "lake", freeze_snapshot(tmp_path / "lake"))
-    assert told["labels"] == len(labels) > 40 and told["prompts"] == 40
-    assert all(len(label.candidate_ids) == 16 and label.step >= 3 for label in labels)
+    labels = [label for rollout in Lake(tmp_path / "lake").rollouts() for label in rollout.labels]
+    assert told["labels"] == len(labels) > 40 and told["prompts"] == 40 and told["resumed"] == 0
+    assert all(len(label.candidate_ids) == 16 for label in labels)
+    assert s2t(monkeypatch, *arguments, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["resumed"] == 40 and again["labels"] == len(labels)
     assert s2t(monkeypatch, *arguments, "--split", "test") == 2
     assert "evaluation split" in capsys.readouterr().err
 

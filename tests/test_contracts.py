@@ -17,6 +17,7 @@ from s2t_shared.types import (
     Answer,
     ChosenBy,
     FinishReason,
+    LabelRule,
     Mode,
     PositionScores,
     Proposals,
@@ -92,7 +93,7 @@ def test_request_defaults_and_fields() -> None:
     bare = wire.read_request("", pb.GenerationParameters(text="x"), defaults, 7.0)
     assert (bare.policy.mode, bare.policy.trigger, bare.budget) == (Mode.S2T_LOCAL, Trigger.MARGIN, 0.03)
     assert bare.policy.candidates.k == 5 and bare.labels.store and bare.timeout_s == 7.0 and bare.request_id
-    assert bare.selector is None and bare.labels.problem_id == bare.request_id
+    assert bare.selector is None and bare.labels.problem_id == ""
     full = wire.read_request("r", pb.GenerationParameters(
         token_ids=pb.TokenIds(ids=[1, 2]), mode=pb.MODE_TAKEOVER, trigger=pb.TRIGGER_KL, threshold=0.0, candidates=3,
         proposals=pb.PROPOSALS_ADAPTED, sampling=pb.Sampling(temperature=0.0, seed=4), samples=2, stop=["."],
@@ -100,6 +101,10 @@ def test_request_defaults_and_fields() -> None:
     assert full.budget is None and full.policy.threshold == 0.0 and full.policy.proposals is Proposals.ADAPTED
     assert full.sampling.temperature == 0.0 and full.selector == "" and not full.labels.store
     assert full.prompt.token_ids == (1, 2) and full.timeout_s == 1.5 and full.stop == (".",)
+    harvest = wire.read_request("h", pb.GenerationParameters(text="x", labels=pb.LabelOptions(
+        collect=True, rules=[pb.LabelRule(trigger=pb.TRIGGER_KL, threshold=0.5)])), DefaultsConfig(), None)
+    assert harvest.labels.collect and not harvest.labels.durable and not harvest.labels.store
+    assert harvest.labels.rules == (LabelRule(Trigger.KL, 0.5),)
 
 
 @pytest.mark.parametrize(("parameters", "message"), [

@@ -11,25 +11,35 @@ from pathlib import Path
 import grpc
 import pytest
 import ray
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from rich.console import Console
 
 from s2t_shared import errors
-from s2t_shared.config import load_config
+from s2t_shared.config import Config, load_config
+from s2t_shared.distill import new_selector, trained_tensors
 from s2t_shared.engine import Engine
 from s2t_shared.generate import GenerateRequest, Generator
+from s2t_shared.lake import Lake
+from s2t_shared.manifest import Manifest
+from s2t_shared.objective import DistillConfig
 from s2t_shared.pair import LLM_DIR, SLM_DIR, problems
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.proposer import Proposer
+from s2t_shared.registry import Registry
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.scorer import InProcessSelector, LLMScorer
 from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import Answer, CandidateRule, Mode, Policy, Prompt, Sampling, Trigger
 from services.client import Client
 from services.demo import DemoSize, run_loop
+from services.follow import follow, labels_in
+from services.harvest import HarvestOutcome, harvest, pair_prompts
 from services.load import Target, answer_all
+from services.rollers import ByService, HarvestOptions, InProcess
 from services.serving import RunningService, running_service
+from services.training import TrainOutcome, train
 
 PROBLEMS = problems.problems("test", 24)
 
@@ -275,3 +285,103 @@ def test_a_bug_shows_nothing_of_our_insides() -> None:
     with pytest.raises(RuntimeError, match="aborted"):
         asyncio.run(refuse(Context(), KeyError("/secret/path")))  # type: ignore[arg-type]
     assert ended[0][0] is grpc.StatusCode.INTERNAL and "secret" not in ended[0][1] and "KeyError" not in ended[0][1]
+
+
+def test_the_closed_loop_from_traffic_to_a_better_version(service: RunningService, client: Client) -> None:
+    """`s2t train --follow` beside a live service: users' requests are labelled on the way, enough of them start a
+    training job, the gate compares its version with the live one (here one that learnt noise) on held-out problems of
+    that very traffic and on a task set, and proposers take it up. Killed between publishing and promoting, the next
+    round promotes what was published."""
+    config = Config.model_validate(service.config.model_dump() | {"training": service.config.training.model_dump() | {
+        "steps": 20, "learning_rate": 1e-3, "gate_min_problems": 8, "gate_problem_count": 40, "checkpoint_every": 5}})
+    registry, noisy = Registry(config.versions), publish_noise(config)
+    client.promote(noisy)
+    wait_until_live(client, noisy)
+    before = accuracy_of_local(service)
+    outcomes: list[TrainOutcome] = []
+    lines: list[str] = []
+    loop = threading.Thread(target=follow, args=(config, 300, 1), kwargs={"say": lines.append,
+                                                                          "on_round": outcomes.append}, daemon=True)
+    loop.start()
+    traffic = problems.problems("train", 400, seed=11)
+    questions = [(p.id, pb.GenerationParameters(
+        text=p.prompt, mode="MODE_S2T", trigger="TRIGGER_ENTROPY", threshold=0.3, max_new_tokens=40,
+        labels=pb.LabelOptions(store=True, task="shop", problem_id=p.id))) for p in traffic]
+    assert all(isinstance(a, pb.Answer) for a in answer_all(Target(service.address), questions, concurrency=16))
+    deadline = time.monotonic() + 180
+    while loop.is_alive():
+        assert time.monotonic() < deadline, lines
+        client.count_labels(flush=True)
+        loop.join(0.5)
+    assert len(outcomes) == 1 and "waiting" in lines[0] and "new labels: training" in lines[-1], lines
+    done = outcomes[0]
+    assert done.promoted and done.training_labels >= 200 and noisy in done.reason, done.reason
+    assert done.figures["difference_low"] > 0 and done.figures["task_problems"] == 40
+    assert [e["event"] for e in registry.events(done.version)] == ["gate", "live"]
+    wait_until_live(client, done.version)
+    assert client.generate(PROBLEMS[0].prompt, mode="s2t_local").versions.selector == done.version
+    assert accuracy_of_local(service) > before
+
+    registry.promote(noisy)  # as if the process had died between publishing and promoting
+    again = train(config)
+    assert again.version == done.version and again.promoted and registry.live() == done.version
+
+
+def publish_noise(config: Config) -> str:
+    """A version whose adapter is random."""
+    runtime, tokenizer = ModelRuntime.load(str(SLM_DIR)), Tokenizer.load(SLM_DIR)
+    settings = DistillConfig()
+    reserved = reserved_ids(tokenizer, runtime.vocab_rows)
+    selector = new_selector(runtime, reserved, settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in trained_tensors(selector):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    lake = Lake(config.lake)
+    snapshot = lake.freeze().id if labels_in(config.lake) else ""
+    return Registry(config.versions).publish(selector, Manifest(
+        version="", kind=settings.kind, reads=settings.reads, temperature=settings.temperature, base_model=str(SLM_DIR),
+        slm_digest=runtime.digest, llm_digest="", tokenizer_digest=tokenizer.digest, reserved_ids=reserved, bins=16,
+        thresholds={}, metrics={"agree_at_1": 0.0}, snapshot=snapshot, training={}, created_at=0.0, files={})).version
+
+
+def wait_until_live(client: Client, version: str) -> None:
+    deadline = time.monotonic() + 20
+    while client.describe().live_selector != version:
+        assert time.monotonic() < deadline, f"{version} was not taken up"
+        time.sleep(0.1)
+
+
+def accuracy_of_local(service: RunningService) -> float:
+    asked = problems.problems("test", 60)
+    questions = [(p.id, pb.GenerationParameters(text=p.prompt, mode="MODE_S2T_LOCAL", trigger="TRIGGER_ENTROPY",
+                                                threshold=0.3, max_new_tokens=40)) for p in asked]
+    answers = answer_all(Target(service.address), questions, concurrency=16)
+    return sum(isinstance(a, pb.Answer) and problems.is_correct(p, a.text)
+               for p, a in zip(asked, answers, strict=True)) / len(asked)
+
+
+def test_harvest_through_the_service(service: RunningService, in_process: Generator, tmp_path: Path) -> None:
+    """The same labels as alone in one process, whether they come back to be kept or go the service's own way; also
+    when its selector and its proposer are killed meanwhile."""
+    prompts = pair_prompts(problems.problems("train", 160))
+    options = HarvestOptions(task="harvested", max_new_tokens=40, calibrate_on=32)
+    alone, collected, own = Lake(tmp_path / "alone"), Lake(tmp_path / "collected"), Lake(service.config.lake)
+    harvest(InProcess(in_process), prompts, alone, options)
+
+    def kill(outcome: HarvestOutcome) -> None:
+        for part in ("Selector#", "ProposerReplica#") if outcome.heard in (40, 90) else ():
+            for actor in ray.util.list_named_actors(all_namespaces=True):
+                if part in actor["name"]:
+                    ray.kill(ray.get_actor(actor["name"], namespace="serve"))
+
+    outcome = harvest(ByService(Target(service.address), collect=True), prompts, collected, options, kill)
+    assert outcome.rollouts == 160 and not outcome.failed and not outcome.errors
+    harvest(ByService(Target(service.address), collect=False), prompts, own, options)
+    with Client(service.address) as asking:
+        deadline = time.monotonic() + 20
+        while asking.count_labels(flush=True).queued and time.monotonic() < deadline:
+            time.sleep(0.1)
+    found = [{label.label_id for r in lake.rollouts() if r.task == "harvested" for label in r.labels}
+             for lake in (alone, collected, own)]
+    assert len(found[0]) > 100 and found[0] == found[1] == found[2]

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,32 @@ def numbers(text: str, option: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
         raise InvalidRequestError(f"{option}={text!r}: give positive numbers, as in 1,16")
     return [int(part) for part in text.split(",")]
+
+
+def shares(text: str, option: str) -> tuple[float, ...]:
+    """"0.01,0.05" -> (0.01, 0.05). Raises InvalidRequestError."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value <= 1 for value in values):
+        raise InvalidRequestError(f"{option}={text!r}: give shares above 0 and at most 1, as in 0.01,0.05")
+    return values
+
+
+def at_least_one(value: int, option: str) -> int:
+    """Raises InvalidRequestError."""
+    if value < 1:
+        raise InvalidRequestError(f"{option}={value}: must be at least 1")
+    return value
+
+
+def chosen(text: str, known: list[str], option: str) -> list[str]:
+    """"all", or some of `known`, ;-separated. Raises InvalidRequestError."""
+    names = known if text == "all" else [name.strip() for name in text.split(";") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise InvalidRequestError(f"{option}={unknown[0]!r}: choose from {'; '.join(known)}")
+    return names
 
 
 def settings(**values: Any) -> Any:
@@ -81,10 +108,7 @@ def decode(slm: Slm, prefix: Prefix = 256, new: New = 100, k: K = 8, budget: Bud
     """Greedy against Hugging Face `generate`; `s2t_local` of every kind and reading against greedy."""
     from services.bench.decode import CONFIGURATIONS, bench_decode
 
-    names = {"all": list(CONFIGURATIONS), "none": []}.get(kinds) or [n.strip() for n in kinds.split(";") if n.strip()]
-    names = [] if kinds == "none" else names
-    if unknown := [name for name in names if name not in CONFIGURATIONS]:
-        raise InvalidRequestError(f"--kinds={unknown[0]!r}: choose from {'; '.join(CONFIGURATIONS)}")
+    names = [] if kinds == "none" else chosen(kinds, list(CONFIGURATIONS), "--kinds")
     made = settings(slm=slm, prefix=prefix, new=new, k=k, budget=budget, repeats=repeats, threads=threads, dtype=dtype,
                     device=device)
     with ticks() as tick:
@@ -152,6 +176,105 @@ def serve(slm: Slm, llm: Llm = None, prefix: Prefix = 256, new: New = 64, batch:
     with ticks() as tick:
         report = bench_serve(made, batch, tick)
     show(report, json_out)
+
+
+@bench_app.command()
+def swap(swaps: Annotated[int, typer.Option(help="promotions, between two versions in turn")] = 50,
+         minutes: Annotated[float, typer.Option(help="how long the load lasts")] = 5.0,
+         concurrency: Annotated[int, typer.Option(help="requests that stream at once")] = 4,
+         slm: Annotated[str, typer.Option(help="folder or hub id of the SLM, or bundled")] = "bundled",
+         threads: Annotated[int, typer.Option(help="CPU threads of the proposer")] = 1, json_out: Json = False) -> None:
+    """Local selectors swapped under streaming load: failed and mixed answers, waits for the first piece."""
+    from services.bench.swap import bench_swap
+    from services.console import show as show_values
+
+    report = bench_swap(swaps, minutes, concurrency, str(SLM_DIR) if slm == "bundled" else slm, threads,
+                        lambda line: print(line, file=sys.stderr, flush=True))
+    show_values(report.as_json(), json_out)
+
+
+@bench_app.command()
+def train(slm: Slm, prompt: Annotated[int, typer.Option(help="prompt tokens of a rollout")] = 50,
+          new: Annotated[int, typer.Option(help="answer tokens of a rollout")] = 200,
+          share: Annotated[float, typer.Option(help="share of the answer's positions with a label")] = 0.1,
+          k: K = 16, rollouts: Annotated[int, typer.Option(help="in one batch of tree packing")] = 3,
+          groups: Annotated[int, typer.Option(help="labels per turn the published way")] = 2,
+          kinds: Annotated[str, typer.Option(help="selector configurations: all, or some, ;-separated")] = "all",
+          memory: Annotated[bool, typer.Option(help="also peak memory, each side in a process of its own")] = True,
+          repeats: Repeats = 3, threads: Threads = 2, dtype: Dtype = "float32", device: Device = "cpu",
+          json_out: Json = False) -> None:
+    """Training per label, time and memory: tree packing against one sequence per candidate plus a second model."""
+    from services.bench.train import SIDES, Work, bench_train
+
+    made = settings(slm=slm, prefix=prompt, new=new, k=k, repeats=repeats, threads=threads, dtype=dtype, device=device)
+    (labelled,) = shares(str(share), "--share")
+    work = Work(made, at_least_one(rollouts, "--rollouts"), labelled, at_least_one(groups, "--groups"))
+    names = chosen(kinds, list(SIDES), "--kinds")
+    with ticks() as tick:
+        report = bench_train(work, names, memory, tick)
+    show(report, json_out)
+
+
+@bench_app.command()
+def harvest(slm: Slm, llm: Llm = None,
+            prompts: Annotated[Path | None, typer.Option(help="JSONL; default: made up, of --prefix tokens")] = None,
+            count: Annotated[int, typer.Option(help="prompts of a harvest")] = 32,
+            lockstep: Annotated[int, typer.Option(help="of these, also collected token by token")] = 2,
+            batch: Batch = 16, prefix: Prefix = 128, new: New = 200, k: K = 16, budget: Budget = 0.1,
+            repeats: Repeats = 3, threads: Threads = 2, dtype: Dtype = "float32", device: Device = "cpu",
+            json_out: Json = False) -> None:
+    """Labels per second: plain and intervened harvest against collecting token by token."""
+    from services.bench.harvest import Load, bench_harvest
+
+    made = settings(slm=slm, llm=llm, prefix=prefix, new=new, k=k, budget=budget, repeats=repeats, threads=threads,
+                    dtype=dtype, device=device)
+    load = Load(at_least_one(count, "--count"), at_least_one(lockstep, "--lockstep"), at_least_one(batch, "--batch"))
+    with ticks() as tick:
+        report = bench_harvest(made, load, prompts, tick)
+    show(report, json_out)
+
+
+@bench_app.command()
+def curve(slm: Slm, lake: Annotated[Path, typer.Option(help="folder with labels (s2t harvest)")],
+          out: Annotated[Path, typer.Option(help="JSONL of results, gone on with; a PNG goes beside it")
+                         ] = Path("curve.jsonl"),
+          counts: Annotated[str, typer.Option(help="training labels, comma-separated")] = "200,1000",
+          kinds: Annotated[str, typer.Option(help="selector configurations: all, or some, ;-separated")] = "all",
+          control: Annotated[bool, typer.Option(help="also plain distillation")] = True,
+          seeds: Annotated[int, typer.Option(help="trainings of each")] = 1,
+          steps: Annotated[int, typer.Option(help="training steps at most")] = 400,
+          learning_rate: Annotated[float, typer.Option()] = 3e-4,
+          held_out: Annotated[int, typer.Option(help="labels to validate on, and to test on, at most")] = 1024,
+          accuracy_at: Annotated[str, typer.Option(help="counts at which problems are answered; none; last")] = "last",
+          problems: Annotated[Path | None, typer.Option(
+              help='JSONL with "answer" beside the prompt; default: the bundled pair\'s')] = None,
+          count: Annotated[int, typer.Option(help="problems at most")] = 200,
+          answer_pattern: Annotated[str, typer.Option(help="regular expression of an answer in a text")] = "",
+          budgets: Annotated[str, typer.Option(help="shares of steps that trigger")] = "0.01,0.05",
+          new: New = 256, k: K = 8, batch: Batch = 16, threads: Threads = 2, dtype: Dtype = "float32",
+          device: Device = "cpu", json_out: Json = False) -> None:
+    """Learning curves: labels against held-out Agree@1 and task accuracy, for every kind and beside controls."""
+    from services.bench.curve import KINDS, PLAIN, CurveSettings, bench_curve, draw, table
+    from services.evaluation import load_problems
+
+    sizes = numbers(counts, "--counts")
+    asked = {"none": [], "last": [max(sizes)]}.get(accuracy_at)
+    asked = numbers(accuracy_at, "--accuracy-at") if asked is None else asked
+    if unknown := set(asked) - set(sizes):
+        raise InvalidRequestError(f"--accuracy-at={unknown.pop()}: not one of --counts={counts}")
+    names = chosen(kinds, list(KINDS), "--kinds") + [PLAIN] * control
+    wanted = CurveSettings(lake, tuple(sizes), tuple(names), tuple(range(at_least_one(seeds, "--seeds"))),
+                           at_least_one(steps, "--steps"), learning_rate, shares(budgets, "--budgets"), tuple(asked),
+                           at_least_one(held_out, "--held-out"), at_least_one(batch, "--batch"))
+    made = settings(slm=slm, new=new, k=k, threads=threads, dtype=dtype, device=device)
+    items = load_problems(problems, count, answer_pattern) if asked else []
+    points = bench_curve(made, wanted, items, out, lambda p: print(
+        f"{p.name}, {p.labels} labels, seed {p.seed}: Agree@1 {p.agree_at_1:.3f}", file=sys.stderr, flush=True))
+    draw(points, f"{Path(made.slm).name}, {wanted.steps} steps at most", out.with_suffix(".png"))
+    if json_out:
+        print(json.dumps([asdict(p) for p in points]))
+    else:
+        Console(width=max(140, Console().width), highlight=False).print(table(points))
 
 
 @bench_app.command()

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Version(_message.Message):
-    __slots__ = ("name", "kind", "reads", "live", "created_at", "metrics")
+    __slots__ = ("name", "kind", "reads", "live", "created_at", "metrics", "share")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -21,13 +21,15 @@ class Version(_message.Message):
     LIVE_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     reads: str
     live: bool
     created_at: float
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., reads: _Optional[str] = ..., live: _Optional[bool] = ..., created_at: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    share: float
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., reads: _Optional[str] = ..., live: _Optional[bool] = ..., created_at: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., share: _Optional[float] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ()
@@ -40,16 +42,20 @@ class ListVersionsResponse(_message.Message):
     def __init__(self, versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ...) -> None: ...
 
 class PromoteVersionRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "share")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    share: float
+    def __init__(self, name: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class PromoteVersionResponse(_message.Message):
-    __slots__ = ("live",)
+    __slots__ = ("live", "canary")
     LIVE_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FIELD_NUMBER: _ClassVar[int]
     live: str
-    def __init__(self, live: _Optional[str] = ...) -> None: ...
+    canary: str
+    def __init__(self, live: _Optional[str] = ..., canary: _Optional[str] = ...) -> None: ...
 
 class RollBackVersionRequest(_message.Message):
     __slots__ = ()

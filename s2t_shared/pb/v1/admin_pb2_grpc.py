@@ -69,14 +69,14 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PromoteVersion(self, request, context):
-        """Makes a version live; requests under way keep theirs.
+        """Makes a version live, or the canary for a share of the requests; requests under way keep theirs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackVersion(self, request, context):
-        """Makes the version before the live one live again.
+        """Ends the canary, if there is one; else makes the version before the live one live again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

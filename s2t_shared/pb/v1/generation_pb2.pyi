@@ -117,7 +117,7 @@ class LabelRule(_message.Message):
     def __init__(self, trigger: _Optional[_Union[Trigger, str]] = ..., threshold: _Optional[float] = ...) -> None: ...
 
 class LabelOptions(_message.Message):
-    __slots__ = ("store", "task", "problem_id", "split", "triggers", "budget", "rules", "durable")
+    __slots__ = ("store", "task", "problem_id", "split", "triggers", "budget", "rules", "durable", "collect")
     STORE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_ID_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class LabelOptions(_message.Message):
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    COLLECT_FIELD_NUMBER: _ClassVar[int]
     store: bool
     task: str
     problem_id: str
@@ -134,7 +135,8 @@ class LabelOptions(_message.Message):
     budget: float
     rules: _containers.RepeatedCompositeFieldContainer[LabelRule]
     durable: bool
-    def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ...) -> None: ...
+    collect: bool
+    def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ..., collect: _Optional[bool] = ...) -> None: ...
 
 class GenerationParameters(_message.Message):
     __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "selector_version", "return_steps", "score_rollout", "labels", "fresh_selections")
@@ -239,7 +241,7 @@ class Step(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., chosen_by: _Optional[_Union[ChosenBy, str]] = ..., triggered: _Optional[bool] = ..., signal: _Optional[float] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., slm_top_id: _Optional[int] = ..., llm_top_id: _Optional[int] = ..., llm_top_rank: _Optional[int] = ..., kl: _Optional[float] = ..., entropy: _Optional[float] = ..., degraded: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("token_ids", "text", "finish_reason", "usage", "versions", "steps", "labels_stored")
+    __slots__ = ("token_ids", "text", "finish_reason", "usage", "versions", "steps", "labels_stored", "rollout")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +249,7 @@ class Answer(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LABELS_STORED_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     finish_reason: FinishReason
@@ -254,7 +257,8 @@ class Answer(_message.Message):
     versions: Versions
     steps: _containers.RepeatedCompositeFieldContainer[Step]
     labels_stored: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., labels_stored: _Optional[int] = ...) -> None: ...
+    rollout: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., labels_stored: _Optional[int] = ..., rollout: _Optional[bytes] = ...) -> None: ...
 
 class StreamGenerateRequest(_message.Message):
     __slots__ = ("request_id", "parameters")
@@ -295,17 +299,25 @@ class DescribeServiceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeServiceResponse(_message.Message):
-    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_selector", "calibrated_triggers")
+    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_selector", "calibrated_triggers", "template_digest", "proposers", "canary_selector", "canary_share")
     SLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     LIVE_SELECTOR_FIELD_NUMBER: _ClassVar[int]
     CALIBRATED_TRIGGERS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROPOSERS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    CANARY_SHARE_FIELD_NUMBER: _ClassVar[int]
     slm_digest: str
     tokenizer_digest: str
     llm_digest: str
     max_length: int
     live_selector: str
     calibrated_triggers: _containers.RepeatedScalarFieldContainer[Trigger]
-    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_selector: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ...) -> None: ...
+    template_digest: str
+    proposers: int
+    canary_selector: str
+    canary_share: float
+    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_selector: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., template_digest: _Optional[str] = ..., proposers: _Optional[int] = ..., canary_selector: _Optional[str] = ..., canary_share: _Optional[float] = ...) -> None: ...

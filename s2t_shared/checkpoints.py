@@ -1,0 +1,84 @@
+"""Training checkpoints: tensors and a few plain values, written aside, synced, renamed. Nothing is ever unpickled.
+
+    folder/step-00000150/  tensors.safetensors  state.json    there whole or not at all
+
+The last two are kept: were the newest damaged by its disk, the one before still resumes. Knows files, not training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from s2t_shared.errors import StoreError
+from s2t_shared.files import sha256_file, sync_folder
+
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`state`: what JSON can say."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write the checkpoint of `step` durably, then let old ones go. One writer at a time.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    aside = folder / ".writing"  # of a writer that died, or ours
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+        content = {"step": step, "sha256": sha256_file(aside / TENSORS), "state": dict(state)}
+        (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
+        for name in (TENSORS, STATE):
+            with (aside / name).open("rb+") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(aside)
+        final = _folder(folder, step)
+        shutil.rmtree(final, ignore_errors=True)  # an unreadable one, or it would have been resumed from
+        aside.rename(final)
+        sync_folder(folder)
+        for old in _present(folder)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(f"the training folder {folder.name!r} cannot be written: {error.strerror or error}; free or "
+                         "grant space there") from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest sound checkpoint, or None."""
+    for path in reversed(_present(folder)):
+        try:
+            content = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if content["sha256"] == sha256_file(path / TENSORS):
+                return Checkpoint(int(content["step"]), load_file(path / TENSORS), content["state"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            continue  # damaged: the one before it is as good, only older
+    return None
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _present(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
