@@ -10,7 +10,7 @@ import pytest
 from s2t_shared.engine import Engine
 from s2t_shared.errors import ConfigError, DeadlineExceededError, EvaluationSplitError, InvalidRequestError
 from s2t_shared.generate import GenerateRequest, Generator, extract_answer, with_thresholds
-from s2t_shared.labels import Digests, labels_of
+from s2t_shared.labels import Digests, rollout_of
 from s2t_shared.metrics import hit_at, paired_difference, spearman, wilson_interval
 from s2t_shared.pair import LLM_DIR, SLM_DIR, problems
 from s2t_shared.policy import Calibration
@@ -102,21 +102,26 @@ def test_labels_of_a_scored_rollout(pair: Generator) -> None:
     prompt = pair.tokenizer.encode(Prompt(text=PROBLEM[1].prompt))
     options = LabelOptions(True, "shop", "p", rules=(LabelRule(Trigger.ENTROPY, -1.0),))
     digests = Digests("slm", "llm", "tok")
-    labels = labels_of(prompt, answer.steps, CandidateRule(16), options, digests, "r")
-    assert [label.step for label in labels] == list(range(3, len(answer.token_ids)))
+    rollout = rollout_of(prompt, answer.steps, CandidateRule(16), options, digests, "r")
+    labels = rollout.labels
+    assert rollout.token_ids == (*prompt, *answer.token_ids) and rollout.prompt_length == len(prompt)
+    assert [label.position - len(prompt) for label in labels] == list(range(3, len(answer.token_ids)))
     for label in labels:
-        step = answer.steps[label.step]
+        step = answer.steps[label.position - len(prompt)]
         assert step.support is not None and step.llm is not None
-        assert label.context_ids == (*prompt, *answer.token_ids[: label.step])
         assert label.candidate_ids == step.support.ids[:16] and label.llm_top_id == step.llm.top_id
         assert label.candidate_ids[label.best] == label.llm_top_id or label.llm_top_rank not in range(16)
         assert 0.0 < label.mass <= 1.0001 and label.kl >= -1e-6
-    again = labels_of(prompt, answer.steps, CandidateRule(16), options, digests, "another")
-    assert [a.label_id for a in again] == [label.label_id for label in labels]
-    other = labels_of(prompt, answer.steps, CandidateRule(16), options, replace(digests, llm="new"), "r")
-    assert not {a.label_id for a in other} & {label.label_id for label in labels}
+
+    def ids(**changes: str) -> list[str]:
+        changed = replace(digests, **changes)
+        return [a.label_id for a in rollout_of(prompt, answer.steps, CandidateRule(16), options, changed, "x").labels]
+
+    assert ids() == [label.label_id for label in labels]
+    for part in ("slm", "llm", "tokenizer", "template"):
+        assert not set(ids(**{part: "new"})) & set(ids()), part
     with pytest.raises(EvaluationSplitError):
-        labels_of(prompt, answer.steps, CandidateRule(16), replace(options, split="Test"), digests, "r")
+        rollout_of(prompt, answer.steps, CandidateRule(16), replace(options, split="Test"), digests, "r")
 
 
 def test_problem_splits_are_disjoint() -> None:

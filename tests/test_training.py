@@ -34,6 +34,7 @@ from services.follow import labels_in, trained_labels
 from services.promotion import judge_version
 from services.training import (
     Job,
+    TrainProgress,
     _close_job,
     _open_job,
     distill_config,
@@ -41,6 +42,7 @@ from services.training import (
     train_and_publish,
     unfinished_job,
 )
+from services.training_command import training_progress
 from tests.rollouts import learnable, make_rollouts
 
 
@@ -298,3 +300,15 @@ def test_settings_agree_with_the_trainer() -> None:
         distill_config(TrainingConfig(standardise=True))
 
 
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Loss, Agree@1 and the time left, at the latest with the last step; nothing where the output is for machines."""
+    with training_progress(quiet=False) as advance:
+        advance(TrainProgress(5, 10, 1.25, 1.5, 0.625))
+        advance(TrainProgress(10, 10, 1.0, 1.5, 0.75))
+    assert capsys.readouterr().err == ("s2t: step 10 of 10: loss 1.000, validation loss 1.500, Agree@1 0.750, about "
+                                       "0 s left\n")
+    with training_progress(quiet=True) as advance:
+        advance(TrainProgress(10, 10, 1.0, 1.5, 0.75))
+    assert capsys.readouterr().err == ""
