@@ -265,6 +265,10 @@ class Aside:
         """Keys and values by layer, of a forward without gradient."""
         return [self._layers[i] for i in sorted(self._layers)]
 
+    def hold(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take keys and values [b, key heads, t, dim] by layer for what a forward would have stored."""
+        self._layers = dict(enumerate(layers))
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour) -> Tensor:
         if not torch.is_grad_enabled():
             self._layers[layer] = (key, value)

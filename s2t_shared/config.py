@@ -143,6 +143,7 @@ class TrainingConfig(_Section):
     patience: int = Field(3, ge=1, description="validations without improvement before stopping")
     checkpoint_every: int = Field(100, ge=1, description="steps")
     held_out_labels: int = Field(4096, ge=1, description="to validate on, and as many to test on, at most")
+    kept_gib: float = Field(2.0, ge=0, description="reads: base, unsharded: memory for contexts that are read once")
     seed: int = 0
     init_from: str = Field("", description="start from this version's weights, or from the 'live' one's")
     workers: int = Field(1, ge=1)

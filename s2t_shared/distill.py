@@ -24,10 +24,10 @@ from s2t_shared.checkpoints import load_checkpoint, save_checkpoint
 from s2t_shared.errors import ConfigError
 from s2t_shared.labels import Rollout
 from s2t_shared.lake import Snapshot
-from s2t_shared.local_selector import LocalSelector, SelectorKind
+from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.lora import Adapter, new_adapter
 from s2t_shared.objective import DistillConfig, Evaluation, Whole, evaluate_selector, place, training_loss
-from s2t_shared.packing import parts_of
+from s2t_shared.packing import Contexts, parts_of
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.trees import Source, TrainingData, count_labels
 
@@ -130,7 +130,11 @@ def distil(runtime: ModelRuntime, reserved_ids: tuple[int, ...], source: Source,
     identity = _identity(runtime, source, config, init)
     if sharded:
         shard_layers(runtime)
-    run = _Run(runtime, new_selector(runtime, reserved_ids, config, init), data, config, checkpoints, identity)
+    contexts = None
+    if config.reads is Reading.BASE and config.kept_gib and not sharded:  # sharded, all workers must forward as often
+        contexts = Contexts(runtime, int(config.kept_gib * (1 << 30)))
+    selector = new_selector(runtime, reserved_ids, config, init)
+    run = _Run(runtime, selector, data, config, checkpoints, identity, contexts)
     run.resume()
     run.train(on_progress)
     return run.finish()
@@ -163,6 +167,7 @@ class _Run:
     config: DistillConfig
     checkpoints: Path | None
     identity: str
+    contexts: Contexts | None
     step: int = 0
     epoch: int = 0
     batches_done: int = 0
@@ -211,7 +216,7 @@ class _Run:
         for turn in range(max(map(len, shares))):  # as many for all: with a sharded SLM a forward takes all workers
             mine = turn < len(shares[rank])
             part = shares[rank][turn] if mine else batch[:1]
-            loss = training_loss(self.runtime, self.selector, part, self.config, whole) * mine
+            loss = training_loss(self.runtime, self.selector, part, self.config, whole, self.contexts) * mine
             loss.backward()
             total += loss.detach()
         mean = self._sum_gradients(total)
@@ -238,8 +243,8 @@ class _Run:
         return float(loss)
 
     def _validate(self) -> None:
-        metrics = evaluate_selector(self.runtime, self.selector, self.data.validation, self.config,
-                                    together=True).metrics
+        metrics = evaluate_selector(self.runtime, self.selector, self.data.validation, self.config, together=True,
+                                    contexts=self.contexts).metrics
         trained = self.loss_sum / self.loss_count if self.loss_count else math.nan
         self.curve.append(Point(self.step, trained, metrics["loss"], metrics["agree_at_1"],
                                 learning_rate(self.step, self.config)))
@@ -266,7 +271,8 @@ class _Run:
         """The selector with the lambda that agrees most often on the validation labels; 0 where none does better."""
         tried = [replace(self.selector, fusion=value) for value in FUSIONS]
         agreements = [evaluate_selector(self.runtime, selector, self.data.validation, self.config,
-                                        together=True).metrics["agree_at_1"] for selector in tried]
+                                        together=True, contexts=self.contexts).metrics["agree_at_1"]
+                      for selector in tried]
         return tried[agreements.index(max(agreements))]
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from s2t_shared.local_selector import LocalSelector, Reading, Scoring, SelectorK
 from s2t_shared.losses import LossConfig, Objective, label_weight, plain_loss, selection_loss
 from s2t_shared.metrics import hit_at, spearman
 from s2t_shared.packing import (
+    Contexts,
     TreeScores,
     lm_kl,
     parts_of,
@@ -43,7 +44,8 @@ class DistillConfig(LossConfig):
     `fusion`: choose lambda (weight of log p_base in the score) on the validation labels. `batch_labels`: labels per
     step, of all workers together; `max_tokens`: tokens of one forward, more of a batch is accumulated.
     `validate_every`: steps; 0: a tenth of all. `patience`: validations without improvement before stopping.
-    `checkpoint_every`: steps. `held_out_labels`: to validate on, and as many to test on, at most.
+    `checkpoint_every`: steps. `held_out_labels`: to validate on, and as many to test on, at most. `kept_gib`: memory
+    for contexts that are read once (`reads: base`, unsharded); 0: read in every epoch.
     """
 
     kind: SelectorKind = SelectorKind.PREFIX
@@ -68,6 +70,7 @@ class DistillConfig(LossConfig):
     patience: int = 3
     checkpoint_every: int = 100
     held_out_labels: int = 4096
+    kept_gib: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,11 +114,11 @@ class Whole:
 
 
 def training_loss(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], config: DistillConfig,
-                  whole: Whole | None = None) -> Tensor:
+                  whole: Whole | None = None, contexts: Contexts | None = None) -> Tensor:
     """L = L_sel + reg * L_reg: the share of `trees` in the mean over `whole` (by default: these trees alone). With
-    `reads: base` the adapter never touches the context: there is no L_reg."""
+    `reads: base` the adapter never touches the context: there is no L_reg, and `contexts` may keep it."""
     whole = whole or Whole.of(trees, config)
-    result = tree_scores(runtime, selector, trees)
+    result = tree_scores(runtime, selector, trees, contexts)
     weights = torch.tensor([config.weigh(label) for label in result.labels], device=runtime.device)
     loss = (weights * _label_losses(runtime, selector, result, config)).sum() / whole.weight
     if config.reg_weight and selector.reads is Reading.ADAPTED and whole.positions:
@@ -150,7 +153,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], config: DistillConfig,
-                      with_lm_kl: bool = False, together: bool = False) -> Evaluation:
+                      with_lm_kl: bool = False, together: bool = False, contexts: Contexts | None = None
+                      ) -> Evaluation:
     """Loss, Agree@1, the SLM's own Agree@1, Spearman, Hit@K of the labels; LM-KL in nats per token (of some of the
     trees), as if the adapter were on everywhere, at the positions L_reg is about. `together`: all workers call this
     and share the work."""
@@ -159,7 +163,7 @@ def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Seq
     parts = list(parts_of(trees, config.max_tokens, config.scored_tokens))
     ends = list(accumulate(map(count_labels, parts)))
     for number, counts in _turns(len(parts), rank, world):
-        result = tree_scores(runtime, selector, parts[number])
+        result = tree_scores(runtime, selector, parts[number], contexts)
         losses = _label_losses(runtime, selector, result, config).tolist()
         rows = zip(result.scores.tolist(), result.labels, losses, strict=True)
         if counts:

@@ -49,12 +49,57 @@ class TreeScores:
     context: Tensor | None
 
 
-def tree_scores(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout]) -> TreeScores:
-    """Score every candidate of every label of `trees` in one pass."""
+class Contexts:
+    """Keys and values of contexts as the base model reads them. They never change while a selector learns to read over
+    them (`reads: base`), so each context is read once, not in every epoch, as far as `max_bytes` reach.
+
+    A context is read by itself: the same numbers to the last bit whoever trains beside it, and after a resume.
+    """
+
+    def __init__(self, runtime: ModelRuntime, max_bytes: int) -> None:
+        self._runtime, self._room = runtime, max_bytes
+        self._kept: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def plan(self, trees: Sequence[Rollout]) -> Aside:
+        """The contexts of `trees` padded to one finished `Aside`."""
+        parts = [self._read(tree) for tree in trees]
+        longest = max(tree_length(tree) for tree in trees)
+        layers = []
+        for layer in zip(*parts, strict=True):
+            sides = []
+            for side in (0, 1):
+                rows = [pair[side] for pair in layer]
+                padded = rows[0].new_zeros(len(rows), rows[0].shape[1], longest, rows[0].shape[3])
+                for row, values in zip(padded, rows, strict=True):
+                    row[:, : values.shape[2]] = values[0]
+                sides.append(padded)
+            layers.append((sides[0], sides[1]))
+        plan, _ = _causal(trees)
+        plan.hold(layers)
+        return plan
+
+    @torch.no_grad()
+    def _read(self, tree: Rollout) -> list[tuple[Tensor, Tensor]]:
+        key = tree.rollout_id, tree_length(tree)
+        if key not in self._kept:
+            plan, tokens = _causal([tree])
+            self._runtime.aside(tokens, plan)
+            layers = [(k.contiguous(), v.contiguous()) for k, v in plan.stored]
+            size = sum(t.numel() * t.element_size() for pair in layers for t in pair)
+            if size > self._room:  # those that are kept stay: in a walk over all, what was used last comes again last
+                return layers
+            self._room -= size
+            self._kept[key] = layers
+        return self._kept[key]
+
+
+def tree_scores(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout],
+                contexts: Contexts | None = None) -> TreeScores:
+    """Score every candidate of every label of `trees` in one pass; `contexts`: those of `reads: base`, kept."""
     labels = [label for tree in trees for label in tree.labels]
     candidates = Candidates.pad([label.candidate_ids for label in labels], [label.slm_log_probs for label in labels])
     if selector.reads is Reading.BASE:
-        last, siblings = _over_base(runtime, selector, trees, candidates)
+        last, siblings = _over_base(runtime, selector, trees, candidates, contexts)
         context = None
     else:
         last, siblings, context = _over_adapted(runtime, selector, trees, candidates)
@@ -62,10 +107,13 @@ def tree_scores(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[
 
 
 def _over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout],
-               candidates: Candidates) -> tuple[Tensor | None, Tensor | None]:
-    context, context_tokens = _causal(trees)
-    with torch.no_grad():
-        runtime.aside(context_tokens, context)
+               candidates: Candidates, contexts: Contexts | None) -> tuple[Tensor | None, Tensor | None]:
+    if contexts is not None:
+        context = contexts.plan(trees)
+    else:
+        context, context_tokens = _causal(trees)
+        with torch.no_grad():
+            runtime.aside(context_tokens, context)
     with_last = selector.kind is not SelectorKind.RESERVED
     k = candidates.ids.shape[1] if selector.kind is not SelectorKind.PREFIX else 0
     width, most = k + int(with_last), max(len(tree.labels) for tree in trees)

@@ -29,7 +29,7 @@ from s2t_shared.losses import (
     teacher_margin,
 )
 from s2t_shared.objective import DistillConfig, Whole, evaluate_selector, training_loss
-from s2t_shared.packing import lm_kl, parts_of, regularised_positions, tree_scores, vocabulary_log_probs
+from s2t_shared.packing import Contexts, lm_kl, parts_of, regularised_positions, tree_scores, vocabulary_log_probs
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.trees import BUFFER, Part, TrainingData, count_labels, part_of, tree_length
 from tests.rollouts import learnable, make_label, make_rollout, make_rollouts
@@ -144,6 +144,27 @@ def check_against_published(runtime: ModelRuntime, config: DistillConfig) -> Non
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * largest)
             moved += int(a.abs().max() > 0)
     assert moved > len(parameters) // 2
+
+
+@pytest.mark.parametrize("kind", list(SelectorKind))
+def test_kept_contexts_change_nothing(runtime: ModelRuntime, kind: SelectorKind) -> None:
+    """Contexts that are read once give the scores of contexts read every time; the same to the last bit whether they
+    are kept, newly read, or find no room."""
+    selector, _ = trained_a_little(runtime, DistillConfig(kind, Reading.BASE))
+    trees = make_rollouts(5)
+    with torch.no_grad():
+        expected = tree_scores(runtime, selector, trees).scores
+        roomy, tight = Contexts(runtime, 1 << 30), Contexts(runtime, 1)
+        first = tree_scores(runtime, selector, trees, roomy).scores
+        assert torch.allclose(first, expected, atol=1e-5)
+        runtime.aside, aside = None, runtime.aside  # type: ignore[method-assign, assignment]
+        try:
+            for tree in trees:
+                roomy.plan([tree])  # needs no forward
+        finally:
+            runtime.aside = aside  # type: ignore[method-assign]
+        assert torch.equal(tree_scores(runtime, selector, trees, roomy).scores, first)
+        assert torch.equal(tree_scores(runtime, selector, trees, tight).scores, first)
 
 
 @pytest.mark.parametrize(("kind", "reads"), KINDS)
