@@ -382,6 +382,7 @@ def test_harvest_through_the_service(service: RunningService, in_process: Genera
         deadline = time.monotonic() + 20
         while asking.count_labels(flush=True).queued and time.monotonic() < deadline:
             time.sleep(0.1)
-    found = [{label.label_id for r in lake.rollouts() if r.task == "harvested" for label in r.labels}
-             for lake in (alone, collected, own)]
-    assert len(found[0]) > 100 and found[0] == found[1] == found[2]
+    found = [{label.label_id for r in lake.rollouts() for label in r.labels} for lake in (alone, collected, own)]
+    assert len(found[0]) > 100 and found[0] == found[1]
+    assert found[0] <= found[2]  # where earlier tests have harvested too; a label they have found counts as theirs
+    assert sum(r.task == "harvested" for r in own.rollouts()) == 160
