@@ -2,7 +2,8 @@
 labelled position, which is also how the trainer reads them.
 
 Labels arrive at least once and are deduplicated by `label_id`, a hash of everything that a label's value depends on:
-context, candidates, and the digests of SLM, LLM, tokenizer and chat template. Knows Steps; no files, Redis, models.
+context, candidates, and the digests of SLM, LLM, tokenizer and chat template. (Only the last digits of a value depend
+on more: the arithmetic's precision, and what was in the same batch.) Knows Steps; no files, Redis, models.
 """
 
 from __future__ import annotations
@@ -190,8 +191,11 @@ def rollout_of(prompt_ids: Sequence[int], steps: Sequence[Step], rule: Candidate
     check_split(options.split)
     token_ids = (*prompt_ids, *(step.token_id for step in steps))
     start = len(prompt_ids)
-    labels = tuple(_label(token_ids, start + i, step, rule, digests) for i, step in enumerate(steps)
-                   if step.support is not None and step.llm is not None and _is_label(step, options))
+    labels, context = [], hashlib.sha256(json.dumps([SCHEMA_VERSION, *asdict(digests).values(), *prompt_ids]).encode())
+    for i, step in enumerate(steps):
+        if step.support is not None and step.llm is not None and _is_label(step, options):
+            labels.append(_label(context.copy(), start + i, step, rule))
+        context.update(b",%d" % step.token_id)
     entropy: tuple[float, ...] = ()
     kl: tuple[float, ...] = ()
     ranks: tuple[int, ...] = ()
@@ -202,7 +206,7 @@ def rollout_of(prompt_ids: Sequence[int], steps: Sequence[Step], rule: Candidate
     rollout = Rollout(
         "", request_id, options.problem_id, options.task, options.split, source, token_ids, start, entropy, kl, ranks,
         (), digests.slm, digests.llm, digests.tokenizer, digests.template, time.time())
-    return with_labels(rollout, labels)
+    return with_labels(rollout, tuple(labels))
 
 
 def with_labels(rollout: Rollout, labels: tuple[Label, ...]) -> Rollout:
@@ -229,14 +233,15 @@ def _position(step: Step) -> tuple[float, float, int]:
     return decide.entropy(support.log_probs), decide.kl(support.log_probs, llm.log_probs), rank
 
 
-def _label(token_ids: tuple[int, ...], position: int, step: Step, rule: CandidateRule, digests: Digests) -> Label:
+def _label(context: hashlib._Hash, position: int, step: Step, rule: CandidateRule) -> Label:
+    """`context`: a hash of all tokens before `position` and of what scored them."""
     assert step.support is not None and step.llm is not None
     k = decide.candidate_count(rule, step.support.log_probs)
     candidates, scores = step.support.ids[:k], step.llm.log_probs[:k]
     entropy, kl, rank = _position(step)
-    return Label(_hash([token_ids[:position], candidates, *asdict(digests).values()]), position, candidates,
-                 step.support.log_probs[:k], scores, step.llm.top_id, rank, sum(math.exp(s) for s in scores), kl,
-                 entropy)
+    context.update(json.dumps(["candidates", *candidates]).encode())
+    return Label(context.hexdigest()[:32], position, candidates, step.support.log_probs[:k], scores, step.llm.top_id,
+                 rank, sum(math.exp(score) for score in scores), kl, entropy)
 
 
 def _hash(parts: list[Any]) -> str:

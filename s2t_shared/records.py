@@ -99,12 +99,10 @@ def open_records(where: str, split: str) -> Records:
         folder, _, name = where.rpartition(":")
         if Path(folder).expanduser().is_dir():
             path, config = Path(folder).expanduser(), name
+    _refuse_evaluation_name(path)
     if path.is_dir():
         return Records(where, split, tuple(_folder_files(path, split, config)))
     if path.is_file():
-        if (name := _split_of(Path(path.name)) or "") and _is_evaluation(name):
-            raise EvaluationSplitError(f"{path.name!r} is named like the evaluation split {name!r}: labels must never "
-                                       "come from there; if it holds training prompts, rename it")
         return Records(where, split, (path,), "line" if _kind(path) not in KINDS or _is_lines(path) else "row")
     if HUB_ID.fullmatch(where) and _kind(path) not in KINDS:
         return Records(where, split, ())
@@ -120,8 +118,18 @@ def refuse_evaluation(split: str) -> None:
 
 
 def _is_evaluation(split: str) -> bool:
-    words = re.findall(r"[a-z]+", split.lower())
-    return split.lower() in EVALUATION_SPLITS or bool(words) and words[0] in EVALUATION_SPLITS
+    words = re.findall(r"[a-z]+", split.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
+    return split.lower() in EVALUATION_SPLITS or any(word in EVALUATION_SPLITS for word in words)
+
+
+def _refuse_evaluation_name(path: Path) -> None:
+    """A file with an evaluation split in its name, or a folder of that name, itself or around it, as hubs have them."""
+    resolved = path.resolve()
+    folders = [resolved.name] if path.is_dir() else [resolved.parent.name] if path.is_file() else []
+    named = path.is_file() and _is_evaluation(resolved.name.partition(".")[0])
+    if "train" not in resolved.name.lower() and (named or any(f.lower() in EVALUATION_SPLITS for f in folders)):
+        raise EvaluationSplitError(f"{str(path)!r} is named like an evaluation split: labels must never come from "
+                                   "there; if it holds training prompts, rename it")
 
 
 # -- which files --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from s2t_shared import prompts as prompt_files
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
-from s2t_shared.labels import Digests, Label, Rollout, check_split, with_labels
+from s2t_shared.labels import Label, Rollout, check_split, with_labels
 from s2t_shared.lake import Lake
 from s2t_shared.policy import threshold_for
 from s2t_shared.prompts import PromptSource, fingerprint
@@ -25,6 +25,7 @@ from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest_run import CHUNK, Chunk, HarvestRun
 from services.rollers import TRIGGERS, Asked, HarvestOptions, Roller
 
+COMPACT_EVERY = 64  # chunks: so that a long run's shards do not pile up
 Row = tuple[dict[str, Any], Prompt | InvalidRequestError]
 EVERYWHERE = tuple(LabelRule(t, -1.0) for t in TRIGGERS)  # entropy and KL are never below 0
 
@@ -66,16 +67,16 @@ Progress = Callable[[HarvestOutcome], None]
 
 
 def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOptions,
-            on_progress: Progress = lambda outcome: None, say: Callable[[str], None] = lambda line: None
-            ) -> HarvestOutcome:
-    """Harvest what is not done yet.
+            on_progress: Progress = lambda outcome: None, say: Callable[[str], None] = lambda line: None,
+            again: bool = False) -> HarvestOutcome:
+    """Harvest what is not done yet; `again`: everything, as after labels were lost (none is counted twice).
 
     Raises:
         EvaluationSplitError: the split is for evaluation. ConfigError: another process does this run, the lake cannot
         be used, or no prompt gave anything to calibrate on.
     """
     check_split(options.split)
-    with HarvestRun.open(lake.root, _identity(prompts, options, roller.digests)) as run:
+    with HarvestRun.open(lake.root, _identity(prompts, options, roller), again) as run:
         outcome = HarvestOutcome(run.id)
         for chunk in run.done.values():
             outcome.add(chunk)
@@ -94,14 +95,14 @@ def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOption
         return outcome
 
 
-def _identity(prompts: Prompts, options: HarvestOptions, digests: Digests) -> dict[str, Any]:
+def _identity(prompts: Prompts, options: HarvestOptions, roller: Roller) -> dict[str, Any]:
     """Everything that the labels depend on."""
-    o = options
+    o, digests = options, roller.digests
     return {"prompts": prompts.fingerprint, "task": o.task, "split": o.split, "budget": o.budget,
             "triggers": [t.value for t in o.triggers], "candidates": o.candidates, "intervene": o.intervene,
             "thresholds": [[r.trigger.value, r.threshold] for r in o.thresholds], "max_new_tokens": o.max_new_tokens,
             "calibrate_on": o.calibrate_on, "slm": digests.slm, "llm": digests.llm, "tokenizer": digests.tokenizer,
-            "template": digests.template}
+            "template": digests.template, "precision": roller.precision}
 
 
 def _firsts(prompts: Prompts, options: HarvestOptions) -> Iterator[Row]:
@@ -210,6 +211,8 @@ class _Work:
                      sum(len(r.token_ids) - r.prompt_length for r in chunk.rollouts), tuple(chunk.errors))
         self._run.finish(done)
         self._outcome.add(done)
+        if self._keeps and len(self._run.done) % COMPACT_EVERY == 0:
+            self._lake.compact()
 
 
 def prompts_of(source: PromptSource, limit: int | None = None, say: Callable[[str], None] = lambda line: None

@@ -49,6 +49,7 @@ def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging
             candidates: Annotated[int, typer.Option(help="K of a label")] = 16,
             max_new_tokens: Annotated[int, typer.Option(help="of a rollout")] = 256,
             calibrate_on: Annotated[int, typer.Option(help="first prompts that give the thresholds")] = 64,
+            again: Annotated[bool, typer.Option("--again", help="also what is done: labels were lost")] = False,
             concurrency: Annotated[int, typer.Option(help="rollouts asked at once (0: 64 per proposer)")] = 0,
             batch_size: Annotated[int, typer.Option(help="with --slm: sequences in one batch")] = 16,
             dtype: Annotated[str, typer.Option(help="with --slm: float32 or bfloat16")] = "float32",
@@ -80,7 +81,7 @@ def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging
         lake = out or resolved.lake
     try:
         with reporting(asked.total, json_out) as on_progress:
-            outcome = harvesting.harvest(roller, asked, Lake(lake), options, on_progress, say)
+            outcome = harvesting.harvest(roller, asked, Lake(lake), options, on_progress, say, again)
     except KeyboardInterrupt:
         print("s2t: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None

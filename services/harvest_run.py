@@ -51,8 +51,8 @@ class HarvestRun:
 
     @classmethod
     @contextmanager
-    def open(cls, lake: Path, identity: dict[str, Any]) -> Iterator[HarvestRun]:
-        """The run with this identity, new or as it was left.
+    def open(cls, lake: Path, identity: dict[str, Any], again: bool = False) -> Iterator[HarvestRun]:
+        """The run with this identity, new or as it was left; `again`: with its thresholds, but nothing done.
 
         Raises:
             ConfigError: another process is working on it, or the folder cannot be used.
@@ -61,16 +61,19 @@ class HarvestRun:
         run = cls(lake / "runs" / name, identity)
         try:
             run._folder.mkdir(parents=True, exist_ok=True)
-            with (run._folder / "lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process dies
-                except BlockingIOError:
-                    raise ConfigError(f"this harvest (run {name}) is being done by another process; wait for it, or "
-                                      "stop it first") from None
-                run._read()
-                yield run
+            lock = (run._folder / "lock").open("w")
         except OSError as error:
             raise ConfigError(f"lake {str(lake)!r} cannot be used: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process dies
+            except BlockingIOError:
+                raise ConfigError(f"this harvest (run {name}) is being done by another process; wait for it, or stop "
+                                  "it first") from None
+            if again:
+                (run._folder / "done.jsonl").unlink(missing_ok=True)
+            run._read()
+            yield run
 
     def _read(self) -> None:
         try:

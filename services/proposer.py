@@ -51,7 +51,7 @@ class Reply:
     answer: Answer | None = None
     step_texts: tuple[str, ...] = ()
     labels_stored: int = 0
-    rollout: Rollout | None = None
+    rollout: bytes = b""  # as JSON
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,9 @@ class ProposerReplica:
         if (labels.durable or labels.collect) and answer.usage.degraded_steps:
             raise SelectorUnavailableError(f"the LLM did not answer at {answer.usage.degraded_steps} positions; "
                                            "nothing was kept, send the request again")
-        rollout = self._rollout(request, builder, answer) if labels.store or labels.collect else None
+        rollout = None
+        if labels.store or labels.collect:  # off the loop: hashing and statistics of a long answer take a while
+            rollout = await asyncio.to_thread(self._rollout, request, builder, answer)
         if rollout is not None and labels.store and self._writer is not None:
             await self._keep(rollout, self._writer, labels.durable)
             stored = len(rollout.labels)
@@ -254,7 +256,7 @@ class ProposerReplica:
         answer = replace(answer, steps=shown if request.return_steps else ())
         texts = tuple(self._tokenizer.decode([s.token_id]) for s in answer.steps)
         return Reply(answer=answer, step_texts=texts, labels_stored=stored,
-                     rollout=rollout if labels.collect else None)
+                     rollout=rollout.to_json().encode() if rollout and labels.collect else b"")
 
     async def _keep(self, rollout: Rollout, writer: LabelWriter, durable: bool) -> None:
         if not rollout.labels and not rollout.llm_top_rank:  # it says nothing of the LLM

@@ -63,9 +63,11 @@ class Asked:
 
 
 class Roller(Protocol):
-    """Makes rollouts. `keeps`: whether the labels are the caller's to keep (else the service has stored them)."""
+    """Makes rollouts. `keeps`: whether the labels are the caller's to keep (else the service has stored them).
+    precision: of the arithmetic, where it is known."""
 
     digests: Digests
+    precision: str
     keeps: bool
 
     def roll(self, asked: Iterable[Asked], options: HarvestOptions,
@@ -89,6 +91,7 @@ class InProcess:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        self.precision = str(generator.engine.proposer.runtime.model.dtype)
         self.digests = Digests(generator.engine.proposer.runtime.digest, generator.llm_digest,
                                generator.tokenizer.digest, generator.tokenizer.template_digest)
 
@@ -136,6 +139,7 @@ class ByService:
         if not d.llm_digest:
             raise SelectorUnavailableError("the service has no LLM to select with (llm_digest is empty); start a "
                                            "selector, then harvest")
+        self.precision = ""
         self.digests = Digests(d.slm_digest, d.llm_digest, d.tokenizer_digest, d.template_digest)
         self._concurrency = concurrency or 64 * max(1, d.proposers)
 

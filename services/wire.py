@@ -147,8 +147,8 @@ def read_prompt(p: pb.GenerationParameters) -> Prompt:
     raise errors.InvalidRequestError("prompt: missing; give text, messages or token_ids")
 
 
-def write_answer(answer: Answer, texts: list[str], labels_stored: int, rollout: Any = None) -> pb.Answer:
-    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a labels.Rollout or None."""
+def write_answer(answer: Answer, texts: list[str], labels_stored: int, rollout: bytes = b"") -> pb.Answer:
+    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a labels.Rollout as JSON."""
     u, v = answer.usage, answer.versions
     return pb.Answer(
         token_ids=answer.token_ids, text=answer.text, finish_reason=FINISH[answer.finish_reason],
@@ -156,7 +156,7 @@ def write_answer(answer: Answer, texts: list[str], labels_stored: int, rollout: 
                        flips=u.flips, llm_forwards=u.llm_forwards, degraded_steps=u.degraded_steps),
         versions=pb.Versions(slm=v.slm, llm=v.llm, selector=v.selector),
         steps=[write_step(step, text) for step, text in zip(answer.steps, texts, strict=True)],
-        labels_stored=labels_stored, rollout=rollout.to_json().encode() if rollout is not None else b"")
+        labels_stored=labels_stored, rollout=rollout)
 
 
 def write_step(step: Step, text: str) -> pb.Step:

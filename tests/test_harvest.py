@@ -76,7 +76,7 @@ class Interrupted:
 
     def __init__(self, inner: InProcess, stop_after: int = 10**9, error: S2TError | None = None,
                  failing: Callable[[Asked], bool] = lambda asked: False) -> None:
-        self.digests, self._inner, self._left = inner.digests, inner, stop_after
+        self.digests, self.precision, self._inner, self._left = inner.digests, inner.precision, inner, stop_after
         self._error, self._failing, self.rolled = error, failing, 0
 
     def roll(self, asked: Iterable[Asked], options: HarvestOptions,
@@ -202,8 +202,20 @@ def test_stopped_and_started_again(roller: InProcess, undisturbed: dict[str, tup
             harvest(Interrupted(roller, stop), prompts(150), Lake(lake), OPTIONS)
     outcome = harvest(roller, prompts(150), Lake(lake), OPTIONS)
     assert contents(lake) == undisturbed and written(lake) == len(undisturbed) == outcome.labels
-    again = Interrupted(roller)
-    assert harvest(again, prompts(150), Lake(lake), OPTIONS).resumed == 150 and again.rolled == 0
+    idle = Interrupted(roller)
+    assert harvest(idle, prompts(150), Lake(lake), OPTIONS).resumed == 150 and idle.rolled == 0
+
+
+def test_again_mends_a_lake_that_lost_labels(roller: InProcess, undisturbed: dict[str, tuple], tmp_path: Path) -> None:
+    """A shard that is gone (quarantined, say) comes back with `again`, and nothing is there twice."""
+    harvest(roller, prompts(150), Lake(tmp_path), OPTIONS)
+    lost = Lake(tmp_path).shards()[2].name
+    for suffix in (".json", ".parquet"):
+        (tmp_path / f"{lost}{suffix}").unlink()
+    assert contents(tmp_path) != undisturbed
+    assert harvest(roller, prompts(150), Lake(tmp_path), OPTIONS).resumed == 150  # it does not know
+    assert harvest(roller, prompts(150), Lake(tmp_path), OPTIONS, again=True).prompts == 150
+    assert contents(tmp_path) == undisturbed and written(tmp_path) == len(undisturbed)
 
 
 def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path) -> None:
