@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from s2t_shared.checkpoints import load_checkpoint, save_checkpoint
-from s2t_shared.errors import ConfigError
+from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.labels import Rollout
 from s2t_shared.lake import Snapshot
 from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
@@ -90,8 +90,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Distilled:
-    """A trained selector, its figures on the test labels, and how it got there. lm_kl: None where the adapter never
-    touches the context."""
+    """A trained selector, its figures on the test labels, and how it got there. skipped_labels, newest: as in
+    `TrainingData`."""
 
     selector: LocalSelector
     evaluation: Evaluation
@@ -101,6 +101,8 @@ class Distilled:
     steps: int
     curve: list[Point]
     llm_digest: str
+    skipped_labels: int
+    newest: float
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -121,8 +123,8 @@ def distil(runtime: ModelRuntime, reserved_ids: tuple[int, ...], source: Source,
     the others' when it needs them (FSDP); `runtime` then forwards only where all workers do.
 
     Raises:
-        StoreError: too few labels, or the folder cannot be written. ConfigError: labels of another SLM or of several
-        LLMs; `init` does not fit; the folder is of another run.
+        StoreError: too few labels, or none any more; the folder cannot be written. ConfigError: labels of another SLM;
+        `init` does not fit; the folder is of another run. RuntimeError: the workers stand at different steps.
     """
     data = TrainingData(source, runtime.digest, config.weigh, config.batch_labels, config.held_out_labels, config.seed)
     for parameter in runtime.model.parameters():
@@ -200,11 +202,18 @@ class _Run:
             on_progress(self.step, loss, self.curve[-1])
 
     def _batches(self) -> Iterator[list[Rollout]]:
-        """Endless, from where the run stands."""
+        """Endless, from where the run stands.
+
+        Raises:
+            StoreError: an epoch without a batch.
+        """
         while True:
             for batch in islice(self.data.epoch(self.epoch), self.batches_done, None):
                 self.batches_done += 1
                 yield batch
+            if not self.batches_done:
+                raise StoreError(f"epoch {self.epoch} has no labels to train on, though there were "
+                                 f"{self.data.labels}: they were changed meanwhile; train again, on a new snapshot")
             self.epoch, self.batches_done = self.epoch + 1, 0
 
     def _step(self, batch: list[Rollout]) -> float:
@@ -265,7 +274,8 @@ class _Run:
         evaluation = evaluate_selector(self.runtime, selector, self.data.test, self.config, with_lm_kl=True,
                                        together=True)
         return Distilled(selector, evaluation, self.data.labels, count_labels(self.data.validation),
-                         count_labels(self.data.test), self.step, self.curve, self.data.llm_digest)
+                         count_labels(self.data.test), self.step, self.curve, self.data.llm_digest,
+                         self.data.skipped, self.data.newest)
 
     def _fused(self) -> LocalSelector:
         """The selector with the lambda that agrees most often on the validation labels; 0 where none does better."""
@@ -291,7 +301,21 @@ class _Run:
             "curve": [asdict(point) for point in self.curve]})
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Go on from the newest checkpoint, if there is one; all workers from the same.
+
+        Raises:
+            ConfigError: it is of another run. RuntimeError: another worker goes on from another; start all again.
+        """
+        self._load()
+        if place()[1] > 1:  # a writer that was left behind may still save, and a node may miss the folder
+            ends = torch.tensor([self.step, -self.step], device=self.runtime.device)
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            newest, oldest = int(ends[0]), -int(ends[1])
+            if newest != oldest:
+                raise RuntimeError(f"the workers' checkpoints differ: one is of step {newest}, one of step {oldest} "
+                                   f"(0: none); all nodes must share the folder {str(self.checkpoints)!r}")
+
+    def _load(self) -> None:
         found = load_checkpoint(self.checkpoints) if self.checkpoints is not None else None
         if found is None:
             return

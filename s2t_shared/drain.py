@@ -14,6 +14,7 @@ from s2t_shared.errors import S2TError, StoreError
 from s2t_shared.labels import Rollout
 from s2t_shared.lake import Lake
 from s2t_shared.redis_client import DEAD_LETTERS, Entry, LabelStore
+from s2t_shared.shards import to_table
 from s2t_shared.store import FIRST_BACKOFF_S, MAX_BACKOFF_S
 
 log = logging.getLogger(__name__)
@@ -176,22 +177,28 @@ class Drain:
             except StoreError:
                 raise
             except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
-                self._write_each()
+                if not self._bury_misfits():
+                    raise  # none of the rollouts is to blame: they wait
+                self._lake.write(list(self._buffer.values()))
             self._in_lake.extend(self._buffer)
             self._buffer.clear()
             self._buffer_bytes, self._alone = 0, False
         self._acknowledge()
         return rows
 
-    def _write_each(self) -> None:
+    def _bury_misfits(self) -> int:
+        """Bury those, and only those, that make no row by themselves; how many."""
+        misfits: dict[bytes, Exception] = {}
         for entry_id, rollout in self._buffer.items():
             try:
-                self._lake.write([rollout])
-            except StoreError:
-                raise
-            except Exception as error:  # noqa: BLE001 - as above
-                entry = Entry(entry_id, {b"rollout": rollout.to_json().encode()})
-                self._bury(entry, f"the lake cannot hold it: {type(error).__name__}")
+                to_table([rollout])
+            except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
+                misfits[entry_id] = error
+        for entry_id, reason in misfits.items():
+            self._bury(Entry(entry_id, {b"rollout": self._buffer[entry_id].to_json().encode()}),
+                       f"the lake cannot hold it: {type(reason).__name__}")
+            del self._buffer[entry_id]
+        return len(misfits)
 
     def _acknowledge(self) -> None:
         self._store.remove(self._in_lake)

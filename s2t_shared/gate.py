@@ -2,6 +2,10 @@
 
 Both versions select at the same held-out labels, and labels of one problem are alike: so the intervals are paired
 and clustered by problem (`metrics.clustered_difference`). Knows no models, labels or registry.
+
+What the interval does not cover: every version that is judged has a chance of up to 2.5 % to pass without being
+better, and rounds of training judge on the same test labels again and again; with many, one will pass by luck. The
+figure that is published is the winner's, chosen by these labels, hence a little too high. New problems mend both.
 """
 
 from __future__ import annotations

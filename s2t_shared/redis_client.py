@@ -216,13 +216,6 @@ class LabelStore:
             pipeline.xdel(LABELS, entry.entry_id)
             pipeline.execute()
 
-    def forget_consumers(self, idle_s: float) -> None:
-        """Remove the names of drains that have read nothing for `idle_s` and hold nothing."""
-        with redis_errors(self.place):
-            for consumer in self._redis.xinfo_consumers(LABELS, GROUP):
-                if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
-                    self._redis.xgroup_delconsumer(LABELS, GROUP, consumer["name"])
-
     def get_selections(self, keys: Sequence[str]) -> list[bytes | None]:
         with redis_errors(self.place):
             values: Any = self._redis.mget([CACHE_PREFIX + key for key in keys])

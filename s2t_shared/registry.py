@@ -57,6 +57,7 @@ EVENTS = "promotions.jsonl"
 LEFTOVERS = (".publishing-*", f".{LIVE}.*.tmp")  # of writers that died; only looked for under the lock
 NAME = re.compile(r"v(\d{4,})-.+")
 HISTORY = 100
+TAKEN_BACK = ("rolled back", "canary ended")
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,18 @@ class Registry:
         """What is live, was live, and is on trial.
 
         Raises:
-            VersionError: the pointer file is damaged.
+            VersionError: the pointer file is damaged, or cannot be read.
+        """
+        if (state := self._pointer()) is None:
+            raise VersionError(f"the registry's {LIVE} file is damaged; promote a version again (s2t versions promote "
+                               "VERSION)")
+        return state
+
+    def _pointer(self) -> Live | None:
+        """None: its content is damaged, so that it may be started anew. A file that cannot be read may be sound.
+
+        Raises:
+            VersionError: it cannot be read.
         """
         try:
             content = json.loads((self.root / LIVE).read_text(encoding="utf-8"))
@@ -207,9 +219,11 @@ class Registry:
             return Live(tuple(str(name) for name in content["history"]), canary)
         except FileNotFoundError:
             return Live()
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise VersionError(f"the registry's {LIVE} file is damaged ({type(error).__name__}); promote a version "
-                               "again (s2t versions promote VERSION)") from error
+        except OSError as error:
+            raise VersionError(f"the registry's {LIVE} file cannot be read ({error.strerror or error}); check the "
+                               "registry's storage") from error
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def live(self) -> str | None:
         """The live version, or None. Raises VersionError: as `state`."""
@@ -220,17 +234,14 @@ class Registry:
         share of the requests that name no version.
 
         Raises:
-            VersionNotFoundError or VersionError: it is not sound, the share is no share, or a canary has no live
-            version beside it.
+            VersionNotFoundError or VersionError: it is not sound, the share is no share, a canary has no live version
+            beside it, or the pointer file cannot be read (one that is damaged starts anew).
         """
         if share is not None and not 0.0 < share <= 1.0:
             raise VersionError(f"share={share}: must be above 0 and at most 1 (all requests)")
         self.verify(version)
         with self._writing():
-            try:
-                state = self.state()
-            except VersionError:
-                state = Live()
+            state = self._pointer() or Live()
             if share is None or share == 1.0:
                 history = state.history if state.version == version else (*state.history, version)
                 self._set(Live(history), {"event": "live", "version": version})
@@ -243,6 +254,20 @@ class Registry:
                                    "another, or promote it without a share to end the canary")
             self._set(Live(state.history, Canary(version, share)),
                       {"event": "canary", "version": version, "share": share})
+
+    def objection(self, version: str) -> str:
+        """Why nobody but an operator should make `version` live now: one has a canary on trial, or took this very
+        version back. "" for none.
+
+        Raises:
+            VersionError: the pointer file cannot be read.
+        """
+        command = f"s2t versions promote {version}"
+        if (state := self._pointer()) is not None and state.canary is not None:
+            return (f"the canary {state.canary.version} is on trial; end it (s2t versions rollback), or make this "
+                    f"version live ({command})")
+        moves = [event.get("event") for event in self.events(version) if event.get("event") != "gate"]
+        return f"it was rolled back; to make it live again: {command}" if moves and moves[-1] in TAKEN_BACK else ""
 
     def rollback(self) -> str | None:
         """End the canary, if there is one; else make the version before the live one live again. Returns the live
@@ -266,15 +291,9 @@ class Registry:
 
     def _set(self, state: Live, event: dict[str, Any]) -> None:
         content = {"history": state.history[-HISTORY:], "canary": asdict(state.canary) if state.canary else None}
-        if state != self._readable_state():
+        if state != self._pointer():
             write_atomically(self.root / LIVE, json.dumps(content))
             self._append(event)
-
-    def _readable_state(self) -> Live | None:
-        try:
-            return self.state()
-        except VersionError:
-            return None
 
     # -- what happened ----------------------------------------------------------------------------------------------
 

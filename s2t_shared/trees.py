@@ -1,7 +1,8 @@
 """Rollouts as training sequences, called trees: which of them train, validate and test, and in what order they stream.
 
-A tree is a rollout with its labelled positions; its tokens count up to the last of these. An epoch never rests in
-memory: shards in a seeded order, a shuffle buffer, a window that is sorted by length to limit padding.
+A tree is a rollout with its labelled positions; its tokens count up to the last of these. An epoch streams: shards in
+a seeded order, a shuffle buffer, a window that is sorted by length to limit padding. What stays in memory of all
+labels is hashes, by which none comes twice: about 60 bytes a label.
 
 Knows labels; no models.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -20,7 +22,7 @@ from s2t_shared.labels import Label, Rollout, check_split
 from s2t_shared.lake import Shard, Snapshot
 
 Source = Snapshot | Sequence[Rollout]
-BUFFER = 2048  # trees; also all of an epoch that is in memory, beside one window
+BUFFER = 2048  # trees; of an epoch no more are in memory, beside one window
 WINDOW = 16  # batches sorted by length together
 LEAST_TRAINING_LABELS = 8
 
@@ -48,28 +50,34 @@ def tree_length(tree: Rollout) -> int:
 
 
 class TrainingData:
-    """What one run reads of `source`. `weigh`: a label's weight in the loss; 0 drops it from training (held-out
-    labels are all kept, so that figures of different settings are about the same labels).
+    """What one run reads of `source`: the rollouts of this SLM and of the LLM that made most of its labels. `weigh`: a
+    label's weight in the loss; 0 drops it from training (held-out labels are all kept, so that figures of different
+    settings are about the same labels). A prompt that is held out anywhere, under whatever task or id, never trains.
 
     validation, test: at most `held_out_labels` labels each, chosen by hash, sorted by length. labels: how many train.
+    skipped: labels of other SLMs or LLMs. newest: when the newest of all rollouts was made, Unix seconds.
 
     Raises:
-        StoreError: too few labels. ConfigError: labels of another SLM, or of several LLMs.
-        EvaluationSplitError: a rollout comes from an evaluation split.
+        StoreError: too few labels. ConfigError: all are of another SLM. EvaluationSplitError: a rollout comes from an
+        evaluation split.
     """
 
     def __init__(self, source: Source, slm_digest: str, weigh: Callable[[Label], float], batch_labels: int = 64,
                  held_out_labels: int = 4096, seed: int = 0) -> None:
         self._source, self._weigh, self._batch_labels, self._seed = source, weigh, batch_labels, seed
         chosen = {Part.VALIDATION: _Chosen(held_out_labels), Part.TEST: _Chosen(held_out_labels)}
-        self._held_out: set[int] = set()  # hashes of label ids; of all, not only of the chosen ones
-        self._llms: set[str] = set()
+        self._held_out: set[int] = set()  # hashes of label ids and prompts; of all, not only of the chosen ones
+        pairs = _pairs(source)
+        self._pair = slm_digest, self.llm_digest = slm_digest, _llm_of(pairs, slm_digest)
+        self.skipped, self.newest = pairs.total() - pairs[self._pair], 0.0
         for rollout in _read(source):
-            self._check(rollout, slm_digest)
+            check_split(rollout.split)
+            self.newest = max(self.newest, rollout.created_at)
             part = part_of(rollout)
-            if rollout.labels and part is not Part.TRAINING:
+            if self._is_ours(rollout) and rollout.labels and part is not Part.TRAINING:
                 chosen[part].add(rollout)
                 self._held_out.update(hash(label.label_id) for label in rollout.labels)
+                self._held_out.add(_prompt(rollout))
         self.validation, self.test = chosen[Part.VALIDATION].trees(), chosen[Part.TEST].trees()
         self.labels = sum(len(tree.labels) for tree in self._training(_read(source)))
         if self.labels < LEAST_TRAINING_LABELS or not self.validation or not self.test:
@@ -77,10 +85,6 @@ class TrainingData:
                 f"{self.labels} training labels, {count_labels(self.validation)} to validate and "
                 f"{count_labels(self.test)} to test are too few to train on (at least {LEAST_TRAINING_LABELS}, 1, 1, "
                 "after the filters of teacher_margin and min_mass); harvest more problems")
-
-    @property
-    def llm_digest(self) -> str:
-        return next(iter(self._llms))
 
     def epoch(self, number: int) -> Iterator[list[Rollout]]:
         """Batches of about `batch_labels` labels. The same for the same source, seed and number, whoever asks."""
@@ -94,23 +98,16 @@ class TrainingData:
 
     def _training(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
         for rollout in rollouts:
-            if part_of(rollout) is not Part.TRAINING:
+            if (not self._is_ours(rollout) or part_of(rollout) is not Part.TRAINING
+                    or _prompt(rollout) in self._held_out):
                 continue
             kept = tuple(label for label in rollout.labels
                          if hash(label.label_id) not in self._held_out and self._weigh(label) > 0)
             if kept:
                 yield replace(rollout, labels=kept)
 
-    def _check(self, rollout: Rollout, slm_digest: str) -> None:
-        check_split(rollout.split)
-        if rollout.slm_digest != slm_digest:
-            raise ConfigError(f"the labels were made with another SLM (digest {rollout.slm_digest}, this one is "
-                              f"{slm_digest}); harvest with this SLM")
-        self._llms.add(rollout.llm_digest)
-        if len(self._llms) > 1:
-            raise ConfigError(f"the labels come from {len(self._llms)} different LLMs "
-                              f"({', '.join(sorted(self._llms))}); keep each LLM's labels in a lake of its own "
-                              "(data_dir)")
+    def _is_ours(self, rollout: Rollout) -> bool:
+        return (rollout.slm_digest, rollout.llm_digest) == self._pair
 
 
 def count_labels(trees: Iterable[Rollout]) -> int:
@@ -133,6 +130,29 @@ class _Chosen:
 
     def trees(self) -> tuple[Rollout, ...]:
         return tuple(sorted((tree for _, _, tree in self._heap), key=lambda tree: (tree_length(tree), tree.rollout_id)))
+
+
+def _pairs(source: Source) -> Counter[tuple[str, str]]:
+    """Labels by (SLM, LLM) digest."""
+    if isinstance(source, Snapshot):
+        return source.pairs()
+    pairs: Counter[tuple[str, str]] = Counter()
+    for rollout in source:
+        pairs[rollout.slm_digest, rollout.llm_digest] += len(rollout.labels)
+    return pairs
+
+
+def _llm_of(pairs: Counter[tuple[str, str]], slm_digest: str) -> str:
+    """The LLM that made most of this SLM's labels; the same for whoever asks."""
+    ours = {llm: labels for (slm, llm), labels in pairs.items() if slm == slm_digest}
+    if pairs and not ours:
+        raise ConfigError(f"the labels were made with another SLM (digest {pairs.most_common(1)[0][0][0]}, this one is "
+                          f"{slm_digest}); harvest with this SLM")
+    return max(sorted(ours), key=lambda llm: ours[llm], default="")
+
+
+def _prompt(rollout: Rollout) -> int:
+    return hash(rollout.token_ids[: rollout.prompt_length])
 
 
 def _read(source: Source, order: random.Random | None = None) -> Iterator[Rollout]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import ray
 
@@ -23,9 +22,9 @@ def follow(config: Config, every_labels: int, max_rounds: int | None = None, pro
            on_progress: Callable[[TrainProgress], None] = lambda p: None,
            say: Callable[[str], None] = lambda line: None,
            on_round: Callable[[TrainOutcome], None] = lambda outcome: None) -> None:
-    """Train whenever the lake has `every_labels` labels more than the last trained snapshot; `max_rounds` None: until
-    it is interrupted. A round that an earlier call left unfinished comes first. An error ends no more than its round,
-    which is tried again after a pause that grows."""
+    """Train whenever the lake has `every_labels` labels that are newer than what was trained on; `max_rounds` None:
+    until it is interrupted. A round that an earlier call left unfinished comes first. An error ends no more than its
+    round, which is tried again after a pause that grows."""
     rounds, pause = 0, FIRST_PAUSE_S
     while max_rounds is None or rounds < max_rounds:
         try:
@@ -45,9 +44,7 @@ def _wait(config: Config, every_labels: int, say: Callable[[str], None]) -> None
     """Until there is something to do."""
     said = False
     while unfinished_job(config) is None:
-        here, trained = labels_in(config.lake), trained_labels(config)
-        # The lake may have been pruned below what was trained on: new labels then count from what is left.
-        new = here - min(trained, here)
+        new = Lake(config.lake).labels_since(trained_until(config))
         if new >= every_labels:
             say(f"{new:,} new labels: training")
             return
@@ -57,16 +54,7 @@ def _wait(config: Config, every_labels: int, say: Callable[[str], None]) -> None
         time.sleep(POLL_S)
 
 
-def labels_in(lake: Path) -> int:
-    return sum(shard.labels for shard in Lake(lake).shards())
-
-
-def trained_labels(config: Config) -> int:
-    """How many labels the snapshot of the newest version held; 0 where there is none any more."""
-    registry = Registry(config.versions)
-    for name in reversed(registry.names()):
-        try:
-            return Lake(config.lake).snapshot(registry.manifest(name).snapshot).labels
-        except S2TError:
-            continue
-    return 0
+def trained_until(config: Config) -> float:
+    """When the newest rollout was made that any version was trained on, Unix seconds; 0: there is no version."""
+    return max((float(m.training.get("labels_until", 0.0)) for m in Registry(config.versions).manifests()[0]),
+               default=0.0)

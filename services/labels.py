@@ -132,7 +132,8 @@ def delete(lake: LakeFolder = None,
            keep_gib: Annotated[float | None, typer.Option(help="the oldest shards beyond so much")] = None,
            yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
            config: ConfigFile = None, data_dir: DataDir = None, json_out: Json = False) -> None:
-    """Delete labels, in the lake, its snapshots, and on their way there. Doing it again changes nothing."""
+    """Delete labels, in the lake with its snapshots and quarantine, and on their way there. Doing it again changes
+    nothing."""
     chosen = {"problem_id": problem_id, "request_id": request_id, "task": task}
     named = [(field, value) for field, value in chosen.items() if value is not None]
     retention = older_than is not None or keep_gib is not None
@@ -146,6 +147,9 @@ def delete(lake: LakeFolder = None,
     what = _retention(opened, age_s, size) if retention else _matching(opened, *named[0])
     _confirm(f"{what} in {str(opened.root)!r}", yes)
     removed = opened.prune(age_s, size) if retention else opened.delete(*named[0])
+    if any((opened.root / "quarantine").glob("shard-*")):
+        print(f"s2t: what cannot be read in {str(opened.root / 'quarantine')!r} was not searched; remove that folder "
+              "when it is needed no more", file=sys.stderr)
     show({"deleted rollouts": removed}, json_out)
 
 
@@ -158,15 +162,8 @@ def _matching(lake: Lake, field: str, value: str) -> str:
 
 
 def _retention(lake: Lake, age_s: float, size: int) -> str:
-    """What `Lake.prune` would remove."""
-    shards = sorted(lake.shards(), key=lambda s: (s.last, s.name))
-    over = sum(s.bytes for s in shards) - size if size else 0
-    gone = []
-    for shard in shards:
-        if over > 0 or (age_s and shard.last < time.time() - age_s):
-            gone.append(shard)
-            over -= shard.bytes
-    return (f"{len(gone)} of {len(shards)} shards: {sum(s.rollouts for s in gone)} rollouts with "
+    gone = lake.prunable(age_s, size)
+    return (f"{len(gone)} of {len(lake.shards())} shards: {sum(s.rollouts for s in gone)} rollouts with "
             f"{sum(s.labels for s in gone)} labels, made until {_date(gone[-1].last if gone else None)},")
 
 
@@ -201,7 +198,8 @@ def verify(lake: LakeFolder = None,
         for name, reason in wrong.items():
             wide_console().print(f"[red]BAD[/red] {escape(name)}: {escape(reason)}", soft_wrap=True)
         if wrong and quarantine:
-            print(f"moved to {opened.root / 'quarantine'}; {shards} good shards remain")
+            print(f"moved to {opened.root / 'quarantine'}; {shards} good shards remain; run the harvest again with "
+                  "--again to make them anew")
         elif not wrong:
             print(f"{shards} shards, all well")
     if wrong:

@@ -7,11 +7,15 @@ judges them. Nothing here trained or chose anything on the labels it uses (`tree
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
 
 from s2t_shared.calibrate import load_calibration, measure_calibration
 from s2t_shared.config import Config
 from s2t_shared.engine import Engine
-from s2t_shared.errors import VersionError
+from s2t_shared.errors import S2TError, VersionError
 from s2t_shared.gate import GateSettings, Paired, Verdict, judge
 from s2t_shared.generate import GenerateRequest, Generator, with_thresholds
 from s2t_shared.lake import Lake
@@ -19,7 +23,9 @@ from s2t_shared.local_selector import LocalSelector, Reading
 from s2t_shared.objective import DistillConfig, evaluate_selector
 from s2t_shared.pair import problems as pair_problems
 from s2t_shared.policy import Calibration
+from s2t_shared.prompts import read_prompts
 from s2t_shared.proposer import Proposer
+from s2t_shared.records import open_records, refuse_evaluation
 from s2t_shared.registry import Registry
 from s2t_shared.runtime import ModelRuntime, resolve_model
 from s2t_shared.text import Tokenizer, reserved_ids
@@ -28,16 +34,37 @@ from s2t_shared.types import Answer, Mode, Policy, Prompt, Trigger
 from services.evaluation import Problem, load_problems
 
 MAX_NEW_TOKENS = 256
+MAX_RETRIES = 3
 UNHARVESTED = 1_000_000  # a seed of bundled training problems that no harvest of ours uses
 SLM_ALONE = "the SLM alone"
+
+
+def judge_apart(config: Config, version: str, settings: DistillConfig) -> Verdict:
+    """`judge_version` in a Ray task, where there is room for the SLM as for a training worker. Raises as it does."""
+    training = config.training
+    task = ray.remote(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker, max_retries=MAX_RETRIES)
+    verdict: Verdict | S2TError = ray.get(task(_judge).remote(config.model_dump(mode="json"), version, settings))
+    if isinstance(verdict, S2TError):
+        raise verdict
+    return verdict
+
+
+def _judge(config: dict[str, Any], version: str, settings: DistillConfig) -> Verdict | S2TError:
+    """An error of ours comes back, rather than being wrapped in one of Ray's."""
+    resolved = Config.model_validate(config)
+    torch.set_num_threads(resolved.slm.threads)
+    try:
+        return judge_version(resolved, version, settings, "cuda" if resolved.training.gpus_per_worker else "cpu")
+    except S2TError as error:
+        return error
 
 
 def judge_version(config: Config, version: str, settings: DistillConfig, device: str) -> Verdict:
     """Compare `version` with the live one (or with the SLM alone), on the snapshot it was trained on.
 
     Raises:
-        VersionError: `version` cannot be loaded. StoreError: its snapshot is gone. ConfigError: the task set cannot be
-        read.
+        VersionError: `version` cannot be loaded. StoreError: its snapshot is gone. ConfigError or
+        EvaluationSplitError: as `task_problems`.
     """
     folder = resolve_model(config.slm_model)
     runtime = ModelRuntime.load(str(folder), config.slm.dtype, device, config.slm.kv_bytes)
@@ -57,6 +84,21 @@ def judge_version(config: Config, version: str, settings: DistillConfig, device:
                               training.gate_min_problems))
 
 
+def enact(registry: Registry, version: str, verdict: Verdict, promote: bool = True) -> tuple[bool, str]:
+    """Make `version` live if the gate opened and no operator objects; whether it is, and why (not).
+
+    Raises:
+        VersionError: it is not sound, or the registry's pointer cannot be read.
+    """
+    reasons = verdict.reasons
+    if verdict.passed and promote:
+        if not (objection := registry.objection(version)):
+            registry.promote(version)
+            return True, "; ".join(reasons)
+        reasons = (objection, *reasons)
+    return False, ("" if verdict.passed and not promote else "not promoted: ") + "; ".join(reasons)
+
+
 def _live(registry: Registry, runtime: ModelRuntime, tokenizer: Tokenizer) -> LocalSelector | None:
     try:
         live = registry.live()
@@ -68,7 +110,7 @@ def _live(registry: Registry, runtime: ModelRuntime, tokenizer: Tokenizer) -> Lo
 def _tasks(config: Config, runtime: ModelRuntime, tokenizer: Tokenizer, llm: str, new: LocalSelector,
            old: LocalSelector | None) -> Paired | None:
     """Both sides' answers to the task set, at the same budget and thresholds."""
-    problems = _problems(config)
+    problems = task_problems(config)
     if not problems:
         return None
     sides = {"new": new, "old": old}
@@ -95,9 +137,17 @@ def _is_correct(problem: Problem, outcome: object) -> bool:
     return isinstance(outcome, Answer) and problem.is_correct(outcome.text)
 
 
-def _problems(config: Config) -> list[Problem]:
+def task_problems(config: Config) -> list[Problem]:
+    """What both sides answer: training problems, as they decide what is learnt. Empty: there are none for this SLM.
+
+    Raises:
+        EvaluationSplitError: the file, or a row's "split", is for evaluation. ConfigError: it cannot be read.
+    """
     training = config.training
     if training.gate_problems is not None:
+        open_records(str(training.gate_problems), "train")  # refuses a file that is named like one for evaluation
+        for row, _ in read_prompts(training.gate_problems):
+            refuse_evaluation(str(row.get("split", "train")))
         return load_problems(training.gate_problems, training.gate_problem_count, config.defaults.answer_pattern)
     if config.slm.model != "bundled":
         return []

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from fcntl import LOCK_EX, flock
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
@@ -32,13 +32,13 @@ import torch  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
+from s2t_shared import errors  # noqa: E402
 from s2t_shared.calibrate import load_calibration  # noqa: E402
 from s2t_shared.checkpoints import load_checkpoint  # noqa: E402
 from s2t_shared.config import Config, TrainingConfig  # noqa: E402
 from s2t_shared.distill import Distilled, Point, distil  # noqa: E402
-from s2t_shared.errors import ConfigError, S2TError, StoreError, VersionError  # noqa: E402
+from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError, VersionError  # noqa: E402
 from s2t_shared.files import write_atomically  # noqa: E402
-from s2t_shared.gate import Verdict  # noqa: E402
 from s2t_shared.lake import Lake, Snapshot  # noqa: E402
 from s2t_shared.local_selector import Reading, Scoring, SelectorKind  # noqa: E402
 from s2t_shared.losses import MarginFilter, Objective  # noqa: E402
@@ -49,10 +49,11 @@ from s2t_shared.registry import Registry  # noqa: E402
 from s2t_shared.runtime import ModelRuntime, model_digest, resolve_model  # noqa: E402
 from s2t_shared.text import RESERVED_COUNT, Tokenizer, reserved_ids  # noqa: E402
 from services.curves import CurveWriter, curve_files  # noqa: E402
-from services.promotion import judge_version  # noqa: E402
+from services.promotion import enact, judge_apart, task_problems  # noqa: E402
 
 MAX_FAILURES = 3  # of workers, before a job gives up
-JOB, PROGRESS = "job.json", "progress.json"
+COLLECTIVE_S = 300  # that one worker waits for the others
+JOB, PROGRESS, FAILURE = "job.json", "progress.json", "failure.json"
 PROGRESS_S = 0.5
 ENUMS: dict[str, type[Enum]] = {"kind": SelectorKind, "reads": Reading, "scoring": Scoring, "objective": Objective,
                                 "teacher_margin": MarginFilter}
@@ -114,20 +115,25 @@ def train(config: Config, promote: bool = True, on_progress: Callable[[TrainProg
     an initialised Ray.
 
     Raises:
-        StoreError: no or too few labels. ConfigError: the labels are of another SLM, or the job failed.
+        StoreError: no or too few labels, or a folder cannot be used. ConfigError: the labels are of another SLM, or a
+        setting is wrong. EvaluationSplitError: labels, or the gate's problems, are for evaluation. S2TError: the
+        workers failed; the same call goes on from their last checkpoint.
     """
     distill_config(config.training)
+    task_problems(config)  # what is wrong with them is said now, not after the training
     job, registry = _open_job(config, say), Registry(config.versions)
     try:
         if registry.find_job(job.id) is None:
             _run(config, job, on_progress)
         manifest = registry.find_job(job.id)
         if manifest is None:
-            raise ConfigError(f"training job {job.id} ended without a version; run it again")
+            raise S2TError(f"training job {job.id} ended without a version; run it again")
         outcome = _gate(config, registry, manifest, promote)
-    except S2TError:
-        (job.folder(config) / JOB).unlink(missing_ok=True)  # what fails by itself must not stand in the next one's way
+    except (ConfigError, EvaluationSplitError):  # of settings or labels: it must not stand in the next one's way
+        (job.folder(config) / JOB).unlink(missing_ok=True)
         raise
+    if skipped := manifest.training.get("skipped_labels"):
+        say(f"{skipped:,} labels of other SLMs or LLMs were skipped")
     _close_job(config, job)
     return outcome
 
@@ -143,7 +149,8 @@ def job_of(config: Config, snapshot: str, slm_digest: str) -> Job:
         init = registry.live() or ""
     elif init:
         registry.folder(init)
-    content = json.dumps([snapshot, asdict(distill_config(config.training)), slm_digest, init], default=str)
+    content = json.dumps([snapshot, asdict(distill_config(config.training)), slm_digest, init, config.slm.dtype,
+                          config.training.workers, config.training.sharding], default=str)
     return Job(hashlib.sha256(content.encode()).hexdigest()[:16], snapshot, init)
 
 
@@ -175,18 +182,31 @@ def unfinished_job(config: Config) -> Job | None:
 
 
 def _close_job(config: Config, job: Job) -> None:
-    """The version has it all; its TensorBoard events stay."""
-    for checkpoint in job.folder(config).glob("step-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    (job.folder(config) / JOB).unlink(missing_ok=True)
+    """The version has it all, and what older jobs had come to is past: their checkpoints go, the TensorBoard events
+    stay."""
+    ours = job.folder(config)
+    for folder in {ours, *ours.parent.glob("*/")}:
+        with suppress(OSError), (folder / ".lock").open("r+") as stream:
+            flock(stream, LOCK_EX | LOCK_NB)  # not those of a job that runs
+            note = folder / JOB
+            if not note.exists() or note.stat().st_mtime <= (ours / JOB).stat().st_mtime:
+                for checkpoint in folder.glob("step-*"):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+    (ours / JOB).unlink(missing_ok=True)
 
 
 def _run(config: Config, job: Job, on_progress: Callable[[TrainProgress], None]) -> None:
-    """Until a version of `job` is published."""
+    """Until a version of `job` is published.
+
+    Raises:
+        What a worker raised. S2TError: workers died too often.
+    """
+    failure = job.folder(config) / FAILURE
+    failure.unlink(missing_ok=True)
     settings, attempt = config.training, f"{job.id}-{os.getpid()}-{time.time_ns()}"
     trainer = TorchTrainer(
         _worker, train_loop_config={"config": config.model_dump(mode="json"), "job": asdict(job)},
-        torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_S),
         scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpus_per_worker > 0,
                                      resources_per_worker=_resources(settings)),
         run_config=RunConfig(name=attempt, storage_path=str(config.data_dir / "training" / "ray"),
@@ -195,11 +215,18 @@ def _run(config: Config, job: Job, on_progress: Callable[[TrainProgress], None])
         with _own_interrupts(), _watching(job.folder(config) / PROGRESS, on_progress):
             outcome: dict[str, Any] = trainer.fit().return_value or {}
     except ray.train.TrainingFailedError as error:
-        raise ConfigError(f"the training job failed: {_last_line(error)}") from error
+        with suppress(OSError, ValueError, LookupError):
+            raise _error_of(json.loads(failure.read_text(encoding="utf-8"))) from error
+        raise S2TError(f"the training job failed: {_last_line(error)}; the same command goes on from its last "
+                       "checkpoint") from error
     finally:
         shutil.rmtree(config.data_dir / "training" / "ray" / attempt, ignore_errors=True)
     if "error" in outcome:
-        raise (StoreError if outcome["kind"] == StoreError.__name__ else ConfigError)(outcome["error"])
+        raise _error_of(outcome)
+
+
+def _error_of(failure: dict[str, str]) -> S2TError:
+    return cast("S2TError", vars(errors)[failure["kind"]](failure["error"]))
 
 
 def _resources(settings: TrainingConfig) -> dict[str, float]:
@@ -254,15 +281,22 @@ def _watching(file: Path, on_progress: Callable[[TrainProgress], None]) -> Itera
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Runs in every training worker. An error that trying again cannot mend is an outcome; any other, and a worker's
-    death, starts all workers again from the last checkpoint."""
-    config = Config.model_validate(arguments["config"])
+    """Runs in every training worker. One alone returns an error that trying again cannot mend. Among several it is
+    noted and raised, which stops the others: they would wait for this one, and only rank 0's return value is heard.
+    Any other error, and a worker's death, starts all workers again from the last checkpoint."""
+    config, job = Config.model_validate(arguments["config"]), Job(**arguments["job"])
+    place = ray.train.get_context()
     torch.set_num_threads(config.slm.threads)
     try:
-        train_and_publish(config, Job(**arguments["job"]), ray.train.get_context().get_world_rank() == 0)
+        train_and_publish(config, job, place.get_world_rank() == 0)
         return {}
     except S2TError as error:
-        return {"error": str(error), "kind": type(error).__name__}
+        failure = {"error": str(error), "kind": type(error).__name__}
+        if place.get_world_size() == 1:
+            return failure
+        with suppress(OSError):
+            write_atomically(job.folder(config) / FAILURE, json.dumps(failure))
+        raise
 
 
 def train_and_publish(config: Config, job: Job, publishes: bool) -> Manifest | None:
@@ -314,7 +348,8 @@ def _manifest(config: Config, distilled: Distilled, settings: DistillConfig, sna
     training = {name: value.value if isinstance(value, Enum) else int(value) if isinstance(value, bool) else value
                 for name, value in asdict(settings).items()}
     counts = {"training_labels": distilled.training_labels, "validation_labels": distilled.validation_labels,
-              "held_out_labels": distilled.test_labels, "steps_done": distilled.steps}
+              "held_out_labels": distilled.test_labels, "skipped_labels": distilled.skipped_labels,
+              "labels_until": distilled.newest, "steps_done": distilled.steps}
     return Manifest(
         version="", kind=settings.kind, reads=settings.reads, temperature=settings.temperature,
         fusion=distilled.selector.fusion, scoring=settings.scoring, standardise=settings.standardise,
@@ -333,17 +368,10 @@ def _gate(config: Config, registry: Registry, manifest: Manifest, promote: bool)
     if _live(registry) == manifest.version:
         agreed = manifest.metrics["agree_at_1"]
         return _outcome(manifest, True, f"{manifest.version} is live already", agreed, {})
-    resources = _resources(config.training)
-    task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=MAX_FAILURES)(_judge)
-    verdict: Verdict | str = ray.get(task.remote(config.model_dump(mode="json"), manifest.version))
-    if isinstance(verdict, str):
-        raise ConfigError(verdict)
+    verdict = judge_apart(config, manifest.version, distill_config(config.training))
     registry.record(manifest.version, verdict)
-    if verdict.passed and promote:
-        registry.promote(manifest.version)
-    reason = ("" if verdict.passed else "not promoted: ") + "; ".join(verdict.reasons)
-    return _outcome(manifest, verdict.passed and promote, reason, verdict.figures.get("agree_at_1_old"),
-                    verdict.figures)
+    promoted, reason = enact(registry, manifest.version, verdict, promote)
+    return _outcome(manifest, promoted, reason, verdict.figures.get("agree_at_1_old"), verdict.figures)
 
 
 def _live(registry: Registry) -> str | None:
@@ -351,17 +379,6 @@ def _live(registry: Registry) -> str | None:
         return registry.live()
     except VersionError:
         return None  # a damaged pointer is mended by the next promotion
-
-
-def _judge(config: dict[str, Any], version: str) -> Verdict | str:
-    """Runs as a Ray task; an error of ours comes back as its text."""
-    resolved = Config.model_validate(config)
-    torch.set_num_threads(resolved.slm.threads)
-    try:
-        return judge_version(resolved, version, distill_config(resolved.training),
-                             "cuda" if resolved.training.gpus_per_worker else "cpu")
-    except S2TError as error:
-        return str(error)
 
 
 def _outcome(manifest: Manifest, promoted: bool, reason: str, live: float | None,

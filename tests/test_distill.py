@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2t_shared.attention import Aside
-from s2t_shared.distill import distil, learning_rate, new_selector, trained_tensors
+from s2t_shared.distill import Point, distil, learning_rate, new_selector, trained_tensors
 from s2t_shared.errors import ConfigError, EvaluationSplitError, StoreError
 from s2t_shared.labels import Label, Rollout
 from s2t_shared.lake import Lake
@@ -379,10 +379,48 @@ def test_training_refuses_foreign_or_few_labels() -> None:
     with pytest.raises(StoreError, match="0 training labels.*filters"):
         TrainingData(make_rollouts(60), "slm", lambda label: 0.0)
     mixed = make_rollouts(60)
-    with pytest.raises(ConfigError, match="2 different LLMs"):
-        TrainingData([replace(mixed[0], llm_digest="other"), *mixed[1:]], "slm", one)
     with pytest.raises(EvaluationSplitError):
         TrainingData([replace(mixed[0], split="test"), *mixed[1:]], "slm", one)
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_labels_of_other_models_are_skipped(tmp_path: Path, rests: bool) -> None:
+    """One rollout of another SLM or LLM does not stop training: most labels of this SLM decide, on disk as in
+    memory, and nothing of the others is trained or measured on."""
+    ours = make_rollouts(60)
+    others = [make_rollout(100 + i, (3,), **{field: "other"}) for i in range(40)
+              for field in ("slm_digest", "llm_digest")]
+    source = [*others[:40], *ours, *others[40:]]
+    Lake(tmp_path).write(source)
+    data = TrainingData(Lake(tmp_path).freeze() if rests else source, "slm", one)
+    assert data.llm_digest == "llm" and data.skipped == 80 and data.newest == max(r.created_at for r in source)
+    epoch = [tree for batch in data.epoch(0) for tree in batch]
+    assert sorted(ids([*epoch, *data.validation, *data.test])) == sorted(ids(ours))
+
+
+def test_a_held_out_prompt_trains_under_no_other_name() -> None:
+    """The same prompt under another task or problem id is the same problem."""
+    rollouts = make_rollouts(200)
+    kept_out = [r for r in rollouts if r.held_out]
+    again = [replace(r, rollout_id=f"again-{r.rollout_id}", task=task, problem_id=f"x-{r.problem_id}",
+                     labels=tuple(replace(label, label_id=f"{task}-{label.label_id}") for label in r.labels))
+             for r in kept_out for task in ("t", "u")]
+    assert sum(not r.held_out for r in again) > 10
+    data = TrainingData([*rollouts, *again], "slm", one)
+    prompts = {r.token_ids[:4] for r in [*kept_out, *again] if r.held_out}
+    trained = {tree.token_ids[:4] for batch in data.epoch(0) for tree in batch}
+    assert trained == {r.token_ids[:4] for r in rollouts} - prompts and len(trained) > 150
+
+
+def test_an_epoch_without_labels_is_an_error(runtime: ModelRuntime) -> None:
+    """Labels that went away meanwhile end the run; it does not look for them for ever."""
+    rollouts = make_rollouts(60, runtime.digest)
+
+    def empty(step: int, loss: float, point: Point) -> None:
+        rollouts.clear()
+
+    with pytest.raises(StoreError, match="no labels to train on"):
+        distil(runtime, rows_of(runtime), rollouts, DistillConfig(steps=50, batch_labels=16), empty)
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------

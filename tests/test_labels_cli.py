@@ -337,12 +337,12 @@ def test_verify_finds_damage_and_quarantine_makes_the_rest_usable(lake: Lake) ->
     assert status == 1 and set(json.loads(text)["bad"]) == {first.stem, second.stem}
     status, text = s2t_labels("verify", lake.root, "--quarantine")
     assert status == 1 and first.stem in text and "1 good shards remain" in text
+    assert "harvest again with --again" in text
     assert s2t_labels("verify", lake.root)[0] == 0
     assert [s.name for s in lake.shards()] == [third.stem] and len(list(lake.rollouts())) > 0
     assert (lake.root / "quarantine" / first.name).exists() and as_json("stats", lake.root)["shards"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="Lake.verify does not call check_rollout yet")
 def test_verify_checks_values_too(lake: Lake) -> None:
     """A shard that matches its manifest can still hold what no label can be."""
     broken = rollout(200)

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2t_shared import lake as lake_module
+from s2t_shared import shards as shards_module
 from s2t_shared.errors import EvaluationSplitError, S2TError, StoreError
 from s2t_shared.labels import Label, Rollout
 from s2t_shared.lake import Lake
@@ -170,7 +171,7 @@ def test_a_name_makes_writing_repeatable(lake: Lake) -> None:
 
 def test_shards_stay_small(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lake_module, "SHARD_ROLLOUTS", 10)
-    monkeypatch.setattr(lake_module, "READ_ROWS", 4)
+    monkeypatch.setattr(shards_module, "READ_ROWS", 4)
     lake.write([rollout(n) for n in range(25)])
     assert [s.rollouts for s in lake.shards()] == [10, 10, 5]
     assert pq.ParquetFile(lake.root / f"{lake.shards()[0].name}.parquet").num_row_groups == 3
@@ -185,7 +186,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(lake: Lake, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     before = {p.name for p in lake.root.iterdir()}
-    for target in ("s2t_shared.lake.os.fsync", "s2t_shared.lake.write_atomically"):
+    for target in ("s2t_shared.lake.os.fsync", "s2t_shared.shards.write_atomically"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(StoreError, match="No space left on device; free"):

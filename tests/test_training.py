@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +25,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from s2t_shared.checkpoints import load_checkpoint, save_checkpoint
 from s2t_shared.config import Config, TrainingConfig, load_config
 from s2t_shared.distill import Distilled, distil, trained_tensors
-from s2t_shared.errors import ConfigError, VersionError
+from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError, StoreError, VersionError
+from s2t_shared.gate import Verdict
 from s2t_shared.lake import Lake
 from s2t_shared.local_selector import Reading, Scoring, SelectorKind
 from s2t_shared.objective import DistillConfig
 from s2t_shared.registry import Registry
 from s2t_shared.runtime import ModelRuntime
 from s2t_shared.text import Tokenizer, reserved_ids
-from services.follow import labels_in, trained_labels
-from services.promotion import judge_version
+from services.follow import trained_until
+from services.promotion import enact, judge_version, task_problems
 from services.training import (
     Job,
     TrainProgress,
     _close_job,
+    _error_of,
     _open_job,
+    _worker,
     distill_config,
     job_of,
+    train,
     train_and_publish,
     unfinished_job,
 )
@@ -195,6 +201,60 @@ def test_two_workers_train_what_one_does(models: dict[str, Path], tmp_path: Path
             assert figures == pytest.approx(alone.metrics, rel=1e-3, abs=1e-4)
 
 
+def resume_in_worker(rank: int, folder: str, model: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    settings, runtime = DistillConfig(steps=3, checkpoint_every=1, max_tokens=40), ModelRuntime.load(model)
+    try:
+        distil(runtime, (), make_rollouts(60, runtime.digest), settings, checkpoints=Path(folder) / str(rank))
+    except RuntimeError as error:
+        Path(f"{folder}/error.{rank}").write_text(str(error), encoding="utf-8")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_workers_that_stand_apart_are_told(models: dict[str, Path], tmp_path: Path) -> None:
+    """A node that does not share the folder would train from another step: an error on all, before any step."""
+    runtime, model = ModelRuntime.load(str(models["slm"])), str(models["slm"])
+    distil(runtime, (), make_rollouts(60, runtime.digest), DistillConfig(steps=3, checkpoint_every=1, max_tokens=40),
+           checkpoints=tmp_path / "0")
+    mp.spawn(resume_in_worker, (str(tmp_path), model), nprocs=2)
+    for rank in (0, 1):
+        text = (tmp_path / f"error.{rank}").read_text(encoding="utf-8")
+        assert "one is of step 3, one of step 0" in text and "share the folder" in text
+
+
+class Place:
+    """One of `size` training workers, as Ray Train tells it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def get_world_rank(self) -> int:
+        return self.size - 1
+
+    def get_world_size(self) -> int:
+        return self.size
+
+
+def test_an_error_among_workers_stops_them_all_and_is_not_lost(config: Config, monkeypatch: pytest.MonkeyPatch
+                                                               ) -> None:
+    """Alone it is the return value; among several it is raised, and its text and kind are in the job's folder."""
+    task = job(config)
+    shutil.rmtree(config.lake / "snapshots")
+    arguments = {"config": config.model_dump(mode="json"), "job": vars(task)}
+    task.folder(config).mkdir(parents=True)
+    for size in (1, 2):
+        monkeypatch.setattr("ray.train.get_context", lambda size=size: Place(size))
+        if size == 1:
+            alone = _worker(arguments)
+        else:
+            with pytest.raises(StoreError, match="is gone"):
+                _worker(arguments)
+    noted = json.loads((task.folder(config) / "failure.json").read_text(encoding="utf-8"))
+    assert noted == alone and type(_error_of(noted)) is StoreError and "is gone" in str(_error_of(noted))
+
+
 # -- publication and the gate -------------------------------------------------------------------------------------
 
 
@@ -222,10 +282,14 @@ def test_the_job_publishes_what_it_trained(config: Config) -> None:
 
 
 def test_a_job_is_what_decides_its_outcome(config: Config) -> None:
-    """Other settings, labels or starting weights are another job; the number of workers is not."""
+    """Other settings, labels or starting weights are another job; so are what rounds otherwise: workers, sharding,
+    number format. What the gate wants is not."""
     first = job(config)
-    assert job(config) == first == job(with_training(config, workers=2, gate_min_problems=3))
-    assert job(with_training(config, steps=61)).id != first.id
+    assert job(config) == first == job(with_training(config, gate_min_problems=3))
+    others = [with_training(config, **{name: value}) for name, value in
+              (("steps", 61), ("workers", 2), ("sharding", "fsdp"))]
+    others.append(config.model_copy(update={"slm": config.slm.model_copy(update={"dtype": "bfloat16"})}))
+    assert len({first.id, *(job(other).id for other in others)}) == 5
     assert job_of(config, "another", "slm").id != job_of(config, "snapshot", "slm").id
     with pytest.raises(VersionError, match="v0009"):
         job(with_training(config, init_from="v0009-nothing"))
@@ -283,7 +347,6 @@ def test_an_unfinished_job_is_found_again(config: Config) -> None:
     Lake(config.lake).write(learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[240:])
     assert unfinished_job(config) == task == _open_job(config, print)
     assert unfinished_job(with_training(config, steps=7)) is None
-    assert labels_in(config.lake) == 750 and trained_labels(config) == 720
     _close_job(config, task)
     assert unfinished_job(config) is None and _open_job(config, print) != task
     assert not list(task.folder(config).glob("step-*")) and (task.folder(config) / "tensorboard").is_dir()
@@ -291,6 +354,95 @@ def test_an_unfinished_job_is_found_again(config: Config) -> None:
     assert unfinished_job(config) == task
     shutil.rmtree(config.lake / "snapshots" / task.snapshot)
     assert unfinished_job(config) is None
+
+
+def test_what_is_new_is_newer_than_what_was_trained_on(config: Config) -> None:
+    """Neither a pruned or rewritten lake nor a snapshot that is gone makes labels new that were trained on."""
+    config, lake = with_training(config, steps=3), Lake(config.lake)
+    assert trained_until(config) == 0.0 and lake.labels_since(0.0) == 720
+    task = job(config)
+    assert train_and_publish(config, task, publishes=True) is not None
+    assert trained_until(config) == 240.0 and lake.labels_since(trained_until(config)) == 0
+    lake.write(learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[235:])  # five come again
+    shutil.rmtree(lake.root / "snapshots")
+    assert lake.compact(2) and lake.labels_since(trained_until(config)) == 30
+
+
+def test_a_lake_of_several_llms_trains_on_one_and_says_so(config: Config) -> None:
+    digest = ModelRuntime.load(config.slm_model).digest
+    Lake(config.lake).write([replace(r, rollout_id=f"other-{r.rollout_id}", llm_digest="other")
+                             for r in make_rollouts(5, digest)])
+    config = with_training(config, steps=2)
+    manifest = train_and_publish(config, job(config), publishes=True)
+    assert manifest is not None and manifest.llm_digest == "llm" and manifest.training["skipped_labels"] == 15
+
+
+def test_closing_a_job_clears_what_is_past(config: Config) -> None:
+    """Checkpoints of older and of closed jobs go; those of a later or a running one stay."""
+    folders = {}
+    for age, name in enumerate(("running", "later", "ours", "older", "closed")):
+        task = Job(name, "", "")
+        folders[name] = task.folder(config)
+        (folders[name] / "step-00000003").mkdir(parents=True)
+        (folders[name] / ".lock").touch()
+        if name != "closed":
+            (folders[name] / "job.json").touch()
+            os.utime(folders[name] / "job.json", (1000 - age, 1000 - age))
+    os.utime(folders["running"] / "job.json", (1, 1))
+    with (folders["running"] / ".lock").open("w") as stream:
+        flock(stream, LOCK_EX)
+        _close_job(config, Job("ours", "", ""))
+    assert {name for name, folder in folders.items() if list(folder.glob("step-*"))} == {"running", "later"}
+    assert not (folders["ours"] / "job.json").exists() and (folders["later"] / "job.json").exists()
+
+
+@pytest.mark.parametrize(("error", "stays"), [(StoreError("disk full"), True), (S2TError("workers died"), True),
+                                              (ConfigError("another SLM"), False)])
+def test_what_the_surroundings_break_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch, error: S2TError,
+                                             stays: bool) -> None:
+    """The job's note outlives a full disk and dead workers, not what is wrong with the settings or the labels."""
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("services.training._run", fail)
+    with pytest.raises(type(error)):
+        train(config)
+    assert (job(config).folder(config) / "job.json").exists() == stays
+
+
+def test_automatic_promotion_respects_the_operator(config: Config) -> None:
+    """A version that was taken back stays back, and a canary on trial stays alone, until the operator says so."""
+    config = with_training(config, steps=2)
+    first, second = (train_and_publish(c, job(c), publishes=True) for c in (config, with_training(config, seed=1)))
+    assert first is not None and second is not None
+    registry, passed = Registry(config.versions), Verdict(True, ("better",))
+    assert enact(registry, first.version, passed, promote=False) == (False, "better") and registry.live() is None
+    assert enact(registry, first.version, passed) == (True, "better")
+    assert enact(registry, second.version, passed)[0] and registry.rollback() == first.version
+    registry.record(second.version, passed)
+    promoted, reason = enact(registry, second.version, passed)
+    assert not promoted and registry.live() == first.version
+    assert reason.startswith("not promoted: it was rolled back") and f"s2t versions promote {second.version}" in reason
+    registry.promote(second.version, 0.1)
+    state = registry.state()
+    for version in (first.version, second.version):
+        promoted, reason = enact(registry, version, passed)
+        assert not promoted and "canary" in reason and registry.state() == state
+    registry.promote(second.version)  # the operator's last word
+    registry.promote(first.version)
+    assert enact(registry, second.version, passed) == (True, "better") and registry.live() == second.version
+    assert enact(registry, first.version, Verdict(False, ("worse",))) == (False, "not promoted: worse")
+
+
+@pytest.mark.parametrize(("name", "split"), [("test.jsonl", "train"), ("tasks.jsonl", "test")])
+def test_the_gate_refuses_evaluation_problems(config: Config, tmp_path: Path, name: str, split: str) -> None:
+    """By file name and by row, and before any training."""
+    row = {"id": "t", "prompt": "w1 w2", "answer": "w1", "split": split}
+    (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    config = with_training(config, gate_problems=str(tmp_path / name))
+    for call in (task_problems, train):
+        with pytest.raises(EvaluationSplitError):
+            call(config)
 
 
 def test_settings_agree_with_the_trainer() -> None:

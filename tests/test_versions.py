@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ from s2t_shared.gate import GateSettings, Paired, Verdict, judge
 from s2t_shared.local_selector import LocalSelector, Reading, Scoring, SelectorKind
 from s2t_shared.lora import Adapter, new_adapter
 from s2t_shared.manifest import Manifest, changes
-from s2t_shared.metrics import Z95, clustered_difference, paired_difference
+from s2t_shared.metrics import Z95, clustered_difference, paired_difference, t95
 from s2t_shared.registry import Canary, Registry
 from s2t_shared.runtime import ModelRuntime, Segment
 from services.live_selector import LiveSelectors
@@ -280,6 +281,23 @@ def test_canary_and_rollback(registry: Registry, runtime: ModelRuntime) -> None:
     assert registry.rollback() == a
 
 
+def test_a_pointer_that_cannot_be_read_is_not_started_anew(registry: Registry, runtime: ModelRuntime) -> None:
+    """Storage that fails for a moment says nothing about the file's content: what was live is not forgotten."""
+    a, b = publish(registry, runtime), publish(registry, runtime, seed=1)
+    registry.promote(a)
+    pointer = registry.root / "LIVE"
+    pointer.rename(registry.root / "kept")
+    pointer.mkdir()  # reading it is an OSError, for root too
+    for call in (registry.state, registry.live, registry.rollback, lambda: registry.promote(b),
+                 lambda: registry.promote(b, 0.5), lambda: registry.objection(b)):
+        with pytest.raises(VersionError, match="cannot be read"):
+            call()
+    pointer.rmdir()
+    (registry.root / "kept").rename(pointer)
+    registry.promote(b)
+    assert registry.state().history == (a, b)
+
+
 def test_rollback_to_a_damaged_version_is_refused(registry: Registry, runtime: ModelRuntime) -> None:
     a, b = publish(registry, runtime), publish(registry, runtime, seed=1)
     registry.promote(a)
@@ -451,7 +469,21 @@ def paired(problems: int, per_problem: int, new: float, old: float, seed: int = 
 def test_clustered_interval_is_the_paired_one_for_single_items() -> None:
     a, b = [True, False, True, True, False] * 9, [False, False, True, False, True] * 9
     mean, half = clustered_difference(a, b, [str(i) for i in range(45)])
-    assert (mean, half) == pytest.approx(paired_difference(a, b))
+    naive, width = paired_difference(a, b)
+    assert (mean, half) == pytest.approx((naive, width * t95(44) / Z95))
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [
+    (1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (19, 2.093), (44, 2.015), (99, 1.984),
+    (10**6, 1.960)])
+def test_few_clusters_have_wider_intervals(degrees: int, quantile: float) -> None:
+    """Student's t, from tables; and the interval is that many standard errors wide."""
+    assert t95(degrees) == pytest.approx(quantile, abs=1e-3)
+    n = degrees + 1
+    if n <= 100:
+        a = [i % 3 == 0 for i in range(n)]
+        mean, half = clustered_difference(a, [False] * n, [str(i) for i in range(n)])
+        assert half == pytest.approx(quantile * math.sqrt(mean * (1 - mean) / degrees), rel=1e-3)
 
 
 def test_clustered_interval_knows_that_copies_are_no_evidence() -> None:
