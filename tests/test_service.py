@@ -34,7 +34,7 @@ from s2t_shared.text import Tokenizer, reserved_ids
 from s2t_shared.types import Answer, CandidateRule, Mode, Policy, Prompt, Sampling, Trigger
 from services.client import Client
 from services.demo import DemoSize, run_loop
-from services.follow import follow, labels_in
+from services.follow import follow
 from services.harvest import HarvestOutcome, harvest, pair_prompts
 from services.load import Target, answer_all
 from services.rollers import ByService, HarvestOptions, InProcess
@@ -338,7 +338,7 @@ def publish_noise(config: Config) -> str:
         for tensor in trained_tensors(selector):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
     lake = Lake(config.lake)
-    snapshot = lake.freeze().id if labels_in(config.lake) else ""
+    snapshot = lake.freeze().id if lake.labels_since(0.0) else ""
     return Registry(config.versions).publish(selector, Manifest(
         version="", kind=settings.kind, reads=settings.reads, temperature=settings.temperature, base_model=str(SLM_DIR),
         slm_digest=runtime.digest, llm_digest="", tokenizer_digest=tokenizer.digest, reserved_ids=reserved, bins=16,
