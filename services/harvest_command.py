@@ -62,7 +62,8 @@ def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging
     from services import harvest as harvesting
     from services.rollers import ByService, HarvestOptions, InProcess, Roller
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as cleanly as Ctrl-C does
+    for stop in (signal.SIGINT, signal.SIGTERM):  # both, also where a shell started us with one of them ignored
+        signal.signal(stop, signal.default_int_handler)
     if positions not in POSITIONS:
         raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
     source = PromptSource(prompts, split, id_column, prompt_column, template, system, chat or system is not None)
