@@ -84,7 +84,7 @@ def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOption
         if not run.rules and not options.thresholds:
             say(f"run {run.id}: thresholds from the first {options.calibrate_on} prompts")
         first = {} if run.rules else _plan(run, roller, prompts, options)
-        work = _Work(run, lake, roller, options, outcome, on_progress)
+        work = _Work(run, lake, roller.keeps, outcome, on_progress)
         on_progress(outcome)
         if first:
             for asked in work.asked(_firsts(prompts, options), only=first):
@@ -160,9 +160,9 @@ class _OpenChunk:
 class _Work:
     """The chunks under way: counts what comes back, and makes a chunk durable when the last of it is there."""
 
-    def __init__(self, run: HarvestRun, lake: Lake, roller: Roller, options: HarvestOptions, outcome: HarvestOutcome,
+    def __init__(self, run: HarvestRun, lake: Lake, keeps: bool, outcome: HarvestOutcome,
                  on_progress: Progress) -> None:
-        self._run, self._lake, self._keeps, self._options = run, lake, roller.keeps, options
+        self._run, self._lake, self._keeps = run, lake, keeps
         self._outcome, self._on_progress = outcome, on_progress
         self._open: dict[int, _OpenChunk] = {}
         self._chunk_of: dict[str, int] = {}
