@@ -1,4 +1,4 @@
-"""Golden Step traces: every mode, trigger, local selector kind and reading, decoded together in one engine.
+"""Golden Step traces: every mode, trigger, local selector kind and reading.
 
 A change of the engine that changes no token proves itself against them (`tests/test_golden.py`). To record them anew,
 after a change that is meant to change tokens: `python -m tests.golden.traces`.
@@ -113,7 +113,7 @@ def random_local_selector(proposer: Proposer, kind: SelectorKind, reads: Reading
 
 
 def decode(slm: Path, llm: Path, prompts: Sequence[Sequence[int]]) -> dict[str, list[list[dict[str, Any]]]]:
-    """Case name -> per prompt the trace of every Step. All cases run in one engine, batched as they come."""
+    """Case name -> per prompt the trace of every Step, each decoded alone."""
     runtime = ModelRuntime.load(str(slm))
     proposer = Proposer(runtime, reserved_ids(Tokenizer.load(slm), runtime.vocab_rows))
     scorer = LLMScorer(ModelRuntime.load(str(llm)), "tokenizer")
@@ -123,26 +123,32 @@ def decode(slm: Path, llm: Path, prompts: Sequence[Sequence[int]]) -> dict[str, 
             made = random_local_selector(proposer, kind, reads, seed=len(local_selectors))
             local_selectors[made.version] = made
     engine = Engine(proposer, InProcessSelector(scorer), lambda version: local_selectors.get(version or ""))
-    running = {}
+    traces: dict[str, list[list[dict[str, Any]]]] = {}
     for case in cases():
-        running[case.name] = [
-            engine.add(
-                DecodeRequest(
-                    request_id=f"{case.name}/{i}",
-                    token_ids=tuple(prompt),
-                    policy=case.policy,
-                    sampling=case.sampling,
-                    max_new_tokens=NEW_TOKENS,
-                    score_rollout=case.score_rollout,
-                    selector_version=case.version,
-                )
+        traces[case.name] = []
+        for i, prompt in enumerate(prompts):
+            request = DecodeRequest(
+                request_id=f"{case.name}/{i}",
+                token_ids=tuple(prompt),
+                policy=case.policy,
+                sampling=case.sampling,
+                max_new_tokens=NEW_TOKENS,
+                score_rollout=case.score_rollout,
+                selector_version=case.version,
             )
-            for i, prompt in enumerate(prompts)
-        ]
+            steps = run_alone(engine, request)
+            traces[case.name].append([trace(step) for step in steps])
+    return traces
+
+
+def run_alone(engine: Engine, request: DecodeRequest) -> list[Step]:
+    """Alone, because rounding depends on what else is in a forward (the laws say that nothing more does)."""
+    sequence = engine.add(request)
     while not engine.idle:
         engine.step()
         engine.wait()
-    return {name: [[trace(step) for step in s.steps] for s in found] for name, found in running.items()}
+    engine.proposer.runtime.pool.clear()
+    return sequence.steps
 
 
 def trace(step: Step) -> dict[str, Any]:
