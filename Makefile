@@ -33,7 +33,7 @@ protos: install
 	  --grpc_python_out=. protos/s2t/v1/*.proto
 
 pair: install
-	$(BIN)/python -m s2t_shared.pair.train
+	$(BIN)/python -m s2t_shared.bundled.train
 
 clean:
 	rm -rf .venv build dist *.egg-info

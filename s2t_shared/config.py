@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from s2t_shared.bundled import LLM_DIR, SLM_DIR
 from s2t_shared.errors import ConfigError
-from s2t_shared.pair import LLM_DIR, SLM_DIR
 from s2t_shared.types import MAX_CANDIDATES, Mode, Trigger
 
 ENVIRONMENT_PREFIX = "S2T_"

@@ -11,9 +11,9 @@ from typing import Any
 from ray import serve
 
 from s2t_shared.config import Config, Placement, check_exposure, load_config
-from services.gateway import Gateway
-from services.proposer import ProposerReplica
-from services.selector import Selector
+from services.serve.gateway import Gateway
+from services.serve.proposer_replica import ProposerReplica
+from services.serve.selector_replica import Selector
 
 APPLICATION = "s2t"
 

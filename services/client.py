@@ -17,7 +17,7 @@ import grpc
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
-from services import net, wire
+from services.rpc import channels, wire
 
 DEFAULT_TIMEOUT_S = 300.0
 
@@ -49,10 +49,10 @@ class Client:
     def __init__(self, address: str = "127.0.0.1:50051", token: str | None = None, authority: Path | None = None,
                  timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """`authority`: PEM file of the certificate authority, for TLS."""
-        self._channel = net.open_channel(address, authority, asynchronous=False)
+        self._channel = channels.open_channel(address, authority, asynchronous=False)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
-        self._metadata, self._timeout = net.call_metadata(token), timeout_s
+        self._metadata, self._timeout = channels.call_metadata(token), timeout_s
 
     def __enter__(self) -> Client:
         return self

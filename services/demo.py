@@ -16,12 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
+from s2t_shared.bundled import SLM_DIR, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, S2TError
-from s2t_shared.lake import Lake
-from s2t_shared.pair import SLM_DIR, problems
+from s2t_shared.labels.lake import Lake
+from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.text import Tokenizer
 from services.client import Client
 from services.evaluation import (
     ModeResult,
@@ -33,11 +33,11 @@ from services.evaluation import (
     run_mode,
     table,
 )
-from services.harvest import harvest, pair_prompts
-from services.load import Target, answer_all
-from services.rollers import ByService, HarvestOptions
-from services.serving import RunningService, running_service
-from services.training import TrainOutcome, train
+from services.harvest.harvest import harvest, pair_prompts
+from services.harvest.rollouts import ByService, HarvestOptions
+from services.launch.local import RunningService, running_service
+from services.rpc.ask_many import Target, answer_all
+from services.train.job import TrainOutcome, train
 
 MAX_NEW_TOKENS = 40
 BUDGET = 0.05

@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.table import Table
 
+from s2t_shared.bundled import problems as pair_problems
+from s2t_shared.data.prompts import read_prompts
+from s2t_shared.decode.generate import extract_answer
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
-from s2t_shared.generate import extract_answer
-from s2t_shared.metrics import hit_at, paired_difference, wilson_interval
-from s2t_shared.pair import problems as pair_problems
 from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.prompts import read_prompts
+from s2t_shared.statistics import hit_at, paired_difference, wilson_interval
 from s2t_shared.types import Prompt
-from services.load import Target, answer_all, prompt_fields
+from services.rpc.ask_many import Target, answer_all, prompt_fields
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     try:
-        from services.cli import run
+        from services.cli.app import run
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("services", "s2t_shared"):
             raise

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from tests.models import build_models  # noqa: E402
+from tests.helpers.models import build_models  # noqa: E402
 
 torch.set_num_threads(1)
 # The same examples on every run, and no time limit on a busy machine: a red test means changed code.

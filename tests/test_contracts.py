@@ -29,7 +29,7 @@ from s2t_shared.types import (
     Usage,
     Versions,
 )
-from services import wire
+from services.rpc import wire
 
 ROOT = Path(__file__).parent.parent
 

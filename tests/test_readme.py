@@ -7,7 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
-from services import cli
+from services.cli.app import app
 from services.client import Client
 
 ROOT = Path(__file__).parent.parent
@@ -36,8 +36,8 @@ def test_named_files_exist() -> None:
 
 def test_verbs_and_flags_exist() -> None:
     """Every `s2t ...` line names a verb and options that the command has."""
-    commands = {c.name or c.callback.__name__: c.callback for c in cli.app.registered_commands if c.callback}
-    groups = {g.name for g in cli.app.registered_groups}
+    commands = {c.name or c.callback.__name__: c.callback for c in app.app.registered_commands if c.callback}
+    groups = {g.name for g in app.app.registered_groups}
     lines = re.findall(r"^    s2t (\S+)(.*(?:\\\n.*)*)", README, re.MULTILINE)
     assert len(lines) >= 6
     for verb, rest in lines:

@@ -22,18 +22,18 @@ from typing import Any
 
 from rich.table import Table
 
-from s2t_shared.distill import distil
-from s2t_shared.engine import Engine
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.generate import GenerateRequest, Generator
 from s2t_shared.errors import ConfigError, InvalidRequestError
-from s2t_shared.generate import GenerateRequest, Generator
-from s2t_shared.labels import Rollout
-from s2t_shared.lake import Lake
-from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.losses import Objective
-from s2t_shared.metrics import clustered_difference, paired_difference
-from s2t_shared.objective import DistillConfig, Evaluation, evaluate_selector
+from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.lake import Lake
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import threshold_for
-from s2t_shared.trees import Part, TrainingData, part_of
+from s2t_shared.statistics import clustered_difference, paired_difference
+from s2t_shared.training.dataset import Part, TrainingData, part_of
+from s2t_shared.training.losses import Objective
+from s2t_shared.training.objective import DistillConfig, Evaluation, evaluate_selector
+from s2t_shared.training.trainer import distil
 from s2t_shared.types import WARMUP_STEPS, Answer, CandidateRule, Mode, Policy, Proposals, Trigger
 from services.bench import workload
 from services.bench.measure import machine

@@ -13,19 +13,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from s2t_shared.calibrate import measure_calibration
-from s2t_shared.engine import LONGEST_DRAFT, Engine
+from s2t_shared.data.prompts import read_prompts
+from s2t_shared.decode.calibrate import measure_calibration
+from s2t_shared.decode.engine import LONGEST_DRAFT, Engine
+from s2t_shared.decode.generate import Generator
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMScorer, SelectorClient
 from s2t_shared.errors import ConfigError
-from s2t_shared.generate import Generator
-from s2t_shared.lake import Lake
-from s2t_shared.prompts import read_prompts
-from s2t_shared.scorer import InProcessSelector, LLMInfo, LLMScorer, SelectorClient
+from s2t_shared.labels.lake import Lake
 from s2t_shared.types import LabelRule, Prompt, ScoreQuery, ScoreReply, Trigger
 from services.bench import workload
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.workload import Models, Settings
-from services.harvest import HarvestOutcome, Prompts, Row, harvest
-from services.rollers import HarvestOptions, InProcess
+from services.harvest.harvest import HarvestOutcome, Prompts, Row, harvest
+from services.harvest.rollouts import HarvestOptions, InProcess
 
 LOCKSTEP, PLAIN, INTERVENED = "token by token", "plain", "intervened"
 PATIENCE_S = 3600.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from s2t_shared.engine import LONGEST_DRAFT
+from s2t_shared.decode.engine import LONGEST_DRAFT
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.policy import Calibration
-from s2t_shared.proposer import Proposer
 from s2t_shared.types import CandidateRule, DecodeRequest, Mode, Policy, Trigger
 from services.bench import workload
 from services.bench.measure import Report, figure, ratios, take_turns

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from s2t_shared.labels import Label
-from s2t_shared.local_selector import LocalSelector
-from s2t_shared.lora import AdapterSwitch, install
-from s2t_shared.runtime import DTYPES, resolve_model
+from s2t_shared.labels.label import Label
+from s2t_shared.model.local_selector import LocalSelector
+from s2t_shared.model.lora import AdapterSwitch, install
+from s2t_shared.model.runtime import DTYPES, resolve_model
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.proposer import Propose, Score, Track
-from s2t_shared.runtime import Segment
+from s2t_shared.decode.proposer import Propose, Score, Track
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.model.runtime import Segment
 from s2t_shared.types import CandidateRule, Mode, Policy, Support
 from services.bench import workload
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns

@@ -14,16 +14,16 @@ from multiprocessing.connection import Connection
 import torch
 
 from s2t_shared.config import SecurityConfig
-from s2t_shared.runtime import ModelRuntime, resolve_model
-from s2t_shared.scorer import LLMInfo, LLMScorer, Pending
-from s2t_shared.text import Tokenizer
+from s2t_shared.decode.llm_selector import LLMInfo, LLMScorer, Pending
+from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
-from services import net
 from services.bench import workload
 from services.bench.measure import Report, figure, ratios, take_turns
 from services.bench.workload import Settings
-from services.remote_selector import RemoteSelector
-from services.selector import ScoreBatcher, SelectionServicer
+from services.rpc import channels
+from services.serve.remote_selector import RemoteSelector
+from services.serve.selector_replica import ScoreBatcher, SelectionServicer
 
 CALLS = 200
 GAP = 16
@@ -156,9 +156,9 @@ def _serve(settings: Settings, instant: bool, pipe: Connection) -> None:
         else:
             scorer = LLMScorer(ModelRuntime.load(settings.slm, settings.dtype, settings.device, workload.KV_BYTES),
                                digest)
-        server = net.new_server(SecurityConfig())
+        server = channels.new_server(SecurityConfig())
         SelectionServicer(ScoreBatcher(scorer), scorer).add_to(server)  # type: ignore[arg-type]
-        port = net.bind(server, "127.0.0.1", 0, SecurityConfig(), "port")
+        port = channels.bind(server, "127.0.0.1", 0, SecurityConfig(), "port")
         await server.start()
         pipe.send((f"127.0.0.1:{port}", scorer.info))
         await server.wait_for_termination()

@@ -15,20 +15,20 @@ import grpc
 import psutil
 
 from s2t_shared.config import load_config
-from s2t_shared.engine import Engine
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import InvalidRequestError
+from s2t_shared.model.runtime import resolve_model
+from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.proposer import Proposer
-from s2t_shared.runtime import resolve_model
-from s2t_shared.text import Tokenizer
 from s2t_shared.types import Policy
-from services import net
 from services.bench import workload
 from services.bench.measure import Figure, Report, figure, ratios, take_turns
 from services.bench.workload import Settings
-from services.load import bounded
-from services.serving import RunningService, running_service
+from services.launch.local import RunningService, running_service
+from services.rpc import channels
+from services.rpc.ask_many import bounded
 
 SAMPLE_S = 5.0
 SOAK_KV_GIB = 0.05  # kept contexts fill the pools up to their bound by design: so small that warm-up fills them
@@ -143,7 +143,7 @@ def _stream_all(service: RunningService, asks: Sequence[Ask], concurrency: int) 
 
 async def _stream(address: str, asks: Sequence[Ask], concurrency: int) -> list[int]:
     """Tokens of every answer (0: it failed)."""
-    async with net.open_channel(address, None) as channel:
+    async with channels.open_channel(address, None) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
 
         async def one(ask: Ask) -> int:

@@ -20,22 +20,22 @@ import grpc
 import numpy as np
 import torch
 
+from s2t_shared.bundled import SLM_DIR, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, InvalidRequestError
-from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.lora import Adapter, new_adapter
-from s2t_shared.manifest import Manifest
-from s2t_shared.pair import SLM_DIR, problems
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.model.lora import Adapter, new_adapter
+from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.tokenizer import RESERVED_COUNT, Tokenizer, reserved_ids
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.registry import Registry
-from s2t_shared.runtime import ModelRuntime, resolve_model
-from s2t_shared.text import RESERVED_COUNT, Tokenizer, reserved_ids
-from services import net
+from s2t_shared.versions.manifest import Manifest
+from s2t_shared.versions.registry import Registry
 from services.bench.measure import machine
 from services.client import Client, parameters
-from services.load import bounded
-from services.serving import running_service
+from services.launch.local import running_service
+from services.rpc import channels
+from services.rpc.ask_many import bounded
 
 PROMPTS = 32
 MAX_NEW_TOKENS = 40
@@ -165,7 +165,7 @@ def _swap_to(client: Client, version: str) -> tuple[float, float]:
 async def _run(address: str, client: Client, versions: tuple[str, str], swaps: int, every_s: float, concurrency: int,
                say: Callable[[str], None]) -> _Load:
     load, stop = _Load(), asyncio.Event()
-    async with net.open_channel(address, None) as channel:
+    async with channels.open_channel(address, None) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         await bounded([(i, None) for i in range(PROMPTS)], lambda item: _ask(stub, *item), concurrency)  # first calls
 
@@ -213,7 +213,7 @@ _PROBLEMS = problems.problems("test", PROMPTS)
 
 async def _replay(address: str, versions: Sequence[str], concurrency: int) -> dict[tuple[str, int], tuple[int, ...]]:
     """What each version answers when it is named."""
-    async with net.open_channel(address, None) as channel:
+    async with channels.open_channel(address, None) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         asked = await bounded([(i, name) for name in versions for i in range(PROMPTS)],
                               lambda item: _ask(stub, *item), concurrency)

@@ -20,12 +20,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from s2t_shared.labels import Label, Rollout
-from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.lora import new_adapter
-from s2t_shared.objective import DistillConfig, training_loss
-from s2t_shared.runtime import ModelRuntime, resolve_model
-from s2t_shared.text import Tokenizer, reserved_ids
+from s2t_shared.labels.label import Label, Rollout
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.model.lora import new_adapter
+from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.training.objective import DistillConfig, training_loss
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.published import LossWeights, PublishedTrainer
 from services.bench.workload import Settings

@@ -10,16 +10,16 @@ from itertools import count
 import torch
 
 from s2t_shared import policy as decide
-from s2t_shared.engine import LONGEST_DRAFT, Engine, SelectorLookup
+from s2t_shared.decode.engine import LONGEST_DRAFT, Engine, SelectorLookup
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
+from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.sequence import LiveSequence
+from s2t_shared.decode.tasks import GENERIC_QUESTIONS
 from s2t_shared.errors import ConfigError
-from s2t_shared.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.lora import Adapter, new_adapter
-from s2t_shared.proposer import Proposer
-from s2t_shared.runtime import ModelRuntime, resolve_model
-from s2t_shared.scorer import InProcessSelector, LLMScorer
-from s2t_shared.sequence import LiveSequence
-from s2t_shared.tasks import GENERIC_QUESTIONS
-from s2t_shared.text import Tokenizer, check_same_tokenizer, reserved_ids
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.model.lora import Adapter, new_adapter
+from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
 from s2t_shared.types import DecodeRequest, Message, Policy, Prompt, Sampling, Trigger
 
 KV_BYTES = 4 << 30

@@ -1,0 +1,1 @@
+"""One causal language model: weights, attention, KV pool, adapters, tokenizer. Knows no policy and no requests."""

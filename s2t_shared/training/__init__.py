@@ -1,0 +1,1 @@
+"""Distils a local selector from labels."""

@@ -1,0 +1,1 @@
+"""Published local selectors: files, checks, the gate, and which one is live."""

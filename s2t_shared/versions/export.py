@@ -1,0 +1,163 @@
+"""A version as a folder for other programs: PEFT's files as they are, or a plain Hugging Face model with the LoRA
+merged into its weights (for `proposals: adapted`, where the adapter acts on every token).
+
+Knows folders and weights; not which version is live.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from s2t_shared.errors import ConfigError, ModelLoadError, VersionError
+from s2t_shared.model.lora import adaptable_layers, load_adapter
+from s2t_shared.model.runtime import model_digest, resolve_model
+from s2t_shared.versions.manifest import BINS, CARD, MANIFEST, Manifest, read_manifest, verify_files, verify_weights
+from s2t_shared.versions.model_card import hub_id
+
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `notes`: what differs from the base model's folder beyond the merged weights."""
+
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+
+def export_adapter(version: Path, folder: Path) -> Exported:
+    """Copy a version's checked files to `folder`: PEFT loads them, `s2t generate --selector FOLDER` too.
+
+    Raises:
+        ConfigError: `folder` is not empty or cannot be written. VersionError: the version is damaged.
+    """
+    manifest = read_manifest(version)
+    verify_files(version, manifest)
+    with _new_folder(folder) as aside:
+        for name in (*manifest.files, MANIFEST):
+            shutil.copyfile(version / name, aside / name)
+    return Exported(folder)
+
+
+def export_merged(version: Path, base_model: str, folder: Path) -> Exported:
+    """Write the SLM with the version's LoRA merged into it, in the base model's dtype: what
+    `AutoModelForCausalLM.from_pretrained` loads. Reserved-row deltas are added to the head's rows; a tied head is
+    untied for it, and rows the model does not have are made. The generation config suppresses the reserved ids.
+
+    Raises:
+        ConfigError: `folder` is not empty or cannot be written. ModelLoadError: no such base model.
+        VersionError: the version is damaged, or was trained for another model.
+    """
+    manifest = read_manifest(version)
+    verify_files(version, manifest)
+    verify_weights(version, manifest)
+    source = resolve_model(base_model)
+    if (digest := model_digest(source)) != manifest.slm_digest:
+        raise VersionError(f"version {manifest.version!r} was trained for another SLM (digest {manifest.slm_digest}, "
+                           f"{base_model!r} is {digest}); name its base model ({manifest.base_model!r})")
+    with _new_folder(folder) as aside:
+        model = _load(source)
+        _merge(model, version)
+        notes = _add_reserved_rows(model, version, manifest) if BINS in manifest.files else []
+        _never_generate_reserved(model, manifest)
+        model.save_pretrained(aside)
+        for pattern in TOKENIZER_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, aside / file.name)
+        (aside / CARD).write_text(_card(manifest, notes), encoding="utf-8")
+    return Exported(folder, tuple(notes))
+
+
+def _load(source: Path) -> Any:
+    """With the generation settings of its folder."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+        if (source / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        return model
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelLoadError(f"model folder {str(source)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, version: Path) -> None:
+    adapter = load_adapter(version, model)
+    for path, layer in adaptable_layers(model).items():
+        a, b = adapter.weights[path]
+        layer.weight.copy_(layer.weight.float() + adapter.scale * (b.float() @ a.float()))
+
+
+@torch.no_grad()
+def _add_reserved_rows(model: Any, version: Path, manifest: Manifest) -> list[str]:
+    notes = []
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        # The deltas belong to the head alone; the embedding rows are read by every prompt.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        notes.append("the output head is no longer tied to the embeddings (tie_word_embeddings: false), which makes "
+                     "the model larger by one head")
+    rows = max(manifest.reserved_ids) + 1
+    if rows > (had := head.weight.shape[0]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        head = model.get_output_embeddings()
+        head.weight[had:] = 0.0
+        model.get_input_embeddings().weight[had:] = 0.0
+        notes.append(f"the vocabulary has {rows} rows instead of {had}: this model has no spare rows, so the reserved "
+                     "ids got rows of their own")
+    deltas = load_file(version / BINS)["deltas"]
+    ids = torch.tensor(manifest.reserved_ids)
+    if deltas.shape != (len(ids), head.weight.shape[1]):
+        raise VersionError(f"version {manifest.version!r}: {BINS} has shape {tuple(deltas.shape)}, "
+                           f"({len(ids)}, {head.weight.shape[1]}) is needed; publish it again")
+    head.weight[ids] = (head.weight[ids].float() + deltas).to(head.weight.dtype)
+    return [*notes, f"the head's rows {min(manifest.reserved_ids)} to {max(manifest.reserved_ids)} hold the reserved "
+                    "bins"]
+
+
+def _never_generate_reserved(model: Any, manifest: Manifest) -> None:
+    """As in the service, where they are masked in every distribution that generates."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    if reserved := [i for i in manifest.reserved_ids if i < rows]:
+        model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or ()), *reserved})
+
+
+def _card(manifest: Manifest, notes: list[str]) -> str:
+    base = hub_id(manifest.base_model)
+    header = "---\n" + (f"base_model: {base}\nbase_model_relation: merge\n" if base else "") + (
+        "library_name: transformers\npipeline_tag: text-generation\ntags:\n- select-to-think\n---\n")
+    notes = ["a plain Hugging Face model: every token is proposed with the adapter on", *notes,
+             f"the version's manifest: `{json.dumps(manifest.metrics)}`"]
+    return f"{header}\n# {manifest.version}, merged\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` when the block ends well and is gone when it does not."""
+    aside = folder.absolute().with_name(f".{folder.absolute().name}.{uuid.uuid4().hex}")
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{str(folder)!r} is not empty; name a new folder, nothing is ever overwritten")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"cannot write to {str(folder)!r}: it is a file; name a new folder")
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

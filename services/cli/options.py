@@ -1,0 +1,80 @@
+"""What all verbs share: options, settings, progress, tables. Knows the terminal; does no work itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from s2t_shared.config import Config, load_config
+from s2t_shared.errors import ConfigError, InvalidRequestError
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")]
+DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis files")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
+TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
+
+
+@contextmanager
+def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
+    """A bar on a terminal, nothing elsewhere; yields a function to call once per finished item."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda: None
+        return
+    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def settings(config: Path | None, **overrides: Any) -> Config:
+    return load_config(config, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def pick(kind: type[Any], name: str, option: str) -> Any:
+    """An enum member by its name on the command line.
+
+    Raises:
+        InvalidRequestError: unknown, listing the known ones.
+    """
+    try:
+        return kind(name.replace("-", "_"))
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise InvalidRequestError(f"{option}={name!r}: unknown; choose from {known}") from None
+
+
+def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:
+    from services.rpc.ask_many import Target
+
+    resolved = settings(config)
+    token = (token_file or resolved.security.token_file)
+    try:
+        secret = token.read_text(encoding="utf-8").strip() if token else None
+    except OSError as error:
+        raise ConfigError(f"token file {str(token)!r} cannot be read: {error.strerror}") from error
+    authority = resolved.security.authority
+    return Target(address or f"{resolved.gateway.host}:{resolved.gateway.port}", secret,
+                  str(authority) if authority else None)
+
+
+def wide_console() -> Console:
+    """For tables: a figure that is cut off is worse than a line that wraps."""
+    return Console(width=max(110, Console().width), highlight=False)
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
+        print(f"{key:>16}: {value:.4g}" if isinstance(value, float) else f"{key:>16}: {value}")

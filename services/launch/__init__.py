@@ -1,0 +1,1 @@
+"""Bringing a service up on this machine or a cluster."""

@@ -1,0 +1,1 @@
+"""The wire: channels, conversions between messages and types, many calls at once."""

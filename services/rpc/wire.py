@@ -1,0 +1,219 @@
+"""The border between our types and the wire: proto <-> types, errors <-> gRPC status. Nothing else knows both.
+
+Needs grpcio and protobuf only, so that a client can use it without torch or Ray.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from s2t_shared import errors
+from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.pb.v1 import selection_pb2 as selection
+from s2t_shared.types import (
+    MAX_CANDIDATES,
+    Answer,
+    CandidateRule,
+    ChosenBy,
+    FinishReason,
+    LabelOptions,
+    LabelRule,
+    Message,
+    Mode,
+    Policy,
+    PositionScores,
+    Prompt,
+    Proposals,
+    Sampling,
+    ScoreQuery,
+    ScoreReply,
+    Step,
+    Trigger,
+)
+
+if TYPE_CHECKING:
+    from s2t_shared.config import DefaultsConfig
+    from s2t_shared.decode.generate import GenerateRequest
+
+MODES = {pb.Mode.Value(f"MODE_{m.name}"): m for m in Mode}
+TRIGGERS = {pb.Trigger.Value(f"TRIGGER_{t.name}"): t for t in Trigger}
+PROPOSALS = {pb.Proposals.Value(f"PROPOSALS_{p.name}"): p for p in Proposals} | {0: Proposals.BASE}
+CHOSEN_BY = {c: pb.ChosenBy.Name(pb.ChosenBy.Value(f"CHOSEN_BY_{c.name}")) for c in ChosenBy}
+FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+NO_SELECTOR = "none"
+ERROR_KIND = "s2t-error"  # trailing metadata
+
+# Subclasses before their bases: the first match wins.
+STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.EvaluationSplitError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.TokenizerMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ModelLoadError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.VersionNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.VersionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.SelectorUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.StoreError: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+}
+
+E = TypeVar("E")
+
+
+def status_of(error: errors.S2TError) -> grpc.StatusCode:
+    for kind, status in STATUS.items():
+        if isinstance(error, kind):
+            return status
+    return grpc.StatusCode.INTERNAL
+
+
+async def abort(context: Any, error: errors.S2TError) -> None:
+    """End a call with the error's status and text; its class travels along, for our own clients."""
+    await context.abort(status_of(error), str(error), ((ERROR_KIND, type(error).__name__),))
+
+
+def error_of(error: grpc.RpcError) -> errors.S2TError:
+    """A call's failure, as the error the server raised (for clients and proposers)."""
+    code, details = error.code(), error.details() or "no details"
+    names = {kind.__name__: kind for kind in STATUS}
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KIND and value in names:
+            return names[value](details)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.SelectorUnavailableError(f"the service cannot be reached or is not ready ({details})")
+    for kind, status in STATUS.items():
+        if status is code:
+            return kind(details)
+    return errors.S2TError(f"{code.name}: {details}")
+
+
+def _known(value: int, table: dict[int, E], field: str) -> E:
+    if value not in table:
+        raise errors.InvalidRequestError(f"{field}={value}: unknown; known are {sorted(table)}")
+    return table[value]
+
+
+# -- generation ---------------------------------------------------------------------------------------------------
+
+
+def read_request(request_id: str, p: pb.GenerationParameters, defaults: DefaultsConfig,
+                 call_timeout_s: float | None) -> GenerateRequest:
+    """A client's request with the deployment's defaults filled in.
+
+    Raises:
+        InvalidRequestError: an unknown enum value, or no prompt.
+    """
+    from s2t_shared.decode.generate import GenerateRequest  # models' side: not needed by clients
+
+    mode = _known(p.mode, MODES, "mode") if p.mode else defaults.mode
+    trigger = _known(p.trigger, TRIGGERS, "trigger") if p.trigger else defaults.trigger
+    when = p.WhichOneof("when")
+    policy = Policy(mode, trigger, p.threshold if when == "threshold" else 0.0,
+                    CandidateRule(p.candidates if p.HasField("candidates") else defaults.candidates, p.candidate_ratio),
+                    _known(p.proposals, PROPOSALS, "proposals"))
+    budget = {"budget": p.budget, "threshold": None, None: defaults.budget}[when]
+    sampling = Sampling(p.sampling.temperature if p.sampling.HasField("temperature") else 0.7,
+                        p.sampling.top_p if p.sampling.HasField("top_p") else 1.0, p.sampling.top_k, p.sampling.seed)
+    request_id = request_id or uuid.uuid4().hex
+    selector = p.selector_version if p.HasField("selector_version") else None
+    return GenerateRequest(
+        request_id, read_prompt(p), policy, budget, sampling,
+        p.samples if p.HasField("samples") else 8,
+        p.max_new_tokens if p.HasField("max_new_tokens") else defaults.max_new_tokens,
+        tuple(p.stop), p.timeout_seconds or call_timeout_s or 0.0,
+        "" if selector == NO_SELECTOR else selector, p.score_rollout, p.return_steps,
+        LabelOptions(p.labels.store if p.labels.HasField("store") else defaults.store_labels,
+                     p.labels.task, p.labels.problem_id, p.labels.split or "train",
+                     tuple(_known(t, TRIGGERS, "labels.triggers") for t in p.labels.triggers),
+                     p.labels.budget if p.labels.HasField("budget") else 0.1,
+                     tuple(LabelRule(_known(r.trigger, TRIGGERS, "labels.rules"), r.threshold)
+                           for r in p.labels.rules), p.labels.durable, p.labels.collect),
+        defaults.answer_pattern, fresh_selections=p.fresh_selections)
+
+
+def read_prompt(p: pb.GenerationParameters) -> Prompt:
+    form = p.WhichOneof("prompt")
+    if form == "text":
+        return Prompt(text=p.text)
+    if form == "messages":
+        return Prompt(messages=tuple(Message(m.role, m.content) for m in p.messages.messages))
+    if form == "token_ids":
+        return Prompt(token_ids=tuple(p.token_ids.ids))
+    raise errors.InvalidRequestError("prompt: missing; give text, messages or token_ids")
+
+
+def write_answer(answer: Answer, texts: list[str], labels_stored: int, rollout: bytes = b"") -> pb.Answer:
+    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a labels.Rollout as JSON."""
+    u, v = answer.usage, answer.versions
+    return pb.Answer(
+        token_ids=answer.token_ids, text=answer.text, finish_reason=FINISH[answer.finish_reason],
+        usage=pb.Usage(prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens, triggers=u.triggers,
+                       flips=u.flips, llm_forwards=u.llm_forwards, degraded_steps=u.degraded_steps),
+        versions=pb.Versions(slm=v.slm, llm=v.llm, selector=v.selector),
+        steps=[write_step(step, text) for step, text in zip(answer.steps, texts, strict=True)],
+        labels_stored=labels_stored, rollout=rollout)
+
+
+def write_step(step: Step, text: str) -> pb.Step:
+    from s2t_shared import policy as decide  # numpy: not needed by clients
+
+    message = pb.Step(index=step.index, token_id=step.token_id, chosen_by=CHOSEN_BY[step.chosen_by],
+                      triggered=step.triggered, signal=step.signal, candidate_ids=step.candidate_ids,
+                      scores=step.scores, slm_top_id=step.slm_top_id, llm_top_id=step.llm_top_id,
+                      degraded=step.degraded, text=text)
+    if step.support is not None:
+        message.entropy = decide.entropy(step.support.log_probs)
+        if step.llm is not None:
+            message.kl = decide.kl(step.support.log_probs, step.llm.log_probs)
+            top = step.llm.top_id
+            message.llm_top_rank = step.support.ids.index(top) if top in step.support.ids else -1
+    return message
+
+
+# -- selection ----------------------------------------------------------------------------------------------------
+
+
+def write_query(query: ScoreQuery) -> selection.ScoreRequest:
+    return selection.ScoreRequest(
+        token_ids=query.token_ids, positions=query.positions,
+        candidate_ids=[i for group in query.candidate_ids for i in group],
+        candidate_counts=[len(group) for group in query.candidate_ids],
+        excluded_ids=query.excluded_ids, vocab_size=query.vocab_size, sequence_id=query.sequence_id)
+
+
+def read_query(request: selection.ScoreRequest) -> ScoreQuery:
+    """Raises InvalidRequestError: counts and candidates do not fit together."""
+    counts = list(request.candidate_counts)
+    if sum(counts) != len(request.candidate_ids):
+        raise errors.InvalidRequestError(f"candidate_counts add up to {sum(counts)}, but there are "
+                                         f"{len(request.candidate_ids)} candidate_ids")
+    if any(count > MAX_CANDIDATES for count in counts):
+        raise errors.InvalidRequestError(f"candidate_counts: at most {MAX_CANDIDATES} per position")
+    groups, ids = [], list(request.candidate_ids)
+    for count in counts:
+        groups.append(tuple(ids[:count]))
+        ids = ids[count:]
+    return ScoreQuery(tuple(request.token_ids), tuple(request.positions), tuple(groups), tuple(request.excluded_ids),
+                      request.vocab_size, request.sequence_id)
+
+
+def write_reply(reply: ScoreReply) -> selection.ScoreResponse:
+    return selection.ScoreResponse(
+        log_probs=[x for p in reply.positions for x in p.log_probs], top_ids=[p.top_id for p in reply.positions],
+        top_log_probs=[p.top_log_prob for p in reply.positions], llm_digest=reply.llm_version)
+
+
+def read_reply(query: ScoreQuery, response: selection.ScoreResponse) -> ScoreReply:
+    positions, at, log_probs = [], 0, list(response.log_probs)
+    asked = len(query.candidate_ids), sum(map(len, query.candidate_ids))
+    if (len(response.top_ids), len(log_probs)) != asked or len(response.top_log_probs) != asked[0]:
+        raise errors.SelectorUnavailableError("a selector's reply does not fit its query; are its versions the same?")
+    for group, top_id, top in zip(query.candidate_ids, response.top_ids, response.top_log_probs, strict=True):
+        positions.append(PositionScores(tuple(log_probs[at: at + len(group)]), top_id, top))
+        at += len(group)
+    return ScoreReply(tuple(positions), response.llm_digest)

@@ -1,0 +1,162 @@
+"""Our servers: the token, the limits, a taken port. One small server on loopback per test."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from s2t_shared.config import SecurityConfig
+from s2t_shared.decode.llm_selector import LLMInfo
+from s2t_shared.errors import ConfigError, S2TError, TokenizerMismatchError, UnauthenticatedError
+from s2t_shared.pb.v1 import selection_pb2 as pb
+from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
+from s2t_shared.types import ScoreQuery
+from services.rpc import channels, wire
+from services.serve.remote_selector import RemoteSelector
+
+OPEN = SecurityConfig()
+
+
+class Servicer(pb_grpc.SelectionServiceServicer):
+    """Says that the first candidate has log-probability -1; fails when asked about id 13."""
+
+    async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
+        if 13 in request.token_ids:
+            await wire.abort(context, TokenizerMismatchError("thirteen"))
+        return pb.ScoreResponse(log_probs=[-1.0] * len(request.candidate_ids), top_ids=[7], top_log_probs=[-0.5])
+
+    async def DescribeModel(self, request: pb.DescribeModelRequest,
+                            context: grpc.aio.ServicerContext) -> pb.DescribeModelResponse:
+        return pb.DescribeModelResponse(digest="llm", tokenizer_digest="tok", eos_ids=[1], max_length=99)
+
+
+async def start(security: SecurityConfig, limit: int = channels.MAX_MESSAGE_BYTES) -> tuple[grpc.aio.Server, str]:
+    server = channels.new_server(security, limit)
+    pb_grpc.add_SelectionServiceServicer_to_server(Servicer(), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    port = channels.bind(server, "127.0.0.1", 0, security, "test.port")
+    await server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+async def code_of(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
+    """Default deny: no token, a wrong one and a prefix of it are refused; a load balancer may ask for health."""
+    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
+    security = SecurityConfig(token_file=tmp_path / "token")
+
+    async def main() -> list[grpc.StatusCode]:
+        server, address = await start(security)
+        async with channels.open_channel(address, None) as channel:
+            stub = pb_grpc.SelectionServiceStub(channel)
+            codes = [await code_of(stub.DescribeModel(pb.DescribeModelRequest(), metadata=channels.call_metadata(token)))
+                     for token in (None, "wrong", "secre", "secret")]
+            codes.append(await code_of(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())))
+        await server.stop(0)
+        return codes
+
+    denied = grpc.StatusCode.UNAUTHENTICATED
+    assert asyncio.run(main()) == [denied, denied, denied, grpc.StatusCode.OK, grpc.StatusCode.OK]
+
+
+def test_large_messages_are_refused_before_they_are_read() -> None:
+    async def main() -> list[grpc.StatusCode]:
+        server, address = await start(OPEN, limit=2000)
+        async with channels.open_channel(address, None) as channel:
+            stub = pb_grpc.SelectionServiceStub(channel)
+            codes = [await code_of(stub.Score(pb.ScoreRequest(token_ids=[1] * n))) for n in (100, 5000)]
+        await server.stop(0)
+        return codes
+
+    assert asyncio.run(main()) == [grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED]
+
+
+def test_a_taken_port_names_the_setting() -> None:
+    async def main() -> None:
+        server, address = await start(OPEN)
+        try:
+            channels.bind(channels.new_server(OPEN), "127.0.0.1", int(address.rpartition(":")[2]), OPEN, "gateway.port")
+        finally:
+            await server.stop(0)
+
+    with pytest.raises(ConfigError, match=r"the port is taken.*gateway\.port"):
+        asyncio.run(main())
+
+
+def remote(address: list[str], tokenizer: str = "tok") -> RemoteSelector:
+    async def addresses() -> list[str]:
+        return address
+
+    return RemoteSelector(addresses, OPEN, tokenizer, LLMInfo("", "", frozenset({2}), 50))
+
+
+def ask(selector: RemoteSelector, *token_ids: int) -> asyncio.Future:
+    (future,) = selector.submit([ScoreQuery(token_ids, (0,), ((4, 5),), sequence_id="s")])
+    return asyncio.wrap_future(future)
+
+
+def test_remote_selector_learns_asks_and_survives_a_loss() -> None:
+    """It takes the LLM's facts from the replica, answers, passes errors on as they were raised, goes to the other
+    replica when one dies, and fails at once when none is left."""
+
+    async def main() -> None:
+        (one, first), (two, second) = await start(OPEN), await start(OPEN)
+        addresses = [first, second]
+        selector = remote(addresses)
+        assert selector.info.digest == "" and not selector.reachable
+        with pytest.raises(S2TError, match="no selector"):
+            await ask(selector, 1)
+        await selector.refresh()
+        assert selector.info == LLMInfo("llm", "tok", frozenset({1}), 99)
+        reply = await ask(selector, 1)
+        assert reply.positions[0].log_probs == (-1.0, -1.0) and reply.positions[0].top_id == 7
+        with pytest.raises(TokenizerMismatchError, match="thirteen"):
+            await ask(selector, 13)
+        await one.stop(0)
+        for _ in range(4):
+            assert (await ask(selector, 1)).positions[0].top_id == 7
+        await two.stop(0)
+        for _ in range(2):
+            with pytest.raises(S2TError, match="no selector"):
+                await ask(selector, 1)
+
+    asyncio.run(main())
+
+
+def test_a_selector_of_another_tokenizer_is_refused() -> None:
+    async def main() -> None:
+        server, address = await start(OPEN)
+        selector = remote([address], tokenizer="other")
+        await selector.refresh()
+        assert not selector.reachable
+        with pytest.raises(TokenizerMismatchError, match="not the SLM's"):
+            selector.check()
+        await server.stop(0)
+
+    asyncio.run(main())
+
+
+def test_unauthenticated_reaches_clients_as_its_own_error(tmp_path: Path) -> None:
+    from services.client import Client
+
+    (tmp_path / "token").write_text("secret", encoding="utf-8")
+
+    async def main() -> None:
+        server, address = await start(SecurityConfig(token_file=tmp_path / "token"))
+        with pytest.raises(UnauthenticatedError, match="authorization"):
+            await asyncio.to_thread(lambda: Client(address, token="wrong", timeout_s=5).describe())
+        await server.stop(0)
+
+    asyncio.run(main())
