@@ -101,6 +101,12 @@ def test_only_app_binds() -> None:
             assert ".bind(" not in file.read_text(encoding="utf-8").replace("net.bind(", "").replace("probe.bind(", "")
 
 
+def test_there_is_one_way_to_lock_a_file() -> None:
+    """But for Redis, whose server inherits the lock with its log."""
+    locking = [file.stem for file in [*MODULES, *SERVICES] if "flock" in file.read_text(encoding="utf-8")]
+    assert sorted(locking) == ["files", "redis_server"]
+
+
 def test_files_and_functions_stay_small() -> None:
     for file in [*MODULES, *SERVICES]:
         text = file.read_text(encoding="utf-8")

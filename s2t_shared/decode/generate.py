@@ -35,6 +35,7 @@ from s2t_shared.types import (
 
 MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH, MAX_STOP_TOTAL = 256, 1024  # characters: of one stop string, of all
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def check_request(request: GenerateRequest) -> None:
         raise InvalidRequestError(f"samples={request.samples}: must be 1..{MAX_SAMPLES}")
     if len(request.stop) > MAX_STOP_STRINGS or any(not s for s in request.stop):
         raise InvalidRequestError(f"stop: at most {MAX_STOP_STRINGS} strings, none empty")
+    longest, total = max(map(len, request.stop), default=0), sum(map(len, request.stop))
+    if longest > MAX_STOP_LENGTH or total > MAX_STOP_TOTAL:
+        raise InvalidRequestError(f"stop: the longest string has {longest} characters, all have {total}; at most "
+                                  f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted")
     sampling = request.sampling
     if not 0.0 <= sampling.temperature <= 100.0:
         raise InvalidRequestError(f"temperature={sampling.temperature}: must be 0..100")

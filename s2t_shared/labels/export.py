@@ -12,9 +12,6 @@ Written aside, renamed whole. Knows labels and files; of models only, where text
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +24,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from s2t_shared.errors import ConfigError, TokenizerMismatchError
-from s2t_shared.files import sync_folder
+from s2t_shared.files import new_folder
 from s2t_shared.labels.label import HELD_OUT_SHARE, SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.tokenizer import Tokenizer
@@ -95,35 +92,25 @@ def export_labels(lake: Lake, folder: Path, kind: ExportFormat = ExportFormat.HF
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} exists and is not an empty folder; give another name, or remove it")
-    folder = folder.absolute()
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     snapshot = lake.freeze()
     exported = Exported(snapshot.id)
     try:
-        (aside / "data").mkdir(parents=True)
-        writers = {split: _Shards(aside / "data", split, kind, tokenizer is not None, shard_bytes) for split in SPLITS}
-        for rollout in snapshot.rollouts():
-            for row in _rows(rollout, tokenizer):
-                writers[row["split"]].write(row)
-            _tally(exported, rollout)
-            on_labels(len(rollout.labels))
-        for writer in writers.values():
-            writer.close()
-        if kind is ExportFormat.HF:
-            (aside / "README.md").write_text(dataset_card(exported, tokenizer is not None), encoding="utf-8")
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with path.open("rb+") as stream:
-                    os.fsync(stream.fileno())
-        sync_folder(aside / "data")
-        sync_folder(aside)
-        aside.rename(folder)
-        sync_folder(folder.parent)
+        with new_folder(folder.absolute()) as aside:
+            (aside / "data").mkdir()
+            writers = {split: _Shards(aside / "data", split, kind, tokenizer is not None, shard_bytes)
+                       for split in SPLITS}
+            for rollout in snapshot.rollouts():
+                for row in _rows(rollout, tokenizer):
+                    writers[row["split"]].write(row)
+                _tally(exported, rollout)
+                on_labels(len(rollout.labels))
+            for writer in writers.values():
+                writer.close()
+            if kind is ExportFormat.HF:
+                (aside / "README.md").write_text(dataset_card(exported, tokenizer is not None), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot export to {str(folder)!r}: {error.strerror or error}; free or grant space "
                           "there") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return exported
 
 

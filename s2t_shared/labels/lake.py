@@ -19,7 +19,6 @@ Knows rollouts and files; not Redis, not models.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.files import sync_folder, write_atomically
+from s2t_shared.files import locked, new_folder, write_atomically
 from s2t_shared.labels.label import Rollout, check_rollout
 from s2t_shared.labels.shards import (
     Shard,
@@ -89,7 +88,7 @@ class Lake:
         Raises:
             StoreError: the folder cannot be written. A shard is visible whole or not at all: write all again.
         """
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(shared=True):
             deletions = self.deletions()
             kept = [r for r in rollouts if not any(d.matches(r) for d in deletions)]
             stamp = name or f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
@@ -107,7 +106,7 @@ class Lake:
         """
         if not self.root.is_dir():
             return []
-        with self._locked(fcntl.LOCK_SH):  # a rewrite is seen before or after, not halfway
+        with self._locked(shared=True):  # a rewrite is seen before or after, not halfway
             return present(self.root)
 
     def rollouts(self) -> Iterator[Rollout]:
@@ -126,7 +125,7 @@ class Lake:
         """
         if not self.root.is_dir():
             return 0
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(shared=True):
             shards = present(self.root)
             return sum(s.labels for s in shards if s.first > t) + sum(
                 labels for s in shards if s.first <= t < s.last
@@ -138,7 +137,7 @@ class Lake:
         Raises:
             StoreError: the lake holds no labels.
         """
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(shared=True):
             shards = present(self.root)
             if not sum(s.labels for s in shards):
                 raise StoreError(f"no labels in the lake folder {self.root.name!r}; harvest first (s2t harvest)")
@@ -149,22 +148,15 @@ class Lake:
             return snapshot
 
     def _link(self, shards: Sequence[Shard], snapshot: Snapshot) -> None:
-        aside = self.root / "snapshots" / f".{uuid.uuid4().hex}"
-        aside.mkdir(parents=True)
-        for shard in shards:
-            for name in (f"{shard.name}.parquet", f"{shard.name}.json"):
-                try:
-                    os.link(self.root / name, aside / name)
-                except OSError:  # a file system without links
-                    shutil.copy2(self.root / name, aside / name)
-        sync_folder(aside)
         if snapshot.folder.is_dir() and not snapshot.whole:
             snapshot.remove()
-        try:
-            aside.rename(snapshot.folder)
-        except OSError:  # another froze the same meanwhile
-            shutil.rmtree(aside)
-        sync_folder(aside.parent)
+        with suppress(FileExistsError), new_folder(snapshot.folder) as aside:  # another froze the same meanwhile
+            for shard in shards:
+                for name in (f"{shard.name}.parquet", f"{shard.name}.json"):
+                    try:
+                        os.link(self.root / name, aside / name)
+                    except OSError:  # a file system without links
+                        shutil.copy2(self.root / name, aside / name)
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
         """Raises StoreError: there is no such snapshot any more, or not the whole of it."""
@@ -177,7 +169,7 @@ class Lake:
         wrong: dict[str, str] = {}
         if not self.root.is_dir():
             return wrong
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(shared=True):
             for manifest in sorted(self.root.glob("shard-*.json")):
                 try:
                     shard = read_manifest(manifest)
@@ -191,7 +183,7 @@ class Lake:
 
     def quarantine(self, names: Iterable[str]) -> None:
         """Move bad shards aside, to `quarantine/`, so that the others can be used."""
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked():
             self._sweep()
             (self.root / "quarantine").mkdir(exist_ok=True)
             for name in names:
@@ -218,7 +210,7 @@ class Lake:
         Raises:
             StoreError: a shard is damaged: put it aside (s2t labels verify --quarantine) and delete again.
         """
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked():
             self._sweep()
             deletion = Deletion.of(field, value)
             lines = [json.dumps(asdict(d)) for d in (*self.deletions(), deletion)]
@@ -240,7 +232,7 @@ class Lake:
         `max_bytes` (0: no limit); snapshots that hold what is too old; and where there was too much, those that keep
         shards of their own from being freed, but for the newest, which a training run may be reading. Returns the
         rollouts removed."""
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked():
             self._sweep()
             shards, oldest = present(self.root), time.time() - max_age_s if max_age_s else 0.0
             gone = _prunable(shards, max_age_s, max_bytes)
@@ -260,7 +252,7 @@ class Lake:
     def compact(self, least: int = 16) -> int:
         """Join the small shards of a day once there are `least` of them; returns how many were joined. Of one day
         (UTC, of the newest rollout): rollouts that grow old on different days must be able to go on different days."""
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked():
             self._sweep()
             days: dict[float, list[Shard]] = defaultdict(list)
             for shard in present(self.root):
@@ -310,12 +302,11 @@ class Lake:
                 snapshot.remove()
 
     @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
+    def _locked(self, shared: bool = False) -> Iterator[None]:
         """Released when the process dies, however it dies."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with (self.root / ".lock").open("w") as stream:
-                fcntl.flock(stream, kind)
+            with locked(self.root / ".lock", shared):
                 yield
         except OSError as error:
             raise StoreError(f"the lake folder {self.root.name!r} cannot be used: {error.strerror or error}; free or "

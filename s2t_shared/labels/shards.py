@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections import Counter
@@ -24,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import sha256_file, write_atomically
+from s2t_shared.files import new_file, sha256_file, write_atomically
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
 
 LABEL_TYPE = pa.struct([
@@ -67,23 +66,19 @@ def write_shard(folder: Path, stamp: str, rollouts: Iterable[Rollout], replaced:
     path, manifest = folder / f"{name}.parquet", folder / f"{name}.json"
     if manifest.exists():  # written before, under this name
         return
-    aside = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     times, labels = [], 0
     try:
-        with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
-            for rows in groups(rollouts, READ_ROWS):
-                writer.write_table(to_table(rows))
-                times += [r.created_at for r in rows]
-                labels += sum(len(r.labels) for r in rows)
-        with aside.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        replaces = dict.fromkeys(name for shard in replaced for name in (shard.name, *shard.replaces))
-        shard = Shard(name, len(times), labels, aside.stat().st_size, sha256_file(aside), min(times, default=0.0),
-                      max(times, default=0.0), tuple(replaces))
-        aside.replace(path)
+        with new_file(path) as aside:
+            with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
+                for rows in groups(rollouts, READ_ROWS):
+                    writer.write_table(to_table(rows))
+                    times += [r.created_at for r in rows]
+                    labels += sum(len(r.labels) for r in rows)
+            replaces = dict.fromkeys(name for shard in replaced for name in (shard.name, *shard.replaces))
+            shard = Shard(name, len(times), labels, aside.stat().st_size, sha256_file(aside), min(times, default=0.0),
+                          max(times, default=0.0), tuple(replaces))
         write_atomically(manifest, json.dumps(asdict(shard), indent=2))
     except BaseException:  # a full disk must not be filled by what it refused
-        aside.unlink(missing_ok=True)
         if not manifest.exists():
             path.unlink(missing_ok=True)
         raise

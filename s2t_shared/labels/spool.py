@@ -11,8 +11,6 @@ A record that a crash cut short was never promised: reading ends there. Knows by
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import struct
@@ -20,12 +18,12 @@ import threading
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import sync_folder
+from s2t_shared.files import locked, sync
 
 HEADER = struct.Struct("<II")  # length in bytes, CRC-32
 SEGMENT_BYTES = 4 << 20  # about; one is read whole
@@ -45,12 +43,14 @@ class Spool:
         self._lock = threading.Lock()  # of what follows
         self._open: IO[bytes] | None = None
         self._path, self._size, self._made = self._folder, 0, 0
-        self._held: dict[Path, IO[bytes]] = {}  # folder -> its lock file
+        self._held: dict[Path, ExitStack] = {}  # folder -> its lock
         with self._guarded():
             with self._alone():
                 self._folder.mkdir()
-                self._held[self._folder] = _hold(self._folder)
-            sync_folder(root)
+                lock = _hold(self._folder)
+                assert lock is not None, "nobody else knows this folder"
+                self._held[self._folder] = lock
+            sync(root)
         self.adopt()
 
     def append(self, entries: Sequence[bytes]) -> None:
@@ -68,7 +68,7 @@ class Spool:
                 self._path = self._folder / f"{self._made:08d}{SUFFIX}"
                 self._made += 1
                 self._open, self._size = self._path.open("xb", buffering=0), 0
-                sync_folder(self._folder)
+                sync(self._folder)
             try:
                 _write_all(self._open, records)
                 os.fsync(self._open.fileno())
@@ -141,7 +141,7 @@ class Spool:
         """
         with self._guarded(), self._alone():
             for folder in self._root.iterdir():
-                if folder.is_dir() and folder not in self._held and (lock := _try_hold(folder)) is not None:
+                if folder.is_dir() and folder not in self._held and (lock := _hold(folder)) is not None:
                     self._held[folder] = lock
             for folder in [f for f in self._held if f != self._folder and not any(f.glob(f"*{SUFFIX}"))]:
                 self._release(folder)
@@ -170,8 +170,7 @@ class Spool:
     def _alone(self) -> Iterator[None]:
         """While folders come, change hands or go."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # labels hold users' text
-        with (self._root / ".lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with locked(self._root / ".lock"):
             yield
 
     @contextmanager
@@ -185,24 +184,12 @@ class Spool:
                              "grant space there") from error
 
 
-def _hold(folder: Path) -> IO[bytes]:
-    """Lock a folder, for as long as the file stays open. Raises OSError: someone else holds it."""
-    lock = (folder / "lock").open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise
-    return lock
-
-
-def _try_hold(folder: Path) -> IO[bytes] | None:
-    try:
-        return _hold(folder)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # its writer lives, or is another user's
-            return None
-        raise
+def _hold(folder: Path) -> ExitStack | None:
+    """Lock a folder until the stack is closed; None: its writer lives, or is another user's."""
+    with ExitStack() as stack, suppress(PermissionError):
+        if stack.enter_context(locked(folder / "lock", wait=False)):
+            return stack.pop_all()
+    return None
 
 
 def _write_all(stream: IO[bytes], content: bytes) -> None:

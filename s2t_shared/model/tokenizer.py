@@ -104,6 +104,33 @@ class Tokenizer:
         return str(self.hf.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+class StopMatcher:
+    """Looks for one stop string in text that comes in pieces (Knuth-Morris-Pratt): linear in the text.
+
+    `matched`: the longest end of the text so far that begins the stop string, in characters.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        # Of each beginning of the stop string, by its length: its longest proper end that is a beginning too.
+        self._borders = [0, 0]
+        for character in stop[1:]:
+            self._borders.append(self._longer(self._borders[-1], character))
+
+    def feed(self, piece: str) -> int | None:
+        """Characters of `piece` up to the end of the first stop string; None: it is not there yet."""
+        for read, character in enumerate(piece, 1):
+            self.matched = self._longer(self.matched, character)
+            if self.matched == len(self.stop):
+                return read
+        return None
+
+    def _longer(self, matched: int, character: str) -> int:
+        while matched and self.stop[matched] != character:
+            matched = self._borders[matched]
+        return matched + (self.stop[matched] == character)
+
+
 class TextStream:
     """Folds token ids into text pieces; holds back a piece that ends inside a character or may begin a stop string.
 
@@ -111,7 +138,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(s for s in stop if s)
+        self._tokenizer, self._stops = tokenizer, [StopMatcher(s) for s in stop if s]
         self._ids: list[int] = []
         self._anchor = 0  # decode from here: a window is enough, and keeps long answers linear
         self._anchor_text = ""
@@ -127,31 +154,31 @@ class TextStream:
         window = self._tokenizer.decode(self._ids[self._anchor:])
         if window.endswith(REPLACEMENT):
             return ""
-        self.text += window[len(self._anchor_text):]
-        self._anchor_text = window
+        new, self._anchor_text = window[len(self._anchor_text):], window
         if len(self._ids) - self._anchor >= WINDOW:
             # The last tokens stay as context: without any text before it, a word may lose its leading space.
             context = self._tokenizer.decode(self._ids[-WINDOW_CONTEXT:])
             if context.strip():
                 self._anchor, self._anchor_text = len(self._ids) - WINDOW_CONTEXT, context
-        return self._release(final=False)
+        return self._release(new, final=False)
 
     def finish(self) -> str:
         """The rest, at the end of the answer (an incomplete character shows as U+FFFD)."""
         if self.stopped:
             return ""
         window = self._tokenizer.decode(self._ids[self._anchor:])
-        self.text += window[len(self._anchor_text):]
-        self._anchor_text = window
-        return self._release(final=True)
+        new, self._anchor_text = window[len(self._anchor_text):], window
+        return self._release(new, final=True)
 
-    def _release(self, final: bool) -> str:
-        found = [i for s in self._stop if (i := self.text.find(s, max(0, self._sent - len(s)))) >= 0]
+    def _release(self, new: str, final: bool) -> str:
+        ends = [(stop, stop.feed(new)) for stop in self._stops]
+        found = [len(self.text) + end - len(stop.stop) for stop, end in ends if end is not None]
+        self.text += new
         if found:
             self.text, self.stopped = self.text[: min(found)], True
         end = len(self.text)
         if not (final or self.stopped):
-            end -= max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+            end -= max((stop.matched for stop in self._stops), default=0)
         piece = self.text[self._sent: end]
         self._sent = max(self._sent, end)
         return piece

@@ -8,7 +8,6 @@ The last two are kept: were the newest damaged by its disk, the one before still
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import sha256_file, sync_folder
+from s2t_shared.files import new_folder, sha256_file
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -42,21 +41,14 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
     Raises:
         StoreError: the folder cannot be written.
     """
-    aside = folder / ".writing"  # of a writer that died, or ours
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
-        content = {"step": step, "sha256": sha256_file(aside / TENSORS), "state": dict(state)}
-        (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
-        for name in (TENSORS, STATE):
-            with (aside / name).open("rb+") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(aside)
-        final = _folder(folder, step)
-        shutil.rmtree(final, ignore_errors=True)  # an unreadable one, or it would have been resumed from
-        aside.rename(final)
-        sync_folder(folder)
+        for unfinished in folder.glob(".step-*"):  # of writers that died
+            shutil.rmtree(unfinished, ignore_errors=True)
+        # What it replaces is unreadable, or it would have been resumed from.
+        with new_folder(folder / f"step-{step:08d}", replace=True) as aside:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+            content = {"step": step, "sha256": sha256_file(aside / TENSORS), "state": dict(state)}
+            (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
         for old in _present(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -74,10 +66,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue  # damaged: the one before it is as good, only older
     return None
-
-
-def _folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
 
 
 def _present(folder: Path) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from s2t_shared.errors import ConfigError, ModelLoadError, VersionError
+from s2t_shared.files import new_folder
 from s2t_shared.model.lora import adaptable_layers, load_adapter
 from s2t_shared.model.runtime import model_digest, resolve_model
 from s2t_shared.versions.manifest import BINS, CARD, MANIFEST, Manifest, read_manifest, verify_files, verify_weights
@@ -147,17 +147,12 @@ def _card(manifest: Manifest, notes: list[str]) -> str:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` when the block ends well and is gone when it does not."""
-    aside = folder.absolute().with_name(f".{folder.absolute().name}.{uuid.uuid4().hex}")
+    """As `files.new_folder`, with our errors."""
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(f"{str(folder)!r} is not empty; name a new folder, nothing is ever overwritten")
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"cannot write to {str(folder)!r}: it is a file; name a new folder")
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(folder)
+        with new_folder(folder.absolute()) as aside:
+            yield aside
+    except FileExistsError as error:
+        raise ConfigError(f"{str(folder)!r} exists and is not empty; name a new folder, nothing is ever "
+                          "overwritten") from error
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

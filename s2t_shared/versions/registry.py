@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
-from s2t_shared.files import sha256_file, sync_folder, write_atomically
+from s2t_shared.files import locked, publish_folder, sha256_file, sync, write_atomically
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.lora import load_adapter, save_adapter
 from s2t_shared.model.runtime import ModelRuntime
@@ -117,10 +116,8 @@ class Registry:
                     assert name not in (MANIFEST, CARD) and not (aside / name).exists(), name
                     (aside / name).write_bytes(content)
                 published = self._describe(aside, manifest)
-                _sync_files(aside)
-                write_atomically(aside / MANIFEST, published.model_dump_json(indent=2))
-                aside.rename(self.root / published.version)
-                sync_folder(self.root)
+                (aside / MANIFEST).write_text(published.model_dump_json(indent=2), encoding="utf-8")
+                publish_folder(aside, self.root / published.version)
                 return published
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -333,9 +330,8 @@ class Registry:
         has it finds only dead writers' leftovers, and sweeps them."""
         if not self.root.is_dir():
             self.root.mkdir(parents=True, exist_ok=True)
-            sync_folder(self.root.parent)
-        with (self.root / ".lock").open("w") as stream:
-            flock(stream, LOCK_EX)
+            sync(self.root.parent)
+        with locked(self.root / ".lock"):
             for pattern in LEFTOVERS:
                 for path in self.root.glob(pattern):
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -346,12 +342,6 @@ def _number(name: str) -> int:
     match = NAME.fullmatch(name)
     assert match is not None
     return int(match.group(1))
-
-
-def _sync_files(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb+") as stream:
-            os.fsync(stream.fileno())
 
 
 def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.config import Config, load_config
-from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.errors import InvalidRequestError
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")]
 DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis files")]
@@ -52,16 +52,13 @@ def pick(kind: type[Any], name: str, option: str) -> Any:
 
 
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:
+    from services.rpc import channels
     from services.rpc.ask_many import Target
 
     resolved = settings(config)
-    token = (token_file or resolved.security.token_file)
-    try:
-        secret = token.read_text(encoding="utf-8").strip() if token else None
-    except OSError as error:
-        raise ConfigError(f"token file {str(token)!r} cannot be read: {error.strerror}") from error
+    token = channels.read_token(token_file or resolved.security.token_file)
     authority = resolved.security.authority
-    return Target(address or f"{resolved.gateway.host}:{resolved.gateway.port}", secret,
+    return Target(address or f"{resolved.gateway.host}:{resolved.gateway.port}", token,
                   str(authority) if authority else None)
 
 

@@ -11,18 +11,17 @@ the process died is done again; its labels have the same ids, and its shard the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from s2t_shared.errors import ConfigError
-from s2t_shared.files import write_atomically
+from s2t_shared.files import locked, write_atomically
 from s2t_shared.types import LabelRule, Trigger
 
 T = TypeVar("T")
@@ -59,17 +58,15 @@ class HarvestRun:
         """
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         run = cls(lake / "runs" / name, identity)
-        try:
-            run._folder.mkdir(parents=True, exist_ok=True)
-            lock = (run._folder / "lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"lake {str(lake)!r} cannot be used: {error.strerror or error}") from error
-        with lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process dies
-            except BlockingIOError:
+                run._folder.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(locked(run._folder / "lock", wait=False))
+            except OSError as error:
+                raise ConfigError(f"lake {str(lake)!r} cannot be used: {error.strerror or error}") from error
+            if not held:
                 raise ConfigError(f"this harvest (run {name}) is being done by another process; wait for it, or stop "
-                                  "it first") from None
+                                  "it first")
             if again:
                 (run._folder / "done.jsonl").unlink(missing_ok=True)
             run._read()

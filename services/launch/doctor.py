@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from s2t_shared.config import Config, check_exposure
+from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from s2t_shared.labels.stream import LabelStore
 from s2t_shared.versions.manifest import verify_files
 from s2t_shared.versions.registry import Registry
 from services.client import Client
-from services.launch.local import check_models, check_port
+from services.launch.local import check_models, check_port, check_security
 from services.launch.redis_server import open_redis
 
 PACKAGES = ("ray", "torch", "transformers", "grpcio", "protobuf", "redis", "pyarrow")
@@ -60,7 +60,7 @@ def _models(config: Config) -> str:
 
 
 def _exposure(config: Config) -> str:
-    check_exposure(config)
+    check_security(config)
     return f"gateway on {config.gateway.host}, selectors on {config.selector.host}"
 
 

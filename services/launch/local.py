@@ -27,6 +27,7 @@ from s2t_shared.model.runtime import resolve_model  # noqa: E402
 from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 from services.launch.redis_server import open_redis  # noqa: E402
+from services.rpc import channels  # noqa: E402
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OBJECT_STORE_BYTES = 256 << 20
@@ -41,13 +42,18 @@ class RunningService:
     config: Config
 
 
+def check_security(config: Config) -> None:
+    """Raises ConfigError: a server would listen beyond loopback unprotected, or the token file holds no token."""
+    check_exposure(config)
+    channels.read_token(config.security.token_file)
+
+
 def check_models(config: Config) -> None:
     """What can be known before anything is started: both models are there and share a tokenizer.
 
     Raises:
-        ModelLoadError, TokenizerMismatchError, ConfigError.
+        ModelLoadError, TokenizerMismatchError.
     """
-    check_exposure(config)
     slm = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
     if config.selector.replicas and not config.selector.addresses:
         check_same_tokenizer(slm, Tokenizer.load(resolve_model(config.llm_model)))
@@ -100,6 +106,7 @@ def running_service(config: Config, say: Say = lambda line: None, reuse_ray: boo
     Raises:
         ConfigError, ModelLoadError, TokenizerMismatchError, StoreError: before anything is left running.
     """
+    check_security(config)
     check_models(config)
     check_port(config)
     config.data_dir.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from s2t_shared.config import SecurityConfig
 
 MAX_MESSAGE_BYTES = 4 << 20
+MIN_TOKEN_BYTES = 16
 OPEN_METHODS = ("/grpc.health.v1.Health/",)  # what a load balancer may ask without a token
 
 
@@ -26,6 +27,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without the token, compared in constant time; health checks excepted."""
 
     def __init__(self, token: str) -> None:
+        assert token
         self._expected = f"Bearer {token}".encode()
 
         async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
@@ -42,15 +44,33 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         return self._refuse_unary
 
 
-def read_token(security: SecurityConfig) -> str | None:
-    return _read(security.token_file).decode().strip() if security.token_file else None
+def read_token(file: Path | None) -> str | None:
+    """The token in `file`; None only where no file is configured.
+
+    Raises:
+        ConfigError: the file cannot be read, or what is in it is no token.
+    """
+    if file is None:
+        return None
+    token = _read(file).strip()
+    if len(token) < MIN_TOKEN_BYTES:
+        raise ConfigError(f"token file {str(file)!r}: its token has {len(token)} bytes, at least {MIN_TOKEN_BYTES} are "
+                          f"needed; make one: openssl rand -hex 32 > {file}")
+    if not all(0x21 <= byte <= 0x7E for byte in token):
+        raise ConfigError(f"token file {str(file)!r}: a token is one word of printable ASCII; make one: "
+                          f"openssl rand -hex 32 > {file}")
+    return token.decode("ascii")
 
 
 def new_server(security: SecurityConfig, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
-    """A server with our limits and, where configured, the token check."""
-    token = read_token(security)
+    """A server with our limits; it demands the token if, and only if, a token file is configured.
+
+    Raises:
+        ConfigError: as `read_token`.
+    """
+    token = read_token(security.token_file)
     return grpc.aio.server(
-        interceptors=[TokenInterceptor(token)] if token else [],
+        interceptors=[] if token is None else [TokenInterceptor(token)],
         options=[("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0),
                  ("grpc.max_metadata_size", 8 << 10)])
 

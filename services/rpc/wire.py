@@ -6,6 +6,7 @@ Needs grpcio and protobuf only, so that a client can use it without torch or Ray
 from __future__ import annotations
 
 import uuid
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -187,17 +188,26 @@ def write_query(query: ScoreQuery) -> selection.ScoreRequest:
 
 
 def read_query(request: selection.ScoreRequest) -> ScoreQuery:
-    """Raises InvalidRequestError: counts and candidates do not fit together."""
+    """A proposer's query, in time linear in its size; its counts are checked before anything is built.
+
+    Raises:
+        InvalidRequestError: more positions than tokens, or counts, positions and candidates do not fit together.
+    """
+    tokens, positions = len(request.token_ids), len(request.positions)
+    if positions > tokens:
+        raise errors.InvalidRequestError(f"positions: {positions} given for {tokens} token_ids; each position is one "
+                                         "of the tokens, and given once")
+    if len(request.candidate_counts) != positions:
+        raise errors.InvalidRequestError(f"candidate_counts: {len(request.candidate_counts)} given for {positions} "
+                                         "positions; send one for each (it may be 0)")
     counts = list(request.candidate_counts)
     if sum(counts) != len(request.candidate_ids):
         raise errors.InvalidRequestError(f"candidate_counts add up to {sum(counts)}, but there are "
                                          f"{len(request.candidate_ids)} candidate_ids")
-    if any(count > MAX_CANDIDATES for count in counts):
+    if max(counts, default=0) > MAX_CANDIDATES:
         raise errors.InvalidRequestError(f"candidate_counts: at most {MAX_CANDIDATES} per position")
-    groups, ids = [], list(request.candidate_ids)
-    for count in counts:
-        groups.append(tuple(ids[:count]))
-        ids = ids[count:]
+    ids = iter(request.candidate_ids)
+    groups = [tuple(islice(ids, count)) for count in counts]
     return ScoreQuery(tuple(request.token_ids), tuple(request.positions), tuple(groups), tuple(request.excluded_ids),
                       request.vocab_size, request.sequence_id)
 

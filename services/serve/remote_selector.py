@@ -42,7 +42,7 @@ class RemoteSelector:
         """`addresses`: asks where the selectors are now. `fallback`: assumed until one was reached."""
         self._find, self._security = addresses, security
         self._tokenizer_digest = tokenizer_digest
-        self._metadata = channels.call_metadata(channels.read_token(security))
+        self._metadata = channels.call_metadata(channels.read_token(security.token_file))
         self._stubs: dict[str, Any] = {}
         self._resting: dict[str, float] = {}
         self._loop = asyncio.get_running_loop()

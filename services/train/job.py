@@ -16,11 +16,11 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ from s2t_shared import errors  # noqa: E402
 from s2t_shared.config import Config, TrainingConfig  # noqa: E402
 from s2t_shared.decode.calibrate import load_calibration  # noqa: E402
 from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError, VersionError  # noqa: E402
-from s2t_shared.files import write_atomically  # noqa: E402
+from s2t_shared.files import locked, write_atomically  # noqa: E402
 from s2t_shared.labels.lake import Lake, Snapshot  # noqa: E402
 from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind  # noqa: E402
 from s2t_shared.model.runtime import ModelRuntime, model_digest, resolve_model  # noqa: E402
@@ -186,10 +186,12 @@ def _close_job(config: Config, job: Job) -> None:
     stay."""
     ours = job.folder(config)
     for folder in {ours, *ours.parent.glob("*/")}:
-        with suppress(OSError), (folder / ".lock").open("r+") as stream:
-            flock(stream, LOCK_EX | LOCK_NB)  # not those of a job that runs
+        if not (folder / ".lock").exists():
+            continue  # no job's folder
+        with suppress(OSError), locked(folder / ".lock", wait=False) as held:
             note = folder / JOB
-            if not note.exists() or note.stat().st_mtime <= (ours / JOB).stat().st_mtime:
+            past = not note.exists() or note.stat().st_mtime <= (ours / JOB).stat().st_mtime
+            if held and past:  # not those of a job that runs
                 for checkpoint in folder.glob("step-*"):
                     shutil.rmtree(checkpoint, ignore_errors=True)
     (ours / JOB).unlink(missing_ok=True)
@@ -203,7 +205,7 @@ def _run(config: Config, job: Job, on_progress: Callable[[TrainProgress], None])
     """
     failure = job.folder(config) / FAILURE
     failure.unlink(missing_ok=True)
-    settings, attempt = config.training, f"{job.id}-{os.getpid()}-{time.time_ns()}"
+    settings, attempt = config.training, f"{job.id}-{uuid.uuid4().hex}"
     trainer = TorchTrainer(
         _worker, train_loop_config={"config": config.model_dump(mode="json"), "job": asdict(job)},
         torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_S),
@@ -337,8 +339,7 @@ def _sole_writer(folder: Path | None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as stream:
-        flock(stream, LOCK_EX)
+    with locked(folder / ".lock"):
         yield
 
 

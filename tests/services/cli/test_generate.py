@@ -9,7 +9,7 @@ import pytest
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator, extract_answer, with_thresholds
+from s2t_shared.decode.generate import GenerateRequest, Generator, check_request, extract_answer, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import ConfigError, DeadlineExceededError, EvaluationSplitError, InvalidRequestError
@@ -67,6 +67,19 @@ def test_stop_string_ends_the_answer(pair: Generator) -> None:
     assert cut.text == whole.text.partition(" first")[0] and cut.finish_reason.value == "stop"
     assert len(cut.token_ids) < len(whole.token_ids)
     assert pair.engine.idle and pair.engine.proposer.runtime.pool.live_rows == 0
+
+
+@pytest.mark.parametrize(("stop", "accepted"), [
+    (("x" * 256, "é" * 256, "x" * 256, "y" * 256), True), (("x" * 257,), False), (("x" * 3_000_000,), False),
+    (("x" * 205,) * 5, False), (("x",) * 17, False), (("",), False)])
+def test_stop_strings_are_bounded(stop: tuple[str, ...], accepted: bool) -> None:
+    """Matching runs in the thread that decodes for everybody."""
+    request = GenerateRequest("s", Prompt(text="x"), stop=stop)
+    if accepted:
+        check_request(request)
+    else:
+        with pytest.raises(InvalidRequestError, match=r"stop: .* at most|stop: at most"):
+            check_request(request)
 
 
 def test_length_and_deadline(pair: Generator) -> None:

@@ -10,16 +10,19 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import Config, GatewayConfig, SecurityConfig
 from s2t_shared.decode.llm_selector import LLMInfo
 from s2t_shared.errors import ConfigError, S2TError, TokenizerMismatchError, UnauthenticatedError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
 from s2t_shared.types import ScoreQuery
+from services.cli.options import target
+from services.launch.local import check_security
 from services.rpc import channels, wire
 from services.serve.remote_selector import RemoteSelector
 
 OPEN = SecurityConfig()
+TOKEN = "0123456789abcdef"
 
 
 class Servicer(pb_grpc.SelectionServiceServicer):
@@ -54,7 +57,7 @@ async def code_of(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
 
 def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
     """Default deny: no token, a wrong one and a prefix of it are refused; a load balancer may ask for health."""
-    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
+    (tmp_path / "token").write_text(f"{TOKEN}\n", encoding="utf-8")
     security = SecurityConfig(token_file=tmp_path / "token")
 
     async def main() -> list[grpc.StatusCode]:
@@ -62,13 +65,36 @@ def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
         async with channels.open_channel(address, None) as channel:
             stub = pb_grpc.SelectionServiceStub(channel)
             codes = [await code_of(stub.DescribeModel(pb.DescribeModelRequest(), metadata=channels.call_metadata(token)))
-                     for token in (None, "wrong", "secre", "secret")]
+                     for token in (None, "wrong", TOKEN[:-1], TOKEN)]
             codes.append(await code_of(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())))
         await server.stop(0)
         return codes
 
     denied = grpc.StatusCode.UNAUTHENTICATED
     assert asyncio.run(main()) == [denied, denied, denied, grpc.StatusCode.OK, grpc.StatusCode.OK]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "0 bytes, at least 16"), (b" \n", "0 bytes"), (b" 123456789012345\n", "15 bytes"),
+    (b"two words, 20 bytes.", "one word"), (b"\xff" * 16, "printable ASCII"), (None, "cannot be read")])
+def test_a_token_file_without_a_token_never_opens_a_server(tmp_path: Path, content: bytes | None, message: str) -> None:
+    """`: > token` switched authentication off. Servers, proposers and commands all read it alike."""
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_bytes(content)
+    security = SecurityConfig(token_file=file)
+    config = Config(gateway=GatewayConfig(host="0.0.0.0"), data_dir=tmp_path,
+                    security=SecurityConfig(token_file=file, certificate=file, key=file))
+    for start_or_ask in (lambda: channels.new_server(security), lambda: remote([], security=security),
+                         lambda: target("127.0.0.1:1", None, file), lambda: check_security(config)):
+        with pytest.raises(ConfigError, match=rf"token'.*{message}"):
+            start_or_ask()
+
+
+def test_whether_a_token_is_demanded_never_follows_from_its_content() -> None:
+    assert channels.read_token(None) is None and channels.call_metadata(None) == ()
+    with pytest.raises(AssertionError):
+        channels.TokenInterceptor("")
 
 
 def test_large_messages_are_refused_before_they_are_read() -> None:
@@ -95,11 +121,11 @@ def test_a_taken_port_names_the_setting() -> None:
         asyncio.run(main())
 
 
-def remote(address: list[str], tokenizer: str = "tok") -> RemoteSelector:
+def remote(address: list[str], tokenizer: str = "tok", security: SecurityConfig = OPEN) -> RemoteSelector:
     async def addresses() -> list[str]:
         return address
 
-    return RemoteSelector(addresses, OPEN, tokenizer, LLMInfo("", "", frozenset({2}), 50))
+    return RemoteSelector(addresses, security, tokenizer, LLMInfo("", "", frozenset({2}), 50))
 
 
 def ask(selector: RemoteSelector, *token_ids: int) -> asyncio.Future:
@@ -151,7 +177,7 @@ def test_a_selector_of_another_tokenizer_is_refused() -> None:
 def test_unauthenticated_reaches_clients_as_its_own_error(tmp_path: Path) -> None:
     from services.client import Client
 
-    (tmp_path / "token").write_text("secret", encoding="utf-8")
+    (tmp_path / "token").write_text(TOKEN, encoding="utf-8")
 
     async def main() -> None:
         server, address = await start(SecurityConfig(token_file=tmp_path / "token"))

@@ -142,10 +142,10 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "step-00000003" / "tensors.safetensors").write_bytes(b"torn")
     found = load_checkpoint(tmp_path)
     assert found is not None and found.step == 2
-    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".step-00000003.of-a-writer-that-died.tmp").mkdir()
     save_checkpoint(tmp_path, 3, {"w": torch.zeros(1)}, {})
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 3 and not (tmp_path / ".writing").exists()
+    assert found is not None and found.step == 3 and not list(tmp_path.glob(".*"))
     (tmp_path / "step-00000003" / "state.json").unlink()
     (tmp_path / "step-00000002" / "state.json").write_text("[]", encoding="utf-8")
     assert load_checkpoint(tmp_path) is None
