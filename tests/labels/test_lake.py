@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from s2t_shared.errors import EvaluationSplitError, S2TError, StoreError
 from s2t_shared.labels.label import Label, Rollout
-from s2t_shared.labels.label import lake as lake_module
-from s2t_shared.labels.label import shards as shards_module
+from s2t_shared.labels import lake as lake_module
+from s2t_shared.labels import shards as shards_module
 from s2t_shared.labels.lake import Lake
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.label import spool as spool_module
+from s2t_shared.labels import spool as spool_module
 from s2t_shared.labels.spool import Spool
 
 ROOT = Path(__file__).parent.parent

@@ -181,7 +181,7 @@ def test_server_dies_with_its_parent_even_if_a_finished_thread_started_it(tmp_pa
     """prctl(PDEATHSIG), the usual way, fires when the *thread* that started the server ends."""
     program = (
         "import os, signal, sys, threading\nfrom pathlib import Path\n"
-        "from s2t_shared.redis_client import open_client\nfrom s2t_shared.redis_server import open_redis\n"
+        "from s2t_shared.labels.stream import open_client\nfrom services.launch.redis_server import open_redis\n"
         "found = []\n"
         "thread = threading.Thread(target=lambda: found.append(open_redis(None, Path(sys.argv[1]))))\n"
         "thread.start(); thread.join()\n"
@@ -437,7 +437,7 @@ def test_a_living_writer_delivers_what_a_dead_one_left(server: RedisServer, stor
     monkeypatch.setattr("s2t_shared.labels.writer.ADOPT_EVERY_S", 0.1)
     living = LabelWriter(store, tmp_path / "spool")
     program = ("import os, signal, sys\nfrom pathlib import Path\n"
-               "from s2t_shared.redis_client import LabelStore\nfrom s2t_shared.store import LabelWriter\n"
+               "from s2t_shared.labels.stream import LabelStore\nfrom s2t_shared.labels.writer import LabelWriter\n"
                "from tests.test_lake import rollout\n"
                f"writer = LabelWriter(LabelStore('redis://127.0.0.1:{_free_port()}'), Path(sys.argv[1]))\n"
                "writer.write([rollout(7)]).result(10.0)\nos.kill(os.getpid(), signal.SIGKILL)\n")
@@ -476,7 +476,7 @@ def test_a_durable_answer_waits_and_a_plain_one_does_not(tmp_path: Path, monkeyp
         assert server.process is not None
         writer = LabelWriter(LabelStore(server.url), tmp_path / "spool")
         os.kill(server.process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(proposer, "DURABLE_S", 0.2)
+        monkeypatch.setattr(proposer_replica, "DURABLE_S", 0.2)
         with pytest.raises(StoreError, match="could not be stored durably"):
             keep(writer, durable=True)
         os.kill(server.process.pid, signal.SIGCONT)
