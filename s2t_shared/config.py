@@ -76,7 +76,7 @@ class SecurityConfig(_Section):
     certificate: Path | None = Field(None, description="PEM file of the servers' certificate chain")
     key: Path | None = Field(None, description="PEM file of its private key")
     authority: Path | None = Field(None, description="PEM file of the authority that clients here trust")
-    token_file: Path | None = Field(None, description="file with the token that clients must send")
+    token_file: Path | None = Field(None, description="file with the token clients must send, at least 16 bytes")
     insecure: bool = Field(False, description="allow plain, tokenless servers on other than loopback addresses")
 
 

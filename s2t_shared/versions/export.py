@@ -152,7 +152,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         with new_folder(folder.absolute()) as aside:
             yield aside
     except FileExistsError as error:
-        raise ConfigError(f"{str(folder)!r} exists and is not empty; name a new folder, nothing is ever "
-                          "overwritten") from error
+        raise ConfigError(f"cannot write to {str(folder)!r}: it exists and is not an empty folder; name a new one, "
+                          "nothing is ever overwritten") from error
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error

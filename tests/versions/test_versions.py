@@ -643,7 +643,7 @@ def test_exports_never_overwrite(registry: Registry, runtime: ModelRuntime, mode
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine", encoding="utf-8")
     for export in (lambda f: export_adapter(version, f), lambda f: export_merged(version, str(models["slm"]), f)):
-        with pytest.raises(ConfigError, match="not empty"):
+        with pytest.raises(ConfigError, match="not an empty folder"):
             export(tmp_path / "full")
         with pytest.raises(ConfigError, match="cannot write"):
             export(tmp_path / "full/x")
