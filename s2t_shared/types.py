@@ -123,7 +123,7 @@ class DecodeRequest:
     finished, for its log-probabilities at every position in one prefill (the plain harvest). `keep_support`
     leaves every Step its support (64 ids and numbers), not only the triggered ones. `fresh_selections`: the LLM is
     asked even where a cache knows the answer.
-    `selector_version` None means the version that is live when the sequence starts; "" means none.
+    `selector_version` None means the version that is live when the request is added; "" means none.
     """
 
     request_id: str

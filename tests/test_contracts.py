@@ -123,6 +123,9 @@ def test_request_defaults_and_fields() -> None:
     assert full.budget is None and full.policy.threshold == 0.0 and full.policy.proposals is Proposals.ADAPTED
     assert full.sampling.temperature == 0.0 and full.selector == "" and not full.labels.store
     assert full.prompt.token_ids == (1, 2) and full.timeout_s == 1.5 and full.stop == (".",)
+    for asked, left, effective in ((9.0, 7.0, 7.0), (0.0, 7.0, 7.0), (9.0, None, 9.0), (0.0, None, 0.0)):
+        limited = pb.GenerationParameters(text="x", timeout_seconds=asked)
+        assert wire.read_request("", limited, defaults, left).timeout_s == effective
     harvest = wire.read_request("h", pb.GenerationParameters(text="x", labels=pb.LabelOptions(
         collect=True, rules=[pb.LabelRule(trigger=pb.TRIGGER_KL, threshold=0.5)])), DefaultsConfig(), None)
     assert harvest.labels.collect and not harvest.labels.durable and not harvest.labels.store

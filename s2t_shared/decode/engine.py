@@ -13,19 +13,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from s2t_shared import policy as decide
 from s2t_shared.decode.llm_calls import Asker
 from s2t_shared.decode.llm_selector import SelectorClient
 from s2t_shared.decode.proposer import Draw, Proposal, Propose, Proposer, Result, Score, Work
 from s2t_shared.decode.sequence import Action, Judgement, LiveSequence
-from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
+from s2t_shared.errors import InvalidRequestError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.types import ChosenBy, DecodeRequest, FinishReason, Mode, ScoreReply, Step
 
 LONGEST_DRAFT = 32
 SelectorLookup = Callable[[str | None], LocalSelector | None]  # version (None: live) -> local selector
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds now: sequences in the batch, sequences that wait for room, KV rows in use."""
+
+    running: int
+    waiting: int
+    live_kv_rows: int
 
 
 class Engine:
@@ -50,10 +59,13 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def add(self, request: DecodeRequest) -> LiveSequence:
+    def add(self, request: DecodeRequest, local_selector: LocalSelector | None = None) -> LiveSequence:
         """Queue a request; it joins the batch at the next step that has room.
 
+        `local_selector` serves it to its end. None: the one that `request.selector_version` names now.
+
         Raises:
+            VersionNotFoundError: the version it names is not loaded.
             InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no LLM configured,
                 or more KV needed than there is.
         """
@@ -86,7 +98,9 @@ class Engine:
                                       f"{self.proposer.runtime.pool.max_tokens} tokens can ever hold for this mode; "
                                       "lower max_new_tokens, shorten the prompt or raise slm.kv_gib")
         self.proposer.runtime.check_ids(request.token_ids)
-        sequence = LiveSequence(request, list(request.token_ids), new, stop_ids)
+        if local_selector is None:
+            local_selector = self._local_selectors(request.selector_version)
+        sequence = LiveSequence(request, list(request.token_ids), new, stop_ids, local_selector)
         self._waiting.append(sequence)
         return sequence
 
@@ -94,6 +108,11 @@ class Engine:
         """Its KV is free again within one step."""
         sequence.cancelled = True
         self._wake.set()
+
+    @property
+    def load(self) -> Load:
+        """May be read from any thread."""
+        return Load(len(self._running), len(self._waiting), self.proposer.runtime.pool.live_rows)
 
     @property
     def idle(self) -> bool:
@@ -130,15 +149,10 @@ class Engine:
             sequence = self._waiting[0]
             request = sequence.request
             if not sequence.cancelled:
-                try:
-                    selector = self._local_selectors(request.selector_version)
-                except VersionNotFoundError:  # it was there when the request was checked, and was removed since
-                    selector = self._local_selectors(None)
-                track = self.proposer.open(selector, request.policy, request.token_ids,
-                                           len(request.token_ids) + sequence.max_new_tokens)
-                if track is None:
+                sequence.track = self.proposer.open(sequence.local_selector, request.policy, request.token_ids,
+                                                    len(request.token_ids) + sequence.max_new_tokens)
+                if sequence.track is None:
                     return
-                sequence.track, sequence.selector_version = track, selector.version if selector else ""
             self._running.append(self._waiting.popleft())
 
     def _drop_cancelled_and_expired(self) -> None:

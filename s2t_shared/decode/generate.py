@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.sequence import LiveSequence
-from s2t_shared.errors import DeadlineExceededError, InvalidRequestError, S2TError
+from s2t_shared.errors import DeadlineExceededError, InvalidRequestError, S2TError, SelectorUnavailableError
+from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextStream, Tokenizer
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.types import (
@@ -117,8 +118,13 @@ def extract_answer(text: str, pattern: str = "") -> str | None:
 class AnswerBuilder:
     """Folds the Steps of one request into text and its `Answer`."""
 
-    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, engine: Engine) -> None:
-        """Queue the request's sequences on `engine`. Raises InvalidRequestError."""
+    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, engine: Engine,
+                 local_selector: LocalSelector | None = None) -> None:
+        """Queue the request's sequences on `engine`. `local_selector`: as in `Engine.add`.
+
+        Raises:
+            InvalidRequestError, VersionNotFoundError.
+        """
         check_request(request)
         self.request, self._engine = request, engine
         token_ids = tokenizer.encode(request.prompt)
@@ -133,7 +139,7 @@ class AnswerBuilder:
                         for i in range(request.samples)]
         else:
             requests = [base]
-        self.sequences = [engine.add(r) for r in requests]
+        self.sequences = [engine.add(r, local_selector) for r in requests]
         self._streams = {id(s): TextStream(tokenizer, request.stop) for s in self.sequences}
         self._open = len(self.sequences)
 
@@ -168,6 +174,7 @@ class AnswerBuilder:
 
         Raises:
             DeadlineExceededError: the request's own deadline passed first.
+            SelectorUnavailableError: the LLM's own answer was asked for, and the LLM made none of it.
         """
         if any(s.finish_reason is FinishReason.DEADLINE for s in self.sequences):
             done = sum(len(s.steps) for s in self.sequences)
@@ -175,6 +182,10 @@ class AnswerBuilder:
                                         "allow more time or fewer tokens")
         chosen = self._vote() if len(self.sequences) > 1 else self.sequences[0]
         stream = self._streams[id(chosen)]
+        if self.request.policy.mode is Mode.LLM and all(s.degraded for s in chosen.steps):
+            raise SelectorUnavailableError(
+                f"the LLM answered at none of the {len(chosen.steps)} steps of a mode llm answer; "
+                "send the request again, or choose a mode that goes on without the LLM")
         reason = FinishReason.STOP if stream.stopped else chosen.finish_reason
         assert reason is not None
         usage = sum((s.usage for s in self.sequences), Usage())
@@ -237,5 +248,5 @@ class Generator:
         try:
             uses_llm = builder.request.policy.needs_llm or builder.request.score_rollout
             return builder.answer(self.engine.proposer.runtime.digest, self.llm_digest if uses_llm else "")
-        except DeadlineExceededError as error:
+        except S2TError as error:
             return error

@@ -16,6 +16,7 @@ import numpy as np
 
 from s2t_shared import policy as decide
 from s2t_shared.decode.proposer import Proposal, Track
+from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.types import (
     ChosenBy,
     DecodeRequest,
@@ -117,6 +118,7 @@ class LiveSequence:
     """A live answer. `steps` grows with every decided token; `finish_reason` is set when it is over.
 
     `draft`: judgements behind `steps` that the LLM has not confirmed; `checks`: the parts of it that were sent.
+    `local_selector`: fixed when the request came, whatever becomes live or is unloaded since.
     `riding`: a triggered step whose candidates the local selector scores in the next forward.
     """
 
@@ -124,8 +126,8 @@ class LiveSequence:
     token_ids: list[int]
     max_new_tokens: int
     stop_ids: frozenset[int]
+    local_selector: LocalSelector | None = None
     track: Track | None = None
-    selector_version: str = ""
     steps: list[Step] = field(default_factory=list)
     draft: list[Judgement] = field(default_factory=list)
     checks: deque[Check] = field(default_factory=deque)
@@ -139,6 +141,10 @@ class LiveSequence:
     telling: Future[ScoreReply] | None = None
     checked_tokens: int = 0
     rejections: int = 0
+
+    @property
+    def selector_version(self) -> str:
+        return self.local_selector.version if self.local_selector is not None else ""
 
     @property
     def output_ids(self) -> tuple[int, ...]:

@@ -106,6 +106,8 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
                  call_timeout_s: float | None) -> GenerateRequest:
     """A client's request with the deployment's defaults filled in.
 
+    `call_timeout_s`: seconds left to the RPC, None for no limit. The nearer of it and the request's own stands.
+
     Raises:
         InvalidRequestError: an unknown enum value, or no prompt.
     """
@@ -117,6 +119,7 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
     policy = Policy(mode, trigger, p.threshold if when == "threshold" else 0.0,
                     CandidateRule(p.candidates if p.HasField("candidates") else defaults.candidates, p.candidate_ratio),
                     _known(p.proposals, PROPOSALS, "proposals"))
+    timeouts = [t for t in (p.timeout_seconds, call_timeout_s or 0.0) if t > 0]
     budget = {"budget": p.budget, "threshold": None, None: defaults.budget}[when]
     sampling = Sampling(p.sampling.temperature if p.sampling.HasField("temperature") else 0.7,
                         p.sampling.top_p if p.sampling.HasField("top_p") else 1.0, p.sampling.top_k, p.sampling.seed)
@@ -126,7 +129,7 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
         request_id, read_prompt(p), policy, budget, sampling,
         p.samples if p.HasField("samples") else 8,
         p.max_new_tokens if p.HasField("max_new_tokens") else defaults.max_new_tokens,
-        tuple(p.stop), p.timeout_seconds or call_timeout_s or 0.0,
+        tuple(p.stop), min(timeouts, default=0.0),
         "" if selector == NO_SELECTOR else selector, p.score_rollout, p.return_steps,
         LabelOptions(p.labels.store if p.labels.HasField("store") else defaults.store_labels,
                      p.labels.task, p.labels.problem_id, p.labels.split or "train",

@@ -61,7 +61,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                              ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
         try:
             asked = self._read(request, context)
-            async for reply in self._proposers.options(stream=True).stream.remote(asked):
+            replies = self._proposers.options(stream=True).stream.remote(asked)
+            _cancel_with(context, replies)
+            async for reply in replies:
                 yield generation_pb2.StreamGenerateResponse(request_id=asked.request_id, text=reply.text,
                                                             answer=_answer(reply))
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
@@ -71,7 +73,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                        context: grpc.aio.ServicerContext) -> generation_pb2.GenerateResponse:
         try:
             asked = self._read(request, context)
-            reply = await self._proposers.answer.remote(asked)
+            response = self._proposers.answer.remote(asked)
+            _cancel_with(context, response)
+            reply = await response
             return generation_pb2.GenerateResponse(request_id=asked.request_id, answer=_answer(reply))
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
             await refuse(context, error)
@@ -89,7 +93,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             llm_digest=d.llm_digest, proposers=self._replicas,
             max_length=d.max_length, live_selector=d.live_selector,
             canary_selector=d.canary[0], canary_share=d.canary[1],
-            calibrated_triggers=[f"TRIGGER_{t.name}" for t in d.calibrated])
+            calibrated_triggers=[f"TRIGGER_{t.name}" for t in d.calibrated],
+            running_sequences=d.load.running, waiting_sequences=d.load.waiting, live_kv_rows=d.load.live_kv_rows)
+
+
+def _cancel_with(context: grpc.aio.ServicerContext, response: Any) -> None:
+    """Cancel a Serve call when its RPC ends. Serve itself lets a replica work on for a client that has gone away.
+
+    Not a `finally` of the handler: one that was cancelled between two messages is closed only when it is collected.
+    A call that has finished ignores it.
+    """
+    context.add_done_callback(lambda _: response.cancel())
 
 
 def _answer(reply: Reply) -> generation_pb2.Answer | None:

@@ -19,17 +19,25 @@ import torch
 
 from s2t_shared.config import Config
 from s2t_shared.decode.calibrate import load_calibration, measure_calibration, store_calibration
-from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.engine import Engine, Load
 from s2t_shared.decode.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
 from s2t_shared.decode.llm_selector import LLMInfo
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.decode.tasks import calibration_prompts
-from s2t_shared.errors import ConfigError, OverloadedError, S2TError, SelectorUnavailableError, StoreError
+from s2t_shared.errors import (
+    ConfigError,
+    OverloadedError,
+    S2TError,
+    SelectorUnavailableError,
+    StoreError,
+    VersionNotFoundError,
+)
 from s2t_shared.labels.label import Digests, Rollout, check_split, rollout_of
 from s2t_shared.labels.stream import LabelStore
 from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
@@ -67,6 +75,7 @@ class Description:
     canary: tuple[str, float]  # its name ("" for none) and its share of the requests
     calibrated: tuple[Trigger, ...]
     labels_dropped: dict[str, int]  # by reason, since the start
+    load: Load
 
 
 @dataclass
@@ -85,7 +94,12 @@ class EngineThread:
         self.thread = threading.Thread(target=self._run, daemon=True, name="engine")
         self.thread.start()
 
-    def submit(self, request: GenerateRequest, deliver: Callable[[str, bool], None]) -> Future[AnswerBuilder]:
+    @property
+    def load(self) -> Load:
+        return self._engine.load
+
+    def submit(self, request: GenerateRequest, selector: LocalSelector | None,
+               deliver: Callable[[str, bool], None]) -> Future[AnswerBuilder]:
         """Queue a request; the future holds its builder, or the error that refused it."""
         accepted: Future[AnswerBuilder] = Future()
 
@@ -93,7 +107,7 @@ class EngineThread:
             if not accepted.set_running_or_notify_cancel():  # the caller has gone away meanwhile
                 return
             try:
-                builder = AnswerBuilder(request, self._tokenizer, self._engine)
+                builder = AnswerBuilder(request, self._tokenizer, self._engine, selector)
             except S2TError as error:
                 accepted.set_exception(error)
                 return
@@ -188,7 +202,7 @@ class ProposerReplica:
         """Text as it comes, then the answer. Raises S2TError; a caller that goes away frees its rows."""
         if self._ongoing >= self._config.proposer.max_ongoing_requests:
             raise OverloadedError(f"{self._ongoing} requests are being answered; try again in a moment")
-        request = await self._check(request)
+        request, selector = await self._check(request)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, bool]]()
         self._ongoing += 1
         builder: AnswerBuilder | None = None
@@ -197,7 +211,7 @@ class ProposerReplica:
             loop.call_soon_threadsafe(events.put_nowait, (text, done))
 
         try:
-            submitted = self._engine.submit(request, deliver)
+            submitted = self._engine.submit(request, selector, deliver)
             try:
                 builder = accepted = await asyncio.wrap_future(submitted)
             except asyncio.CancelledError:
@@ -223,21 +237,34 @@ class ProposerReplica:
             last = reply
         return last
 
-    async def _check(self, request: GenerateRequest) -> GenerateRequest:
+    async def _check(self, request: GenerateRequest) -> tuple[GenerateRequest, LocalSelector | None]:
+        """The request with its thresholds, and the local selector that serves it: both of one version."""
         if request.labels.store or request.labels.collect:
             check_split(request.labels.split)
         if request.labels.store and request.labels.durable and self._writer is None:
             raise ConfigError("durable labels were asked for, but no Redis is configured (redis.url)")
-        if request.policy.mode is Mode.S2T_LOCAL or request.selector:
-            await self._live.check(request.selector)
-        if request.selector is None:  # named from here on: thresholds and weights are of one version
-            request = replace(request, selector=self._live.choose(request.request_id))
-        selector = self._live.lookup(request.selector)
+        if request.policy.mode is Mode.LLM and not self._remote.reachable:
+            raise SelectorUnavailableError(
+                "no selector (LLM) can be reached, and mode llm is the LLM's own answer; "
+                "try again in a moment, or choose a mode that goes on without the LLM")
+        selector = await self._local_selector(request)
+        request = replace(request, selector=selector.version if selector else "")
         calibration = selector.calibration.or_else(self._calibration) if selector else self._calibration
         request = with_thresholds(request, calibration)
         if request.score_rollout and not self._remote.info.digest:
             raise SelectorUnavailableError("no selector (LLM) is running, so a rollout cannot be scored")
-        return request
+        return request, selector
+
+    async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
+        if request.selector:
+            return await self._live.obtain(request.selector)
+        if request.selector == "":
+            return None
+        selector = self._live.choose(request.request_id)
+        if selector is None and request.policy.mode is Mode.S2T_LOCAL:
+            raise VersionNotFoundError("no local selector is live; train one (s2t train), or ask for "
+                                       "selector_version 'none'")
+        return selector
 
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Reply:
         uses_llm = request.policy.needs_llm or request.score_rollout
@@ -280,7 +307,8 @@ class ProposerReplica:
         return Description(self._runtime.digest, self._tokenizer.digest, self._tokenizer.template_digest,
                            self._remote.info.digest,
                            self._runtime.max_length, self._live.live_version, self._live.canary,
-                           tuple(self._calibration.thresholds), dict(self._writer.dropped) if self._writer else {})
+                           tuple(self._calibration.thresholds), dict(self._writer.dropped) if self._writer else {},
+                           self._engine.load)
 
     def __del__(self) -> None:
         writer: LabelWriter | None = getattr(self, "_writer", None)  # none after a failed start

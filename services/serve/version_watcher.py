@@ -1,7 +1,8 @@
 """Which local selector a request gets: watches the registry's LIVE file and loads a new version beside the old.
 
 A version is read and checked completely, off the decoding thread, before it is offered; a bad one is refused and the
-old one keeps serving. Sequences hold the object they began with, so nothing is ever switched under a running answer.
+old one keeps serving. A request holds the object it was given, so nothing is ever switched under it, not even while it
+waits.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ class LiveSelectors:
         serving = self._serving
         return (serving.canary.version, serving.share) if serving.canary is not None else ("", 0.0)
 
-    def choose(self, request_id: str) -> str:
-        """The version of a request that names none: the canary for its share of the request ids, else the live one;
-        "" when none is live. The same id gets the same one, on every replica and on a retry."""
+    def choose(self, request_id: str) -> LocalSelector | None:
+        """For a request that names none: the canary for its share of the request ids, else the live one; None when none
+        is live. The same id gets the same one, on every replica and on a retry."""
         serving = self._serving
         if serving.canary is not None and _position(request_id) < serving.share:
-            return serving.canary.version
-        return serving.live.version if serving.live is not None else ""
+            return serving.canary
+        return serving.live
 
     def lookup(self, version: str | None) -> LocalSelector | None:
         """None: the live one (or None when there is none); "": none; else a loaded version.
 
         Raises:
-            VersionNotFoundError: not loaded; `check` loads.
+            VersionNotFoundError: not loaded; `obtain` loads.
         """
         if version is None:
             return self._serving.live
@@ -81,18 +82,19 @@ class LiveSelectors:
             self._loaded.move_to_end(version)
             return self._loaded[version]
 
-    async def check(self, version: str | None) -> None:
-        """Make sure that `version` can be looked up. Loads on another thread: other answers stream on.
+    async def obtain(self, version: str) -> LocalSelector:
+        """The version of this name. Loads on another thread: other answers stream on.
 
         Raises:
-            VersionNotFoundError: there is none of this name, or (None) none is live.
+            VersionNotFoundError: there is none of this name.
             VersionError: it is corrupt or made for another model.
         """
-        if version is None and self._serving.live is None:
-            raise VersionNotFoundError("no local selector is live; train one (s2t train), or ask for "
-                                       "selector_version 'none'")
-        if version and version not in self._loaded:
-            await asyncio.to_thread(self._load, version)
+        try:
+            loaded = self.lookup(version)
+        except VersionNotFoundError:
+            loaded = await asyncio.to_thread(self._load, version)
+        assert loaded is not None
+        return loaded
 
     def refresh(self) -> None:
         """Follow the registry. A version that cannot be loaded leaves the present one live; a canary that cannot be

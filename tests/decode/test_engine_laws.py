@@ -963,13 +963,31 @@ def test_asking_for_a_version_and_for_none(models: Models) -> None:
     assert [s.selector_version for s in run(engine, *requests)] == ["joint-base", "prefix-base", ""]
 
 
-def test_a_version_removed_while_waiting_is_replaced_by_the_live_one(models: Models) -> None:
-    """The version was there when the request was checked and is gone when it starts: the live one serves (as the
-    engine's own comment promises), not an untrained selector that scores noise."""
+def test_a_version_unloaded_while_a_request_waits_still_serves_it(models: Models) -> None:
+    """A request keeps the version it was accepted with, whether the engine or its caller has looked it up."""
+    proposer = make_proposer(models)
+    pinned = make_selector(proposer, "pinned", SelectorKind.JOINT, Reading.BASE, 21)
+    live = make_selector(proposer, "live", SelectorKind.JOINT, Reading.BASE, 22)
+    loaded = [pinned, live]
+    engine = Engine(proposer, local_selectors=lambda name: lookup_in(loaded, "live")(name), max_running=1)
+    engine.add(request(GREEDY))
+    waiting = engine.add(request(LOCAL, PROMPTS[2], 20, version="pinned"))
+    loaded.remove(pinned)
+    given = engine.add(request(LOCAL, PROMPTS[2], 20, version="pinned"), pinned)
+    finish(engine)
+    alone = run(Engine(proposer, local_selectors=lookup_in([pinned])), request(LOCAL, PROMPTS[2], 20, version="pinned"))
+    replaced = run(engine, request(LOCAL, PROMPTS[2], 20))
+    assert waiting.output_ids == given.output_ids == alone[0].output_ids != replaced[0].output_ids
+    assert waiting.selector_version == given.selector_version == "pinned"
+
+
+def test_an_unknown_version_is_refused(models: Models) -> None:
+    """Never served by another one instead."""
     proposer = make_proposer(models)
     engine = Engine(proposer, local_selectors=lookup_in(all_selectors(proposer), "joint-base"))
-    (sequence,) = run(engine, request(LOCAL, version="removed"))
-    assert sequence.selector_version == "joint-base"
+    with pytest.raises(VersionNotFoundError):
+        engine.add(request(LOCAL, version="removed"))
+    assert engine.idle
 
 
 def test_steps_are_frozen_values() -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -366,12 +366,12 @@ def test_bad_versions_are_refused_and_the_old_one_serves(registry: Registry, run
     assert serving is not None and serving.version == good
     spoil(registry.root / bad)
     with pytest.raises(VersionError, match=message):
-        asyncio.run(selectors.check(bad))
+        asyncio.run(selectors.obtain(bad))
     for content in ({"history": [good, bad]}, {"history": [good], "canary": {"version": bad, "share": 0.9}}):
         (registry.root / "LIVE").write_text(json.dumps(content), encoding="utf-8")
         selectors.refresh()
         assert selectors.lookup(None) is serving and selectors.canary == ("", 0.0)
-        assert {selectors.choose(str(i)) for i in range(50)} == {good}
+        assert all(selectors.choose(str(i)) is serving for i in range(50))
     if case not in ("base model", "tokenizer", "shape"):  # those show beside the model only
         with pytest.raises(VersionError):
             registry.promote(bad)
@@ -400,6 +400,10 @@ def test_a_refused_version_serves_once_it_is_sound(registry: Registry, runtime: 
     assert selectors.live_version == late
 
 
+def choices(selectors: LiveSelectors, ids: Sequence[str]) -> list[str]:
+    return [s.version if (s := selectors.choose(i)) else "" for i in ids]
+
+
 def test_canary_gets_its_share_and_a_retry_the_same_version(registry: Registry, runtime: ModelRuntime) -> None:
     old, new = publish(registry, runtime), publish(registry, runtime, seed=1)
     registry.promote(old)
@@ -407,16 +411,16 @@ def test_canary_gets_its_share_and_a_retry_the_same_version(registry: Registry, 
     here, there = (LiveSelectors(registry, runtime, "tok") for _ in range(2))
     assert here.canary == (new, 0.2) and here.live_version == old
     ids = [f"request-{i}" for i in range(4000)]
-    chosen = [here.choose(i) for i in ids]
-    assert chosen == [there.choose(i) for i in ids] == [here.choose(i) for i in ids]
+    chosen = choices(here, ids)
+    assert chosen == choices(there, ids) == choices(here, ids)
     assert 0.17 < chosen.count(new) / len(ids) < 0.23 and set(chosen) == {old, new}
     registry.promote(new, 0.6)
     here.refresh()
-    wider = [here.choose(i) for i in ids]
+    wider = choices(here, ids)
     assert all(after == new for before, after in zip(chosen, wider, strict=True) if before == new)  # the share grows
     registry.rollback()
     here.refresh()
-    assert {here.choose(i) for i in ids} == {old} and here.lookup(new) is not None  # a running answer keeps its own
+    assert set(choices(here, ids)) == {old} and here.lookup(new) is not None  # a running answer keeps its own
 
 
 def test_versions_in_use_stay_loaded(registry: Registry, runtime: ModelRuntime) -> None:
@@ -426,12 +430,25 @@ def test_versions_in_use_stay_loaded(registry: Registry, runtime: ModelRuntime) 
     registry.promote(names[1], 0.5)
     selectors = LiveSelectors(registry, runtime, "tok")
     for name in names:
-        asyncio.run(selectors.check(name))
-        assert selectors.lookup(name) is not None
+        assert asyncio.run(selectors.obtain(name)) is selectors.lookup(name)
     assert len(selectors._loaded) <= 7
     assert selectors.lookup(names[0]) is selectors.lookup(None) and selectors.lookup(names[1]) is not None
     with pytest.raises(VersionNotFoundError):
-        asyncio.run(selectors.check("v0099-x"))
+        asyncio.run(selectors.obtain("v0099-x"))
+
+
+def test_a_version_pushed_out_of_memory_stays_itself(registry: Registry, runtime: ModelRuntime) -> None:
+    """What a request was given is still that version after many others were asked for, and can be asked for anew."""
+    names = [publish(registry, runtime, SelectorKind.PREFIX, seed=i) for i in range(8)]
+    registry.promote(names[0])
+    selectors = LiveSelectors(registry, runtime, "tok")
+    held = asyncio.run(selectors.obtain(names[1]))
+    for name in names[2:]:
+        asyncio.run(selectors.obtain(name))
+    with pytest.raises(VersionNotFoundError, match=names[1]):
+        selectors.lookup(names[1])
+    again = asyncio.run(selectors.obtain(names[1]))
+    assert held.version == again.version == names[1] and again is not held
 
 
 def test_no_request_is_without_a_version_while_versions_are_swapped(registry: Registry, runtime: ModelRuntime) -> None:
@@ -445,10 +462,8 @@ def test_no_request_is_without_a_version_while_versions_are_swapped(registry: Re
             lambda: [(registry.promote(names[i % 3]), selectors.refresh()) for i in range(60)]))
         asked = 0
         while not swapping.done():
-            name = selectors.choose(f"{asked}")
-            await selectors.check(name)
-            found = selectors.lookup(name)
-            assert found is not None and found.version == name
+            chosen = selectors.choose(f"{asked}")
+            assert chosen is not None and await selectors.obtain(chosen.version) is not None
             asked += 1
             await asyncio.sleep(0)
         await swapping

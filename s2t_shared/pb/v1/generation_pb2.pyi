@@ -299,7 +299,7 @@ class DescribeServiceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeServiceResponse(_message.Message):
-    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_selector", "calibrated_triggers", "template_digest", "proposers", "canary_selector", "canary_share")
+    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_selector", "calibrated_triggers", "template_digest", "proposers", "canary_selector", "canary_share", "running_sequences", "waiting_sequences", "live_kv_rows")
     SLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +310,9 @@ class DescribeServiceResponse(_message.Message):
     PROPOSERS_FIELD_NUMBER: _ClassVar[int]
     CANARY_SELECTOR_FIELD_NUMBER: _ClassVar[int]
     CANARY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    LIVE_KV_ROWS_FIELD_NUMBER: _ClassVar[int]
     slm_digest: str
     tokenizer_digest: str
     llm_digest: str
@@ -320,4 +323,7 @@ class DescribeServiceResponse(_message.Message):
     proposers: int
     canary_selector: str
     canary_share: float
-    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_selector: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., template_digest: _Optional[str] = ..., proposers: _Optional[int] = ..., canary_selector: _Optional[str] = ..., canary_share: _Optional[float] = ...) -> None: ...
+    running_sequences: int
+    waiting_sequences: int
+    live_kv_rows: int
+    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_selector: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., template_digest: _Optional[str] = ..., proposers: _Optional[int] = ..., canary_selector: _Optional[str] = ..., canary_share: _Optional[float] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_rows: _Optional[int] = ...) -> None: ...

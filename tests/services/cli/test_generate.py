@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +13,21 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import GenerateRequest, Generator, check_request, extract_answer, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
 from s2t_shared.decode.proposer import Proposer
-from s2t_shared.errors import ConfigError, DeadlineExceededError, EvaluationSplitError, InvalidRequestError
+from s2t_shared.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    EvaluationSplitError,
+    InvalidRequestError,
+    S2TError,
+    SelectorUnavailableError,
+)
 from s2t_shared.labels.label import Digests, rollout_of
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.statistics import hit_at, paired_difference, spearman, wilson_interval
 from s2t_shared.types import Answer, CandidateRule, LabelOptions, LabelRule, Mode, Policy, Prompt, Sampling, Trigger
+from tests.decode import test_engine_laws as laws
 
 PROBLEM = problems.problems("test", 8)
 
@@ -151,3 +160,19 @@ def test_metrics() -> None:
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
     assert spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(-0.5)
     assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+@pytest.mark.parametrize("failure", laws.FAILURES)
+def test_an_answer_of_mode_llm_has_something_of_the_llm(models: dict[str, Path], failure: str) -> None:
+    """One without any step of the LLM is an error; one that the LLM left half-way is an answer that says so."""
+    request = GenerateRequest("r", Prompt(token_ids=laws.PROMPTS[0]), Policy(Mode.LLM), max_new_tokens=6)
+
+    def outcome(healthy: int, policy: Policy) -> Answer | S2TError:
+        generator = Generator(Tokenizer.load(models["slm"]), laws.failing_engine(models, healthy, failure))
+        ((_, answer),) = generator.generate([replace(request, policy=policy)])
+        return answer
+
+    assert isinstance(outcome(0, Policy(Mode.LLM)), SelectorUnavailableError)
+    for healthy, policy in ((2, Policy(Mode.LLM)), (0, laws.ALL)):
+        answer = outcome(healthy, policy)
+        assert isinstance(answer, Answer) and answer.usage.degraded_steps == len(answer.token_ids) - healthy > 0
