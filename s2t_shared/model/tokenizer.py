@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import AutoTokenizer
 
@@ -23,6 +23,20 @@ REPLACEMENT = "\ufffd"
 WINDOW, WINDOW_CONTEXT = 16, 4  # tokens decoded at once while streaming, and kept of them for the next window
 PROBES = ("The answer is 3.14, isn't it?", "  x = [1, 2]\n\treturn x", "12345 67890", "naïve café – 東京 🙂",
           "Q A . + -")
+
+
+class TextTokenizer(Protocol):
+    """What turns prompts into ids and ids into text: `Tokenizer`, or a scripted one in tests."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def template_digest(self) -> str: ...
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 class Tokenizer:
@@ -137,7 +151,7 @@ class TextStream:
     >>> stream.push(token_id)   # "" while a character is incomplete
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [StopMatcher(s) for s in stop if s]
         self._ids: list[int] = []
         self._anchor = 0  # decode from here: a window is enough, and keeps long answers linear
