@@ -1,5 +1,6 @@
-"""Every setting, as inert data: one YAML file, overridden by the environment (`S2T_GATEWAY__PORT=50052`), overridden
-by the command line. Unknown keys are refused with the nearest name. Nothing here loads a model or opens a port.
+"""Every setting, as inert data: one YAML file, overridden by the environment
+(`S2T_GATEWAY__PORT=50052`), overridden by the command line. Unknown keys are refused with the
+nearest name. Nothing here loads a model or opens a port.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    model: str = Field("bundled", description="Hugging Face folder or hub id; 'bundled': the pair in this package")
+    model: str = Field(
+        "bundled", description="Hugging Face folder or hub id; 'bundled': the pair in this package"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, description="CPU threads of one replica")
-    kv_gib: float = Field(2.0, gt=0, description="memory for keys and values, of live and kept contexts together")
-    chat_template: str | None = Field(None, description="Jinja text that replaces the tokenizer's own")
+    kv_gib: float = Field(
+        2.0, gt=0, description="memory for keys and values, of live and kept contexts together"
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja text that replaces the tokenizer's own"
+    )
 
     @property
     def kv_bytes(self) -> int:
@@ -44,23 +51,41 @@ class Placement(_Section):
     replicas: int = Field(1, ge=0)
     num_cpus: float = Field(0.5, ge=0)
     num_gpus: float = Field(0.0, ge=0)
-    accelerator_type: str | None = Field(None, description="as Ray names it, for example H100 or L4")
-    resources: dict[str, float] = Field(default_factory=dict, description="custom resources of the node")
+    accelerator_type: str | None = Field(
+        None, description="as Ray names it, for example H100 or L4"
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom resources of the node"
+    )
 
 
 class ProposerConfig(Placement):
-    max_running: int = Field(32, ge=1, description="sequences in one batch")
-    max_ongoing_requests: int = Field(256, ge=1, description="requests a replica accepts before it says 'busy'")
-    chunk_tokens: int = Field(256, ge=16, description="prompt tokens read per step, beside the decoding of others")
-    selection_timeout_s: float = Field(2.0, gt=0, description="a later LLM selection degrades the step")
-    longest_draft: int = Field(32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token")
-    read_ahead_tokens: int = Field(0, ge=0, description="tell the LLM a context before it is needed when it lags so "
-                                   "many tokens behind; 0: never")
+    max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
+    max_ongoing_requests: int = Field(
+        256, ge=1, description="requests a replica accepts before it says 'busy'"
+    )
+    prefill_chunk_tokens: int = Field(
+        256, ge=16, description="prompt tokens read per step, beside the decoding of others"
+    )
+    selection_timeout_s: float = Field(
+        2.0, gt=0, description="a later LLM selection degrades the step"
+    )
+    max_draft_tokens: int = Field(
+        32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token"
+    )
+    read_ahead_tokens: int = Field(
+        0,
+        ge=0,
+        description="tell the LLM a context before it is needed when it lags so "
+        "many tokens behind; 0: never",
+    )
 
 
 class SelectorConfig(Placement):
     host: str = Field("127.0.0.1", description="where the replica's own gRPC server listens")
-    addresses: tuple[str, ...] = Field((), description="host:port of selectors elsewhere; then none is started here")
+    addresses: tuple[str, ...] = Field(
+        (), description="host:port of selectors elsewhere; then none is started here"
+    )
 
 
 class GatewayConfig(Placement):
@@ -75,9 +100,15 @@ class SecurityConfig(_Section):
 
     certificate: Path | None = Field(None, description="PEM file of the servers' certificate chain")
     key: Path | None = Field(None, description="PEM file of its private key")
-    authority: Path | None = Field(None, description="PEM file of the authority that clients here trust")
-    token_file: Path | None = Field(None, description="file with the token clients must send, at least 16 bytes")
-    insecure: bool = Field(False, description="allow plain, tokenless servers on other than loopback addresses")
+    authority: Path | None = Field(
+        None, description="PEM file of the authority that clients here trust"
+    )
+    token_file: Path | None = Field(
+        None, description="file with the token clients must send, at least 16 bytes"
+    )
+    insecure: bool = Field(
+        False, description="allow plain, tokenless servers on other than loopback addresses"
+    )
 
 
 class DefaultsConfig(_Section):
@@ -89,35 +120,54 @@ class DefaultsConfig(_Section):
     candidates: int = Field(8, ge=1, le=MAX_CANDIDATES)
     max_new_tokens: int = Field(256, ge=1)
     store_labels: bool = False
-    answer_pattern: str = Field("", description="regular expression that finds the answer in a text, for majority@n")
+    answer_pattern: str = Field(
+        "", description="regular expression that finds the answer in a text, for majority@n"
+    )
 
 
 class RedisConfig(_Section):
-    url: str | None = Field(None, description="None: `s2t serve` starts one of its own, on loopback")
+    url: str | None = Field(
+        None, description="None: `s2t serve` starts one of its own, on loopback"
+    )
     port: int = Field(0, ge=0, le=65535, description="of the one it starts; 0: any free port")
-    cache_ttl_s: int = Field(86_400, ge=1, description="how long a selection answers from the cache")
+    cache_ttl_s: int = Field(
+        86_400, ge=1, description="how long a selection answers from the cache"
+    )
 
 
 class LabelsConfig(_Section):
     shard_rows: int = Field(2000, ge=1, description="rollouts that make a shard at once")
-    shard_age_s: float = Field(60.0, gt=0, description="a shard is written at the latest after this long")
-    max_age_days: float = Field(0.0, ge=0, description="shards of older labels only are removed; 0: kept")
+    shard_age_s: float = Field(
+        60.0, gt=0, description="a shard is written at the latest after this long"
+    )
+    max_age_days: float = Field(
+        0.0, ge=0, description="shards of older labels only are removed; 0: kept"
+    )
     max_gib: float = Field(0.0, ge=0, description="the oldest shards beyond are removed; 0: kept")
-    spool_mib: int = Field(1024, ge=1, description="disk of one proposer for labels that Redis cannot take now")
+    spool_mib: int = Field(
+        1024, ge=1, description="disk of one proposer for labels that Redis cannot take now"
+    )
 
 
 class TrainingConfig(_Section):
-    """Settings of `s2t train`; see `losses.LossConfig` and `objective.DistillConfig` for what they do."""
+    """Settings of `s2t train`; see `losses.LossConfig` and `objective.DistillSettings` for what
+    they do."""
 
     kind: Literal["reserved", "prefix", "joint"] = "prefix"
     reads: Literal["base", "adapted"] = "base"
     objective: Literal["top1_ce", "kl", "pairwise_margin", "plain"] = "top1_ce"
     scoring: Literal["expected", "binary"] = "expected"
-    standardise: bool = Field(False, description="reserved scores to mean 0, variance 1 over a context's candidates")
-    fusion: bool = Field(False, description="choose lambda, the weight of the SLM's log-probability in the score")
+    standardise: bool = Field(
+        False, description="reserved scores to mean 0, variance 1 over a context's candidates"
+    )
+    fusion: bool = Field(
+        False, description="choose lambda, the weight of the SLM's log-probability in the score"
+    )
     steps: int = Field(1000, ge=1)
     batch_labels: int = Field(64, ge=1, description="labels per step, of all workers together")
-    max_tokens: int = Field(16_384, ge=1, description="tokens of one forward; more of a batch is accumulated")
+    max_tokens: int = Field(
+        16_384, ge=1, description="tokens of one forward; more of a batch is accumulated"
+    )
     learning_rate: float = Field(3e-4, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.05, ge=0, le=1)
@@ -132,36 +182,63 @@ class TrainingConfig(_Section):
     hinge_weight: float = Field(0.1, ge=0)
     hinge_margin: float = Field(0.1, ge=0)
     reg_weight: float = Field(0.1, ge=0)
-    teacher_temperature: float = Field(1.0, gt=0, description="of the LLM's distribution over the candidates")
+    teacher_temperature: float = Field(
+        1.0, gt=0, description="of the LLM's distribution over the candidates"
+    )
     teacher_margin: Literal["none", "weight", "drop"] = "none"
     margin_power: float = Field(1.0, ge=0)
     margin_eps: float = Field(1e-3, ge=0)
     min_margin: float = Field(0.0, ge=0, le=1)
-    min_mass: float = Field(1e-3, ge=0, le=1, description="labels with less LLM probability on the candidates are left "
-                            "out")
+    min_mass: float = Field(
+        1e-3,
+        ge=0,
+        le=1,
+        description="labels with less LLM probability on the candidates are left out",
+    )
     validate_every: int = Field(0, ge=0, description="steps; 0: a tenth of all")
     patience: int = Field(3, ge=1, description="validations without improvement before stopping")
     checkpoint_every: int = Field(100, ge=1, description="steps")
-    held_out_labels: int = Field(4096, ge=1, description="to validate on, and as many to test on, at most")
-    kept_gib: float = Field(2.0, ge=0, description="reads: base, unsharded: memory for contexts that are read once")
+    held_out_labels: int = Field(
+        4096, ge=1, description="to validate on, and as many to test on, at most"
+    )
+    kept_gib: float = Field(
+        2.0, ge=0, description="reads: base, unsharded: memory for contexts that are read once"
+    )
     seed: int = 0
-    init_from: str = Field("", description="start from this version's weights, or from the 'live' one's")
+    init_from: str = Field(
+        "", description="start from this version's weights, or from the 'live' one's"
+    )
     workers: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0.0, ge=0)
     cpus_per_worker: float = Field(0.5, gt=0)
-    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp: each worker holds a part of the SLM's layers")
-    gate_problems: Path | None = Field(None, description='JSONL of training problems with "answer"; None: the bundled '
-                                       "ones with the bundled SLM, else no task set")
+    sharding: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="fsdp: each worker holds a part of the SLM's layers"
+    )
+    gate_problems: Path | None = Field(
+        None,
+        description='JSONL of training problems with "answer"; None: the bundled '
+        "ones with the bundled SLM, else no task set",
+    )
     gate_problem_count: int = Field(100, ge=0)
-    gate_budget: float = Field(0.05, gt=0, le=1, description="share of steps that may trigger on the task set")
-    gate_min_gain: float = Field(0.0, description="of Agree@1 on held-out labels, at the lower end of its interval")
+    gate_budget: float = Field(
+        0.05, gt=0, le=1, description="share of steps that may trigger on the task set"
+    )
+    gate_min_gain: float = Field(
+        0.0, description="of Agree@1 on held-out labels, at the lower end of its interval"
+    )
     gate_max_lm_kl: float = Field(0.1, gt=0, description="nats per token")
-    gate_max_task_loss: float | None = Field(None, ge=0, le=1, description="None: only a significant loss is refused")
-    gate_min_problems: int = Field(20, ge=1, description="held-out problems, below which nothing is judged")
+    gate_max_task_loss: float | None = Field(
+        None, ge=0, le=1, description="None: only a significant loss is refused"
+    )
+    gate_min_problems: int = Field(
+        20, ge=1, description="held-out problems, below which nothing is judged"
+    )
 
 
 class CalibrationConfig(_Section):
-    prompts: Path | None = Field(None, description="JSONL of training prompts; None: the bundled ones")
+    prompts: Path | None = Field(
+        None, description="JSONL of training prompts; None: the bundled ones"
+    )
     count: int = Field(200, ge=8, description="prompts that are rolled out")
     max_new_tokens: int = Field(128, ge=8)
 
@@ -180,7 +257,9 @@ class Config(_Section):
     labels: LabelsConfig = LabelsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingConfig = TrainingConfig()
-    data_dir: Path = Field(Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes")
+    data_dir: Path = Field(
+        Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
+    )
 
     @property
     def slm_model(self) -> str:
@@ -203,8 +282,11 @@ class Config(_Section):
         return self.data_dir / "versions"
 
 
-def load_config(file: Path | None = None, overrides: Mapping[str, Any] | None = None,
-                environment: Mapping[str, str] | None = None) -> Config:
+def load_config(
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Config:
     """Defaults < file < environment < overrides (dotted keys, None values ignored).
 
     Raises:
@@ -214,7 +296,12 @@ def load_config(file: Path | None = None, overrides: Mapping[str, Any] | None = 
     environment = os.environ if environment is None else environment
     for name, text in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX):
-            _set(values, name[len(ENVIRONMENT_PREFIX):].lower().replace("__", "."), yaml.safe_load(text), name)
+            _set(
+                values,
+                name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", "."),
+                yaml.safe_load(text),
+                name,
+            )
     for key, value in (overrides or {}).items():
         if value is not None:
             _set(values, key, value, key)
@@ -231,19 +318,28 @@ def check_exposure(config: Config) -> None:
     if security.insecure:
         return
     secured = security.certificate and security.key and security.token_file
-    for name, host in (("gateway.host", config.gateway.host), ("selector.host", config.selector.host)):
+    for name, host in (
+        ("gateway.host", config.gateway.host),
+        ("selector.host", config.selector.host),
+    ):
         if host not in LOOPBACK and not secured:
-            raise ConfigError(f"{name}={host}: listening beyond loopback needs security.certificate, security.key and "
-                              "security.token_file (or security.insecure: true, if the network is yours alone)")
+            raise ConfigError(
+                f"{name}={host}: listening beyond loopback needs security.certificate, security.key and "
+                "security.token_file (or security.insecure: true, if the network is yours alone)"
+            )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"configuration file {str(file)!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"configuration file {str(file)!r} cannot be read: {error.strerror}"
+        ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"configuration file {str(file)!r} is not YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"configuration file {str(file)!r} is not YAML: {str(error).splitlines()[0]}"
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -267,7 +363,9 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             known = _fields_at(location[:-1])
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-            lines.append(f"unknown setting {'.'.join(location)!r}; nearest: {'.'.join([*location[:-1], *near])!r}")
+            lines.append(
+                f"unknown setting {'.'.join(location)!r}; nearest: {'.'.join([*location[:-1], *near])!r}"
+            )
         else:
             lines.append(f"{'.'.join(location)}={item['input']!r}: {item['msg']}")
     return "; ".join(lines)

@@ -14,8 +14,9 @@
       DeadlineExceededError      the request's own deadline passed
       UnauthenticatedError       no token, or a wrong one
 
-A message says what is wrong, where, and how to mend it. Bugs are `assert`s, never one of these. Nothing here
-knows a transport: `services.wire` maps each class to a gRPC status, `services.cli` to an exit status.
+A message says what is wrong, where, and how to mend it. Bugs are `assert`s, never one of these.
+Nothing here knows a transport: `services.wire` maps each class to a gRPC status, `services.cli` to
+an exit status.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Files and folders that are there whole or not at all, and locks that die with their holder.
 
-Everything is written under a temporary name beside its target, synced, and renamed. Temporary names are unique on all
-hosts that share the storage, and begin with a dot. What a killed writer leaves under one is the owner's to sweep.
+Everything is written under a temporary name beside its target, synced, and renamed. Temporary names
+are unique on all hosts that share the storage, and begin with a dot. What a killed writer leaves
+under one is the owner's to sweep.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock on the file `path`, which is created; it ends with the block, or with the process.
+    """Hold a lock on the file `path`, which is created; it ends with the block, or with the
+    process.
 
-    `shared`: others may hold it too, if theirs is shared. Yields whether it is held: always, unless `wait` is false
-    and somebody else holds it.
+    `shared`: others may hold it too, if theirs is shared. Yields whether it is held: always, unless
+    `wait` is false and somebody else holds it.
 
     Raises:
         OSError: the file cannot be opened or locked.
     """
     kind = LOCK_SH if shared else LOCK_EX
-    # NFSv4 grants a shared lock only to a descriptor open for reading, an exclusive one only to one for writing.
+    # NFSv4 grants a shared lock only to a descriptor open for reading, an exclusive one only to one
+    # for writing.
     with path.open("a+b") as stream:
         try:
             flock(stream, kind if wait else kind | LOCK_NB)
@@ -47,14 +50,16 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` with `text` so that a reader, or a crash, sees the old or the new content, never a part."""
+    """Replace `path` with `text` so that a reader, or a crash, sees the old or the new content,
+    never a part."""
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A path to write to; the file there replaces `target`, durably, when the block ends well, and goes otherwise."""
+    """A path to write to; the file there replaces `target`, durably, when the block ends well, and
+    goes otherwise."""
     aside = temporary_name(target)
     try:
         yield aside
@@ -86,7 +91,8 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def publish_folder(aside: Path, target: Path, replace: bool = False) -> None:
-    """Sync all that is in `aside`, then give it its name; for a folder whose name depends on its content.
+    """Sync all that is in `aside`, then give it its name; for a folder whose name depends on its
+    content.
 
     Raises:
         FileExistsError: as `new_folder`.

@@ -1,4 +1,5 @@
-"""Figures from numbers: rates with intervals, ranks, local sufficiency. Pure; standard library and numpy only."""
+"""Figures from numbers: rates with intervals, ranks, local sufficiency. Pure; standard library and
+numpy only."""
 
 from __future__ import annotations
 
@@ -22,18 +23,23 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def t95(degrees: int) -> float:
-    """97.5 % quantile of Student's t: half of a 95 % interval, in standard errors that were themselves estimated.
+    """97.5 % quantile of Student's t: half of a 95 % interval, in standard errors that were
+    themselves estimated.
 
-    A table up to 4 degrees of freedom; beyond, the Cornish-Fisher expansion of the normal quantile (Abramowitz and
-    Stegun, 26.7.5), within 0.0004 of the truth.
+    A table up to 4 degrees of freedom; beyond, the Cornish-Fisher expansion of the normal quantile
+    (Abramowitz and Stegun, 26.7.5), within 0.0004 of the truth.
     """
     assert degrees >= 1
     if degrees <= len(T95):
         return T95[degrees - 1]
     z, n = Z95, degrees
-    return (z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-            + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92_160 * n**4))
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92_160 * n**4)
+    )
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
@@ -41,13 +47,17 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if len(difference) < 2:
         return float(difference.mean()) if len(difference) else 0.0, math.inf
-    return float(difference.mean()), float(Z95 * difference.std(ddof=1) / math.sqrt(len(difference)))
+    return float(difference.mean()), float(
+        Z95 * difference.std(ddof=1) / math.sqrt(len(difference))
+    )
 
 
-def clustered_difference(a: Sequence[bool], b: Sequence[bool], clusters: Sequence[str]) -> tuple[float, float]:
-    """Mean of a - b over the same items, and the half width of its 95 % interval, when items of one cluster (labels
-    of one problem) are not independent: the ratio estimator of cluster sums over cluster sizes, and t for so many
-    clusters, which are few. inf for one cluster.
+def clustered_difference(
+    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[str]
+) -> tuple[float, float]:
+    """Mean of a - b over the same items, and the half width of its 95 % interval, when items of one
+    cluster (labels of one problem) are not independent: the ratio estimator of cluster sums over
+    cluster sizes, and t for so many clusters, which are few. inf for one cluster.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if not len(difference):
@@ -62,7 +72,8 @@ def clustered_difference(a: Sequence[bool], b: Sequence[bool], clusters: Sequenc
 
 
 def hit_at(ranks: Sequence[int], k: int) -> float:
-    """Hit@K: share of positions where the LLM's top-1 is among the SLM's top K. rank -1 = outside the support."""
+    """Hit@K: share of positions where the LLM's top-1 is among the SLM's top K. rank -1 = outside
+    the support."""
     return sum(0 <= rank < k for rank in ranks) / len(ranks) if ranks else math.nan
 
 

@@ -1,33 +1,46 @@
-"""The value types that everything else speaks: requests, policies, Steps. No behaviour beyond small derivations.
+"""Value types that every layer speaks: requests, policies, Steps, answers.
 
-Knows nothing of models, transports or storage; imports the standard library only, so that clients can use it.
+Imports the standard library only, so that a client can use the types without torch or numpy. Knows
+no model, transport or storage. Natural logarithms everywhere; entropy and KL are in nats.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
+
+MAX_CANDIDATES = 64
+SUPPORT_SIZE = 64
+WARMUP_STEPS = 3
 
 
 class Mode(str, Enum):
-    """How an answer is made (DESIGN section 1)."""
+    """How an answer is decoded."""
 
     GREEDY = "greedy"  # the SLM alone, argmax
     SAMPLE = "sample"  # the SLM alone, sampled
     S2T = "s2t"  # at a divergence point the LLM selects among the SLM's candidates
-    S2T_LOCAL = "s2t_local"  # at a divergence point the distilled local selector selects; no LLM
-    TAKEOVER = "takeover"  # at a divergence point the LLM's top-1 over the whole vocabulary is emitted
+    S2T_LOCAL = "s2t_local"  # at a divergence point the local selector selects; no LLM
+    TAKEOVER = (
+        "takeover"  # at a divergence point the LLM's top-1 of the whole vocabulary is emitted
+    )
     LLM = "llm"  # the LLM alone, argmax
     MAJORITY = "majority"  # n sampled SLM answers, majority vote of the extracted answers
 
     @property
     def asks_llm(self) -> bool:
-        """Whether the mode itself needs the LLM (a KL trigger needs it too)."""
+        """Whether the mode itself needs the LLM. A KL trigger needs the LLM in any mode."""
         return self in (Mode.S2T, Mode.TAKEOVER, Mode.LLM)
+
+    @property
+    def can_trigger(self) -> bool:
+        """Whether the mode does anything at a divergence point."""
+        return self in (Mode.S2T, Mode.S2T_LOCAL, Mode.TAKEOVER)
 
 
 class Trigger(str, Enum):
-    """The signal that marks a divergence point; a step triggers when it is strictly above the threshold."""
+    """The signal that marks a divergence point. A step triggers strictly above the threshold."""
 
     ENTROPY = "entropy"
     KL = "kl"  # D(p_S || p_L)
@@ -39,15 +52,18 @@ class Trigger(str, Enum):
 
     @property
     def needs_llm(self) -> bool:
+        """Whether the signal is computed from the LLM's probabilities."""
         return self in (Trigger.KL, Trigger.KL_REVERSE)
 
     @property
     def needs_threshold(self) -> bool:
+        """Whether the trigger compares a signal with a threshold."""
         return self not in (Trigger.NEVER, Trigger.ALWAYS)
 
 
 class Proposals(str, Enum):
-    """Whether the SLM proposes with its base weights or with the local selector's adapter left on."""
+    """Which weights of the SLM propose tokens: the base ones, or with the local selector's
+    adapter."""
 
     BASE = "base"
     ADAPTED = "adapted"
@@ -58,36 +74,37 @@ class ChosenBy(str, Enum):
 
     SLM = "slm"  # the SLM's own top-1
     SAMPLER = "sampler"  # drawn from the SLM's distribution
-    LLM = "llm"
-    LOCAL = "local"  # the distilled local selector
+    LLM = "llm"  # the LLM selector
+    LOCAL = "local"  # the local selector
 
 
 class FinishReason(str, Enum):
+    """Why an answer ended."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
 
 
-MAX_CANDIDATES = 64
-SUPPORT_SIZE = 64
-WARMUP_STEPS = 3
+# -- what to decode -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CandidateRule:
-    """Which of the SLM's top ids are candidates: the first `k`, or adaptively those with p >= ratio * p_max.
+    """Which of the SLM's top ids are candidates.
 
-    `k`: 1..64. `ratio`: 0 for the fixed rule, else in (0, 1].
+    k: 1..64. ratio: 0 takes the first `k`; a ratio in (0, 1] takes those of the first `k` with
+    p >= ratio * p_max.
     """
 
     k: int = 8
     ratio: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What to do at each step. `threshold` is in the signal's unit (nats for entropy and KL)."""
+    """What to do at each step. `threshold` is in the trigger's unit."""
 
     mode: Mode = Mode.GREEDY
     trigger: Trigger = Trigger.ENTROPY
@@ -98,16 +115,20 @@ class Policy:
 
     @property
     def can_trigger(self) -> bool:
-        return self.mode in (Mode.S2T, Mode.S2T_LOCAL, Mode.TAKEOVER) and self.trigger is not Trigger.NEVER
+        """Whether any step can be a divergence point."""
+        return self.mode.can_trigger and self.trigger is not Trigger.NEVER
 
     @property
     def needs_llm(self) -> bool:
-        return self.mode is Mode.LLM or (self.can_trigger and (self.mode.asks_llm or self.trigger.needs_llm))
+        """Whether decoding asks the LLM."""
+        if self.mode is Mode.LLM:
+            return True
+        return self.can_trigger and (self.mode.asks_llm or self.trigger.needs_llm)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling of `Mode.SAMPLE`. `top_k` 0 and `top_p` 1 switch those cuts off; `seed` makes it repeatable."""
+    """How `Mode.SAMPLE` draws. `top_k` 0 and `top_p` 1 switch those cuts off."""
 
     temperature: float = 0.7
     top_p: float = 1.0
@@ -115,136 +136,45 @@ class Sampling:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How a sequence is decoded, whether it came as text or as token ids.
+
+    version: of the local selector; None means the live one when the sequence starts, "" means none.
+    score_rollout: after the answer the LLM scores every position in one prefill (plain harvest).
+    keep_support: every Step keeps its support, not only the triggered ones.
+    fresh_selections: the LLM is asked even where a cache knows the answer.
+    """
+
+    policy: Policy = Policy()
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = 256
+    version: str | None = None
+    score_rollout: bool = False
+    keep_support: bool = False
+    fresh_selections: bool = False
+
+    @property
+    def needs_llm(self) -> bool:
+        """Whether the LLM takes part, during decoding or after it."""
+        return self.policy.needs_llm or self.score_rollout
+
+
+StoppingCriteria = Callable[[int], bool]  # called with each emitted id; True ends the answer
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
     """One sequence for the engine: token ids in, Steps out.
 
-    `deadline` is a `time.monotonic()` value in seconds. `score_rollout` asks the LLM, after the answer is
-    finished, for its log-probabilities at every position in one prefill (the plain harvest). `keep_support`
-    leaves every Step its support (64 ids and numbers), not only the triggered ones. `fresh_selections`: the LLM is
-    asked even where a cache knows the answer.
-    `selector_version` None means the version that is live when the request is added; "" means none.
+    deadline: a `time.monotonic()` value in seconds. stopping: ends the answer by its text.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
-    policy: Policy = Policy()
-    sampling: Sampling = Sampling()
-    max_new_tokens: int = 256
+    options: DecodeOptions = DecodeOptions()
     deadline: float | None = None
-    score_rollout: bool = False
-    keep_support: bool = False
-    fresh_selections: bool = False
-    selector_version: str | None = None
-
-
-@dataclass(frozen=True)
-class Support:
-    """The SLM's top ids at one position, best first. `log_probs`: natural log over the whole vocabulary
-    (reserved ids masked out), same order and length (<= 64) as `ids`."""
-
-    ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ScoreQuery:
-    """The one selection primitive: log-probabilities of candidates at positions of a context.
-
-    `positions[i]` asks for the distribution of the token that follows `token_ids[positions[i]]`, and
-    `candidate_ids[i]` are the ids wanted there (may be empty: then only the top-1 is wanted). `excluded_ids`
-    (the reserved ids) and every id >= `vocab_size` (0 = no limit) get probability zero first.
-    """
-
-    token_ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    candidate_ids: tuple[tuple[int, ...], ...]
-    excluded_ids: tuple[int, ...] = ()
-    vocab_size: int = 0
-    sequence_id: str = ""
-    fresh: bool = False  # not from a cache
-
-
-@dataclass(frozen=True)
-class PositionScores:
-    """The LLM at one position: natural-log probabilities of the asked candidates (same order), and its top-1."""
-
-    log_probs: tuple[float, ...]
-    top_id: int
-    top_log_prob: float
-
-
-@dataclass(frozen=True)
-class ScoreReply:
-    """One `PositionScores` per asked position. `cached`: answered from the selection cache, no LLM forward."""
-
-    positions: tuple[PositionScores, ...]
-    llm_version: str = ""
-    cached: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """One emitted token and how it came about. Text, metrics and labels are folded from Steps.
-
-    `signal`: the trigger's value, None when it was not computed. `candidate_ids`/`scores`: at triggered steps
-    only; scores are the LLM's log-probabilities or the local selector's scores, by `chosen_by`.
-    `llm`: what the LLM said over `support` here (top-1 and log-probabilities), where it was asked.
-    `degraded`: empty, or why the step fell back from the LLM.
-    """
-
-    index: int
-    token_id: int
-    chosen_by: ChosenBy
-    triggered: bool = False
-    signal: float | None = None
-    candidate_ids: tuple[int, ...] = ()
-    scores: tuple[float, ...] = ()
-    support: Support | None = None
-    llm: PositionScores | None = None
-    llm_cached: bool = False
-    degraded: str = ""
-
-    @property
-    def slm_top_id(self) -> int | None:
-        return self.support.ids[0] if self.support else None
-
-    @property
-    def llm_top_id(self) -> int | None:
-        return self.llm.top_id if self.llm else None
-
-    @property
-    def flipped(self) -> bool:
-        """The chosen token is not the SLM's own first choice."""
-        return self.triggered and self.token_id != self.slm_top_id
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts of one answer. `llm_forwards`: LLM forward passes this answer caused (cache hits cost none)."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    triggers: int = 0
-    flips: int = 0
-    llm_forwards: int = 0
-    degraded_steps: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
-
-    def _values(self) -> tuple[int, ...]:
-        return (self.prompt_tokens, self.completion_tokens, self.triggers, self.flips, self.llm_forwards,
-                self.degraded_steps)
-
-
-@dataclass(frozen=True)
-class Versions:
-    """Which weights made an answer: digests of SLM and LLM, and the local selector's version ("" for none)."""
-
-    slm: str = ""
-    llm: str = ""
-    selector: str = ""
+    stopping: StoppingCriteria | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +187,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Exactly one of text, messages or token ids."""
+    """A prompt: exactly one of text, messages or token ids."""
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
@@ -266,19 +196,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """A position becomes a label when this trigger's signal is strictly above the threshold."""
+    """A position becomes a label when the trigger's signal is strictly above the threshold."""
 
     trigger: Trigger
     threshold: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """Whether and how an answer's LLM selections are kept as labels. `split` must not be an evaluation split.
+    """Whether and how an answer's LLM selections are kept as labels.
 
-    Every LLM selection becomes a label. Of a scored rollout (harvest) those positions do that one of `rules` marks;
-    the rules are made from `triggers` and `budget` (share of positions per trigger) when they are empty. `durable`:
-    the answer waits until its labels are stored durably; `collect`: it carries them.
+    Every LLM selection becomes a label. Of a scored rollout those positions become labels that one
+    of `rules` marks. Empty rules are made from `triggers` and `budget` (share of positions per
+    trigger). durable: the answer waits until its labels are stored durably. collect: the answer
+    carries its labels. split: an evaluation split is refused.
     """
 
     store: bool = False
@@ -292,9 +223,156 @@ class LabelOptions:
     collect: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One question and how to answer it.
+
+    budget: share of steps that may trigger; None keeps `options.policy.threshold`.
+    samples: n of majority@n. timeout_s: seconds; 0 means no deadline.
+    return_steps: the answer carries the triggered Steps (with score_rollout: every Step).
+    stream_steps: each Step is streamed as soon as it is decided.
+    answer_pattern: regular expression that finds the answer in a text, for majority@n.
+    """
+
+    request_id: str
+    prompt: Prompt
+    options: DecodeOptions = DecodeOptions()
+    budget: float | None = None
+    samples: int = 8
+    stop: tuple[str, ...] = ()
+    timeout_s: float = 0.0
+    return_steps: bool = False
+    stream_steps: bool = False
+    labels: LabelOptions = LabelOptions()
+    answer_pattern: str = ""
+
+
+# -- what the models say --------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
+class Support:
+    """The SLM's top ids at one position, best first, at most 64.
+
+    log_probs: over the whole vocabulary with reserved ids masked out; same order as `ids`.
+    """
+
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreQuery:
+    """The one selection primitive: log-probabilities of candidates at positions of a context.
+
+    positions[i] asks for the distribution of the token that follows `token_ids[positions[i]]`.
+    candidate_ids[i]: the ids wanted there; empty means that only the top-1 is wanted.
+    excluded_ids (the reserved ids) and all ids >= vocab_size (0: no limit) get probability zero.
+    fresh: a cache must not answer.
+    """
+
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    candidate_ids: tuple[tuple[int, ...], ...]
+    excluded_ids: tuple[int, ...] = ()
+    vocab_size: int = 0
+    sequence_id: str = ""
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """The LLM at one position: log-probabilities of the asked candidates, and its own top-1 id."""
+
+    log_probs: tuple[float, ...]
+    top_id: int
+
+
+@dataclass(frozen=True)
+class ScoreReply:
+    """One `PositionScores` per asked position. cached: no LLM forward was needed."""
+
+    positions: tuple[PositionScores, ...]
+    llm_digest: str = ""
+    cached: bool = False
+
+
+# -- what was decided -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One decided token and how it came about. Text, metrics and labels are folded from Steps.
+
+    signal: value of the trigger; None where it was not computed.
+    candidate_ids, scores: at triggered steps only. Scores are the LLM's log-probabilities or the
+    local selector's scores, by `chosen_by`.
+    slm_top_id, llm_top_id: each model's own first choice, where known.
+    entropy, kl: nats on the SLM's support. llm_top_rank: place of the LLM's first choice in the
+    SLM's order, 0 = first, -1 = outside the support. All three only where the support was kept.
+    degraded: empty, or why the step did without the LLM.
+    text: what this token added to the answer's text, where the text was asked for.
+    support, llm: the two models' numbers; they stay in the process that decoded.
+    """
+
+    index: int
+    token_id: int
+    chosen_by: ChosenBy = ChosenBy.SLM
+    triggered: bool = False
+    signal: float | None = None
+    candidate_ids: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    slm_top_id: int | None = None
+    llm_top_id: int | None = None
+    llm_top_rank: int | None = None
+    entropy: float | None = None
+    kl: float | None = None
+    degraded: str = ""
+    text: str = ""
+    support: Support | None = None
+    llm: PositionScores | None = None
+
+    @property
+    def flipped(self) -> bool:
+        """Whether a divergence point changed the token."""
+        return self.triggered and self.token_id != self.slm_top_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Counts of one answer.
+
+    llm_forwards: LLM forward passes that the answer caused; cache hits cost none.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    triggers: int = 0
+    flips: int = 0
+    llm_forwards: int = 0
+    degraded_steps: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        names = [f.name for f in fields(Usage)]
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Which weights made an answer: digests of SLM and LLM, version of the local selector."""
+
+    slm: str = ""
+    llm: str = ""
+    local_selector: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A finished answer: what `generate` returns and the wire's last message carries."""
+    """A finished answer.
+
+    labels_stored: labels that were handed to the label store.
+    rollout: the rollout with its labels as JSON, when labels were to be collected.
+    """
 
     token_ids: tuple[int, ...]
     text: str
@@ -302,3 +380,74 @@ class Answer:
     usage: Usage
     versions: Versions
     steps: tuple[Step, ...] = field(default=(), repr=False)
+    labels_stored: int = 0
+    rollout: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class AnswerPiece:
+    """Part of a streamed answer: new text, the Steps behind it, and at the end the whole answer."""
+
+    text: str = ""
+    steps: tuple[Step, ...] = ()
+    answer: Answer | None = None
+
+
+# -- what a service says of itself ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceDescription:
+    """What a service runs.
+
+    llm_digest: "" while no LLM selector answers. max_length: of prompt and answer, in tokens.
+    live_version, canary_version: of the local selector, "" for none. canary_share: of the requests
+    that name no version. proposers: replicas that were asked for. The last three are of the
+    proposer that was asked: sequences in its batch, sequences that wait, KV slots in use.
+    """
+
+    slm_digest: str
+    tokenizer_digest: str
+    template_digest: str
+    llm_digest: str
+    max_length: int
+    live_version: str = ""
+    canary_version: str = ""
+    canary_share: float = 0.0
+    calibrated_triggers: tuple[Trigger, ...] = ()
+    proposers: int = 1
+    running_sequences: int = 0
+    waiting_sequences: int = 0
+    live_kv_slots: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedVersion:
+    """A published local selector.
+
+    created_at: Unix seconds. share: of the requests that name no version.
+    metrics: held-out figures by name, for example agree_at_1.
+    """
+
+    name: str
+    kind: str
+    reads: str
+    live: bool
+    created_at: float
+    share: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Where labels are.
+
+    queued: rollouts in the stream that are not in the lake yet. in_lake: labels, duplicates
+    included. dead_letters: stream entries that were not labels. dropped: labels for which there was
+    no room.
+    """
+
+    queued: int = 0
+    in_lake: int = 0
+    dead_letters: int = 0
+    dropped: int = 0

@@ -1,6 +1,7 @@
-"""The graph of the service, and the only `.bind`. `serve deploy` imports `services.app:build`; `s2t serve` calls it.
+"""The graph of the service, and the only `.bind`. `serve deploy` imports `services.app:build`; `s2t
+serve` calls it.
 
-    gateway --handle--> proposers --handle (addresses only)--> selectors
+gateway --handle--> proposers --handle (addresses only)--> selectors
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ APPLICATION = "s2t"
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application of a configuration: `{"config": FILE, "redis.url": ..., any other dotted setting}`.
+    """The application of a configuration: `{"config": FILE, "redis.url": ..., any other dotted
+    setting}`.
 
     Raises:
         ConfigError: as `load_config` and `check_exposure`.
@@ -35,8 +37,12 @@ def build_application(config: Config) -> serve.Application:
     if not config.selector.addresses and config.selector.replicas:
         selectors = _deployment(Selector, config.selector, max_ongoing_requests=64).bind(config)
     busy = config.proposer.max_ongoing_requests
-    proposers = _deployment(ProposerReplica, config.proposer, max_ongoing_requests=busy + 64,
-                            max_queued_requests=4 * busy).bind(config, selectors)
+    proposers = _deployment(
+        ProposerReplica,
+        config.proposer,
+        max_ongoing_requests=busy + 64,
+        max_queued_requests=4 * busy,
+    ).bind(config, selectors)
     return _deployment(Gateway, config.gateway, max_ongoing_requests=64).bind(config, proposers)
 
 
@@ -47,5 +53,10 @@ def _deployment(target: type, placement: Placement, **options: Any) -> serve.Dep
     if placement.resources:
         actor["resources"] = placement.resources
     return serve.deployment(target).options(
-        num_replicas=placement.replicas, ray_actor_options=actor, health_check_period_s=2.0,
-        health_check_timeout_s=30.0, graceful_shutdown_timeout_s=10.0, **options)
+        num_replicas=placement.replicas,
+        ray_actor_options=actor,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_timeout_s=10.0,
+        **options,
+    )

@@ -22,10 +22,15 @@ from services.rpc import channels, wire
 DEFAULT_TIMEOUT_S = 300.0
 
 
-def parameters(prompt: str | Sequence[dict[str, str]] | Sequence[int], mode: str = "", trigger: str = "",
-               **settings: Any) -> pb.GenerationParameters:
-    """Build the request's parameters. `prompt`: text, chat messages, or token ids. `mode`, `trigger`: their names
-    ("s2t", "entropy"); `settings`: any other field of `GenerationParameters`."""
+def parameters(
+    prompt: str | Sequence[dict[str, str]] | Sequence[int],
+    mode: str = "",
+    trigger: str = "",
+    **settings: Any,
+) -> pb.GenerationParameters:
+    """Build the request's parameters. `prompt`: text, chat messages, or token ids. `mode`,
+    `trigger`: their names ("s2t", "entropy"); `settings`: any other field of
+    `GenerationParameters`."""
     if mode:
         settings["mode"] = f"MODE_{mode.upper()}"
     if trigger:
@@ -46,8 +51,13 @@ def parameters(prompt: str | Sequence[dict[str, str]] | Sequence[int], mode: str
 class Client:
     """Blocking calls. Failures are `s2t_shared.errors.S2TError`s with the server's text."""
 
-    def __init__(self, address: str = "127.0.0.1:50051", token: str | None = None, authority: Path | None = None,
-                 timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        token: str | None = None,
+        authority: Path | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
         """`authority`: PEM file of the certificate authority, for TLS."""
         self._channel = channels.open_channel(address, authority, asynchronous=False)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
@@ -57,24 +67,43 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         self._channel.close()
 
-    def generate(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], request_id: str = "",
-                 **settings: Any) -> pb.Answer:
+    def generate(
+        self,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        request_id: str = "",
+        **settings: Any,
+    ) -> pb.Answer:
         """The whole answer. `settings` as in `parameters`."""
-        request = pb.GenerateRequest(request_id=request_id, parameters=parameters(prompt, **settings))
+        request = pb.GenerateRequest(
+            request_id=request_id, parameters=parameters(prompt, **settings)
+        )
         return self._call(self._generation.Generate, request).answer
 
-    def stream(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], request_id: str = "",
-               **settings: Any) -> Iterator[pb.StreamGenerateResponse]:
-        """Pieces as they come; the last one has `.answer`. Breaking off the iteration cancels the answer."""
-        request = pb.StreamGenerateRequest(request_id=request_id, parameters=parameters(prompt, **settings))
-        call = self._generation.StreamGenerate(request, timeout=self._timeout, metadata=self._metadata)
+    def stream(
+        self,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        request_id: str = "",
+        **settings: Any,
+    ) -> Iterator[pb.StreamGenerateResponse]:
+        """Pieces as they come; the last one has `.answer`. Breaking off the iteration cancels the
+        answer."""
+        request = pb.StreamGenerateRequest(
+            request_id=request_id, parameters=parameters(prompt, **settings)
+        )
+        call = self._generation.StreamGenerate(
+            request, timeout=self._timeout, metadata=self._metadata
+        )
         try:
             yield from call
         except grpc.RpcError as error:
@@ -89,9 +118,11 @@ class Client:
         return list(self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest()).versions)
 
     def promote(self, version: str, share: float | None = None) -> str:
-        """Make a version live, or (`share` in (0, 1)) the canary for this share of the requests that name none.
-        Returns the live version."""
-        return self._call(self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version, share=share)).live
+        """Make a version live, or (`share` in (0, 1)) the canary for this share of the requests
+        that name none. Returns the live version."""
+        return self._call(
+            self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version, share=share)
+        ).live
 
     def roll_back(self) -> str:
         """End the canary, else go back to the version live before. Returns the live version."""

@@ -1,4 +1,5 @@
-"""Every mode on the same problems through a running service: accuracy with intervals, cost, local sufficiency."""
+"""Every mode on the same problems through a running service: accuracy with intervals, cost, local
+sufficiency."""
 
 from __future__ import annotations
 
@@ -32,12 +33,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class ModeSpec:
-    """One row of the table. `name`: a mode, or majority@n; `trigger` and `budget` where the mode has them."""
+    """One row of the table. `name`: a mode, or majority@n; `trigger` and `budget` where the mode
+    has them."""
 
     name: str
     trigger: str = ""
     budget: float | None = None
-    selector_version: str | None = None
+    version: str | None = None
 
     @property
     def label(self) -> str:
@@ -46,22 +48,28 @@ class ModeSpec:
 
     def parameters(self, prompt: Prompt, max_new_tokens: int, seed: int) -> pb.GenerationParameters:
         mode, _, samples = self.name.partition("@")
-        p = pb.GenerationParameters(**prompt_fields(prompt), mode=f"MODE_{mode.upper()}",
-                                    trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
-                                    max_new_tokens=max_new_tokens, sampling=pb.Sampling(seed=seed),
-                                    fresh_selections=True, labels=pb.LabelOptions(store=False))
+        p = pb.GenerationParameters(
+            **prompt_fields(prompt),
+            mode=f"MODE_{mode.upper()}",
+            trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
+            max_new_tokens=max_new_tokens,
+            sampling=pb.Sampling(seed=seed),
+            fresh_selections=True,
+            labels=pb.LabelOptions(store=False),
+        )
         if samples:
             p.samples = int(samples)
         if self.budget is not None:
             p.budget = self.budget
-        if self.selector_version is not None:
-            p.selector_version = self.selector_version
+        if self.version is not None:
+            p.version = self.version
         return p
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModeResult:
-    """Figures of one mode. `seconds`: wall time for all problems at the same concurrency as the other modes."""
+    """Figures of one mode. `seconds`: wall time for all problems at the same concurrency as the
+    other modes."""
 
     spec: ModeSpec
     correct: tuple[bool, ...]
@@ -94,33 +102,69 @@ class ModeResult:
         return paired_difference(self.correct, other.correct)
 
 
-def run_mode(target: Target, spec: ModeSpec, problems: Sequence[Problem], max_new_tokens: int, seed: int = 0,
-             concurrency: int = 32, on_answer: Callable[[], None] = lambda: None) -> ModeResult:
+def run_mode(
+    target: Target,
+    spec: ModeSpec,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    seed: int = 0,
+    concurrency: int = 32,
+    on_answer: Callable[[], None] = lambda: None,
+) -> ModeResult:
     """Ask every problem in one mode. A failed answer counts as wrong.
 
     Raises:
         S2TError: every single answer failed; the first one's error.
     """
     started = time.perf_counter()
-    questions = ((f"eval-{spec.name}-{p.id}", spec.parameters(p.prompt, max_new_tokens, seed * 1_000_003 + i))
-                 for i, p in enumerate(problems))
+    questions = (
+        (
+            f"eval-{spec.name}-{p.id}",
+            spec.parameters(p.prompt, max_new_tokens, seed * 1_000_003 + i),
+        )
+        for i, p in enumerate(problems)
+    )
     answers = answer_all(target, questions, concurrency, on_answer=lambda _: on_answer())
     seconds = time.perf_counter() - started
     good = [a for a in answers if isinstance(a, pb.Answer)]
     if not good:
         raise next(a for a in answers if isinstance(a, S2TError))
-    correct = tuple(isinstance(a, pb.Answer) and p.is_correct(a.text) for p, a in zip(problems, answers, strict=True))
-    return ModeResult(spec, correct, sum(a.usage.completion_tokens for a in good), sum(a.usage.triggers for a in good),
-                      sum(a.usage.flips for a in good), sum(a.usage.llm_forwards for a in good),
-                      sum(a.usage.degraded_steps for a in good), seconds, len(answers) - len(good))
+    correct = tuple(
+        isinstance(a, pb.Answer) and p.is_correct(a.text)
+        for p, a in zip(problems, answers, strict=True)
+    )
+    return ModeResult(
+        spec=spec,
+        correct=correct,
+        tokens=sum(a.usage.completion_tokens for a in good),
+        triggers=sum(a.usage.triggers for a in good),
+        flips=sum(a.usage.flips for a in good),
+        llm_forwards=sum(a.usage.llm_forwards for a in good),
+        degraded=sum(a.usage.degraded_steps for a in good),
+        seconds=seconds,
+        failed=len(answers) - len(good),
+    )
 
 
-def local_sufficiency(target: Target, problems: Sequence[Problem], max_new_tokens: int, share: float = 0.05
-                      ) -> dict[int, float]:
-    """Hit@1/2/4/8 at the top `share` of steps by KL of greedy SLM rollouts (warm-up left out). Stores no label."""
-    questions = ((f"hits-{p.id}", pb.GenerationParameters(
-        **prompt_fields(p.prompt), mode=pb.MODE_GREEDY, max_new_tokens=max_new_tokens, score_rollout=True,
-        return_steps=True, labels=pb.LabelOptions(store=False))) for p in problems)
+def local_sufficiency(
+    target: Target, problems: Sequence[Problem], max_new_tokens: int, share: float = 0.05
+) -> dict[int, float]:
+    """Hit@1/2/4/8 at the top `share` of steps by KL of greedy SLM rollouts (warm-up left out).
+    Stores no label."""
+    questions = (
+        (
+            f"hits-{p.id}",
+            pb.GenerationParameters(
+                **prompt_fields(p.prompt),
+                mode=pb.MODE_GREEDY,
+                max_new_tokens=max_new_tokens,
+                score_rollout=True,
+                return_steps=True,
+                labels=pb.LabelOptions(store=False),
+            ),
+        )
+        for p in problems
+    )
     answers = [a for a in answer_all(target, questions) if isinstance(a, pb.Answer)]
     total = sum(len(a.steps) for a in answers)
     steps = [s for a in answers for s in a.steps if s.index >= 3 and s.HasField("kl")]
@@ -145,7 +189,8 @@ def answers_match(expected: str, pattern: str = "") -> Callable[[str], bool]:
 
 
 def load_problems(file: Path | None, count: int, pattern: str) -> list[Problem]:
-    """Problems of a JSONL file with "answer" beside the prompt, or the bundled pair's held-out ones.
+    """Problems of a JSONL file with "answer" beside the prompt, or the bundled pair's held-out
+    ones.
 
     Raises:
         ConfigError: the file cannot be read, or a line has no prompt or no answer.
@@ -164,30 +209,54 @@ def load_problems(file: Path | None, count: int, pattern: str) -> list[Problem]:
 
 def bundled_problems(count: int) -> list[Problem]:
     """Held-out problems of the bundled pair, with their own grader."""
-    return [Problem(p.id, Prompt(text=p.prompt), partial(pair_problems.is_correct, p))
-            for p in pair_problems.problems("test", count)]
+    return [
+        Problem(p.id, Prompt(text=p.prompt), partial(pair_problems.is_correct, p))
+        for p in pair_problems.problems("test", count)
+    ]
 
 
 def as_rows(results: Sequence[ModeResult]) -> dict[str, dict[str, Any]]:
     """Figures by mode; times and gains are relative to the first one."""
     first = results[0]
-    return {r.spec.label: {
-        "accuracy": r.accuracy, "n": len(r.correct), "interval": list(r.interval),
-        "gain": list(r.gain_over(first)), "trigger_rate": r.trigger_rate,
-        "llm_forwards_per_token": r.llm_forwards_per_token, "relative_time": r.seconds / first.seconds,
-        "degraded": r.degraded, "failed": r.failed} for r in results}
+    return {
+        r.spec.label: {
+            "accuracy": r.accuracy,
+            "n": len(r.correct),
+            "interval": list(r.interval),
+            "gain": list(r.gain_over(first)),
+            "trigger_rate": r.trigger_rate,
+            "llm_forwards_per_token": r.llm_forwards_per_token,
+            "relative_time": r.seconds / first.seconds,
+            "degraded": r.degraded,
+            "failed": r.failed,
+        }
+        for r in results
+    }
 
 
 def table(results: Sequence[ModeResult], title: str) -> Table:
     """The same for people."""
     first = results[0]
     shown = Table(title=title, title_justify="left")
-    for column in ("mode", "accuracy", "95 % interval", f"paired gain\nover {first.spec.name}", "triggered",
-                   "LLM forwards\nper token", f"time /\n{first.spec.name}"):
+    for column in (
+        "mode",
+        "accuracy",
+        "95 % interval",
+        f"paired gain\nover {first.spec.name}",
+        "triggered",
+        "LLM forwards\nper token",
+        f"time /\n{first.spec.name}",
+    ):
         shown.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
     for r in results:
         gain, half = r.gain_over(first)
-        shown.add_row(r.spec.label, f"{r.accuracy:.3f}", f"{r.interval[0]:.2f} - {r.interval[1]:.2f}",
-                      "" if r is first else f"{gain:+.3f} ± {half:.3f}", f"{r.trigger_rate:.1%}",
-                      f"{r.llm_forwards_per_token:.3f}", f"{r.seconds / first.seconds:.2f}")
+        shown.add_row(
+            r.spec.label,
+            f"{r.accuracy:.3f}",
+            f"{r.interval[0]:.2f} - {r.interval[1]:.2f}",
+            "" if r is first else f"{gain:+.3f} ± {half:.3f}",
+            f"{r.trigger_rate:.1%}",
+            f"{r.llm_forwards_per_token:.3f}",
+            f"{r.seconds / first.seconds:.2f}",
+        )
     return shown

@@ -11,7 +11,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("services", "s2t_shared"):
             raise
-        sys.exit(f"s2t: {error.name} is not installed; the command needs the server extra: pip install 's2t[serve]'")
+        sys.exit(
+            f"s2t: {error.name} is not installed; the command needs the server extra: pip install 's2t[serve]'"
+        )
     run()
 
 

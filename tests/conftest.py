@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 from pathlib import Path  # noqa: E402
 
@@ -16,7 +20,8 @@ from hypothesis import settings  # noqa: E402
 from tests.helpers.models import build_models  # noqa: E402
 
 torch.set_num_threads(1)
-# The same examples on every run, and no time limit on a busy machine: a red test means changed code.
+# The same examples on every run, and no time limit on a busy machine: a red test means changed
+# code.
 settings.register_profile("s2t", derandomize=True, deadline=None, database=None)
 settings.load_profile("s2t")
 transformers.utils.logging.disable_progress_bar()

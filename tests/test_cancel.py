@@ -1,4 +1,5 @@
-"""Calls that end early: whatever way a client goes, its proposer hears of it, frees everything and leaks no task."""
+"""Calls that end early: whatever way a client goes, its proposer hears of it, frees everything and
+leaks no task."""
 
 from __future__ import annotations
 
@@ -20,14 +21,19 @@ from s2t_shared.decode.generate import GenerateRequest
 from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.types import Mode, Policy, Prompt, Sampling, Trigger
+from s2t_shared.types import DecodeOptions, Mode, Policy, Prompt, Sampling, Trigger
 from services.rpc import channels
 from services.serve.gateway import GenerationServicer
 from services.serve.proposer_replica import ProposerReplica, Reply
 
 NOTHING = Load(running=0, waiting=0, live_kv_rows=0)
-LONG = GenerateRequest("long", Prompt(token_ids=(6, 7, 8)), Policy(Mode.SAMPLE), sampling=Sampling(100.0),
-                       max_new_tokens=200)
+LONG = GenerateRequest(
+    request_id="long",
+    prompt=Prompt(token_ids=(6, 7, 8)),
+    options=DecodeOptions(
+        policy=Policy(mode=Mode.SAMPLE), sampling=Sampling(100.0), max_new_tokens=200
+    ),
+)
 
 
 async def becomes(holds: Callable[[], bool], within_s: float) -> bool:
@@ -37,7 +43,7 @@ async def becomes(holds: Callable[[], bool], within_s: float) -> bool:
     return holds()
 
 
-# -- the gateway: an RPC's end reaches Serve --------------------------------------------------------------------------
+# -- the gateway: an RPC's end reaches Serve ------------------------------------------------------
 
 
 class Answering:
@@ -59,7 +65,7 @@ class Answering:
 
     async def __anext__(self) -> Reply:
         await asyncio.sleep(0.001)
-        return Reply(self._piece)
+        return Reply(text=self._piece)
 
 
 class Proposers:
@@ -92,21 +98,27 @@ async def gateway_of(proposers: Proposers) -> AsyncIterator[str]:
 
 
 async def cancel_stream(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
-    call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(pb.StreamGenerateRequest(parameters={"text": "x"}))
+    call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(
+        pb.StreamGenerateRequest(parameters={"text": "x"})
+    )
     await call.read()
     call.cancel()
 
 
 async def cancel_unread_stream(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
     """The handler waits for room to send, not for its next piece."""
-    call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(pb.StreamGenerateRequest(parameters={"text": "x"}))
+    call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(
+        pb.StreamGenerateRequest(parameters={"text": "x"})
+    )
     await call.read()
     await asyncio.sleep(0.3)
     call.cancel()
 
 
 async def cancel_unary(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
-    call = pb_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(parameters={"text": "x"}))
+    call = pb_grpc.GenerationServiceStub(channel).Generate(
+        pb.GenerateRequest(parameters={"text": "x"})
+    )
     waiting, before = asyncio.ensure_future(call), len(responses)
     assert await becomes(lambda: len(responses) > before, 10)
     call.cancel()
@@ -114,21 +126,29 @@ async def cancel_unary(channel: grpc.aio.Channel, responses: list[Answering]) ->
 
 
 async def expire(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
-    call = pb_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(parameters={"text": "x"}), timeout=0.2)
+    call = pb_grpc.GenerationServiceStub(channel).Generate(
+        pb.GenerateRequest(parameters={"text": "x"}), timeout=0.2
+    )
     with pytest.raises(grpc.RpcError):
         await call
 
 
 async def disconnect(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
-    call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(pb.StreamGenerateRequest(parameters={"text": "x"}))
+    call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(
+        pb.StreamGenerateRequest(parameters={"text": "x"})
+    )
     await call.read()
     await channel.close()
 
 
-@pytest.mark.parametrize("leave", [cancel_stream, cancel_unread_stream, cancel_unary, expire, disconnect],
-                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "leave",
+    [cancel_stream, cancel_unread_stream, cancel_unary, expire, disconnect],
+    ids=lambda f: f.__name__,
+)
 def test_a_client_that_leaves_cancels_the_serve_call(
-        leave: Callable[[grpc.aio.Channel, list[Answering]], Awaitable[None]]) -> None:
+    leave: Callable[[grpc.aio.Channel, list[Answering]], Awaitable[None]],
+) -> None:
     async def run() -> None:
         proposers = Proposers("x" * 10_000 if leave is cancel_unread_stream else "x")
         async with gateway_of(proposers) as address:
@@ -143,29 +163,42 @@ def test_a_client_that_leaves_cancels_the_serve_call(
     asyncio.run(run())
 
 
-# -- the proposer: a cancelled call frees its place ---------------------------------------------------------------
+# -- the proposer: a cancelled call frees its place -----------------------------------------------
 
 
 @asynccontextmanager
 async def replica_of(models: dict[str, Path], folder: Path) -> AsyncIterator[Any]:
     """A proposer replica in this process, without any selector."""
-    config = load_config(overrides={
-        "slm.model": str(models["slm"]), "data_dir": str(folder), "selector.replicas": 0, "calibration.count": 8,
-        "proposer.max_running": 4}, environment={})
+    config = load_config(
+        overrides={
+            "slm.model": str(models["slm"]),
+            "data_dir": str(folder),
+            "selector.replicas": 0,
+            "calibration.count": 8,
+            "proposer.max_num_seqs": 4,
+        },
+        environment={},
+    )
     replica: Any = ProposerReplica.__new__(ProposerReplica)
     await replica.__init__(config)
     yield replica
 
 
 @pytest.mark.parametrize("unary", [False, True], ids=["stream", "unary"])
-def test_cancelled_calls_leave_nothing_in_a_proposer(models: dict[str, Path], tmp_path: Path, unary: bool) -> None:
-    """More than fit the batch, so that some are cancelled while they run and some while they wait."""
+def test_cancelled_calls_leave_nothing_in_a_proposer(
+    models: dict[str, Path], tmp_path: Path, unary: bool
+) -> None:
+    """More than fit the batch, so that some are cancelled while they run and some while they
+    wait."""
+
     async def run() -> None:
         async with replica_of(models, tmp_path) as replica:
             before = len(asyncio.all_tasks())
 
             async def ask(number: int) -> None:
-                request = replace(LONG, request_id=str(number), sampling=Sampling(100.0, seed=number))
+                request = replace(
+                    LONG, request_id=str(number), sampling=Sampling(100.0, seed=number)
+                )
                 if unary:
                     await replica.answer(request)
                 async for _ in replica.stream(request):
@@ -173,7 +206,9 @@ def test_cancelled_calls_leave_nothing_in_a_proposer(models: dict[str, Path], tm
 
             for _ in range(5):
                 calls = [asyncio.create_task(ask(i)) for i in range(10)]
-                assert await becomes(lambda: replica._engine.load.waiting > 0 < replica._engine.load.running, 10)
+                assert await becomes(
+                    lambda: replica._engine.load.waiting > 0 < replica._engine.load.running, 10
+                )
                 for call in calls:
                     call.cancel()
                 assert await becomes(lambda: replica._engine.load == NOTHING, 0.25)
@@ -185,12 +220,18 @@ def test_cancelled_calls_leave_nothing_in_a_proposer(models: dict[str, Path], tm
 
 
 def test_mode_llm_without_an_llm_is_unavailable(models: dict[str, Path], tmp_path: Path) -> None:
-    """The LLM's own answer cannot be the SLM's; a mode where the LLM only selects goes on without it and says so."""
+    """The LLM's own answer cannot be the SLM's; a mode where the LLM only selects goes on without
+    it and says so."""
+
     async def run() -> None:
         async with replica_of(models, tmp_path) as replica:
             with pytest.raises(SelectorUnavailableError, match="mode llm"):
-                await replica.answer(replace(LONG, policy=Policy(Mode.LLM)))
-            reply = await replica.answer(replace(LONG, policy=Policy(Mode.S2T, Trigger.ALWAYS), max_new_tokens=5))
+                await replica.answer(replace(LONG, policy=Policy(mode=Mode.LLM)))
+            reply = await replica.answer(
+                replace(
+                    LONG, policy=Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS), max_new_tokens=5
+                )
+            )
             assert reply.answer.usage.degraded_steps == len(reply.answer.token_ids)
 
     asyncio.run(run())

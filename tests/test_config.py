@@ -1,4 +1,5 @@
-"""Configuration and launch files: precedence, refusals with the nearest name, and what Ray's own schemas accept."""
+"""Configuration and launch files: precedence, refusals with the nearest name, and what Ray's own
+schemas accept."""
 
 from __future__ import annotations
 
@@ -17,22 +18,30 @@ CLUSTER = Path(__file__).parent.parent / "cluster"
 
 def test_command_line_over_environment_over_file_over_default(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("gateway: {port: 1}\ndefaults: {budget: 0.2, candidates: 4}\n", encoding="utf-8")
-    config = load_config(file, {"gateway.port": 3, "defaults.mode": None},
-                         {"S2T_GATEWAY__PORT": "2", "S2T_DEFAULTS__BUDGET": "0.3", "OTHER": "x"})
+    file.write_text(
+        "gateway: {port: 1}\ndefaults: {budget: 0.2, candidates: 4}\n", encoding="utf-8"
+    )
+    config = load_config(
+        file,
+        {"gateway.port": 3, "defaults.mode": None},
+        {"S2T_GATEWAY__PORT": "2", "S2T_DEFAULTS__BUDGET": "0.3", "OTHER": "x"},
+    )
     assert (config.gateway.port, config.defaults.budget, config.defaults.candidates) == (3, 0.3, 4)
     assert config.defaults.mode == Config().defaults.mode
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("gatway: {port: 1}", "unknown setting 'gatway'; nearest: 'gateway'"),
-    ("gateway: {prot: 1}", "unknown setting 'gateway.prot'; nearest: 'gateway.port'"),
-    ("gateway: {port: 99999}", "gateway.port=99999"),
-    ("defaults: {mode: nope}", "defaults.mode='nope'"),
-    ("defaults: {candidates: 0}", "defaults.candidates=0"),
-    ("- a", "keys and values"),
-    ("a: [", "not YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gatway: {port: 1}", "unknown setting 'gatway'; nearest: 'gateway'"),
+        ("gateway: {prot: 1}", "unknown setting 'gateway.prot'; nearest: 'gateway.port'"),
+        ("gateway: {port: 99999}", "gateway.port=99999"),
+        ("defaults: {mode: nope}", "defaults.mode='nope'"),
+        ("defaults: {candidates: 0}", "defaults.candidates=0"),
+        ("- a", "keys and values"),
+        ("a: [", "not YAML"),
+    ],
+)
 def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     """A typo must never become a default in silence."""
     file = tmp_path / "c.yaml"
@@ -56,8 +65,17 @@ def test_exposed_servers_need_tls_and_a_token() -> None:
     with pytest.raises(ConfigError, match="selector.host"):
         check_exposure(load_config(overrides={"selector.host": "10.0.0.1"}, environment={}))
     check_exposure(load_config(overrides={**exposed, "security.insecure": True}, environment={}))
-    check_exposure(load_config(overrides={**exposed, "security.certificate": "c", "security.key": "k",
-                                          "security.token_file": "t"}, environment={}))
+    check_exposure(
+        load_config(
+            overrides={
+                **exposed,
+                "security.certificate": "c",
+                "security.key": "k",
+                "security.token_file": "t",
+            },
+            environment={},
+        )
+    )
 
 
 def deployments(application: object) -> dict[str, dict]:
@@ -67,12 +85,16 @@ def deployments(application: object) -> dict[str, dict]:
     while waiting:
         deployment = waiting.pop()
         found[deployment.name] = deployment.ray_actor_options
-        waiting += [a._bound_deployment for a in deployment.init_args if hasattr(a, "_bound_deployment")]
+        waiting += [
+            a._bound_deployment for a in deployment.init_args if hasattr(a, "_bound_deployment")
+        ]
     return found
 
 
 def test_laptop_file_builds_the_application() -> None:
-    graph = deployments(build({"config": str(CLUSTER / "laptop.yaml"), "redis.url": "redis://127.0.0.1:1/0"}))
+    graph = deployments(
+        build({"config": str(CLUSTER / "laptop.yaml"), "redis.url": "redis://127.0.0.1:1/0"})
+    )
     assert set(graph) == {"Gateway", "ProposerReplica", "Selector"}
     assert all(options["num_gpus"] == 0 for options in graph.values())
 
@@ -81,8 +103,10 @@ def test_reference_file_places_by_accelerator_and_resource() -> None:
     """The SLM goes to the small GPUs, the 32B LLM to the large one."""
     graph = deployments(build({"config": str(CLUSTER / "reference.yaml")}))
     slm, llm = graph["ProposerReplica"], graph["Selector"]
-    assert (slm["num_gpus"], slm["resources"]) == (1, {"slm_node": 1} | {k: v for k, v in slm["resources"].items()
-                                                                        if "accelerator" in k})
+    assert (slm["num_gpus"], slm["resources"]) == (
+        1,
+        {"slm_node": 1} | {k: v for k, v in slm["resources"].items() if "accelerator" in k},
+    )
     assert (llm["num_gpus"], llm["resources"]["llm_node"]) == (1, 1)
     assert "L4" in str(slm) and "H100" in str(llm)
 
@@ -107,5 +131,7 @@ def test_rayservice_is_safe_and_reaches_the_gateway() -> None:
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"]
         for container in pod["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False,
-                                                    "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }

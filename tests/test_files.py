@@ -20,12 +20,13 @@ from s2t_shared.labels.spool import Spool
 from s2t_shared.versions.registry import Registry
 from tests.helpers.rollouts import make_rollout
 
-# -- locks ------------------------------------------------------------------------------------------------------------
+# -- locks ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Locks as NFSv4 grants them: a shared one to a descriptor open for reading, an exclusive one for writing."""
+    """Locks as NFSv4 grants them: a shared one to a descriptor open for reading, an exclusive one
+    for writing."""
     real = fcntl.flock
 
     def flock(stream: IO[bytes] | int, kind: int) -> None:
@@ -42,7 +43,8 @@ def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nfs")
 def test_everything_that_locks_works_on_nfs(tmp_path: Path) -> None:
-    """`LOCK_SH` on a file opened with "w" is EBADF there: no label reached the lake, and Redis grew."""
+    """`LOCK_SH` on a file opened with "w" is EBADF there: no label reached the lake, and Redis
+    grew."""
     lake = Lake(tmp_path / "lake")
     lake.write([make_rollout(1)])
     assert lake.freeze().labels and lake.compact() == 0 and lake.verify() == {}
@@ -60,7 +62,11 @@ def test_locks_shut_out_whom_they_should(tmp_path: Path) -> None:
         assert stack.enter_context(locked(path, shared=True))
         with locked(path, shared=True, wait=False) as second, locked(path, wait=False) as exclusive:
             assert second and not exclusive
-    with locked(path), locked(path, wait=False) as exclusive, locked(path, shared=True, wait=False) as shared:
+    with (
+        locked(path),
+        locked(path, wait=False) as exclusive,
+        locked(path, shared=True, wait=False) as shared,
+    ):
         assert not exclusive and not shared
     with locked(path, wait=False) as free:
         assert free
@@ -69,9 +75,13 @@ def test_locks_shut_out_whom_they_should(tmp_path: Path) -> None:
 
 def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    program = ("import sys, time; from pathlib import Path; from s2t_shared.files import locked\n"
-               "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as holder:
+    program = (
+        "import sys, time; from pathlib import Path; from s2t_shared.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         with locked(path, wait=False) as held:
             assert not held
@@ -81,12 +91,14 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
             assert held
 
 
-# -- whole or not at all ----------------------------------------------------------------------------------------------
+# -- whole or not at all --------------------------------------------------------------------------
 
 
-def test_two_hosts_with_the_same_pid_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pods often have equal pids, and all proposers write the calibration at their first start: were temporaries
-    named by pid, one writer would rename the other's half-written file away."""
+def test_two_hosts_with_the_same_pid_write_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pods often have equal pids, and all proposers write the calibration at their first start:
+    were temporaries named by pid, one writer would rename the other's half-written file away."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
     target = tmp_path / "calibration.json"
     with new_file(target) as one, new_file(target) as other:
@@ -111,13 +123,17 @@ def fill(folder: Path, text: str) -> None:
     (folder / "deeper" / "file").write_text(text, encoding="utf-8")
 
 
-def test_a_folder_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_durable_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a power loss a name must not stand for files that never reached the disk."""
     target, synced = tmp_path / "new" / "folder", []
     real = files.sync
 
     def sync(path: Path) -> None:
-        synced.append((path.name if path.name in ("deeper", "file", "new") else "aside", target.exists()))
+        synced.append(
+            (path.name if path.name in ("deeper", "file", "new") else "aside", target.exists())
+        )
         real(path)
 
     monkeypatch.setattr(files, "sync", sync)
@@ -138,7 +154,8 @@ def test_a_folder_that_failed_is_not_there(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
-    """Neither what was there before, nor what somebody else put there meanwhile; an empty folder may be filled."""
+    """Neither what was there before, nor what somebody else put there meanwhile; an empty folder
+    may be filled."""
     target, file = tmp_path / "folder", tmp_path / "file"
     target.mkdir()
     file.touch()

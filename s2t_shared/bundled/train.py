@@ -1,8 +1,8 @@
 """Train the bundled pair from nothing: `python -m s2t_shared.pair.train [--out DIR]`.
 
-One word-level tokenizer, one task (`problems`), two Llama models: a small one that is stopped
-while it still guesses at the decision, and a larger one that has learnt to search. Both end up
-as ordinary Hugging Face folders, `slm/` and `llm/`, so nothing that serves them knows they are toys.
+One word-level tokenizer, one task (`problems`), two Llama models: a small one that is stopped while
+it still guesses at the decision, and a larger one that has learnt to search. Both end up as
+ordinary Hugging Face folders, `slm/` and `llm/`, so nothing that serves them knows they are toys.
 
 Every problem has the same number of tokens, so a batch needs no padding. Axis names:
 B problems, T tokens of prompt + solution + <eos>, P tokens of the prompt, V vocabulary.
@@ -34,7 +34,7 @@ SUPPORT = 64  # ids over which the KL between the two models is taken, as the en
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One model's shape and schedule. Training is one pass over `steps * batch` problems."""
 
@@ -51,15 +51,25 @@ class Recipe:
     decay_share: float = 0.4  # the last part of training, over which the rate falls to zero
 
 
-SLM = Recipe("slm", hidden=64, layers=3, heads=2, intermediate=176, steps=450, batch=64)
-LLM = Recipe("llm", hidden=128, layers=4, heads=4, intermediate=336, steps=3000, batch=64)
+SLM = Recipe(name="slm", hidden=64, layers=3, heads=2, intermediate=176, steps=450, batch=64)
+LLM = Recipe(name="llm", hidden=128, layers=4, heads=4, intermediate=336, steps=3000, batch=64)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level: splits at whitespace, joins with single spaces, adds nothing of its own."""
     reserved = [f"<|reserved_special_token_{index}|>" for index in range(NUM_RESERVED)]
     numbers = [str(number) for number in range(MAX_NUMBER + 1)]
-    words = ["<pad>", "<eos>", *reserved, "<unk>", *PUNCTUATION, *PROMPT_WORDS, *SOLUTION_WORDS, *NAMES, *numbers]
+    words = [
+        "<pad>",
+        "<eos>",
+        *reserved,
+        "<unk>",
+        *PUNCTUATION,
+        *PROMPT_WORDS,
+        *SOLUTION_WORDS,
+        *NAMES,
+        *numbers,
+    ]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -179,7 +189,10 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Llam
             mean, decision = recent.mean() / REPORT_EVERY, recent[DECISION_STEP] / REPORT_EVERY
             progress = f"{recipe.name} step {step + 1}/{recipe.steps}"
             seconds = time.monotonic() - start
-            print(f"{progress}  loss {mean:.4f}  at the decision {decision:.3f}  {seconds:.0f} s", flush=True)
+            print(
+                f"{progress}  loss {mean:.4f}  at the decision {decision:.3f}  {seconds:.0f} s",
+                flush=True,
+            )
             recent.zero_()
     return model.eval()
 
@@ -195,7 +208,8 @@ def solution_losses(model: LlamaForCausalLM, ids: Tensor, prompt_length: int) ->
 
 @torch.no_grad()
 def greedy(model: LlamaForCausalLM, ids: Tensor, prompt_length: int) -> Tensor:
-    """Greedy solutions [B, T - P] for the prompts of ids [B, T]; no cache, the problems are short."""
+    """Greedy solutions [B, T - P] for the prompts of ids [B, T]; no cache, the problems are
+    short."""
     tokens = ids[:, :prompt_length]
     for _ in range(ids.shape[1] - prompt_length):
         hidden = model.model(tokens, use_cache=False).last_hidden_state[:, -1]
@@ -213,9 +227,11 @@ def accuracy(batch: list[Problem], solutions: Tensor, tokenizer: PreTrainedToken
 def local_sufficiency(
     slm: LlamaForCausalLM, llm: LlamaForCausalLM, rollouts: Tensor, prompt_length: int
 ) -> tuple[float, float]:
-    """Hit@1 and Hit@8 of the LLM's top-1 at the 5 % of steps of SLM rollouts [B, T] that diverge most."""
+    """Hit@1 and Hit@8 of the LLM's top-1 at the 5 % of steps of SLM rollouts [B, T] that diverge
+    most."""
     small, large = (  # log-probabilities [B, T - P, V]
-        model(rollouts[:, :-1], use_cache=False).logits[:, prompt_length - 1 :].log_softmax(-1) for model in (slm, llm)
+        model(rollouts[:, :-1], use_cache=False).logits[:, prompt_length - 1 :].log_softmax(-1)
+        for model in (slm, llm)
     )
     support = small.topk(SUPPORT).indices
     p_small = small.gather(-1, support).log_softmax(-1)
@@ -226,7 +242,9 @@ def local_sufficiency(
     return (at_top < 1).float().mean().item(), (at_top < 8).float().mean().item()
 
 
-def report(slm: LlamaForCausalLM, llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def report(
+    slm: LlamaForCausalLM, llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     """Print what the pair does on held-out problems."""
     held_out = problems("test", 400)
     ids, prompt_length = encode(held_out, tokenizer)

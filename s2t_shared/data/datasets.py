@@ -1,9 +1,9 @@
-"""Rows of data sets, one at a time, whatever the format: JSONL, JSON, CSV, Parquet, Arrow, a folder of them as Hugging
-Face's `datasets` lays them out (read without it), or a hub id (read with it).
+"""Rows of data sets, one at a time, whatever the format: JSONL, JSON, CSV, Parquet, Arrow, a folder
+of them as Hugging Face's `datasets` lays them out (read without it), or a hub id (read with it).
 
-Splits are kept apart as the hub does: by what the dataset card declares, else by the names of files and folders, so
-that a folder that holds a test split beside the training split gives the training split only. Knows files and rows;
-not what the columns mean.
+Splits are kept apart as the hub does: by what the dataset card declares, else by the names of files
+and folders, so that a folder that holds a test split beside the training split gives the training
+split only. Knows files and rows; not what the columns mean.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from s2t_shared.errors import ConfigError, EvaluationSplitError, InvalidRequestE
 from s2t_shared.files import sha256_file
 from s2t_shared.labels.label import EVALUATION_SPLITS, check_split
 
-Record = tuple[int, Any]  # a number from 1, and the columns; or an InvalidRequestError in their place
+Record = tuple[
+    int, Any
+]  # a number from 1, and the columns; or an InvalidRequestError in their place
 
 LINE_KINDS = (".jsonl", ".ndjson", ".json")
 KINDS = (*LINE_KINDS, ".csv", ".tsv", ".parquet", ".arrow")
@@ -41,7 +43,8 @@ SPLIT_WORDS = EVALUATION_SPLITS | {"train", "training", "valid", "testing"}
 
 @dataclass(frozen=True)
 class Records:
-    """One split of a data set. files: in reading order; empty: on the hub. unit: what its numbers count."""
+    """One split of a data set. files: in reading order; empty: on the hub. unit: what its numbers
+    count."""
 
     where: str
     split: str
@@ -54,7 +57,8 @@ class Records:
         return cls(str(file), "", (file,), "line")
 
     def read(self) -> Iterator[Record]:
-        """The rows, numbered on through all files. A row that cannot be read is an InvalidRequestError.
+        """The rows, numbered on through all files. A row that cannot be read is an
+        InvalidRequestError.
 
         Raises:
             ConfigError: a file, or the hub, cannot be read.
@@ -87,11 +91,11 @@ class Records:
 
 
 def open_records(where: str, split: str) -> Records:
-    """The rows of one split of `where`: a file, a folder, or a hub id; ":config" may follow the last two.
+    """The rows of one split of `where`: a file, a folder, or a hub id; ":config" may follow the
+    last two.
 
-    Raises:
-        EvaluationSplitError: the split, or a single file, is named like one for evaluation. ConfigError: there is
-        nothing there.
+    Raises: EvaluationSplitError: the split, or a single file, is named like one for evaluation.
+        ConfigError: there is nothing there.
     """
     refuse_evaluation(split)
     path, config = Path(where).expanduser(), ""
@@ -103,44 +107,60 @@ def open_records(where: str, split: str) -> Records:
     if path.is_dir():
         return Records(where, split, tuple(_folder_files(path, split, config)))
     if path.is_file():
-        return Records(where, split, (path,), "line" if _kind(path) not in KINDS or _is_lines(path) else "row")
+        return Records(
+            where, split, (path,), "line" if _kind(path) not in KINDS or _is_lines(path) else "row"
+        )
     if HUB_ID.fullmatch(where) and _kind(path) not in KINDS:
         return Records(where, split, ())
-    raise ConfigError(f"input {where!r} cannot be read: no such file or folder, and no hub id (org/name) either")
+    raise ConfigError(
+        f"input {where!r} cannot be read: no such file or folder, and no hub id (org/name) either"
+    )
 
 
 def refuse_evaluation(split: str) -> None:
-    """Raises EvaluationSplitError. Hub splits have suffixes: "test_sft" is as much for evaluation as "test"."""
+    """Raises EvaluationSplitError. Hub splits have suffixes: "test_sft" is as much for evaluation
+    as "test"."""
     check_split(split)
     if _is_evaluation(split):
-        raise EvaluationSplitError(f"split {split!r} is named like an evaluation split: labels must never come from "
-                                   "there; use training problems (split 'train')")
+        raise EvaluationSplitError(
+            f"split {split!r} is named like an evaluation split: labels must never come from "
+            "there; use training problems (split 'train')"
+        )
 
 
 def _is_evaluation(split: str) -> bool:
-    words = re.findall(r"[a-z]+", split.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
+    words = re.findall(
+        r"[a-z]+", split.lower().replace("held_out", "heldout").replace("held-out", "heldout")
+    )
     return split.lower() in EVALUATION_SPLITS or any(word in EVALUATION_SPLITS for word in words)
 
 
 def _refuse_evaluation_name(path: Path) -> None:
-    """A file with an evaluation split in its name, or a folder of that name, itself or around it, as hubs have them."""
+    """A file with an evaluation split in its name, or a folder of that name, itself or around it,
+    as hubs have them."""
     resolved = path.resolve()
     folders = [resolved.name] if path.is_dir() else [resolved.parent.name] if path.is_file() else []
     named = path.is_file() and _is_evaluation(resolved.name.partition(".")[0])
-    if "train" not in resolved.name.lower() and (named or any(f.lower() in EVALUATION_SPLITS for f in folders)):
-        raise EvaluationSplitError(f"{str(path)!r} is named like an evaluation split: labels must never come from "
-                                   "there; if it holds training prompts, rename it")
+    if "train" not in resolved.name.lower() and (
+        named or any(f.lower() in EVALUATION_SPLITS for f in folders)
+    ):
+        raise EvaluationSplitError(
+            f"{str(path)!r} is named like an evaluation split: labels must never come from "
+            "there; if it holds training prompts, rename it"
+        )
 
 
-# -- which files --------------------------------------------------------------------------------------------------
+# -- which files ----------------------------------------------------------------------------------
 
 
 def _folder_files(root: Path, split: str, config: str) -> list[Path]:
     if (root / "dataset_dict.json").is_file():  # datasets.DatasetDict.save_to_disk
         splits = _read_json(root / "dataset_dict.json").get("splits", [])
         if split not in splits:
-            raise ConfigError(f"folder {str(root)!r} has no split {split!r}, but {', '.join(splits)}; choose with "
-                              "--split")
+            raise ConfigError(
+                f"folder {str(root)!r} has no split {split!r}, but {', '.join(splits)}; choose with "
+                "--split"
+            )
         root = root / split
     if (root / "state.json").is_file():  # datasets.Dataset.save_to_disk
         state = _read_json(root / "state.json")
@@ -156,8 +176,10 @@ def _folder_files(root: Path, split: str, config: str) -> list[Path]:
             files = [file for file in files if names[file] in wanted]
     if not files:
         known = ", ".join(sorted({name for name in names.values() if name})) or "none"
-        raise ConfigError(f"folder {str(root)!r} holds no data files of split {split!r} (splits found: {known}; files "
-                          f"read: {', '.join(KINDS)}); choose with --split")
+        raise ConfigError(
+            f"folder {str(root)!r} holds no data files of split {split!r} (splits found: {known}; files "
+            f"read: {', '.join(KINDS)}); choose with --split"
+        )
     return files
 
 
@@ -170,24 +192,39 @@ def _declared(root: Path, split: str, config: str) -> list[str]:
         marked = [name for name, c in configs.items() if c.get("default") or name == "default"]
     except FileNotFoundError:
         configs, marked = {}, []
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the dataset card {str(root / 'README.md')!r} cannot be read ({type(error).__name__}); mend "
-                          "it, or name a data file instead of the folder") from error
+    except (
+        OSError,
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ConfigError(
+            f"the dataset card {str(root / 'README.md')!r} cannot be read ({type(error).__name__}); mend "
+            "it, or name a data file instead of the folder"
+        ) from error
     if not configs and not config:
         return []
     name = config or next(iter(marked or configs))
     if name not in configs or (len(configs) > 1 and not config and not marked):
-        raise ConfigError(f"folder {str(root)!r}: name one of its configurations, as in FOLDER:NAME (there are: "
-                          f"{', '.join(configs) or 'none'})")
+        raise ConfigError(
+            f"folder {str(root)!r}: name one of its configurations, as in FOLDER:NAME (there are: "
+            f"{', '.join(configs) or 'none'})"
+        )
     if "data_dir" in configs[name]:
-        raise ConfigError(f"folder {str(root)!r}: its configuration {name!r} is a folder of its own; give that one")
+        raise ConfigError(
+            f"folder {str(root)!r}: its configuration {name!r} is a folder of its own; give that one"
+        )
     files = configs[name].get("data_files") or []
     entries = files if isinstance(files, list) else [files]
     found = [e if isinstance(e, dict) else {"split": "train", "path": e} for e in entries]
     paths = [e.get("path", []) for e in found if e.get("split", "train") == split]
     if found and not paths:
-        raise ConfigError(f"folder {str(root)!r}: its card names no split {split!r}, but "
-                          f"{', '.join(str(e.get('split')) for e in found)}; choose with --split")
+        raise ConfigError(
+            f"folder {str(root)!r}: its card names no split {split!r}, but "
+            f"{', '.join(str(e.get('split')) for e in found)}; choose with --split"
+        )
     return [str(p) for path in paths for p in (path if isinstance(path, list) else [path])]
 
 
@@ -214,12 +251,16 @@ def _matching(root: Path, pattern: str) -> list[Path]:
     try:
         return sorted(file for file in root.glob(pattern) if _is_data(file, root))
     except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"folder {str(root)!r}: its card names files by {pattern!r}, which is no pattern inside it; "
-                          "mend the card, or name a data file instead of the folder") from error
+        raise ConfigError(
+            f"folder {str(root)!r}: its card names files by {pattern!r}, which is no pattern inside it; "
+            "mend the card, or name a data file instead of the folder"
+        ) from error
 
 
 def _is_data(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)  # or above the root: ".."
+    hidden = any(
+        part.startswith(".") for part in file.relative_to(root).parts
+    )  # or above the root: ".."
     about = file.name in ("dataset_info.json", "dataset_infos.json", "state.json")
     return _kind(file) in KINDS and file.is_file() and not hidden and not about
 
@@ -229,7 +270,7 @@ def _kind(file: Path) -> str:
     return Path(file.stem if file.suffix.lower() in COMPRESSED else file.name).suffix.lower()
 
 
-# -- their rows ---------------------------------------------------------------------------------------------------
+# -- their rows -----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -237,9 +278,19 @@ def _readable(file: Path) -> Iterator[None]:
     """The border to everything that reads files."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException, ValueError, ArithmeticError,
-            RecursionError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        csv.Error,
+        pa.ArrowException,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition(
+            "\n"
+        )[0]
         raise ConfigError(f"input {str(file)!r} cannot be read: {reason}") from error
 
 
@@ -281,7 +332,9 @@ def _list(file: Path) -> Iterator[Record]:
     with _open(file) as stream:
         content = stream.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
-        raise ValueError("a JSON list can only be read whole, and this one is too large; make it JSON lines")
+        raise ValueError(
+            "a JSON list can only be read whole, and this one is too large; make it JSON lines"
+        )
     yield from enumerate(json.loads(content), 1)
 
 
@@ -289,11 +342,18 @@ def _csv(file: Path) -> Iterator[Record]:
     with _open(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, delimiter="\t" if _kind(file) == ".tsv" else ",")
         for number, row in enumerate(rows, 1):
-            yield number, InvalidRequestError("more values than the header has names") if None in row else row
+            yield (
+                number,
+                InvalidRequestError("more values than the header has names")
+                if None in row
+                else row,
+            )
 
 
 def _parquet(file: Path) -> Iterator[Record]:
-    with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:  # else the whole file waits in memory
+    with pq.ParquetFile(
+        file, pre_buffer=False, buffer_size=1 << 20
+    ) as table:  # else the whole file waits in memory
         yield from _rows_of(table.iter_batches(BATCH_ROWS))
 
 
@@ -333,15 +393,17 @@ def _count(file: Path) -> int | None:
             return sum(1 for line in lines if line.strip())
 
 
-# -- the hub ------------------------------------------------------------------------------------------------------
+# -- the hub --------------------------------------------------------------------------------------
 
 
 def _hub_rows(where: str, split: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"the hub id {where!r} needs the package datasets: pip install 's2t[hub]'; or give a file or "
-                          "folder") from error
+        raise ConfigError(
+            f"the hub id {where!r} needs the package datasets: pip install 's2t[hub]'; or give a file or "
+            "folder"
+        ) from error
     name, _, config = where.partition(":")
     with _reachable(where):
         yield from datasets.load_dataset(name, config or None, split=split, streaming=True)
@@ -361,5 +423,7 @@ def _reachable(where: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"the hub's {where!r} cannot be read: {reason}; check the name, its configuration and split, "
-                          "and the network, or download it and give the folder") from error
+        raise ConfigError(
+            f"the hub's {where!r} cannot be read: {reason}; check the name, its configuration and split, "
+            "and the network, or download it and give the folder"
+        ) from error

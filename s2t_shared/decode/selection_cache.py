@@ -1,6 +1,7 @@
 """The exact-match cache of LLM selections in Redis: a `SelectorClient` around another one.
 
-Knows queries, replies and keys; not who asks, nor where the LLM is. Holds no text: keys are hashes, values numbers.
+Knows queries, replies and keys; not who asks, nor where the LLM is. Holds no text: keys are hashes,
+values numbers.
 """
 
 from __future__ import annotations
@@ -16,35 +17,49 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
-from s2t_shared.decode.llm_selector import LLMInfo, SelectorClient
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.stream import LabelStore
+from s2t_shared.redis_connection import open_client, place_of, redis_errors
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 log = logging.getLogger(__name__)
 
+CACHE_PREFIX = "s2t:selection:"
 LOOKUP_TIMEOUT_S = 0.1  # a lookup that takes longer is worth less than the LLM forward it may save
 SKIP_S = 1.0  # after an error Redis is not asked for so long
 MAX_UNWRITTEN = 1000  # replies waiting to be written back; beyond, they are not cached
 
 
 class CachedSelector:
-    """A `SelectorClient` that adds one thing to another: a question asked before is answered from Redis.
+    """A `SelectorClient` that adds one thing to another: a question asked before is answered from
+    Redis.
 
-    Only questions about one position are cached; a harvest's whole rollout is never asked twice. One thread looks up
-    and asks `inner` (whose calls therefore never overlap), another writes back. Redis slow or away: all are misses.
+    Only questions about one position are cached; a harvest's whole rollout is never asked twice.
+    One thread looks up and asks `inner` (whose calls therefore never overlap), another writes back.
+    Redis slow or away: all are misses.
     """
 
-    def __init__(self, inner: SelectorClient, store: LabelStore, ttl_s: int = 86_400,
-                 lookup_timeout_s: float = LOOKUP_TIMEOUT_S) -> None:
-        self._inner, self._store, self._ttl_s = inner, store.with_timeout(lookup_timeout_s), ttl_s
+    def __init__(
+        self,
+        inner: SelectorClient,
+        redis_url: str,
+        ttl_s: int = 86_400,
+        lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
+    ) -> None:
+        self._inner = inner
+        self._place = place_of(redis_url)
+        self._redis = open_client(redis_url, lookup_timeout_s)
+        self._ttl_s = ttl_s
         self._asked: queue.SimpleQueue[tuple[Sequence[ScoreQuery], list[Future[ScoreReply]]] | None]
         self._asked = queue.SimpleQueue()
         self._unwritten: queue.Queue[tuple[str, ScoreReply] | None] = queue.Queue(MAX_UNWRITTEN)
         self._skip_until = 0.0
-        self._threads = [threading.Thread(target=self._answer_all, name="selection-lookup", daemon=True),
-                         threading.Thread(target=self._write_all, name="selection-write", daemon=True)]
+        self._threads = [
+            threading.Thread(target=self._answer_all, name="selection-lookup", daemon=True),
+            threading.Thread(target=self._write_all, name="selection-write", daemon=True),
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -64,7 +79,7 @@ class CachedSelector:
         self._threads[0].join()
         self._unwritten.put(None)
         self._threads[1].join()
-        self._store.close()
+        self._redis.close()
 
     def _answer_all(self) -> None:
         while (asked := self._asked.get()) is not None:
@@ -99,30 +114,39 @@ class CachedSelector:
         if not keys or time.monotonic() < self._skip_until:
             return {}
         try:
-            return dict(zip(keys, self._store.get_selections(keys), strict=True))
+            with redis_errors(self._place):
+                values: Any = self._redis.mget([CACHE_PREFIX + key for key in keys])
         except StoreError as error:
             self._skip(error)
             return {}
+        return dict(zip(keys, values, strict=True))
 
-    def _pass_on(self, future: Future[ScoreReply], key: str, digest: str, answer: Future[ScoreReply]) -> None:
+    def _pass_on(
+        self, future: Future[ScoreReply], key: str, digest: str, answer: Future[ScoreReply]
+    ) -> None:
         if answer.cancelled():
             future.cancel()
             _settle(future, None)
             return
         reply = answer.exception() or answer.result()
         _settle(future, reply)
-        # While the LLM is being replaced, an answer can come from another one than the key names: not to be kept.
-        if key and isinstance(reply, ScoreReply) and reply.llm_version == digest:
+        # While the LLM is being replaced, an answer can come from another one than the key names:
+        # not to be kept.
+        if key and isinstance(reply, ScoreReply) and reply.llm_digest == digest:
             with suppress(queue.Full):
                 self._unwritten.put_nowait((key, reply))
 
     def _write_all(self) -> None:
         while (unwritten := self._unwritten.get()) is not None:
-            if time.monotonic() >= self._skip_until:
-                try:
-                    self._store.put_selection(unwritten[0], encode_selection(unwritten[1]), self._ttl_s)
-                except StoreError as error:
-                    self._skip(error)
+            key, reply = unwritten
+            if time.monotonic() < self._skip_until:
+                continue
+            try:
+                with redis_errors(self._place):
+                    value = encode_selection(reply)
+                    self._redis.set(CACHE_PREFIX + key, value, ex=self._ttl_s)
+            except StoreError as error:
+                self._skip(error)
 
     def _skip(self, error: StoreError) -> None:
         log.warning("selections are not cached for %.0f s: %s", SKIP_S, error)
@@ -130,7 +154,8 @@ class CachedSelector:
 
 
 def cacheable(query: ScoreQuery) -> bool:
-    """Single selections only: a whole rollout would fill the cache with answers nobody asks for again."""
+    """Single selections only: a whole rollout would fill the cache with answers nobody asks for
+    again."""
     return not query.fresh and len(query.positions) == len(query.candidate_ids) == 1
 
 
@@ -151,25 +176,34 @@ def _cancel_too(answer: Future[ScoreReply], future: Future[ScoreReply]) -> None:
 
 def selection_key(query: ScoreQuery, info: LLMInfo) -> str:
     """A hash of everything that the reply depends on."""
-    parts = [query.token_ids, query.positions, query.candidate_ids, query.excluded_ids, query.vocab_size, info.digest,
-             info.tokenizer_digest]
+    parts = [
+        query.token_ids,
+        query.positions,
+        query.candidate_ids,
+        query.excluded_ids,
+        query.vocab_size,
+        info.digest,
+        info.tokenizer_digest,
+    ]
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
 
 def encode_selection(reply: ScoreReply) -> str:
     """Compact JSON; its floats read back bit for bit."""
-    return json.dumps([[[float(x) for x in p.log_probs], p.top_id, float(p.top_log_prob)] for p in reply.positions],
-                      separators=(",", ":"))
+    positions = [[[float(x) for x in p.log_probs], p.top_id] for p in reply.positions]
+    return json.dumps(positions, separators=(",", ":"))
 
 
 def decode_selection(value: bytes | None, query: ScoreQuery, digest: str) -> ScoreReply | None:
     """The cached reply to a one-position query; None if there is none or it cannot be one."""
     try:
-        [[log_probs, top_id, top_log_prob]] = json.loads(value or b"")
+        [[log_probs, top_id]] = json.loads(value or b"")
     except (ValueError, TypeError, RecursionError):
         return None
-    if not isinstance(log_probs, list) or len(log_probs) != len(query.candidate_ids[0]) or type(top_id) is not int:
+    if not isinstance(log_probs, list) or type(top_id) is not int:
         return None
-    if not all(type(x) is float and math.isfinite(x) for x in (*log_probs, top_log_prob)):
+    if len(log_probs) != len(query.candidate_ids[0]):
         return None
-    return ScoreReply((PositionScores(tuple(log_probs), top_id, top_log_prob),), digest, cached=True)
+    if not all(type(x) is float and math.isfinite(x) for x in log_probs):
+        return None
+    return ScoreReply((PositionScores(tuple(log_probs), top_id),), digest, cached=True)

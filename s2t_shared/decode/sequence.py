@@ -1,240 +1,461 @@
-"""A live answer, what is known of its next tokens while they are being decided, and how they are decided.
+"""State of one request being decoded: decided Steps, the token under decision, drafted tokens, LLM
+calls in flight.
 
-State and decisions; the engine does what they say. A *draft* is the SLM's own continuation that the LLM has still to
-check (KL triggers): judgements that become Steps one by one, until one turns out otherwise and the rest is dropped.
+The engine tells a `LiveSequence` what the models said (`on_*`) and asks what the sequence needs
+next (`next_input`, `next_query`); only the sequence itself changes its state. What a token becomes,
+`decide` knows.
+
+    WAITING -> RUNNING <-> SELECTING (the local selector scores candidates in the next forward)
+                  |   \\-> AWAITING_LLM (a selection, or the scores of a finished rollout) -> ...
+                  \\-> FINISHED
+
+KL triggers draft: the SLM's own continuation is a list of undecided Steps that the LLM verifies
+several at a time, as in speculative decoding. Drafted Steps become decided ones up to the first
+that turns out otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-import numpy as np
-
-from s2t_shared import policy as decide
-from s2t_shared.decode.proposer import Proposal, Track
+from s2t_shared.decode import decide
+from s2t_shared.decode.decide import Next
+from s2t_shared.decode.interfaces import (
+    ModelInput,
+    NextTokenInput,
+    Proposal,
+    SamplingInput,
+    SelectionInput,
+    SequenceKV,
+    SLMInfo,
+)
+from s2t_shared.decode.llm_calls import LLMCall, LLMQuery, Purpose
 from s2t_shared.model.local_selector import LocalSelector
+from s2t_shared.policy import may_trigger
 from s2t_shared.types import (
     ChosenBy,
     DecodeRequest,
     FinishReason,
     Mode,
-    PositionScores,
+    ScoreQuery,
     ScoreReply,
     Step,
-    Support,
-    Trigger,
     Usage,
 )
 
-VERIFICATION_COST = 4.0  # what checking a draft costs, in drafted tokens (LLM forward against SLM step)
+VERIFICATION_COST = 4.0  # of one LLM forward over a draft, in drafted tokens
 PRIOR_TOKENS = 64.0  # before anything was seen: one rejection in so many drafted tokens
 
 
-class Action(Enum):
-    """What happens next to a sequence's next token."""
+class SequenceStatus(str, Enum):
+    """What a sequence waits for."""
 
-    EMIT = "emit"
-    DRAFT = "draft"
-    ASK_LLM = "ask_llm"
-    SELECT_LOCALLY = "select_locally"
-
-
-@dataclass
-class Judgement:
-    """What is known about one next token of one sequence while it is being decided."""
-
-    token_id: int = -1
-    support: Support | None = None
-    signal: float | None = None
-    triggered: bool = False
-    llm: PositionScores | None = None
-    llm_cached: bool = False
-    degraded: str = ""
-    chosen_by: ChosenBy = ChosenBy.SLM
-    scores: tuple[float, ...] = ()
-
-    def candidate_count(self, request: DecodeRequest) -> int:
-        assert self.support is not None
-        return decide.candidate_count(request.policy.candidates, self.support.log_probs)
-
-    def hear_llm(self, request: DecodeRequest, index: int, scores: PositionScores, cached: bool) -> Action:
-        """The LLM's view of this token's position: is it a divergence point, and what does the LLM select?"""
-        policy = request.policy
-        self.llm, self.llm_cached = scores, cached
-        if self.support is None:  # LLM mode
-            self.token_id, self.chosen_by = scores.top_id, ChosenBy.LLM
-            return Action.EMIT
-        if policy.trigger.needs_llm:
-            self.signal = decide.kl(self.support.log_probs, scores.log_probs,
-                                    reverse=policy.trigger is Trigger.KL_REVERSE)
-            self.triggered = decide.triggers(policy, self.signal, index)
-            if not self.triggered:
-                return Action.EMIT
-            if policy.mode is Mode.S2T_LOCAL:
-                return Action.SELECT_LOCALLY
-        self.chosen_by = ChosenBy.LLM
-        self.scores = scores.log_probs[: self.candidate_count(request)]
-        self.token_id = (scores.top_id if policy.mode is Mode.TAKEOVER
-                         else self.support.ids[int(np.argmax(self.scores))])
-        return Action.EMIT
-
-    def hear_local(self, scores: tuple[float, ...]) -> None:
-        """The local selector's scores of the candidates."""
-        assert self.support is not None
-        self.scores, self.chosen_by = scores, ChosenBy.LOCAL
-        self.token_id = self.support.ids[int(np.argmax(scores))]
-
-    def step(self, request: DecodeRequest, index: int) -> Step:
-        keep_support = self.triggered or request.score_rollout or request.keep_support
-        candidates = self.support.ids[: len(self.scores)] if self.support and self.triggered else ()
-        return Step(index, self.token_id, self.chosen_by, self.triggered, self.signal, candidates, self.scores,
-                    self.support if keep_support else None, self.llm, self.llm_cached, self.degraded)
+    WAITING = "waiting"  # for a place in the batch
+    RUNNING = "running"  # for the SLM's next token
+    SELECTING = "selecting"  # for the local selector's scores
+    AWAITING_LLM = "awaiting_llm"  # for the LLM
+    FINISHED = "finished"  # for nothing
 
 
-@dataclass
-class Parked:
-    """Waiting for the LLM. `judgement` None: for the finished rollout's scores."""
-
-    judgement: Judgement | None
-    future: Future[ScoreReply]
-    give_up_at: float
-
-
-@dataclass
-class Check:
-    """The LLM is looking at the next `count` drafted tokens."""
-
-    count: int
-    future: Future[ScoreReply]
-    give_up_at: float
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class LiveSequence:
-    """A live answer. `steps` grows with every decided token; `finish_reason` is set when it is over.
+    """One request being decoded.
 
-    `draft`: judgements behind `steps` that the LLM has not confirmed; `checks`: the parts of it that were sent.
-    `local_selector`: fixed when the request came, whatever becomes live or is unloaded since.
-    `riding`: a triggered step whose candidates the local selector scores in the next forward.
+    stop_ids: ids that end the answer, whoever chose them. max_draft_tokens: drafted per LLM call.
+    local_selector: kept from the beginning, so that a sequence never changes its version.
+    kv: the sequence's place in the SLM's KV cache while it runs.
     """
 
     request: DecodeRequest
-    token_ids: list[int]
-    max_new_tokens: int
+    slm: SLMInfo
     stop_ids: frozenset[int]
+    max_new_tokens: int
+    max_draft_tokens: int = 32
     local_selector: LocalSelector | None = None
-    track: Track | None = None
+    status: SequenceStatus = SequenceStatus.WAITING
+    kv: SequenceKV | None = None
+    token_ids: list[int] = field(init=False)
     steps: list[Step] = field(default_factory=list)
-    draft: list[Judgement] = field(default_factory=list)
-    checks: deque[Check] = field(default_factory=deque)
-    parked: Parked | None = None
-    riding: Judgement | None = None
-    use_slm_once: bool = False  # LLM mode: the LLM failed for this token
-    cancelled: bool = False
     finish_reason: FinishReason | None = None
     llm_forwards: int = 0
-    told: int = 0  # how much of the context the LLM was told ahead of need
-    telling: Future[ScoreReply] | None = None
-    checked_tokens: int = 0
-    rejections: int = 0
+    cancelled: bool = False
+    _pending: Step | None = None  # the next token, while somebody selects it
+    _draft: list[Step] = field(default_factory=list)
+    _calls: deque[LLMCall] = field(default_factory=deque)
+    _slm_takes_over: str = ""  # Mode.LLM: why the LLM cannot choose the next token
+    _ends_as: FinishReason | None = None  # once its rollout is scored
+    _handed_out: int = 0
+    _verified: int = 0
+    _rejected: int = 0
 
-    @property
-    def selector_version(self) -> str:
-        return self.local_selector.version if self.local_selector is not None else ""
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.token_ids)
+
+    # -- what others read -------------------------------------------------------------------------
 
     @property
     def output_ids(self) -> tuple[int, ...]:
-        return tuple(self.token_ids[len(self.request.token_ids):])
+        """The decided ids, without the prompt."""
+        return tuple(self.token_ids[len(self.request.token_ids) :])
 
     @property
-    def drafted_ids(self) -> list[int]:
-        """The context as the SLM sees it: what is decided and what is drafted."""
-        return [*self.token_ids, *(j.token_id for j in self.draft)] if self.draft else self.token_ids
+    def version(self) -> str:
+        """Version of the local selector, "" for none."""
+        return self.local_selector.version if self.local_selector else ""
 
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=len(self.request.token_ids), completion_tokens=len(self.steps),
-            triggers=sum(s.triggered for s in self.steps), flips=sum(s.flipped for s in self.steps),
-            llm_forwards=self.llm_forwards, degraded_steps=sum(bool(s.degraded) for s in self.steps))
-
-    def judge(self, proposal: Proposal) -> tuple[Judgement, Action]:
-        """The SLM has proposed the token behind the steps and the draft: what now?"""
-        policy, index = self.request.policy, len(self.steps) + len(self.draft)
-        judgement = Judgement(proposal.top_id, proposal.support)
-        if proposal.drawn_id is not None:
-            judgement.token_id, judgement.chosen_by = proposal.drawn_id, ChosenBy.SAMPLER
-            return judgement, Action.EMIT
-        if self.use_slm_once:
-            self.use_slm_once = False
-            judgement.degraded = "the LLM did not answer"
-            return judgement, Action.EMIT
-        if not policy.can_trigger or not decide.may_trigger(policy, index):
-            return judgement, Action.EMIT
-        if policy.trigger.needs_llm:
-            return judgement, Action.DRAFT
-        assert proposal.support is not None
-        judgement.signal = decide.slm_signal(policy.trigger, proposal.support, self.request.sampling.seed, index)
-        judgement.triggered = decide.triggers(policy, judgement.signal, index)
-        if not judgement.triggered:
-            return judgement, Action.EMIT
-        return judgement, Action.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Action.ASK_LLM
+            prompt_tokens=len(self.request.token_ids),
+            completion_tokens=len(self.steps),
+            triggers=sum(step.triggered for step in self.steps),
+            flips=sum(step.flipped for step in self.steps),
+            llm_forwards=self.llm_forwards,
+            degraded_steps=sum(bool(step.degraded) for step in self.steps),
+        )
 
     @property
-    def wants_support(self) -> bool:
+    def max_tokens(self) -> int:
+        """Prompt and answer together, at most."""
+        return len(self.request.token_ids) + self.max_new_tokens
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the SLM can do something for the sequence now."""
+        if self.status is SequenceStatus.SELECTING:
+            return True
+        if self.status is not SequenceStatus.RUNNING:
+            return False
+        return not self._draft or self._may_draft()
+
+    @property
+    def has_finished_call(self) -> bool:
+        """Whether the oldest LLM call is over, answered or not."""
+        return bool(self._calls) and self._calls[0].is_over
+
+    # -- beginning and end ------------------------------------------------------------------------
+
+    def start(self, kv: SequenceKV) -> None:
+        """Join the batch."""
+        assert self.status is SequenceStatus.WAITING
+        self.kv = kv
+        self._go_on()
+
+    def cancel(self) -> None:
+        """Ask the engine to end the sequence at its next step."""
+        self.cancelled = True
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the sequence: drop its draft and its LLM calls."""
+        self._drop_draft()
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        self._pending = None
+
+    def take_new_steps(self) -> list[Step]:
+        """Steps decided since the last call, never to change again.
+
+        Steps of a rollout that is to be scored are handed out when the LLM has scored them.
+        """
+        if self.request.options.score_rollout and self.finish_reason is None:
+            return []
+        new = self.steps[self._handed_out :]
+        self._handed_out = len(self.steps)
+        return new
+
+    # -- the SLM ----------------------------------------------------------------------------------
+
+    def next_input(self) -> ModelInput:
+        """What the SLM is to compute for a sequence that is ready."""
+        assert self.kv is not None
+        options = self.request.options
+        if self.status is SequenceStatus.SELECTING:
+            assert self._pending is not None
+            assert self._pending.support is not None
+            count = decide.candidate_count(options, self._pending)
+            return SelectionInput(
+                kv=self.kv,
+                token_ids=self.token_ids,
+                candidate_ids=self._pending.support.ids[:count],
+                base_log_probs=self._pending.support.log_probs[:count],
+            )
+        sampling = None
+        if options.policy.mode is Mode.SAMPLE:
+            sampling = SamplingInput(options.sampling, len(self.steps))
+        return NextTokenInput(
+            kv=self.kv,
+            token_ids=self._drafted_ids(),
+            sampling=sampling,
+            wants_support=self._wants_support(),
+        )
+
+    def on_proposal(self, proposal: Proposal) -> None:
+        """The SLM has proposed the token behind the decided and drafted ones."""
+        index = len(self.steps) + len(self._draft)
+        step, then = decide.after_proposal(self.request.options, index, proposal)
+        if self._slm_takes_over:
+            step = replace(step, degraded=self._slm_takes_over)
+            self._slm_takes_over = ""
+        self._act(step, then)
+
+    def on_local_scores(self, scores: tuple[float, ...]) -> None:
+        """The local selector has scored the candidates."""
+        assert self._pending is not None
+        self._emit(decide.after_local_scores(self._pending, scores))
+
+    def _wants_support(self) -> bool:
         """Whether the next proposal needs more than the SLM's first choice."""
-        policy = self.request.policy
-        return (self.request.keep_support or self.request.score_rollout
-                or (policy.can_trigger and decide.may_trigger(policy, len(self.steps) + len(self.draft))))
+        options = self.request.options
+        if options.keep_support or options.score_rollout:
+            return True
+        return may_trigger(options.policy, len(self.steps) + len(self._draft))
 
-    # -- drafts -----------------------------------------------------------------------------------------------------
-
-    @property
-    def unasked(self) -> int:
-        """Drafted tokens that were not sent to be checked."""
-        return len(self.draft) - sum(check.count for check in self.checks)
-
-    def draft_length(self, longest: int) -> int:
-        """How many tokens to draft before asking. With rejection rate r per token, a draft of n costs V to check and
-        wastes about n * n * r / 2 tokens behind the first rejection: the cost per token is least at
-        n = sqrt(2 V / r). r is what this sequence has shown so far."""
-        rate = (self.rejections + 1) / (self.checked_tokens + PRIOR_TOKENS)
-        return max(1, min(longest, int(math.sqrt(2 * VERIFICATION_COST / rate))))
+    # -- the LLM ----------------------------------------------------------------------------------
 
     @property
-    def draft_ended(self) -> bool:
-        """The draft reaches the end of the answer."""
-        return bool(self.draft) and (self.draft[-1].token_id in self.stop_ids
-                                     or len(self.steps) + len(self.draft) >= self.max_new_tokens)
+    def wants_llm(self) -> bool:
+        """Whether a query waits to be sent that the sequence cannot go on without."""
+        return self.status is SequenceStatus.AWAITING_LLM and not self._calls
 
-    def may_draft(self, longest: int) -> bool:
-        """Whether to draft on: to a full draft, and beyond one that is being checked if it will probably stand."""
-        length = self.draft_length(longest)
-        rate = (self.rejections + 1) / (self.checked_tokens + PRIOR_TOKENS)
-        room = length if not self.checks else 2 * length if longest > 1 and length * rate < 0.5 else 0
-        return not self.draft_ended and self.unasked < length and len(self.draft) < room
+    @property
+    def draft_fill(self) -> float:
+        """Drafted tokens that no call verifies yet, in draft lengths; at least 1 sends the draft
+        off."""
+        unsent = self._unsent()
+        if not unsent:
+            return 0.0
+        return 1.0 if self._draft_is_complete() else unsent / self._draft_length()
 
-    def drop_draft(self) -> None:
-        """The draft does not stand; the KV of its tokens is forgotten with it."""
-        for check in self.checks:
-            if check.future.done() and not check.future.cancelled() and check.future.exception() is None:
-                self.llm_forwards += 1  # in vain, but done
-            check.future.cancel()
-        self.checks.clear()
-        self.draft.clear()
+    def next_query(self) -> LLMQuery:
+        """What to ask the LLM: a selection, the scores of a finished rollout, or to verify the
+        draft."""
+        if self.status is not SequenceStatus.AWAITING_LLM:
+            return self._verification_query()
+        if self._ends_as is not None:
+            return self._rollout_query()
+        assert self._pending is not None
+        support = self._pending.support
+        candidates = support.ids if support else ()
+        query = self._query(self.token_ids, (len(self.token_ids) - 1,), (candidates,))
+        return LLMQuery(Purpose.SELECT, query)
 
-    def forget_questions(self) -> None:
-        """Nobody waits for the LLM any more."""
-        self.drop_draft()
-        for future in (self.telling, self.parked.future if self.parked else None):
-            if future is not None:
-                future.cancel()
+    def _verification_query(self) -> LLMQuery:
+        """Every drafted token that was not sent yet."""
+        unsent = self._draft[len(self._draft) - self._unsent() :]
+        ids = self._drafted_ids()[:-1]  # the last drafted token is verified, not read
+        positions = tuple(range(len(ids) - len(unsent), len(ids)))
+        candidates = tuple(step.support.ids for step in unsent if step.support)
+        return LLMQuery(Purpose.VERIFY, self._query(ids, positions, candidates))
 
-    def cut(self, steps: int) -> None:
-        """The answer ends after so many steps, whatever was decided behind them."""
-        del self.steps[steps:]
-        del self.token_ids[len(self.request.token_ids) + steps:]
+    def _rollout_query(self) -> LLMQuery:
+        """Every step that the LLM has not seen."""
+        start = len(self.request.token_ids) - 1
+        unseen = [step for step in self.steps if step.llm is None]
+        positions = tuple(start + step.index for step in unseen)
+        candidates = tuple(step.support.ids for step in unseen if step.support)
+        ids = self.token_ids[: positions[-1] + 1]  # the last token is scored, not read
+        return LLMQuery(Purpose.SCORE_ROLLOUT, self._query(ids, positions, candidates))
+
+    def _query(
+        self,
+        token_ids: list[int],
+        positions: tuple[int, ...],
+        candidate_ids: tuple[tuple[int, ...], ...],
+    ) -> ScoreQuery:
+        return ScoreQuery(
+            token_ids=tuple(token_ids),
+            positions=positions,
+            candidate_ids=candidate_ids,
+            excluded_ids=self.slm.excluded_ids,
+            vocab_size=self.slm.vocab_rows,
+            sequence_id=self.request.request_id,
+            fresh=self.request.options.fresh_selections,
+        )
+
+    def on_call(self, call: LLMCall) -> None:
+        """The query of `next_query` was sent."""
+        self._calls.append(call)
+
+    def take_finished_call(self) -> LLMCall | None:
+        """The oldest call in flight, if it is over."""
+        return self._calls.popleft() if self.has_finished_call else None
+
+    def on_llm_reply(self, call: LLMCall, reply: ScoreReply) -> None:
+        """The LLM has answered."""
+        self.llm_forwards += not reply.cached
+        if call.purpose is Purpose.SELECT:
+            assert self._pending is not None
+            scores = reply.positions[0]
+            self._act(*decide.after_llm_scores(self.request.options, self._pending, scores))
+        elif call.purpose is Purpose.VERIFY:
+            self._verify(reply)
+        else:
+            self._take_rollout_scores(reply)
+
+    def on_llm_failure(self, call: LLMCall, reason: str) -> None:
+        """The LLM has not answered: the sequence does without it and says so in its Steps."""
+        if call.purpose is Purpose.SELECT:
+            self._select_without_llm(reason)
+        elif call.purpose is Purpose.VERIFY:
+            self._accept_unverified(call.positions, reason)
+        else:
+            self.steps = [self._degraded(step, reason) for step in self.steps]
+            self._finish_scored()
+
+    def _select_without_llm(self, reason: str) -> None:
+        assert self._pending is not None
+        pending = replace(self._pending, degraded=reason)
+        if pending.support is None:  # Mode.LLM: the SLM chooses this token
+            self._pending = None
+            self._slm_takes_over = reason
+            self.status = SequenceStatus.RUNNING
+        elif self.local_selector is not None:
+            self._act(pending, Next.SELECT_LOCALLY)
+        else:
+            self._emit(pending)
+
+    def _take_rollout_scores(self, reply: ScoreReply) -> None:
+        """Fill in the LLM's view of the finished rollout where it was not asked before."""
+        scores = iter(reply.positions)
+        for i, step in enumerate(self.steps):
+            if step.llm is None:
+                self.steps[i] = decide.with_figures(replace(step, llm=next(scores)))
+        self._finish_scored()
+
+    def _finish_scored(self) -> None:
+        assert self._ends_as is not None
+        self.finish(self._ends_as)
+
+    @staticmethod
+    def _degraded(step: Step, reason: str) -> Step:
+        return replace(step, degraded=reason) if step.llm is None else step
+
+    # -- drafts -----------------------------------------------------------------------------------
+
+    def _drafted_ids(self) -> list[int]:
+        """The context as the SLM sees it: what is decided and what is drafted."""
+        if not self._draft:
+            return self.token_ids
+        return [*self.token_ids, *(step.token_id for step in self._draft)]
+
+    def _unsent(self) -> int:
+        """Drafted tokens that no call verifies."""
+        if not self._draft:
+            return 0
+        return len(self._draft) - sum(call.positions for call in self._calls)
+
+    def _rejection_rate(self) -> float:
+        """Rejections per drafted token, as this sequence has shown so far."""
+        return (self._rejected + 1) / (self._verified + PRIOR_TOKENS)
+
+    def _draft_length(self) -> int:
+        """How many tokens to draft before the LLM is asked.
+
+        With rejection rate r per token, a draft of n tokens costs V to verify and wastes about n *
+        n * r / 2 tokens behind the first rejection. The cost per token is least at n = sqrt(2 V /
+        r).
+        """
+        best = math.sqrt(2 * VERIFICATION_COST / self._rejection_rate())
+        return max(1, min(self.max_draft_tokens, int(best)))
+
+    def _draft_is_complete(self) -> bool:
+        """Whether the draft reaches the end of the answer."""
+        if not self._draft:
+            return False
+        stops = self._draft[-1].token_id in self.stop_ids
+        return stops or len(self.steps) + len(self._draft) >= self.max_new_tokens
+
+    def _may_draft(self) -> bool:
+        """Whether to draft on: to a full draft, and beyond one in flight that will probably
+        stand."""
+        length = self._draft_length()
+        room = length
+        if self._calls:
+            will_stand = self.max_draft_tokens > 1 and length * self._rejection_rate() < 0.5
+            room = 2 * length if will_stand else 0
+        if self._draft_is_complete():
+            return False
+        return self._unsent() < length and len(self._draft) < room
+
+    def _verify(self, reply: ScoreReply) -> None:
+        """Decide drafted tokens, up to the first that the LLM's view makes another one."""
+        for scores in reply.positions:
+            drafted = self._draft[0]
+            step, then = decide.after_llm_scores(self.request.options, drafted, scores)
+            self._verified += 1
+            accepted = then is Next.EMIT and step.token_id == drafted.token_id
+            if accepted:
+                self._draft.pop(0)
+            else:
+                self._reject_draft()
+            self._act(step, then)
+            if not accepted or self.status is not SequenceStatus.RUNNING:
+                return
+
+    def _accept_unverified(self, count: int, reason: str) -> None:
+        for _ in range(count):
+            self._emit(replace(self._draft.pop(0), degraded=reason))
+            if self.status is not SequenceStatus.RUNNING:
+                return
+
+    def _reject_draft(self) -> None:
+        """The draft does not stand, and neither does the KV of its tokens."""
+        self._rejected += 1
+        self._drop_draft()
+        assert self.kv is not None
+        self.kv.truncate(len(self.token_ids))
+
+    def _drop_draft(self) -> None:
+        for call in self._calls:
+            self.llm_forwards += call.was_answered and call.purpose is Purpose.VERIFY
+            call.cancel()
+        self._calls.clear()
+        self._draft.clear()
+
+    # -- deciding ---------------------------------------------------------------------------------
+
+    def _act(self, step: Step, then: Next) -> None:
+        """Do what the undecided Step needs."""
+        if then is Next.EMIT:
+            self._emit(step)
+        elif then is Next.DRAFT:
+            self._draft.append(step)
+        else:
+            self._pending = step
+            selecting = then is Next.SELECT_LOCALLY
+            self.status = SequenceStatus.SELECTING if selecting else SequenceStatus.AWAITING_LLM
+
+    def _emit(self, step: Step) -> None:
+        """The token is decided."""
+        step = decide.finished(self.request.options, step)
+        self.steps.append(step)
+        self.token_ids.append(step.token_id)
+        reason = self._reason_to_end(step)
+        if reason is None:
+            self._go_on()
+        elif self.request.options.score_rollout and any(s.llm is None for s in self.steps):
+            self._drop_draft()
+            self._ends_as = reason
+            self.status = SequenceStatus.AWAITING_LLM
+        else:
+            self.finish(reason)
+
+    def _reason_to_end(self, step: Step) -> FinishReason | None:
+        slm_ended = step.chosen_by is ChosenBy.SLM and step.token_id in self.slm.eos_ids
+        if slm_ended or step.token_id in self.stop_ids:
+            return FinishReason.STOP
+        stopping = self.request.stopping
+        if stopping is not None and stopping(step.token_id):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.steps) >= self.max_new_tokens else None
+
+    def _go_on(self) -> None:
+        """The next token is the SLM's to propose or, in Mode.LLM, the LLM's to choose."""
+        self._pending = None
+        self.status = SequenceStatus.RUNNING
+        if self.request.options.policy.mode is Mode.LLM:
+            self._pending = Step(index=len(self.steps), token_id=-1)
+            self.status = SequenceStatus.AWAITING_LLM

@@ -1,12 +1,14 @@
-"""The labels as a data set for others: one row a label, with its context, in Parquet shards of bounded size and a
-dataset card, as the Hugging Face hub and `datasets.load_dataset` expect it; or the same rows as JSON lines.
+"""The labels as a data set for others: one row a label, with its context, in Parquet shards of
+bounded size and a dataset card, as the Hugging Face hub and `datasets.load_dataset` expect it; or
+the same rows as JSON lines.
 
     folder/
       README.md                            what is in it, how it was made (format hf)
       data/train-00000-of-00002.parquet    zstd
       data/heldout-00000-of-00001.parquet  the problems that no training run sees
 
-Written aside, renamed whole. Knows labels and files; of models only, where text is wanted, the tokenizer.
+Written aside, renamed whole. Knows labels and files; of models only, where text is wanted, the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -37,10 +39,22 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("label_id", pa.string(), "hash of all that the label's value depends on; unique"),
     ("context_ids", pa.list_(pa.int32()), "the full prefix: prompt, then the answer so far"),
     ("candidate_ids", pa.list_(pa.int32()), "the SLM's top K tokens, best first"),
-    ("slm_log_probs", pa.list_(pa.float32()), "the SLM's natural-log probability of each candidate"),
-    ("llm_log_probs", pa.list_(pa.float32()), "the LLM's natural-log probability of each candidate"),
+    (
+        "slm_log_probs",
+        pa.list_(pa.float32()),
+        "the SLM's natural-log probability of each candidate",
+    ),
+    (
+        "llm_log_probs",
+        pa.list_(pa.float32()),
+        "the LLM's natural-log probability of each candidate",
+    ),
     ("llm_top_id", pa.int32(), "the LLM's first choice over its whole vocabulary"),
-    ("llm_top_rank", pa.int32(), "its place in the SLM's order, 0 = first, -1 = outside the SLM's top 64"),
+    (
+        "llm_top_rank",
+        pa.int32(),
+        "its place in the SLM's order, 0 = first, -1 = outside the SLM's top 64",
+    ),
     ("mass", pa.float32(), "the LLM's probability on the candidates together"),
     ("kl", pa.float32(), "D(p_SLM || p_LLM) on the SLM's top 64, nats"),
     ("entropy", pa.float32(), "of p_SLM on its top 64, nats"),
@@ -49,15 +63,21 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("split", pa.string(), "train or heldout, by problem"),
     ("task", pa.string(), "as the harvest named it"),
     ("problem_id", pa.string(), "as the harvest named it"),
-    ("source", pa.string(), "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)"),
+    (
+        "source",
+        pa.string(),
+        "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)",
+    ),
     ("rollout_id", pa.string(), "joins the labels of one answer"),
     ("slm_digest", pa.string(), "of the SLM's weights"),
     ("llm_digest", pa.string(), "of the LLM's weights"),
     ("tokenizer_digest", pa.string(), "of their common tokenizer"),
-    ("template_digest", pa.string(), "of the chat template"))
+    ("template_digest", pa.string(), "of the chat template"),
+)
 TEXT_COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("context", pa.string(), "context_ids as text, special tokens shown"),
-    ("candidates", pa.list_(pa.string()), "each candidate as text"))
+    ("candidates", pa.list_(pa.string()), "each candidate as text"),
+)
 
 
 class ExportFormat(str, Enum):
@@ -68,7 +88,8 @@ class ExportFormat(str, Enum):
 
 @dataclass
 class Exported:
-    """What an export holds. `labels`: rows by split; `pairs`: labels by (SLM, LLM, tokenizer, template) digests."""
+    """What an export holds. `labels`: rows by split; `pairs`: labels by (SLM, LLM, tokenizer,
+    template) digests."""
 
     snapshot: str
     labels: Counter[str] = field(default_factory=Counter)
@@ -82,23 +103,34 @@ class Exported:
         return self.labels.total()
 
 
-def export_labels(lake: Lake, folder: Path, kind: ExportFormat = ExportFormat.HF, tokenizer: Tokenizer | None = None,
-                  on_labels: Callable[[int], None] = lambda count: None, shard_bytes: int = EXPORT_BYTES) -> Exported:
-    """Write every label of the lake once, from a snapshot frozen now, to `folder`; with a `tokenizer` also as text.
+def export_labels(
+    lake: Lake,
+    folder: Path,
+    kind: ExportFormat = ExportFormat.HF,
+    tokenizer: Tokenizer | None = None,
+    on_labels: Callable[[int], None] = lambda count: None,
+    shard_bytes: int = EXPORT_BYTES,
+) -> Exported:
+    """Write every label of the lake once, from a snapshot frozen now, to `folder`; with a
+    `tokenizer` also as text.
 
-    Raises:
-        ConfigError: the folder exists and is not empty, or cannot be written. TokenizerMismatchError: labels were made
-        with another tokenizer. StoreError: the lake holds no labels, or a shard is damaged.
+    Raises: ConfigError: the folder exists and is not empty, or cannot be written.
+        TokenizerMismatchError: labels were made with another tokenizer. StoreError: the lake holds
+        no labels, or a shard is damaged.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{str(folder)!r} exists and is not an empty folder; give another name, or remove it")
+        raise ConfigError(
+            f"{str(folder)!r} exists and is not an empty folder; give another name, or remove it"
+        )
     snapshot = lake.freeze()
     exported = Exported(snapshot.id)
     try:
         with new_folder(folder.absolute()) as aside:
             (aside / "data").mkdir()
-            writers = {split: _Shards(aside / "data", split, kind, tokenizer is not None, shard_bytes)
-                       for split in SPLITS}
+            writers = {
+                split: _Shards(aside / "data", split, kind, tokenizer is not None, shard_bytes)
+                for split in SPLITS
+            }
             for rollout in snapshot.rollouts():
                 for row in _rows(rollout, tokenizer):
                     writers[row["split"]].write(row)
@@ -107,24 +139,43 @@ def export_labels(lake: Lake, folder: Path, kind: ExportFormat = ExportFormat.HF
             for writer in writers.values():
                 writer.close()
             if kind is ExportFormat.HF:
-                (aside / "README.md").write_text(dataset_card(exported, tokenizer is not None), encoding="utf-8")
+                (aside / "README.md").write_text(
+                    dataset_card(exported, tokenizer is not None), encoding="utf-8"
+                )
     except OSError as error:
-        raise ConfigError(f"cannot export to {str(folder)!r}: {error.strerror or error}; free or grant space "
-                          "there") from error
+        raise ConfigError(
+            f"cannot export to {str(folder)!r}: {error.strerror or error}; free or grant space "
+            "there"
+        ) from error
     return exported
 
 
 def _rows(rollout: Rollout, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
     if tokenizer is not None and rollout.labels and rollout.tokenizer_digest != tokenizer.digest:
-        raise TokenizerMismatchError(f"labels were made with the tokenizer {rollout.tokenizer_digest}, --with-text "
-                                     f"names one with digest {tokenizer.digest}; give the SLM they were made with")
-    shared = {"split": SPLITS[rollout.held_out], "prompt_length": rollout.prompt_length, "task": rollout.task,
-              "problem_id": rollout.problem_id, "source": rollout.source, "rollout_id": rollout.rollout_id,
-              "slm_digest": rollout.slm_digest, "llm_digest": rollout.llm_digest,
-              "tokenizer_digest": rollout.tokenizer_digest, "template_digest": rollout.template_digest}
+        raise TokenizerMismatchError(
+            f"labels were made with the tokenizer {rollout.tokenizer_digest}, --with-text "
+            f"names one with digest {tokenizer.digest}; give the SLM they were made with"
+        )
+    shared = {
+        "split": SPLITS[rollout.held_out],
+        "prompt_length": rollout.prompt_length,
+        "task": rollout.task,
+        "problem_id": rollout.problem_id,
+        "source": rollout.source,
+        "rollout_id": rollout.rollout_id,
+        "slm_digest": rollout.slm_digest,
+        "llm_digest": rollout.llm_digest,
+        "tokenizer_digest": rollout.tokenizer_digest,
+        "template_digest": rollout.template_digest,
+    }
     for label in rollout.labels:
         context = rollout.token_ids[: label.position]
-        row = {**shared, **_of_label(label), "context_ids": context, "step": label.position - rollout.prompt_length}
+        row = {
+            **shared,
+            **_of_label(label),
+            "context_ids": context,
+            "step": label.position - rollout.prompt_length,
+        }
         if tokenizer is not None:
             row["context"] = _decode(tokenizer, context)
             row["candidates"] = [_decode(tokenizer, (i,)) for i in label.candidate_ids]
@@ -132,12 +183,28 @@ def _rows(rollout: Rollout, tokenizer: Tokenizer | None) -> Iterator[dict[str, A
 
 
 def _of_label(label: Label) -> dict[str, Any]:
-    return {name: getattr(label, name) for name in ("label_id", "candidate_ids", "slm_log_probs", "llm_log_probs",
-                                                    "llm_top_id", "llm_top_rank", "mass", "kl", "entropy")}
+    return {
+        name: getattr(label, name)
+        for name in (
+            "label_id",
+            "candidate_ids",
+            "slm_log_probs",
+            "llm_log_probs",
+            "llm_top_id",
+            "llm_top_rank",
+            "mass",
+            "kl",
+            "entropy",
+        )
+    }
 
 
 def _decode(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> str:
-    return str(tokenizer.hf.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.hf.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+    )
 
 
 def _tally(exported: Exported, rollout: Rollout) -> None:
@@ -147,14 +214,20 @@ def _tally(exported: Exported, rollout: Rollout) -> None:
         exported.labels[SPLITS[rollout.held_out]] += count
         exported.tasks[rollout.task] += count
         exported.sources[rollout.source] += count
-        exported.pairs[rollout.slm_digest, rollout.llm_digest, rollout.tokenizer_digest,
-                       rollout.template_digest] += count
+        exported.pairs[
+            rollout.slm_digest,
+            rollout.llm_digest,
+            rollout.tokenizer_digest,
+            rollout.template_digest,
+        ] += count
 
 
 class _Shards:
     """Rows of one split on their way to numbered files; one batch of rows in memory."""
 
-    def __init__(self, folder: Path, split: str, kind: ExportFormat, text: bool, shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, kind: ExportFormat, text: bool, shard_bytes: int
+    ) -> None:
         self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
         self._suffix = "jsonl" if kind is ExportFormat.JSONL else "parquet"
         self._names = [name for name, *_ in _columns(text)]
@@ -167,7 +240,12 @@ class _Shards:
 
     def write(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        self._size += 300 + 4 * len(row["context_ids"]) + 12 * len(row["candidate_ids"]) + len(row.get("context", ""))
+        self._size += (
+            300
+            + 4 * len(row["context_ids"])
+            + 12 * len(row["candidate_ids"])
+            + len(row.get("context", ""))
+        )
         if self._size >= min(BATCH_BYTES, self._shard_bytes):
             self._flush()
             if self._stream.tell() >= self._shard_bytes:
@@ -178,7 +256,9 @@ class _Shards:
         self._flush()
         self._end()
         for number, path in enumerate(self._paths):
-            path.rename(self._folder / f"{self._split}-{number:05}-of-{len(self._paths):05}.{self._suffix}")
+            path.rename(
+                self._folder / f"{self._split}-{number:05}-of-{len(self._paths):05}.{self._suffix}"
+            )
 
     def _flush(self) -> None:
         if not self._rows:
@@ -191,8 +271,12 @@ class _Shards:
         if self._parquet is not None:
             self._parquet.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         else:
-            self._stream.writelines((json.dumps({name: row[name] for name in self._names}, ensure_ascii=False) + "\n"
-                                     ).encode() for row in self._rows)
+            self._stream.writelines(
+                (
+                    json.dumps({name: row[name] for name in self._names}, ensure_ascii=False) + "\n"
+                ).encode()
+                for row in self._rows
+            )
         self._rows, self._size = [], 0
 
     def _end(self) -> None:
@@ -207,7 +291,7 @@ def _columns(text: bool) -> tuple[tuple[str, pa.DataType, str], ...]:
     return COLUMNS + TEXT_COLUMNS if text else COLUMNS
 
 
-# -- the card -----------------------------------------------------------------------------------------------------
+# -- the card -------------------------------------------------------------------------------------
 
 CARD = """
 # Select-to-Think labels
@@ -263,18 +347,35 @@ source and of both models. This export grants no licence to any of them; the met
 def dataset_card(exported: Exported, text: bool = False) -> str:
     """The README.md of an export, with the hub's metadata at its head."""
     metadata = {
-        "pretty_name": "Select-to-Think labels", "license": "other", "task_categories": ["text-generation"],
+        "pretty_name": "Select-to-Think labels",
+        "license": "other",
+        "task_categories": ["text-generation"],
         "tags": ["select-to-think", "distillation", "token-selection"],
         "size_categories": [_size_category(exported.total)],
-        "configs": [{"config_name": "default", "data_files": [
-            {"split": split, "path": f"data/{split}-*.parquet"} for split in SPLITS if exported.labels[split]]}]}
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [
+                    {"split": split, "path": f"data/{split}-*.parquet"}
+                    for split in SPLITS
+                    if exported.labels[split]
+                ],
+            }
+        ],
+    }
     body = CARD.format(
-        splits=_table((split, exported.labels[split]) for split in SPLITS), total=exported.total,
-        rollouts=exported.rollouts, held_out=HELD_OUT_SHARE, tasks=_table(sorted(exported.tasks.items())),
-        sources=_table(sorted(exported.sources.items())), snapshot=exported.snapshot, schema=SCHEMA_VERSION,
+        splits=_table((split, exported.labels[split]) for split in SPLITS),
+        total=exported.total,
+        rollouts=exported.rollouts,
+        held_out=HELD_OUT_SHARE,
+        tasks=_table(sorted(exported.tasks.items())),
+        sources=_table(sorted(exported.sources.items())),
+        snapshot=exported.snapshot,
+        schema=SCHEMA_VERSION,
         pairs=_table((*pair, count) for pair, count in sorted(exported.pairs.items())),
         columns=_table((f"`{name}`", type_, meaning) for name, type_, meaning in _columns(text)),
-        text=" and as text" if text else "")
+        text=" and as text" if text else "",
+    )
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
@@ -284,7 +385,10 @@ def _table(rows: Any) -> str:
 
 def _cell(value: Any) -> str:
     """One line, no column breaks: tasks are named by users."""
-    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split()) or "(none)"
+    return (
+        " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+        or "(none)"
+    )
 
 
 def _size_category(count: int) -> str:

@@ -1,20 +1,18 @@
 """The Parquet lake: where rollouts and their labels rest.
 
-    lake/
-      shard-<name>.parquet   rollouts (shards.SCHEMA), zstd
-      shard-<name>.json      its manifest, written last: a shard without one does not exist
-      snapshots/<id>/        frozen shards (hard links); a training run names the snapshot it reads
-      quarantine/            shards that `verify` found bad
-      deleted.jsonl          what was deleted, as hashes: also keeps out what is still on its way here
-      runs/<id>/             plans and progress of harvests (services.harvest)
+    lake/ shard-<name>.parquet   rollouts (shards.SCHEMA), zstd shard-<name>.json      its manifest,
+      written last: a shard without one does not exist snapshots/<id>/        frozen shards (hard
+      links); a training run names the snapshot it reads quarantine/            shards that `verify`
+      found bad deleted.jsonl          what was deleted, as hashes: also keeps out what is still on
+      its way here runs/<id>/             plans and progress of harvests (services.harvest)
 
-A shard is never changed. What is rewritten (compaction, deletion) is a new shard whose manifest lists those it
-`replaces`; from then on they do not exist, and are removed. A crash at any moment leaves the old or the new content:
-what it has left over goes before anything else is rewritten or removed.
-Writers hold a shared lock for as long as one shard takes, rewriting an exclusive one.
+A shard is never changed. What is rewritten (compaction, deletion) is a new shard whose manifest
+lists those it `replaces`; from then on they do not exist, and are removed. A crash at any moment
+leaves the old or the new content: what it has left over goes before anything else is rewritten or
+removed. Writers hold a shared lock for as long as one shard takes, rewriting an exclusive one.
 
-Several copies of a rollout may rest here (delivery is at least once): readers see each rollout and each label once.
-Knows rollouts and files; not Redis, not models.
+Several copies of a rollout may rest here (delivery is at least once): readers see each rollout and
+each label once. Knows rollouts and files; not Redis, not models.
 """
 
 from __future__ import annotations
@@ -59,8 +57,8 @@ DELETABLE = ("problem_id", "request_id", "task")
 
 @dataclass(frozen=True)
 class Deletion:
-    """What to delete: the rollouts made until `at` (Unix seconds) whose `field` (one of DELETABLE) has a value with
-    this SHA-256."""
+    """What to delete: the rollouts made until `at` (Unix seconds) whose `field` (one of DELETABLE)
+    has a value with this SHA-256."""
 
     field: str
     sha256: str
@@ -73,7 +71,10 @@ class Deletion:
 
     def matches(self, rollout: Rollout) -> bool:
         value: str = getattr(rollout, self.field)
-        return rollout.created_at <= self.at and hashlib.sha256(value.encode()).hexdigest() == self.sha256
+        return (
+            rollout.created_at <= self.at
+            and hashlib.sha256(value.encode()).hexdigest() == self.sha256
+        )
 
 
 class Lake:
@@ -83,10 +84,11 @@ class Lake:
         self.root = root
 
     def write(self, rollouts: Sequence[Rollout], name: str = "") -> None:
-        """Write rollouts durably, in shards of bounded size. With a `name`, writing the same again changes nothing.
+        """Write rollouts durably, in shards of bounded size. With a `name`, writing the same again
+        changes nothing.
 
-        Raises:
-            StoreError: the folder cannot be written. A shard is visible whole or not at all: write all again.
+        Raises: StoreError: the folder cannot be written. A shard is visible whole or not at all:
+            write all again.
         """
         with self._locked(shared=True):
             deletions = self.deletions()
@@ -128,8 +130,12 @@ class Lake:
         with self._locked(shared=True):
             shards = present(self.root)
             return sum(s.labels for s in shards if s.first > t) + sum(
-                labels for s in shards if s.first <= t < s.last
-                for created_at, labels in label_counts(self.root, s, ("created_at",)) if created_at > t)
+                labels
+                for s in shards
+                if s.first <= t < s.last
+                for created_at, labels in label_counts(self.root, s, ("created_at",))
+                if created_at > t
+            )
 
     def freeze(self) -> Snapshot:
         """A snapshot of the shards there are now. The same content gives the same snapshot.
@@ -140,7 +146,9 @@ class Lake:
         with self._locked(shared=True):
             shards = present(self.root)
             if not sum(s.labels for s in shards):
-                raise StoreError(f"no labels in the lake folder {self.root.name!r}; harvest first (s2t harvest)")
+                raise StoreError(
+                    f"no labels in the lake folder {self.root.name!r}; harvest first (s2t harvest)"
+                )
             snapshot = Snapshot(self.root / "snapshots" / content_digest(shards))
             if not snapshot.whole:
                 self._link(shards, snapshot)
@@ -150,7 +158,10 @@ class Lake:
     def _link(self, shards: Sequence[Shard], snapshot: Snapshot) -> None:
         if snapshot.folder.is_dir() and not snapshot.whole:
             snapshot.remove()
-        with suppress(FileExistsError), new_folder(snapshot.folder) as aside:  # another froze the same meanwhile
+        with (
+            suppress(FileExistsError),
+            new_folder(snapshot.folder) as aside,
+        ):  # another froze the same meanwhile
             for shard in shards:
                 for name in (f"{shard.name}.parquet", f"{shard.name}.json"):
                     try:
@@ -187,12 +198,16 @@ class Lake:
             self._sweep()
             (self.root / "quarantine").mkdir(exist_ok=True)
             for name in names:
-                for suffix in (".json", ".parquet"):  # the manifest first: then the shard does not exist
+                for suffix in (
+                    ".json",
+                    ".parquet",
+                ):  # the manifest first: then the shard does not exist
                     if (path := self.root / f"{name}{suffix}").exists():
                         path.rename(self.root / "quarantine" / path.name)
 
     def deletions(self) -> list[Deletion]:
-        """Raises StoreError: a line is damaged. (A torn last line was never promised to anybody.)"""
+        """Raises StoreError: a line is damaged. (A torn last line was never promised to
+        anybody.)"""
         try:
             lines = (self.root / "deleted.jsonl").read_bytes().splitlines()
         except FileNotFoundError:
@@ -202,13 +217,14 @@ class Lake:
         return [_read_deletion(line, number) for number, line in enumerate(lines, 1) if line]
 
     def delete(self, field: str, value: str) -> int:
-        """Delete every rollout whose `field` ("problem_id", "request_id", "task") is `value`, here, in snapshots, in
-        quarantine, and on its way here. Returns how many rollouts were removed from shards; doing it again finishes
-        what a crash interrupted. Snapshots that hold any of them go, and so do unreadable ones; what cannot be read in
-        quarantine stays: nobody can say what is in it, so remove that folder by hand.
+        """Delete every rollout whose `field` ("problem_id", "request_id", "task") is `value`, here,
+        in snapshots, in quarantine, and on its way here. Returns how many rollouts were removed
+        from shards; doing it again finishes what a crash interrupted. Snapshots that hold any of
+        them go, and so do unreadable ones; what cannot be read in quarantine stays: nobody can say
+        what is in it, so remove that folder by hand.
 
-        Raises:
-            StoreError: a shard is damaged: put it aside (s2t labels verify --quarantine) and delete again.
+        Raises: StoreError: a shard is damaged: put it aside (s2t labels verify --quarantine) and
+            delete again.
         """
         with self._locked():
             self._sweep()
@@ -219,8 +235,15 @@ class Lake:
             for manifest in sorted((self.root / "quarantine").glob("shard-*.json")):
                 with suppress(StoreError):
                     removed += _delete_from(manifest.parent, read_manifest(manifest), deletion)
-            self._keep_snapshots(lambda snapshot: not any(
-                deletion.matches(r) for s in snapshot.shards() for r in read_shard(snapshot.folder, s)))
+            self._keep_snapshots(
+                lambda snapshot: (
+                    not any(
+                        deletion.matches(r)
+                        for s in snapshot.shards()
+                        for r in read_shard(snapshot.folder, s)
+                    )
+                )
+            )
             return removed
 
     def prunable(self, max_age_s: float = 0.0, max_bytes: int = 0) -> list[Shard]:
@@ -228,10 +251,10 @@ class Lake:
         return _prunable(self.shards(), max_age_s, max_bytes)
 
     def prune(self, max_age_s: float = 0.0, max_bytes: int = 0) -> int:
-        """Retention: remove whole shards whose newest rollout is older than `max_age_s`, then the oldest ones beyond
-        `max_bytes` (0: no limit); snapshots that hold what is too old; and where there was too much, those that keep
-        shards of their own from being freed, but for the newest, which a training run may be reading. Returns the
-        rollouts removed."""
+        """Retention: remove whole shards whose newest rollout is older than `max_age_s`, then the
+        oldest ones beyond `max_bytes` (0: no limit); snapshots that hold what is too old; and where
+        there was too much, those that keep shards of their own from being freed, but for the
+        newest, which a training run may be reading. Returns the rollouts removed."""
         with self._locked():
             self._sweep()
             shards, oldest = present(self.root), time.time() - max_age_s if max_age_s else 0.0
@@ -239,19 +262,26 @@ class Lake:
             _remove(self.root, [s.name for s in gone])
             left = {s.name for s in shards} - {s.name for s in gone}
             too_much = any(s.last >= oldest for s in gone)
-            newest = max((s.folder for s in self._snapshots()), key=lambda f: f.stat().st_mtime_ns, default=None)
+            newest = max(
+                (s.folder for s in self._snapshots()),
+                key=lambda f: f.stat().st_mtime_ns,
+                default=None,
+            )
 
             def keeps(snapshot: Snapshot) -> bool:
                 held = snapshot.shards()
-                free = too_much and snapshot.folder != newest and any(s.name not in left for s in held)
+                free = (
+                    too_much and snapshot.folder != newest and any(s.name not in left for s in held)
+                )
                 return not free and all(s.last >= oldest for s in held)
 
             self._keep_snapshots(keeps)
             return sum(s.rollouts for s in gone)
 
     def compact(self, least: int = 16) -> int:
-        """Join the small shards of a day once there are `least` of them; returns how many were joined. Of one day
-        (UTC, of the newest rollout): rollouts that grow old on different days must be able to go on different days."""
+        """Join the small shards of a day once there are `least` of them; returns how many were
+        joined. Of one day (UTC, of the newest rollout): rollouts that grow old on different days
+        must be able to go on different days."""
         with self._locked():
             self._sweep()
             days: dict[float, list[Shard]] = defaultdict(list)
@@ -263,7 +293,8 @@ class Lake:
                 if len(small) >= least:
                     sizes = accumulate(s.bytes for s in small)
                     batch = [s for s, size in zip(small, sizes, strict=True) if size < SHARD_BYTES]
-                    # Copies of a rollout go; copies of a label stay: deleting one rollout must not take another's.
+                    # Copies of a rollout go; copies of a label stay: deleting one rollout must not
+                    # take another's.
                     rows = distinct(r for shard in batch for r in read_shard(self.root, shard))
                     write_shard(self.root, f"{uuid.uuid4().hex[:12]}-0", rows, batch)
                     _remove(self.root, [s.name for s in batch])
@@ -271,9 +302,10 @@ class Lake:
             return joined
 
     def _sweep(self) -> None:
-        """What a crash has left: replaced shards, and files that never got their manifest; and old snapshots. Under
-        the exclusive lock no writer is alive. First of all: if what replaced them went before them, replaced shards
-        would be back. A damaged manifest does not stop it: the way to put such a shard aside leads through here."""
+        """What a crash has left: replaced shards, and files that never got their manifest; and old
+        snapshots. Under the exclusive lock no writer is alive. First of all: if what replaced them
+        went before them, replaced shards would be back. A damaged manifest does not stop it: the
+        way to put such a shard aside leads through here."""
         replaced: set[str] = set()
         for manifest in self.root.glob("shard-*.json"):
             with suppress(StoreError):
@@ -292,7 +324,8 @@ class Lake:
         return [Snapshot(folder) for folder in (self.root / "snapshots").glob("[!.]*/")]
 
     def _keep_snapshots(self, keeps: Callable[[Snapshot], bool]) -> None:
-        """Remove the others, and what is unreadable: nobody can train on it, and it must not hold up retention."""
+        """Remove the others, and what is unreadable: nobody can train on it, and it must not hold
+        up retention."""
         for snapshot in self._snapshots():
             try:
                 kept = keeps(snapshot)
@@ -309,8 +342,10 @@ class Lake:
             with locked(self.root / ".lock", shared):
                 yield
         except OSError as error:
-            raise StoreError(f"the lake folder {self.root.name!r} cannot be used: {error.strerror or error}; free or "
-                             "grant space there") from error
+            raise StoreError(
+                f"the lake folder {self.root.name!r} cannot be used: {error.strerror or error}; free or "
+                "grant space there"
+            ) from error
 
 
 def _prunable(shards: Iterable[Shard], max_age_s: float, max_bytes: int) -> list[Shard]:
@@ -326,7 +361,8 @@ def _prunable(shards: Iterable[Shard], max_age_s: float, max_bytes: int) -> list
 
 
 def _delete_from(folder: Path, shard: Shard, deletion: Deletion) -> int:
-    """Replace a shard by one without what is to be deleted, where it holds any; how many rollouts went."""
+    """Replace a shard by one without what is to be deleted, where it holds any; how many rollouts
+    went."""
     gone = sum(map(deletion.matches, read_shard(folder, shard)))
     if gone:
         kept = (r for r in read_shard(folder, shard) if not deletion.matches(r))
@@ -344,9 +380,15 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 def _read_deletion(line: bytes, number: int) -> Deletion:
     try:
         deletion = Deletion(**json.loads(line))
-        if deletion.field in DELETABLE and isinstance(deletion.sha256, str) and isinstance(deletion.at, (int, float)):
+        if (
+            deletion.field in DELETABLE
+            and isinstance(deletion.sha256, str)
+            and isinstance(deletion.at, (int, float))
+        ):
             return deletion
     except (ValueError, TypeError):
         pass
-    raise StoreError(f"line {number} of deleted.jsonl in the lake is damaged, so what it kept out cannot be told; "
-                     "remove the line, and delete again what it stood for")
+    raise StoreError(
+        f"line {number} of deleted.jsonl in the lake is damaged, so what it kept out cannot be told; "
+        "remove the line, and delete again what it stood for"
+    )

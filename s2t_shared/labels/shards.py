@@ -1,8 +1,9 @@
 """Shard files: rollouts as Parquet, and beside each file the manifest that makes it exist.
 
-A shard is never changed. One that is rewritten lists in its manifest those it `replaces`, and those that they had
-replaced: from then on these do not exist, whatever a crash has left of them. A snapshot is a folder of shards that no
-longer changes. Knows one folder at a time; which there are, locks, deletion and retention are the lake's.
+A shard is never changed. One that is rewritten lists in its manifest those it `replaces`, and those
+that they had replaced: from then on these do not exist, whatever a crash has left of them. A
+snapshot is a folder of shards that no longer changes. Knows one folder at a time; which there are,
+locks, deletion and retention are the lake's.
 """
 
 from __future__ import annotations
@@ -26,24 +27,50 @@ from s2t_shared.errors import StoreError
 from s2t_shared.files import new_file, sha256_file, write_atomically
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
 
-LABEL_TYPE = pa.struct([
-    ("label_id", pa.string()), ("position", pa.int32()), ("candidate_ids", pa.list_(pa.int32())),
-    ("slm_log_probs", pa.list_(pa.float32())), ("llm_log_probs", pa.list_(pa.float32())), ("llm_top_id", pa.int32()),
-    ("llm_top_rank", pa.int32()), ("mass", pa.float32()), ("kl", pa.float32()), ("entropy", pa.float32())])
+LABEL_TYPE = pa.struct(
+    [
+        ("label_id", pa.string()),
+        ("position", pa.int32()),
+        ("candidate_ids", pa.list_(pa.int32())),
+        ("slm_log_probs", pa.list_(pa.float32())),
+        ("llm_log_probs", pa.list_(pa.float32())),
+        ("llm_top_id", pa.int32()),
+        ("llm_top_rank", pa.int32()),
+        ("mass", pa.float32()),
+        ("kl", pa.float32()),
+        ("entropy", pa.float32()),
+    ]
+)
 SCHEMA = pa.schema(
-    [("rollout_id", pa.string()), ("request_id", pa.string()), ("problem_id", pa.string()), ("task", pa.string()),
-     ("split", pa.string()), ("source", pa.string()), ("token_ids", pa.list_(pa.int32())),
-     ("prompt_length", pa.int32()), ("entropy", pa.list_(pa.float32())), ("kl", pa.list_(pa.float32())),
-     ("llm_top_rank", pa.list_(pa.int16())), ("labels", pa.list_(LABEL_TYPE)), ("slm_digest", pa.string()),
-     ("llm_digest", pa.string()), ("tokenizer_digest", pa.string()), ("template_digest", pa.string()),
-     ("created_at", pa.float64()), ("schema_version", pa.int32())],
-    metadata={"s2t_schema_version": str(SCHEMA_VERSION)})
+    [
+        ("rollout_id", pa.string()),
+        ("request_id", pa.string()),
+        ("problem_id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("prompt_length", pa.int32()),
+        ("entropy", pa.list_(pa.float32())),
+        ("kl", pa.list_(pa.float32())),
+        ("llm_top_rank", pa.list_(pa.int16())),
+        ("labels", pa.list_(LABEL_TYPE)),
+        ("slm_digest", pa.string()),
+        ("llm_digest", pa.string()),
+        ("tokenizer_digest", pa.string()),
+        ("template_digest", pa.string()),
+        ("created_at", pa.float64()),
+        ("schema_version", pa.int32()),
+    ],
+    metadata={"s2t_schema_version": str(SCHEMA_VERSION)},
+)
 READ_ROWS = 256  # a row group; in memory at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One shard's manifest. `first`, `last`: when its oldest and newest rollouts were made, Unix seconds."""
+    """One shard's manifest. `first`, `last`: when its oldest and newest rollouts were made, Unix
+    seconds."""
 
     name: str
     rollouts: int
@@ -56,8 +83,11 @@ class Shard:
     schema_version: int = SCHEMA_VERSION
 
 
-def write_shard(folder: Path, stamp: str, rollouts: Iterable[Rollout], replaced: Sequence[Shard] = ()) -> None:
-    """Write shard-`stamp` durably, visible whole or not at all; one that is there already stays as it is.
+def write_shard(
+    folder: Path, stamp: str, rollouts: Iterable[Rollout], replaced: Sequence[Shard] = ()
+) -> None:
+    """Write shard-`stamp` durably, visible whole or not at all; one that is there already stays as
+    it is.
 
     Raises:
         OSError: the folder cannot be written; nothing is left behind.
@@ -74,9 +104,19 @@ def write_shard(folder: Path, stamp: str, rollouts: Iterable[Rollout], replaced:
                     writer.write_table(to_table(rows))
                     times += [r.created_at for r in rows]
                     labels += sum(len(r.labels) for r in rows)
-            replaces = dict.fromkeys(name for shard in replaced for name in (shard.name, *shard.replaces))
-            shard = Shard(name, len(times), labels, aside.stat().st_size, sha256_file(aside), min(times, default=0.0),
-                          max(times, default=0.0), tuple(replaces))
+            replaces = dict.fromkeys(
+                name for shard in replaced for name in (shard.name, *shard.replaces)
+            )
+            shard = Shard(
+                name=name,
+                rollouts=len(times),
+                labels=labels,
+                bytes=aside.stat().st_size,
+                sha256=sha256_file(aside),
+                first=min(times, default=0.0),
+                last=max(times, default=0.0),
+                replaces=tuple(replaces),
+            )
         write_atomically(manifest, json.dumps(asdict(shard), indent=2))
     except BaseException:  # a full disk must not be filled by what it refused
         if not manifest.exists():
@@ -85,7 +125,8 @@ def write_shard(folder: Path, stamp: str, rollouts: Iterable[Rollout], replaced:
 
 
 def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
-    """Raises one of pyarrow's or Python's errors where a value does not fit SCHEMA: `check_rollout` had a gap."""
+    """Raises one of pyarrow's or Python's errors where a value does not fit SCHEMA: `check_rollout`
+    had a gap."""
     return pa.Table.from_pylist([asdict(r) for r in rollouts], schema=SCHEMA)
 
 
@@ -105,12 +146,16 @@ def read_manifest(path: Path) -> Shard:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION:
-            raise StoreError(f"label shard {path.stem} has schema {content['schema_version']}, this program reads "
-                             f"{SCHEMA_VERSION}; keep old labels in a lake of their own")
+            raise StoreError(
+                f"label shard {path.stem} has schema {content['schema_version']}, this program reads "
+                f"{SCHEMA_VERSION}; keep old labels in a lake of their own"
+            )
         return Shard(**content | {"replaces": tuple(content["replaces"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"the manifest of label shard {path.stem} is damaged ({type(error).__name__}); s2t labels "
-                         "verify --quarantine moves such shards aside") from error
+        raise StoreError(
+            f"the manifest of label shard {path.stem} is damaged ({type(error).__name__}); s2t labels "
+            "verify --quarantine moves such shards aside"
+        ) from error
 
 
 def read_shard(folder: Path, shard: Shard) -> Iterator[Rollout]:
@@ -122,20 +167,31 @@ def read_shard(folder: Path, shard: Shard) -> Iterator[Rollout]:
     path = folder / f"{shard.name}.parquet"
     try:
         if sha256_file(path) != shard.sha256:
-            raise StoreError(f"label shard {shard.name} does not match its manifest: it was changed or is damaged (s2t "
-                             "labels verify --quarantine moves such shards aside)")
+            raise StoreError(
+                f"label shard {shard.name} does not match its manifest: it was changed or is damaged (s2t "
+                "labels verify --quarantine moves such shards aside)"
+            )
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(SCHEMA):
-                raise StoreError(f"label shard {shard.name} has another schema: {file.schema_arrow.names}")
+                raise StoreError(
+                    f"label shard {shard.name} has another schema: {file.schema_arrow.names}"
+                )
             for batch in file.iter_batches(batch_size=READ_ROWS):
                 yield from map(Rollout.from_row, batch.to_pylist())
-    except (OSError, TypeError, pa.ArrowException) as error:  # TypeError: a null where a list belongs
-        raise StoreError(f"label shard {shard.name} is missing or cannot be read ({type(error).__name__})") from error
+    except (
+        OSError,
+        TypeError,
+        pa.ArrowException,
+    ) as error:  # TypeError: a null where a list belongs
+        raise StoreError(
+            f"label shard {shard.name} is missing or cannot be read ({type(error).__name__})"
+        ) from error
 
 
 def read_rollouts(folder: Path, shards: Iterable[Shard]) -> Iterator[Rollout]:
-    """The rollouts of `shards`, each once, each label in the first rollout that has it. To know what it has given
-    already it holds about 60 bytes for each rollout and each label seen: 1 GB at some 16 million labels.
+    """The rollouts of `shards`, each once, each label in the first rollout that has it. To know
+    what it has given already it holds about 60 bytes for each rollout and each label seen: 1 GB at
+    some 16 million labels.
 
     Raises:
         StoreError: a shard is missing, changed, or of another schema.
@@ -160,25 +216,34 @@ def distinct(rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
 
 
 def label_counts(folder: Path, shard: Shard, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Of every row the values of `columns`, then how many labels it has, copies too. Reads these columns only, so it
-    does not notice a changed file as `read_shard` does.
+    """Of every row the values of `columns`, then how many labels it has, copies too. Reads these
+    columns only, so it does not notice a changed file as `read_shard` does.
 
     Raises:
         StoreError: the file is missing or cannot be read.
     """
     try:
         with pq.ParquetFile(folder / f"{shard.name}.parquet") as file:
-            for batch in file.iter_batches(columns=[*columns, "labels.list.element.position"]):  # one leaf of a label
+            for batch in file.iter_batches(
+                columns=[*columns, "labels.list.element.position"]
+            ):  # one leaf of a label
                 counts = pc.list_value_length(batch.column("labels"))
-                yield from zip(*(batch.column(name).to_pylist() for name in columns), counts.to_pylist(), strict=True)
+                yield from zip(
+                    *(batch.column(name).to_pylist() for name in columns),
+                    counts.to_pylist(),
+                    strict=True,
+                )
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise StoreError(f"label shard {shard.name} is missing or cannot be read ({type(error).__name__})") from error
+        raise StoreError(
+            f"label shard {shard.name} is missing or cannot be read ({type(error).__name__})"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Frozen shards: what a training run reads, however the lake goes on. The folder's name is the digest of what is
-    in it: one that lost a part is no snapshot. Every method raises StoreError then."""
+    """Frozen shards: what a training run reads, however the lake goes on. The folder's name is the
+    digest of what is in it: one that lost a part is no snapshot. Every method raises StoreError
+    then."""
 
     folder: Path
 
@@ -203,13 +268,16 @@ class Snapshot:
         try:
             shards = present(self.folder)
             if content_digest(shards) == self.id and all(
-                    (self.folder / f"{s.name}.parquet").stat().st_size == s.bytes for s in shards):
+                (self.folder / f"{s.name}.parquet").stat().st_size == s.bytes for s in shards
+            ):
                 return shards
             reason = "shards are missing"
         except (OSError, StoreError) as error:
             reason = str(error)
-        raise StoreError(f"snapshot {self.id!r} is gone or incomplete (labels were deleted from it, or it grew old); "
-                         f"train on a new one ({reason})")
+        raise StoreError(
+            f"snapshot {self.id!r} is gone or incomplete (labels were deleted from it, or it grew old); "
+            f"train on a new one ({reason})"
+        )
 
     def pairs(self) -> Counter[tuple[str, str]]:
         """Labels, before deduplication, by the digests of the (SLM, LLM) they come from."""
@@ -219,7 +287,9 @@ class Snapshot:
                 found[slm, llm] += labels
         return +found  # a rollout without labels makes no pair
 
-    def rollouts(self, order: Callable[[list[Shard]], list[Shard]] = lambda shards: shards) -> Iterator[Rollout]:
+    def rollouts(
+        self, order: Callable[[list[Shard]], list[Shard]] = lambda shards: shards
+    ) -> Iterator[Rollout]:
         """As `read_rollouts`; `order` may rearrange the shards."""
         return read_rollouts(self.folder, order(self.shards()))
 
@@ -232,7 +302,9 @@ class Snapshot:
 
 def content_digest(shards: Iterable[Shard]) -> str:
     """The name of a snapshot of these shards."""
-    return hashlib.sha256(json.dumps([(s.name, s.sha256) for s in shards]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([(s.name, s.sha256) for s in shards]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def groups(rollouts: Iterable[Rollout], size: int) -> Iterator[list[Rollout]]:

@@ -1,12 +1,13 @@
-"""The disk spool: where a producer's entries are safe while Redis is away, or cannot say that it has them on disk.
+"""The disk spool: where a producer's entries are safe while Redis is away, or cannot say that it
+has them on disk.
 
-    spool/
-      .lock             held for a moment, to make, adopt or remove a folder
-      <writer>/lock     held for as long as the writer lives, however it dies
-      <writer>/<number>.entries   a segment: records (length, CRC-32, bytes), appended, fsynced, never changed
+    spool/ .lock             held for a moment, to make, adopt or remove a folder <writer>/lock
+      held for as long as the writer lives, however it dies <writer>/<number>.entries   a segment:
+      records (length, CRC-32, bytes), appended, fsynced, never changed
 
-A segment is removed when its entries are durable elsewhere. The folder of a dead writer is adopted by a living one.
-A record that a crash cut short was never promised: reading ends there. Knows bytes and files; not what they mean.
+A segment is removed when its entries are durable elsewhere. The folder of a dead writer is adopted
+by a living one. A record that a crash cut short was never promised: reading ends there. Knows bytes
+and files; not what they mean.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SUFFIX = ".entries"
 
 
 class Spool:
-    """One writer's folder under `root`, and those it adopted; `max_bytes` bounds them together. Thread-safe.
+    """One writer's folder under `root`, and those it adopted; `max_bytes` bounds them together.
+    Thread-safe.
 
     Raises:
         StoreError: `root` cannot be written.
@@ -56,14 +58,16 @@ class Spool:
     def append(self, entries: Sequence[bytes]) -> None:
         """Returns once all entries are on disk.
 
-        Raises:
-            StoreError: `max_bytes` is reached or the disk refuses. None of the entries is kept then.
+        Raises: StoreError: `max_bytes` is reached or the disk refuses. None of the entries is kept
+            then.
         """
         records = b"".join(HEADER.pack(len(entry), zlib.crc32(entry)) + entry for entry in entries)
         with self._guarded():
             if sum(path.stat().st_size for path in self._files()) + len(records) > self._max_bytes:
-                raise StoreError(f"the label spool {self._root.name!r} is full ({self._max_bytes >> 20} MiB); "
-                                 "see that Redis answers, or raise labels.spool_mib")
+                raise StoreError(
+                    f"the label spool {self._root.name!r} is full ({self._max_bytes >> 20} MiB); "
+                    "see that Redis answers, or raise labels.spool_mib"
+                )
             if self._open is None:
                 self._path = self._folder / f"{self._made:08d}{SUFFIX}"
                 self._made += 1
@@ -80,7 +84,8 @@ class Spool:
                 self._seal()
 
     def _abandon(self) -> None:
-        """After a failed write or fsync nobody knows what is on disk: back to what was promised, and a new segment."""
+        """After a failed write or fsync nobody knows what is on disk: back to what was promised,
+        and a new segment."""
         assert self._open is not None
         try:
             os.ftruncate(self._open.fileno(), self._size)
@@ -98,7 +103,8 @@ class Spool:
         return [path for folder in list(self._held) for path in sorted(folder.glob(f"*{SUFFIX}"))]
 
     def segments(self) -> list[Path]:
-        """What waits here, oldest first, of this writer and of those it adopted, without the one being written.
+        """What waits here, oldest first, of this writer and of those it adopted, without the one
+        being written.
 
         Raises:
             StoreError: the disk refuses.
@@ -141,9 +147,15 @@ class Spool:
         """
         with self._guarded(), self._alone():
             for folder in self._root.iterdir():
-                if folder.is_dir() and folder not in self._held and (lock := _hold(folder)) is not None:
+                if (
+                    folder.is_dir()
+                    and folder not in self._held
+                    and (lock := _hold(folder)) is not None
+                ):
                     self._held[folder] = lock
-            for folder in [f for f in self._held if f != self._folder and not any(f.glob(f"*{SUFFIX}"))]:
+            for folder in [
+                f for f in self._held if f != self._folder and not any(f.glob(f"*{SUFFIX}"))
+            ]:
                 self._release(folder)
 
     def close(self) -> None:
@@ -180,8 +192,10 @@ class Spool:
             with self._lock:
                 yield
         except OSError as error:
-            raise StoreError(f"the label spool {self._root.name!r} cannot be used: {error.strerror or error}; free or "
-                             "grant space there") from error
+            raise StoreError(
+                f"the label spool {self._root.name!r} cannot be used: {error.strerror or error}; free or "
+                "grant space there"
+            ) from error
 
 
 def _hold(folder: Path) -> ExitStack | None:
@@ -195,14 +209,14 @@ def _hold(folder: Path) -> ExitStack | None:
 def _write_all(stream: IO[bytes], content: bytes) -> None:
     view = memoryview(content)
     while view:
-        view = view[stream.write(view) or 0:]
+        view = view[stream.write(view) or 0 :]
 
 
 def _records(content: bytes) -> Iterator[bytes]:
     at = 0
     while at + HEADER.size <= len(content):
         length, crc = HEADER.unpack_from(content, at)
-        entry = content[at + HEADER.size: at + HEADER.size + length]
+        entry = content[at + HEADER.size : at + HEADER.size + length]
         if len(entry) < length or zlib.crc32(entry) != crc:
             return
         yield entry

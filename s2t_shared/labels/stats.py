@@ -1,5 +1,6 @@
-"""What the label lake holds: how much, of what, and how often the LLM's choice is among the SLM's first K (Hit@K)
-at the positions that a trigger would pick. One pass, constant memory but for the problems' names. Pure numbers."""
+"""What the label lake holds: how much, of what, and how often the LLM's choice is among the SLM's
+first K (Hit@K) at the positions that a trigger would pick. One pass, constant memory but for the
+problems' names. Pure numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ class _Signal:
 
     def add(self, values: np.ndarray, hits: np.ndarray) -> None:
         """values: [n] nats; hits: [n, 4] bool."""
-        place = np.log(np.clip(values, LOWEST, HIGHEST) / LOWEST) / math.log(HIGHEST / LOWEST) * (BINS - 1)
+        place = (
+            np.log(np.clip(values, LOWEST, HIGHEST) / LOWEST)
+            / math.log(HIGHEST / LOWEST)
+            * (BINS - 1)
+        )
         np.add.at(self._counts, place.astype(np.int64), 1)
         np.add.at(self._hits, place.astype(np.int64), hits)
 
@@ -41,12 +46,13 @@ class _Signal:
         return {k: float(found[i] / total) if total else None for i, k in enumerate(HIT_AT)}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LabelStats:
-    """Figures of a lake. `pairs`: labels by "SLM digest / LLM digest"; `answer_tokens`: of all rollouts; `positions`:
-    of those, scored ones. `mass`: the LLM's mean probability on a label's candidates. `hits`: Hit@K by which positions
-    ("all", "labelled", "kl top 1 %", ...); None where there are none. A top share counts all scored positions and
-    takes none of the warm-up, as a budget does. Times are Unix seconds."""
+    """Figures of a lake. `pairs`: labels by "SLM digest / LLM digest"; `answer_tokens`: of all
+    rollouts; `positions`: of those, scored ones. `mass`: the LLM's mean probability on a label's
+    candidates. `hits`: Hit@K by which positions ("all", "labelled", "kl top 1 %", ...); None where
+    there are none. A top share counts all scored positions and takes none of the warm-up, as a
+    budget does. Times are Unix seconds."""
 
     shards: int = 0
     bytes: int = 0
@@ -77,9 +83,12 @@ def measure_labels(lake: Lake) -> LabelStats:
         StoreError: a shard is damaged.
     """
     shards = lake.shards()
-    stats = LabelStats(len(shards), sum(s.bytes for s in shards),
-                       oldest=min((s.first for s in shards), default=None),
-                       newest=max((s.last for s in shards), default=None))
+    stats = LabelStats(
+        shards=len(shards),
+        bytes=sum(s.bytes for s in shards),
+        oldest=min((s.first for s in shards), default=None),
+        newest=max((s.last for s in shards), default=None),
+    )
     tasks, sources, pairs = Counter[str](), Counter[str](), Counter[str]()
     problems: set[int] = set()
     every, labelled, by_kl, by_entropy = _Signal(), _Signal(), _Signal(), _Signal()
@@ -104,7 +113,9 @@ def measure_labels(lake: Lake) -> LabelStats:
     stats.hits = {"all": every.hit_at(stats.positions), "labelled": labelled.hit_at(stats.labels)}
     for name, signal in (("kl", by_kl), ("entropy", by_entropy)):
         for share in TOP_SHARES:
-            stats.hits[f"{name} top {share:.0%}"] = signal.hit_at(max(1, int(share * stats.positions)))
+            stats.hits[f"{name} top {share:.0%}"] = signal.hit_at(
+                max(1, int(share * stats.positions))
+            )
     return stats
 
 

@@ -1,7 +1,8 @@
-"""The commands we send to Redis: `LabelStore`, over a client that never waits long and never retries by itself.
+"""The commands we send to Redis: `LabelStream`, over a client that never waits long and never
+retries by itself.
 
-Knows bytes and keys; what a rollout or a selection is, `store` and `selection_cache` know; servers are started in
-`redis_server`.
+Knows bytes and keys; what a rollout or a selection is, `store` and `selection_cache` know; servers
+are started in `redis_server`.
 """
 
 from __future__ import annotations
@@ -18,37 +19,50 @@ from redis.retry import Retry
 
 from s2t_shared.errors import StoreError
 
-LABELS = "s2t:labels"  # stream; field "rollout" = Rollout.to_json(); what it holds else becomes a dead letter
+# stream; field "rollout" = Rollout.to_json(); what it holds else becomes a dead letter
+LABELS = "s2t:labels"
 DEAD_LETTERS = "s2t:labels:dead"  # stream; the entry's own fields and "reason"
 GROUP = "drain"
 CACHE_PREFIX = "s2t:selection:"
 MAX_DEAD_LETTERS = 10_000  # about; poison must not fill Redis
 
 
-# -- clients ------------------------------------------------------------------------------------------------------
+# -- clients --------------------------------------------------------------------------------------
 
 
 def open_client(url: str, timeout_s: float) -> redis.Redis:
-    """A client that waits at most `timeout_s` for a connection or an answer and never retries by itself.
+    """A client that waits at most `timeout_s` for a connection or an answer and never retries by
+    itself.
 
     Raises:
         StoreError: the URL is malformed.
     """
     try:
         # Protocol 2: one answer shape for every Redis and Valkey, and the shortest handshake.
-        return redis.Redis.from_url(url, protocol=2, socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
-                                    retry=Retry(NoBackoff(), 0))
+        return redis.Redis.from_url(
+            url,
+            protocol=2,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+        )
     except ValueError:
         # Its text may quote a part of the password: keep it out of ours.
-        raise StoreError("Redis URL: malformed; write redis://[user:password@]host:port[/db], with reserved "
-                         "characters of the password percent-encoded") from None
+        raise StoreError(
+            "Redis URL: malformed; write redis://[user:password@]host:port[/db], with reserved "
+            "characters of the password percent-encoded"
+        ) from None
 
 
 def place_of(url: str) -> str:
     """host:port (or the socket's path) of a Redis URL, never its password."""
     try:
         parts = urlsplit(url)
-        return parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+        return (
+            parts.path
+            if parts.scheme == "unix"
+            else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+        )
     except ValueError:
         return "the configured URL"
 
@@ -59,19 +73,23 @@ def redis_errors(place: str) -> Iterator[None]:
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        # redis-py quotes the failed command of a pipeline, and Redis the arguments of an unknown one: label contents.
+        # redis-py quotes the failed command of a pipeline, and Redis the arguments of an unknown
+        # one: label contents.
         reason = str(error).rsplit("caused error: ", 1)[-1].split(", with args", 1)[0][:200]
-        raise StoreError(f"Redis at {place}: {type(error).__name__}: {reason}; is it running, and is its URL right?"
-                         if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError))
-                         else f"Redis at {place}: {type(error).__name__}: {reason}") from None
+        raise StoreError(
+            f"Redis at {place}: {type(error).__name__}: {reason}; is it running, and is its URL right?"
+            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError))
+            else f"Redis at {place}: {type(error).__name__}: {reason}"
+        ) from None
 
 
-# -- commands --------------------------------------------------------------------------------------------------------
+# -- commands -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class StoreCounts:
-    """rollouts: in the stream, not yet in the lake. pending: of those, read by a drain and not acknowledged yet."""
+class StreamCounts:
+    """rollouts: in the stream, not yet in the lake. pending: of those, read by a drain and not
+    acknowledged yet."""
 
     rollouts: int
     pending: int
@@ -88,7 +106,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Appended:
-    """durable: the server says (WAITAOF) that its append-only file holds the entries on disk. last: the newest."""
+    """durable: the server says (WAITAOF) that its append-only file holds the entries on disk. last:
+    the newest."""
 
     durable: bool
     last: tuple[int, int]
@@ -96,25 +115,25 @@ class Appended:
 
 @dataclass(frozen=True)
 class Persistence:
-    """run_id: changes when the server starts anew. fsyncs: it syncs its append-only file within seconds.
-    oldest: the first entry in the stream, None where it is empty."""
+    """run_id: changes when the server starts anew. fsyncs: it syncs its append-only file within
+    seconds. oldest: the first entry in the stream, None where it is empty."""
 
     run_id: str
     fsyncs: bool
     oldest: tuple[int, int] | None
 
 
-class LabelStore:
-    """The commands that labels and cached selections need, over one client. Every method raises StoreError where
-    Redis is away, slower than `timeout_s`, or refuses."""
+class LabelStream:
+    """The commands that labels and cached selections need, over one client. Every method raises
+    StoreError where Redis is away, slower than `timeout_s`, or refuses."""
 
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
         self._url, self.timeout_s, self.place = url, timeout_s, place_of(url)
         self._redis = open_client(url, timeout_s)
 
-    def with_timeout(self, timeout_s: float) -> LabelStore:
+    def with_timeout(self, timeout_s: float) -> LabelStream:
         """The same Redis over connections of its own, with another timeout."""
-        return LabelStore(self._url, timeout_s)
+        return LabelStream(self._url, timeout_s)
 
     def close(self) -> None:
         self._redis.close()
@@ -123,7 +142,7 @@ class LabelStore:
         with redis_errors(self.place):
             self._redis.ping()
 
-    def counts(self) -> StoreCounts:
+    def counts(self) -> StreamCounts:
         with redis_errors(self.place):
             rollouts, dead = int(self._redis.xlen(LABELS)), int(self._redis.xlen(DEAD_LETTERS))
             try:
@@ -132,11 +151,11 @@ class LabelStore:
                 if "NOGROUP" not in str(error):
                     raise
                 pending = 0  # no drain has run yet
-        return StoreCounts(rollouts, pending, dead)
+        return StreamCounts(rollouts, pending, dead)
 
     def append(self, rollouts: Sequence[bytes]) -> Appended:
-        """Append serialised rollouts and wait, half the timeout at most, until they are on the server's disk; after
-        an error some of them may be there nevertheless."""
+        """Append serialised rollouts and wait, half the timeout at most, until they are on the
+        server's disk; after an error some of them may be there nevertheless."""
         assert rollouts
         with redis_errors(self.place):
             pipeline = self._redis.pipeline(transaction=False)
@@ -159,8 +178,11 @@ class LabelStore:
                 policy = ""
             oldest = self._redis.xrange(LABELS, count=1)
         fsyncs = policy in ("always", "everysec") and info.get("aof_enabled") == 1
-        return Persistence(info["run_id"], fsyncs and info.get("aof_last_write_status") == "ok",
-                           _numbers(oldest[0][0]) if oldest else None)
+        return Persistence(
+            info["run_id"],
+            fsyncs and info.get("aof_last_write_status") == "ok",
+            _numbers(oldest[0][0]) if oldest else None,
+        )
 
     def create_group(self) -> None:
         with redis_errors(self.place):
@@ -171,23 +193,32 @@ class LabelStore:
                     raise
 
     def read(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
-        """Up to `count` entries that no consumer has read; waits for one at most `block_ms` (and half the timeout)."""
+        """Up to `count` entries that no consumer has read; waits for one at most `block_ms` (and
+        half the timeout)."""
         block = min(block_ms, int(self.timeout_s * 500)) or None  # 0 would mean for ever
         with redis_errors(self.place):
-            reply: Any = self._redis.xreadgroup(GROUP, consumer, {LABELS: ">"}, count=count, block=block)
-        return [Entry(entry_id, fields) for _, entries in reply or () for entry_id, fields in entries]
+            reply: Any = self._redis.xreadgroup(
+                GROUP, consumer, {LABELS: ">"}, count=count, block=block
+            )
+        return [
+            Entry(entry_id, fields) for _, entries in reply or () for entry_id, fields in entries
+        ]
 
     def unacknowledged(self, idle_s: float, count: int) -> list[tuple[bytes, int]]:
-        """The oldest entries that some consumer read `idle_s` ago or earlier and never acknowledged, and how often
-        each was delivered."""
+        """The oldest entries that some consumer read `idle_s` ago or earlier and never
+        acknowledged, and how often each was delivered."""
         with redis_errors(self.place):
-            found: Any = self._redis.xpending_range(LABELS, GROUP, "-", "+", count, idle=int(idle_s * 1000))
+            found: Any = self._redis.xpending_range(
+                LABELS, GROUP, "-", "+", count, idle=int(idle_s * 1000)
+            )
         return [(entry["message_id"], entry["times_delivered"]) for entry in found]
 
     def claim(self, consumer: str, entry_ids: Sequence[bytes], idle_s: float) -> list[Entry]:
         """Take over entries, if still nobody has touched them for `idle_s`."""
         with redis_errors(self.place):
-            reply: Any = self._redis.xclaim(LABELS, GROUP, consumer, int(idle_s * 1000), list(entry_ids))
+            reply: Any = self._redis.xclaim(
+                LABELS, GROUP, consumer, int(idle_s * 1000), list(entry_ids)
+            )
         return [Entry(entry_id, fields or {}) for entry_id, fields in reply if entry_id is not None]
 
     def keep(self, consumer: str, entry_ids: Sequence[bytes]) -> None:
@@ -205,12 +236,15 @@ class LabelStore:
                 pipeline.xdel(LABELS, *entry_ids)
                 pipeline.execute()
 
-    def bury(self, entry: Entry, reason: str) -> None:
+    def dead_letter(self, entry: Entry, reason: str) -> None:
         """Move an entry to the dead letters."""
         with redis_errors(self.place):
             pipeline = self._redis.pipeline(transaction=True)
-            fields: dict[Any, Any] = {**entry.fields, b"entry_id": entry.entry_id,
-                                      b"reason": reason.encode(errors="replace")}
+            fields: dict[Any, Any] = {
+                **entry.fields,
+                b"entry_id": entry.entry_id,
+                b"reason": reason.encode(errors="replace"),
+            }
             pipeline.xadd(DEAD_LETTERS, fields, maxlen=MAX_DEAD_LETTERS)
             pipeline.xack(LABELS, GROUP, entry.entry_id)
             pipeline.xdel(LABELS, entry.entry_id)

@@ -1,1 +1,2 @@
-"""One causal language model: weights, attention, KV pool, adapters, tokenizer. Knows no policy and no requests."""
+"""One causal language model: weights, attention, KV pool, adapters, tokenizer. Knows no policy and
+no requests."""

@@ -1,11 +1,13 @@
-"""Attention over a `KVPool`, for a forward that packs the tokens of many sequences into one row without padding.
+"""Attention over a `KVPool`, for a forward that packs the tokens of many sequences into one slot
+without padding.
 
-Registered with transformers as attention "s2t": a model computes queries, keys and values of all packed tokens as
-[1, heads, N, dim]; a `Packed` plan, made once per forward, stores keys and values and lets each token attend to what
-its sequence may see. `Aside` is the same for training: a padded batch, nothing stored, differentiable.
+Registered with transformers as attention "s2t": a model computes queries, keys and values of all
+packed tokens as [1, heads, N, dim]; a `Packed` plan, made once per forward, stores keys and values
+and lets each token attend to what its sequence may see. `Aside` is the same for training: a padded
+batch, nothing stored, differentiable.
 
-Single tokens of neighbouring rows share one call; longer segments have one each. Query heads that share a key head
-are folded into the query length, so that keys are never copied per head.
+Single tokens of neighbouring slots share one call; longer segments have one each. Query heads that
+share a key head are folded into the query length, so that keys are never copied per head.
 """
 
 from __future__ import annotations
@@ -19,17 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from s2t_shared.model.kv_pool import Page, Row
+from s2t_shared.model.kv_pool import Slab, Slot
 
 NAME = "s2t"
-WASTE = 1024  # columns of padding that cost about as much as one more attention call (measured on CPU)
-UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices")  # what some architectures ask of attention besides
+WASTE = (
+    1024  # columns of padding that cost about as much as one more attention call (measured on CPU)
+)
+UNSUPPORTED = (
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "indices",
+)  # what some architectures ask of attention besides
 FOLDED_TOKENS = 64  # longer segments use SDPA's own grouped-query path
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """What a layer does to attention scores: scale, then soft cap (tanh), then a window of positions."""
+    """What a layer does to attention scores: scale, then soft cap (tanh), then a window of
+    positions."""
 
     scaling: float
     softcap: float | None
@@ -37,36 +47,51 @@ class Flavour:
 
 
 class Plan(Protocol):
-    """How the tokens of one forward attend. query: [b, heads, n, dim]; key, value: [b, key heads, n, dim]; returns
-    [b, n, heads, dim]."""
+    """How the tokens of one forward attend. query: [b, heads, n, dim]; key, value: [b, key heads,
+    n, dim]; returns [b, n, heads, dim]."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour) -> Tensor: ...
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour
+    ) -> Tensor: ...
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
-               plan: Plan, scaling: float | None = None, softcap: float | None = None,
-               sliding_window: int | None = None, **rest: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    plan: Plan,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
     for name in UNSUPPORTED:
         if rest.get(name) is not None:
             raise NotImplementedError(f"attention with {name} is not supported")
-    flavour = Flavour(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    flavour = Flavour(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window
+    )
     return plan.attend(int(module.layer_idx), query, key, value, flavour), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(NAME, _attention)
 
 
-# -- serving ------------------------------------------------------------------------------------------------------
+# -- serving --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Span:
-    """Tokens [at, at + causal + siblings) of the packed forward, all of one row. The first `causal` ones are at
-    positions start.., each seeing the row's first `start` columns and the earlier ones; the siblings are all at
-    position start + causal and see those and themselves. Keys and values go to columns column.. ."""
+    """Tokens [at, at + causal + siblings) of the packed forward, all of one slot. The first
+    `causal` ones are at positions start.., each seeing the slot's first `start` columns and the
+    earlier ones; the siblings are all at position start + causal and see those and themselves. Keys
+    and values go to columns column.. ."""
 
     at: int
-    row: Row
+    slot: Slot
     start: int
     causal: int
     siblings: int
@@ -91,18 +116,19 @@ class Span:
         own[:, : self.causal] |= torch.ones(self.length, self.causal, dtype=torch.bool).tril()
         seen = torch.zeros(self.length, self.end, dtype=torch.bool)
         seen[:, : self.start] = True
-        seen[:, self.column:] = own
+        seen[:, self.column :] = own
         if window is not None:
             query = torch.tensor(self.positions())
             keys = torch.arange(self.end)
-            keys[self.column:] = query
+            keys[self.column :] = query
             seen &= query[:, None] - keys[None, :] < window
         return seen
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Single tokens of neighbouring rows of one page: packed tokens [at, at + n), rows [first, first + n)."""
+    """Single tokens of neighbouring slots of one slab: packed tokens [at, at + n), slots [first,
+    first + n)."""
 
     at: int
     first: int
@@ -111,44 +137,61 @@ class _Run:
 
 
 class Packed:
-    """The plan of one packed forward. `spans` must be in packed order, single tokens sorted by page and row first
-    (`order` does it)."""
+    """The plan of one packed forward. `spans` must be in packed order, single tokens sorted by slab
+    and slot first (`order` does it)."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         single = [s for s in spans if s.length == 1]
         self._runs = _runs(single)
         self._long = [s for s in spans if s.length > 1]
-        self._writes = [(page, self._index([s.row.index for s in mine]), self._index([s.column for s in mine]),
-                         slice(mine[0].at, mine[0].at + len(mine)))
-                        for page in _unique(s.row.page for s in single)
-                        for mine in [[s for s in single if s.row.page is page]]]
+        self._writes = [
+            (
+                slab,
+                self._index([s.slot.index for s in mine]),
+                self._index([s.column for s in mine]),
+                slice(mine[0].at, mine[0].at + len(mine)),
+            )
+            for slab in _unique(s.slot.slab for s in single)
+            for mine in [[s for s in single if s.slot.slab is slab]]
+        ]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour
+    ) -> Tensor:
         key, value = key[0], value[0]  # [key heads, N, dim]
-        for page, rows, columns, tokens in self._writes:
-            keys, values = page.layers[layer]
-            keys[rows, :, columns] = key[:, tokens].transpose(0, 1)
-            values[rows, :, columns] = value[:, tokens].transpose(0, 1)
+        for slab, slots, columns, tokens in self._writes:
+            keys, values = slab.layers[layer]
+            keys[slots, :, columns] = key[:, tokens].transpose(0, 1)
+            values[slots, :, columns] = value[:, tokens].transpose(0, 1)
         outputs = []
         heads, groups = key.shape[0], query.shape[1] // key.shape[0]
         for run in self._runs:
             n = len(run.spans)
-            keys, values = run.spans[0].row.page.layers[layer]
-            q = query[0, :, run.at: run.at + n].transpose(0, 1).reshape(n, heads, groups, -1)
+            keys, values = run.spans[0].slot.slab.layers[layer]
+            q = query[0, :, run.at : run.at + n].transpose(0, 1).reshape(n, heads, groups, -1)
             mine = slice(run.first, run.first + n)
-            out = _sdpa(q, keys[mine, :, : run.columns], values[mine, :, : run.columns],
-                        self._run_mask(run, flavour.window), flavour)
+            out = _sdpa(
+                q,
+                keys[mine, :, : run.columns],
+                values[mine, :, : run.columns],
+                self._run_mask(run, flavour.window),
+                flavour,
+            )
             outputs.append(out.reshape(n, heads * groups, -1))
         for span in self._long:
-            keys, values = span.row.page.layers[layer]
-            at, index = slice(span.at, span.at + span.length), span.row.index
-            keys[index, :, span.column: span.end] = key[:, at]
-            values[index, :, span.column: span.end] = value[:, at]
-            out = _segment(query[:, :, at], keys[index: index + 1, :, : span.end],
-                           values[index: index + 1, :, : span.end],
-                           self._long_mask(span, flavour, groups), flavour)
+            keys, values = span.slot.slab.layers[layer]
+            at, index = slice(span.at, span.at + span.length), span.slot.index
+            keys[index, :, span.column : span.end] = key[:, at]
+            values[index, :, span.column : span.end] = value[:, at]
+            out = _segment(
+                query[:, :, at],
+                keys[index : index + 1, :, : span.end],
+                values[index : index + 1, :, : span.end],
+                self._long_mask(span, flavour, groups),
+                flavour,
+            )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
@@ -161,18 +204,26 @@ class Packed:
                 seen[i, span.column] = True
                 if window is not None:
                     seen[i, : max(0, span.start + 1 - window)] = False
-            self._masks[run.at, window] = None if seen.all() else self._additive(seen)[:, None, None, :]
+            self._masks[run.at, window] = (
+                None if seen.all() else self._additive(seen)[:, None, None, :]
+            )
         return self._masks[run.at, window]
 
     def _long_mask(self, span: Span, flavour: Flavour, groups: int) -> Tensor | None:
-        """[length, end] to add to the scores, or [groups * length, end] for a folded segment; None: plainly causal
-        from the row's beginning."""
+        """[length, end] to add to the scores, or [groups * length, end] for a folded segment; None:
+        plainly causal from the slot's beginning."""
         window = flavour.window
         if (span.at, window) not in self._masks:
             folded = _is_folded(span.length, flavour)
-            plain = span.start == 0 == span.siblings and (window is None or span.length <= window) and not folded
+            plain = (
+                span.start == 0 == span.siblings
+                and (window is None or span.length <= window)
+                and not folded
+            )
             mask = None if plain else self._additive(span.visible(window))
-            self._masks[span.at, window] = mask.repeat(groups, 1) if folded and mask is not None else mask
+            self._masks[span.at, window] = (
+                mask.repeat(groups, 1) if folded and mask is not None else mask
+            )
         return self._masks[span.at, window]
 
     def _additive(self, seen: Tensor) -> Tensor:
@@ -183,17 +234,18 @@ class Packed:
         return torch.tensor(values, device=self._device)
 
 
-def order(row: Row, length: int) -> tuple[int, int, int]:
-    """Sort key of a segment in the packed forward: single tokens first, by page and row."""
-    return (length > 1, id(row.page), row.index)
+def order(slot: Slot, length: int) -> tuple[int, int, int]:
+    """Sort key of a segment in the packed forward: single tokens first, by slab and slot."""
+    return (length > 1, id(slot.slab), slot.index)
 
 
-def _unique(pages: Any) -> list[Page]:
-    return list(dict.fromkeys(pages))
+def _unique(slabs: Any) -> list[Slab]:
+    return list(dict.fromkeys(slabs))
 
 
 def _runs(spans: Sequence[Span]) -> list[_Run]:
-    """Neighbouring rows together, except where padding to the longest would cost more than another call."""
+    """Neighbouring slots together, except where padding to the longest would cost more than another
+    call."""
     groups: list[list[Span]] = []
     for span in spans:
         if groups:
@@ -202,34 +254,54 @@ def _runs(spans: Sequence[Span]) -> list[_Run]:
             waste = max(*ends, span.end) * (len(mine) + 1) - sum(ends) - span.end
             before = max(ends) * len(mine) - sum(ends)
             together = waste - before <= WASTE
-            if span.row.page is last.row.page and span.row.index == last.row.index + 1 and together:
+            if (
+                span.slot.slab is last.slot.slab
+                and span.slot.index == last.slot.index + 1
+                and together
+            ):
                 mine.append(span)
                 continue
         groups.append([span])
-    return [_Run(g[0].at, g[0].row.index, tuple(g), max(s.end for s in g)) for g in groups]
+    return [_Run(g[0].at, g[0].slot.index, tuple(g), max(s.end for s in g)) for g in groups]
 
 
 def _is_folded(length: int, flavour: Flavour) -> bool:
     return length <= FOLDED_TOKENS or flavour.softcap is not None
 
 
-def _segment(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, flavour: Flavour) -> Tensor:
-    """[1, heads, t, dim] of one row against [1, key heads, columns, dim] -> [1, heads, t, value dim]."""
+def _segment(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, flavour: Flavour
+) -> Tensor:
+    """[1, heads, t, dim] of one slot against [1, key heads, columns, dim] -> [1, heads, t, value
+    dim]."""
     _, heads, t, dim = query.shape
     groups = heads // keys.shape[1]
     if _is_folded(t, flavour):
         out = _sdpa(query.reshape(1, keys.shape[1], groups * t, dim), keys, values, mask, flavour)
         return out.reshape(1, heads, t, -1)
-    if query.is_cuda and mask is not None and groups > 1:  # its fast kernels take a mask or shared heads, not both
+    if (
+        query.is_cuda and mask is not None and groups > 1
+    ):  # its fast kernels take a mask or shared heads, not both
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None,
-                                          scale=flavour.scaling, enable_gqa=keys.shape[1] < heads)
+    return F.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=flavour.scaling,
+        enable_gqa=keys.shape[1] < heads,
+    )
 
 
-def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, flavour: Flavour) -> Tensor:
+def _sdpa(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, flavour: Flavour
+) -> Tensor:
     """Grouped attention of [n, key heads, queries, dim]; by hand where scores are capped."""
     if flavour.softcap is None:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=flavour.scaling)
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=flavour.scaling
+        )
     scores = query @ keys.transpose(2, 3) * flavour.scaling
     scores = torch.tanh(scores / flavour.softcap) * flavour.softcap
     if mask is not None:
@@ -237,18 +309,24 @@ def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, flav
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
 
 
-# -- training -----------------------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 class Aside:
     """The plan of a padded batch that keeps nothing in the pool. Differentiable.
 
-    positions: [b, t]. mask: bool [b, t, t], which new tokens each sees. context: a finished `Aside` whose keys and
-    values [b, key heads, c, dim] stand before the new ones; visible: [b, t], how many of its columns each token sees.
+    positions: [b, t]. mask: bool [b, t, t], which new tokens each sees. context: a finished `Aside`
+    whose keys and values [b, key heads, c, dim] stand before the new ones; visible: [b, t], how
+    many of its columns each token sees.
     """
 
-    def __init__(self, positions: Tensor, mask: Tensor, context: Aside | None = None,
-                 visible: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        positions: Tensor,
+        mask: Tensor,
+        context: Aside | None = None,
+        visible: Tensor | None = None,
+    ) -> None:
         self._context, self._layers = context, dict[int, tuple[Tensor, Tensor]]()
         self._masks: dict[int | None, Tensor] = {}
         self.positions, seen = positions, mask.expand(*positions.shape, -1)
@@ -266,10 +344,13 @@ class Aside:
         return [self._layers[i] for i in sorted(self._layers)]
 
     def hold(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take keys and values [b, key heads, t, dim] by layer for what a forward would have stored."""
+        """Take keys and values [b, key heads, t, dim] by layer for what a forward would have
+        stored."""
         self._layers = dict(enumerate(layers))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour
+    ) -> Tensor:
         if not torch.is_grad_enabled():
             self._layers[layer] = (key, value)
         if self._context is not None:
@@ -284,7 +365,9 @@ class Aside:
         if window not in self._masks:
             seen = self._seen
             if window is not None:
-                seen = seen & (self.positions[:, :, None] - self._key_positions[:, None, :] < window)
+                seen = seen & (
+                    self.positions[:, :, None] - self._key_positions[:, None, :] < window
+                )
             mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
             self._masks[window] = mask[:, None].to(query.device)
         return self._masks[window]

@@ -1,11 +1,13 @@
 """Keys and values of many token sequences in one byte-bounded pool.
 
-Knows tensors, rows and which ids a row has read; not what they mean. A *row* is one sequence's place. Rows of one
-size class (columns, a power of two) lie together in a *page*; all pages of short rows have the same size, so a page
-that falls empty can serve another class. Attention reads a page's rows in place, without a copy.
+Knows tensors, slots and which ids a slot has read; not what they mean. A *slot* is one sequence's
+place. Rows of one size class (columns, a power of two) lie together in a *slab*; all slabs of short
+slots have the same size, so a slab that falls empty can serve another class. Attention reads a
+slab's slots in place, without a copy.
 
-    acquire -> a row that already holds the longest prefix of the ids found in any other row (or nothing)
-    release -> the row is kept, for the prefixes it holds, until its bytes are needed (least recently used first)
+    allocate -> a slot that already holds the longest prefix of the ids found in any other slot (or
+    nothing) release -> the slot is kept, for the prefixes it holds, until its bytes are needed
+    (least recently used first)
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PAGE_TOKENS = 8192
-SMALLEST_ROW = 128
-SHORTEST_REUSE = 16  # a shorter common prefix is cheaper to read again than to look after
+SLAB_TOKENS = 8192
+MIN_SLOT_TOKENS = 128
+MIN_PREFIX_MATCH = 16  # a shorter common prefix is cheaper to read again than to look after
 
 
 @dataclass(frozen=True)
@@ -31,34 +33,36 @@ class KVShape:
 
 
 @dataclass(eq=False)
-class Page:
-    """`layers`: per layer keys [rows, heads, columns, key_dim] and values [rows, heads, columns, value_dim]."""
+class Slab:
+    """`layers`: per layer keys [slots, heads, columns, key_dim] and values [slots, heads, columns,
+    value_dim]."""
 
     columns: int
     bytes: int
     layers: list[tuple[Tensor, Tensor]]
-    rows: list[Row | None]
+    slots: list[Slot | None]
 
     @property
     def is_empty(self) -> bool:
-        return not any(self.rows)
+        return not any(self.slots)
 
 
-@dataclass(eq=False)
-class Row:
-    """`token_ids`: what has been read into columns 0.., in order, by `reader` (None: the base model; else an
-    adapter). Columns behind them are scratch. `live`: in use; otherwise kept for reuse."""
+@dataclass(kw_only=True, eq=False)
+class Slot:
+    """`token_ids`: what has been read into columns 0.., in order, by `adapter_key` (None: the base
+    model; else an adapter). Columns behind them are scratch. `live`: in use; otherwise kept for
+    reuse."""
 
-    page: Page
+    slab: Slab
     index: int
-    reader: Hashable
+    adapter_key: Hashable
     token_ids: list[int] = field(default_factory=list)
     live: bool = True
     used_at: int = 0
 
     @property
     def columns(self) -> int:
-        return self.page.columns
+        return self.slab.columns
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens; nothing is moved."""
@@ -68,17 +72,21 @@ class Row:
 class KVPool:
     """Allocator and storage, at most `max_bytes` in all."""
 
-    def __init__(self, shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device, max_bytes: int) -> None:
+    def __init__(
+        self, shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device, max_bytes: int
+    ) -> None:
         self._shapes, self._dtype, self._device = list(shapes), dtype, device
         size = torch.empty(0, dtype=dtype).element_size()
         self.bytes_per_token = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * size
         self.max_bytes = max_bytes
-        # A small budget gets small pages, so that several size classes fit side by side.
-        self._page_tokens = min(PAGE_TOKENS, max(SMALLEST_ROW, _power_of_two(self.max_tokens // 16 + 1)))
-        self._pages: list[Page] = []
+        # A small budget gets small slabs, so that several size classes fit side by side.
+        self._slab_tokens = min(
+            SLAB_TOKENS, max(MIN_SLOT_TOKENS, _power_of_two(self.max_tokens // 16 + 1))
+        )
+        self._slabs: list[Slab] = []
         self._clock = 0
 
-    # -- size -------------------------------------------------------------------------------------------------------
+    # -- size -------------------------------------------------------------------------------------
 
     @property
     def max_tokens(self) -> int:
@@ -87,155 +95,185 @@ class KVPool:
     @property
     def bytes(self) -> int:
         """Bytes held on the device now."""
-        return sum(page.bytes for page in self._pages)
+        return sum(slab.bytes for slab in self._slabs)
 
     @property
-    def live_rows(self) -> int:
-        return sum(row.live for row in self._all_rows())
+    def live_slots(self) -> int:
+        return sum(slot.live for slot in self._all_slots())
 
     @property
-    def kept_rows(self) -> int:
-        return sum(not row.live for row in self._all_rows())
+    def kept_slots(self) -> int:
+        return sum(not slot.live for slot in self._all_slots())
 
-    def fits(self, columns: int, rows: int = 1) -> bool:
-        """Whether `rows` rows of so many columns fit into the pool when nothing else is in it."""
+    def fits(self, columns: int, slots: int = 1) -> bool:
+        """Whether `slots` slots of so many columns fit into the pool when nothing else is in it."""
         size = _size_class(columns)
-        per_page = max(1, self._page_tokens // size)
-        return -(-rows // per_page) * self._page_bytes(size) <= self.max_bytes
+        per_page = max(1, self._slab_tokens // size)
+        return -(-slots // per_page) * self._slab_bytes(size) <= self.max_bytes
 
-    def _page_bytes(self, size: int) -> int:
-        return max(self._page_tokens, size) * self.bytes_per_token
+    def _slab_bytes(self, size: int) -> int:
+        return max(self._slab_tokens, size) * self.bytes_per_token
 
-    # -- rows -------------------------------------------------------------------------------------------------------
+    # -- slots ------------------------------------------------------------------------------------
 
-    def acquire(self, token_ids: Sequence[int], columns: int, reader: Hashable = None) -> Row | None:
-        """A row for a sequence of up to `columns` tokens, holding as much of `token_ids` (never all of it: the last
-        token's output is wanted) as any row of the same reader has read. None: no room now, try again later."""
-        source, shared = self._longest_prefix(token_ids, reader)
+    def allocate(
+        self, token_ids: Sequence[int], columns: int, adapter_key: Hashable = None
+    ) -> Slot | None:
+        """A slot for a sequence of up to `columns` tokens, holding as much of `token_ids` (never
+        all of it: the last token's output is wanted) as any slot of the same adapter_key has read.
+        None: no room now, try again later."""
+        source, shared = self._longest_prefix(token_ids, adapter_key)
         kept = source if source is not None and not source.live else None
-        if kept is not None and kept.columns == _size_class(columns) and len(kept.token_ids) - shared <= SHORTEST_REUSE:
+        if (
+            kept is not None
+            and kept.columns == _size_class(columns)
+            and len(kept.token_ids) - shared <= MIN_PREFIX_MATCH
+        ):
             return self._take(kept, shared)  # little of it is lost
-        row = self._place(columns, reader, source)
-        if row is not None:
+        slot = self._place(columns, adapter_key, source)
+        if slot is not None:
             if source is not None:
-                self._copy(source, row, shared)
-            return row
+                self._copy(source, slot, shared)
+            return slot
         if kept is not None and kept.columns >= columns:  # no other room
             return self._take(kept, shared)
         if kept is None:
             return None
         self._evict(kept)  # what it holds is of no use where it stands in its own way
-        return self.acquire(token_ids, columns, reader)
+        return self.allocate(token_ids, columns, adapter_key)
 
-    def _take(self, row: Row, length: int) -> Row:
-        row.truncate(length)
-        row.live = True
-        return self._touched(row)
+    def _take(self, slot: Slot, length: int) -> Slot:
+        slot.truncate(length)
+        slot.live = True
+        return self._touched(slot)
 
-    def catch_up(self, row: Row, token_ids: Sequence[int]) -> None:
-        """Copy what another row has meanwhile read of `token_ids` and this one has not."""
-        source, shared = self._longest_prefix(token_ids, row.reader)
-        if source is not None and source is not row and shared >= len(row.token_ids) + SHORTEST_REUSE:
-            self._copy(source, row, shared)
+    def extend_from_cache(self, slot: Slot, token_ids: Sequence[int]) -> None:
+        """Copy what another slot has meanwhile read of `token_ids` and this one has not."""
+        source, shared = self._longest_prefix(token_ids, slot.adapter_key)
+        if (
+            source is not None
+            and source is not slot
+            and shared >= len(slot.token_ids) + MIN_PREFIX_MATCH
+        ):
+            self._copy(source, slot, shared)
 
-    def release(self, row: Row) -> None:
-        """The sequence is over; the row stays for reuse until its bytes are needed."""
-        assert row.live, "released twice"
-        row.live = False
-        if len(self._touched(row).token_ids) < SHORTEST_REUSE:
-            self._evict(row)
+    def release(self, slot: Slot) -> None:
+        """The sequence is over; the slot stays for reuse until its bytes are needed."""
+        assert slot.live, "released twice"
+        slot.live = False
+        if len(self._touched(slot).token_ids) < MIN_PREFIX_MATCH:
+            self._evict(slot)
 
     def clear(self) -> None:
-        """Drop every kept row and every empty page."""
-        for row in [r for r in self._all_rows() if not r.live]:
-            self._evict(row)
-        self._pages = [page for page in self._pages if not page.is_empty]
+        """Drop every kept slot and every empty slab."""
+        for slot in [r for r in self._all_slots() if not r.live]:
+            self._evict(slot)
+        self._slabs = [slab for slab in self._slabs if not slab.is_empty]
 
     def check(self) -> None:
-        """The integrity check: storage within the bound, every row where its page says it is, nothing read beyond a
-        row's end. Raises AssertionError: a bug of ours."""
+        """The integrity check: storage within the bound, every slot where its slab says it is,
+        nothing read beyond a slot's end. Raises AssertionError: a bug of ours."""
         assert self.bytes <= self.max_bytes, f"{self.bytes} bytes held, {self.max_bytes} allowed"
-        for page in self._pages:
-            rows, _, columns, _ = page.layers[0][0].shape
-            assert (rows, columns) == (len(page.rows), page.columns)
-            for index, row in enumerate(page.rows):
-                if row is not None:
-                    assert row.page is page and row.index == index, "two owners of one place"
-                    assert len(row.token_ids) <= page.columns, "read beyond the row's end"
+        for slab in self._slabs:
+            slots, _, columns, _ = slab.layers[0][0].shape
+            assert (slots, columns) == (len(slab.slots), slab.columns)
+            for index, slot in enumerate(slab.slots):
+                if slot is not None:
+                    assert slot.slab is slab and slot.index == index, "two owners of one place"
+                    assert len(slot.token_ids) <= slab.columns, "read beyond the slot's end"
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- inside -----------------------------------------------------------------------------------
 
-    def _all_rows(self) -> Iterator[Row]:
-        return (row for page in self._pages for row in page.rows if row is not None)
+    def _all_slots(self) -> Iterator[Slot]:
+        return (slot for slab in self._slabs for slot in slab.slots if slot is not None)
 
-    def _touched(self, row: Row) -> Row:
+    def _touched(self, slot: Slot) -> Slot:
         self._clock += 1
-        row.used_at = self._clock
-        return row
+        slot.used_at = self._clock
+        return slot
 
-    def _longest_prefix(self, token_ids: Sequence[int], reader: Hashable) -> tuple[Row | None, int]:
+    def _longest_prefix(
+        self, token_ids: Sequence[int], adapter_key: Hashable
+    ) -> tuple[Slot | None, int]:
         ids = list(token_ids[:-1])
-        best, most = None, SHORTEST_REUSE - 1
-        for row in self._all_rows():
-            if row.reader == reader and row.token_ids[:SHORTEST_REUSE] == ids[:SHORTEST_REUSE]:
-                shared = common_prefix(row.token_ids, ids)
-                if shared > most or (shared == most and best is not None and best.live and not row.live):
-                    best, most = row, shared
+        best, most = None, MIN_PREFIX_MATCH - 1
+        for slot in self._all_slots():
+            if (
+                slot.adapter_key == adapter_key
+                and slot.token_ids[:MIN_PREFIX_MATCH] == ids[:MIN_PREFIX_MATCH]
+            ):
+                shared = common_prefix(slot.token_ids, ids)
+                if shared > most or (
+                    shared == most and best is not None and best.live and not slot.live
+                ):
+                    best, most = slot, shared
         return best, most
 
-    def _place(self, columns: int, reader: Hashable, keep: Row | None) -> Row | None:
-        """A free place of the right size, evicting kept rows (but not `keep`) where that makes one."""
+    def _place(self, columns: int, adapter_key: Hashable, keep: Slot | None) -> Slot | None:
+        """A free place of the right size, evicting kept slots (but not `keep`) where that makes
+        one."""
         size = _size_class(columns)
         while True:
-            for page in self._pages:
-                if page.columns == size and None in page.rows:
-                    row = Row(page, page.rows.index(None), reader)
-                    page.rows[row.index] = row
-                    return self._touched(row)
-            if self._make_room(self._page_bytes(size)):
-                self._pages.append(self._new_page(size))
+            for slab in self._slabs:
+                if slab.columns == size and None in slab.slots:
+                    slot = Slot(slab=slab, index=slab.slots.index(None), adapter_key=adapter_key)
+                    slab.slots[slot.index] = slot
+                    return self._touched(slot)
+            if self._make_room(self._slab_bytes(size)):
+                self._slabs.append(self._new_slab(size))
                 continue
-            for row in self._least_useful(size, keep):
-                self._evict(row)
+            for slot in self._least_useful(size, keep):
+                self._evict(slot)
                 break
             else:
                 return None
 
-    def _least_useful(self, size: int, keep: Row | None) -> Iterator[Row]:
-        """Kept rows whose eviction leads to a place of this size: one of the size frees a place at once; others only
-        together, where dropping whole pages makes room for a new one."""
-        kept = sorted((r for r in self._all_rows() if not r.live and r is not keep), key=lambda row: row.used_at)
-        yield from (row for row in kept if row.columns == size)
-        idle = [page for page in self._pages if not any(r is not None and (r.live or r is keep) for r in page.rows)]
-        if self.bytes - sum(page.bytes for page in idle) + self._page_bytes(size) <= self.max_bytes:
-            yield from (row for row in kept if row.page in idle)
+    def _least_useful(self, size: int, keep: Slot | None) -> Iterator[Slot]:
+        """Kept slots whose eviction leads to a place of this size: one of the size frees a place at
+        once; others only together, where dropping whole slabs makes room for a new one."""
+        kept = sorted(
+            (r for r in self._all_slots() if not r.live and r is not keep),
+            key=lambda slot: slot.used_at,
+        )
+        yield from (slot for slot in kept if slot.columns == size)
+        idle = [
+            slab
+            for slab in self._slabs
+            if not any(r is not None and (r.live or r is keep) for r in slab.slots)
+        ]
+        if self.bytes - sum(slab.bytes for slab in idle) + self._slab_bytes(size) <= self.max_bytes:
+            yield from (slot for slot in kept if slot.slab in idle)
 
     def _make_room(self, needed: int) -> bool:
-        """Whether a new page fits, dropping empty pages if it does not otherwise."""
+        """Whether a new slab fits, dropping empty slabs if it does not otherwise."""
         while self.bytes + needed > self.max_bytes:
-            empty = next((page for page in self._pages if page.is_empty), None)
+            empty = next((slab for slab in self._slabs if slab.is_empty), None)
             if empty is None:
                 return False
-            self._pages.remove(empty)
+            self._slabs.remove(empty)
         return True
 
-    def _new_page(self, size: int) -> Page:
-        rows = max(1, self._page_tokens // size)
+    def _new_slab(self, size: int) -> Slab:
+        slots = max(1, self._slab_tokens // size)
 
         def storage(heads: int, dim: int) -> Tensor:
             # Zeros, not empty: a masked column has weight 0, and 0 * NaN is NaN.
-            return torch.zeros(rows, heads, size, dim, dtype=self._dtype, device=self._device)
+            return torch.zeros(slots, heads, size, dim, dtype=self._dtype, device=self._device)
 
-        layers = [(storage(s.heads, s.key_dim), storage(s.heads, s.value_dim)) for s in self._shapes]
-        return Page(size, self._page_bytes(size), layers, [None] * rows)
+        layers = [
+            (storage(s.heads, s.key_dim), storage(s.heads, s.value_dim)) for s in self._shapes
+        ]
+        return Slab(size, self._slab_bytes(size), layers, [None] * slots)
 
-    def _evict(self, row: Row) -> None:
-        assert not row.live and row.page.rows[row.index] is row
-        row.page.rows[row.index] = None
+    def _evict(self, slot: Slot) -> None:
+        assert not slot.live and slot.slab.slots[slot.index] is slot
+        slot.slab.slots[slot.index] = None
 
-    def _copy(self, source: Row, target: Row, length: int) -> None:
+    def _copy(self, source: Slot, target: Slot, length: int) -> None:
         start = min(common_prefix(target.token_ids, source.token_ids), length)
-        for (from_k, from_v), (to_k, to_v) in zip(source.page.layers, target.page.layers, strict=True):
+        for (from_k, from_v), (to_k, to_v) in zip(
+            source.slab.layers, target.slab.layers, strict=True
+        ):
             to_k[target.index, :, start:length] = from_k[source.index, :, start:length]
             to_v[target.index, :, start:length] = from_v[source.index, :, start:length]
         target.token_ids = source.token_ids[:length]
@@ -256,10 +294,15 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return low
 
 
-def will_hold_more(token_ids: Sequence[int], row: Row, other: Row, other_ids: Sequence[int]) -> bool:
-    """Whether `other`, which is reading `other_ids`, will hold clearly more of `token_ids` than `row` does."""
-    return other.reader == row.reader and (common_prefix(list(token_ids[:-1]), list(other_ids))
-                                           >= len(row.token_ids) + SHORTEST_REUSE)
+def shares_longer_prefix(
+    token_ids: Sequence[int], slot: Slot, other: Slot, other_ids: Sequence[int]
+) -> bool:
+    """Whether `other`, which is reading `other_ids`, will hold clearly more of `token_ids` than
+    `slot` does."""
+    return other.adapter_key == slot.adapter_key and (
+        common_prefix(list(token_ids[:-1]), list(other_ids))
+        >= len(slot.token_ids) + MIN_PREFIX_MATCH
+    )
 
 
 def _power_of_two(n: int) -> int:
@@ -267,4 +310,4 @@ def _power_of_two(n: int) -> int:
 
 
 def _size_class(columns: int) -> int:
-    return max(SMALLEST_ROW, _power_of_two(columns))
+    return max(MIN_SLOT_TOKENS, _power_of_two(columns))

@@ -1,17 +1,20 @@
-"""The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL; DESIGN section 1).
+"""The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL; DESIGN
+section 1).
 
-Three kinds, two readings. `scoring_segment` says which tokens to look at, for serving; `combine` turns their hidden
-states into scores, for serving and for training (`distill`) alike. Knows rows and tokens; no policy, no files.
+Three kinds, two readings. `scoring_segment` says which tokens to look at, for serving; `combine`
+turns their hidden states into scores, for serving and for training (`distill`) alike. Knows rows
+and tokens; no policy, no files.
 
-    kind       tokens looked at            score(c)
-    reserved   the K siblings              sum_i v_i softmax(z(c))_i, v = linspace(0, 1, 16)   (paper, eq. of S2T-LOCAL)
-    prefix     the last context token      log p_adapted(c | s), renormalised on the candidates
-    joint      last token and siblings     reserved score / T + prefix score
+    kind       tokens looked at            score(c) reserved   the K siblings              sum_i v_i
+    softmax(z(c))_i, v = linspace(0, 1, 16)   (paper, eq. of S2T-LOCAL) prefix     the last context
+    token      log p_adapted(c | s), renormalised on the candidates joint      last token and
+    siblings     reserved score / T + prefix score
 
-The reserved score can be `binary` instead: z(c)_1, the raw logit of the second bin; and `standardise` brings it to
-mean 0 and variance 1 over the candidates of a context.
+The reserved score can be `binary` instead: z(c)_1, the raw logit of the second bin; and
+`standardise` brings it to mean 0 and variance 1 over the candidates of a context.
 
-`reads: base` looks at those tokens over the base model's KV; `reads: adapted` over a KV the adapter read itself.
+`reads: base` looks at those tokens over the base model's KV; `reads: adapted` over a KV the adapter
+read itself.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from s2t_shared.model.kv_pool import Row
+from s2t_shared.model.kv_pool import Slot
 from s2t_shared.model.lora import Adapter
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.policy import Calibration
@@ -50,11 +53,11 @@ class Scoring(str, Enum):
 VARIANCE_FLOOR = 1e-8  # equal scores stay equal when they are standardised, and have a gradient
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LocalSelector:
-    """What a published version holds in memory. `bin_deltas`: [16, hidden], added to the base model's reserved rows.
-    `temperature` T belongs to the reserved score; `fusion` is lambda, the weight of log p_base(c | s); `calibration`
-    holds the thresholds stored with the version."""
+    """What a published version holds in memory. `bin_deltas`: [16, hidden], added to the base
+    model's reserved rows. `temperature` T belongs to the reserved score; `fusion` is lambda, the
+    weight of log p_base(c | s); `calibration` holds the thresholds stored with the version."""
 
     version: str
     kind: SelectorKind
@@ -71,7 +74,9 @@ class LocalSelector:
     @classmethod
     def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:
         """Selector "none": kind `reserved` with the base model's own rows."""
-        return cls("", SelectorKind.RESERVED, Reading.BASE, reserved_ids)
+        return cls(
+            version="", kind=SelectorKind.RESERVED, reads=Reading.BASE, reserved_ids=reserved_ids
+        )
 
     def selection_logits(self, scores: Tensor) -> Tensor:
         """Scores on the scale of logits: what the training losses and softmax see."""
@@ -80,18 +85,23 @@ class LocalSelector:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Padded candidates of n contexts: ids [n, K] int64, base_log_probs [n, K], counts [n] (>= 1, <= K)."""
+    """Padded candidates of n contexts: ids [n, K] int64, base_log_probs [n, K], counts [n] (>= 1,
+    <= K)."""
 
     ids: Tensor
     base_log_probs: Tensor
     counts: Tensor
 
     @classmethod
-    def pad(cls, ids: Sequence[Sequence[int]], base_log_probs: Sequence[Sequence[float]]) -> Candidates:
+    def pad(
+        cls, ids: Sequence[Sequence[int]], base_log_probs: Sequence[Sequence[float]]
+    ) -> Candidates:
         width = max(len(group) for group in ids)
-        return cls(torch.tensor([[*group, *[group[0]] * (width - len(group))] for group in ids]),
-                   torch.tensor([[*group, *[0.0] * (width - len(group))] for group in base_log_probs]),
-                   torch.tensor([len(group) for group in ids]))
+        return cls(
+            torch.tensor([[*group, *[group[0]] * (width - len(group))] for group in ids]),
+            torch.tensor([[*group, *[0.0] * (width - len(group))] for group in base_log_probs]),
+            torch.tensor([len(group) for group in ids]),
+        )
 
     @property
     def valid(self) -> Tensor:
@@ -99,49 +109,83 @@ class Candidates:
         return torch.arange(self.ids.shape[1])[None, :] < self.counts[:, None]
 
 
-def scoring_segment(selector: LocalSelector, row: Row, token_ids: Sequence[int], candidate_ids: Sequence[int],
-                    own_reading: bool, limit: int) -> tuple[Segment, bool]:
-    """The tokens to look at for the scores of `candidate_ids` after `token_ids`, and whether they are all of them.
+def scoring_segment(
+    selector: LocalSelector,
+    slot: Slot,
+    token_ids: Sequence[int],
+    candidate_ids: Sequence[int],
+    own_reading: bool,
+    limit: int,
+) -> tuple[Segment, bool]:
+    """The tokens to look at for the scores of `candidate_ids` after `token_ids`, and whether they
+    are all of them.
 
-    own_reading: `row` is the adapter's own, which first reads what is new in `token_ids`, at most `limit` tokens at
-    a time. Otherwise `row` is the generation's; it has read all of `token_ids`, and nothing is kept.
+    own_reading: `slot` is the adapter's own, which first reads what is new in `token_ids`, at most
+    `limit` tokens at a time. Otherwise `slot` is the generation's; it has read all of `token_ids`,
+    and nothing is kept.
     """
     with_last = selector.kind is not SelectorKind.RESERVED
     siblings = candidate_ids if selector.kind is not SelectorKind.PREFIX else ()
     start = len(token_ids) - int(with_last)
     if own_reading:
-        start = min(start, len(row.token_ids))
+        start = min(start, len(slot.token_ids))
         if len(token_ids) - start > limit:
-            return Segment(row, token_ids[start: start + limit], start, (), selector.adapter), False
-    return Segment(row, token_ids[start:], start, siblings, selector.adapter, keep=own_reading), True
+            return Segment(
+                slot=slot,
+                token_ids=token_ids[start : start + limit],
+                start=start,
+                siblings=(),
+                adapter=selector.adapter,
+            ), False
+    return Segment(
+        slot=slot,
+        token_ids=token_ids[start:],
+        start=start,
+        siblings=siblings,
+        adapter=selector.adapter,
+        keep=own_reading,
+    ), True
 
 
-def split_hidden(selector: LocalSelector, hidden: Tensor, candidates: int) -> tuple[Tensor | None, Tensor | None]:
-    """Hidden states [..., t, hidden] of a whole scoring segment -> those of the last context token [..., hidden] and
-    of the siblings [..., K, hidden], as the kind reads them."""
+def split_hidden(
+    selector: LocalSelector, hidden: Tensor, candidates: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Hidden states [..., t, hidden] of a whole scoring segment -> those of the last context token
+    [..., hidden] and of the siblings [..., K, hidden], as the kind reads them."""
     if selector.kind is SelectorKind.PREFIX:
         return hidden[..., -1, :], None
     siblings = hidden[..., -candidates:, :]
-    return (hidden[..., -candidates - 1, :] if selector.kind is SelectorKind.JOINT else None), siblings
+    return (
+        hidden[..., -candidates - 1, :] if selector.kind is SelectorKind.JOINT else None
+    ), siblings
 
 
 def block_mask(siblings: int, with_last: bool) -> Tensor:
-    """bool [t, t] of one scoring block: the re-read last token first, then siblings that see it and themselves."""
+    """bool [t, t] of one scoring block: the re-read last token first, then siblings that see it and
+    themselves."""
     mask = torch.eye(siblings + int(with_last), dtype=torch.bool)
     if with_last:
         mask[:, 0] = True
     return mask
 
 
-def combine(runtime: ModelRuntime, selector: LocalSelector, last: Tensor | None, siblings: Tensor | None,
-            candidates: Candidates) -> Tensor:
-    """Hidden states of the looked-at tokens -> scores [n, K]. last: [n, hidden]; siblings: [n, K, hidden]."""
+def combine(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    last: Tensor | None,
+    siblings: Tensor | None,
+    candidates: Candidates,
+) -> Tensor:
+    """Hidden states of the looked-at tokens -> scores [n, K]. last: [n, hidden]; siblings: [n, K,
+    hidden]."""
     device = runtime.device
     valid = candidates.valid.to(device)
     scores = torch.zeros(valid.shape, device=device)
     if siblings is not None:
         reserved = _reserved_scores(runtime, selector, siblings, valid)
-        scores = reserved if selector.kind is SelectorKind.RESERVED else reserved / selector.temperature
+        scores = (
+            reserved if selector.kind is SelectorKind.RESERVED else reserved / selector.temperature
+        )
     if last is not None:
         logits = runtime.row_logits(last, candidates.ids).masked_fill(~valid, -torch.inf)
         scores = scores + logits.log_softmax(-1)
@@ -150,7 +194,9 @@ def combine(runtime: ModelRuntime, selector: LocalSelector, last: Tensor | None,
     return scores.masked_fill(~valid, -torch.inf)
 
 
-def _reserved_scores(runtime: ModelRuntime, selector: LocalSelector, siblings: Tensor, valid: Tensor) -> Tensor:
+def _reserved_scores(
+    runtime: ModelRuntime, selector: LocalSelector, siblings: Tensor, valid: Tensor
+) -> Tensor:
     """[n, K, hidden] -> [n, K]."""
     deltas = selector.bin_deltas
     if selector.scoring is Scoring.BINARY:

@@ -1,8 +1,10 @@
-"""Training checkpoints: tensors and a few plain values, written aside, synced, renamed. Nothing is ever unpickled.
+"""Training checkpoints: tensors and a few plain values, written aside, synced, renamed. Nothing is
+ever unpickled.
 
     folder/step-00000150/  tensors.safetensors  state.json    there whole or not at all
 
-The last two are kept: were the newest damaged by its disk, the one before still resumes. Knows files, not training.
+The last two are kept: were the newest damaged by its disk, the one before still resumes. Knows
+files, not training.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
     """Write the checkpoint of `step` durably, then let old ones go. One writer at a time.
 
     Raises:
@@ -46,14 +50,19 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
             shutil.rmtree(unfinished, ignore_errors=True)
         # What it replaces is unreadable, or it would have been resumed from.
         with new_folder(folder / f"step-{step:08d}", replace=True) as aside:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                aside / TENSORS,
+            )
             content = {"step": step, "sha256": sha256_file(aside / TENSORS), "state": dict(state)}
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
         for old in _present(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise StoreError(f"the training folder {folder.name!r} cannot be written: {error.strerror or error}; free or "
-                         "grant space there") from error
+        raise StoreError(
+            f"the training folder {folder.name!r} cannot be written: {error.strerror or error}; free or "
+            "grant space there"
+        ) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

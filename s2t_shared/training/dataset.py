@@ -1,8 +1,10 @@
-"""Rollouts as training sequences, called trees: which of them train, validate and test, and in what order they stream.
+"""Rollouts as training sequences, called trees: which of them train, validate and test, and in what
+order they stream.
 
-A tree is a rollout with its labelled positions; its tokens count up to the last of these. An epoch streams: shards in
-a seeded order, a shuffle buffer, a window that is sorted by length to limit padding. What stays in memory of all
-labels is hashes, by which none comes twice: about 60 bytes a label.
+A tree is a rollout with its labelled positions; its tokens count up to the last of these. An epoch
+streams: shards in a seeded order, a shuffle buffer, a window that is sorted by length to limit
+padding. What stays in memory of all labels is hashes, by which none comes twice: about 60 bytes a
+label.
 
 Knows labels; no models.
 """
@@ -28,8 +30,9 @@ LEAST_TRAINING_LABELS = 8
 
 
 class Part(str, Enum):
-    """What a rollout is for. The held-out tenth of all problems is halved: when to stop, the best weights and lambda
-    are chosen on `VALIDATION`; what is reported and gated is measured on `TEST`, which had no say in anything."""
+    """What a rollout is for. The held-out tenth of all problems is halved: when to stop, the best
+    weights and lambda are chosen on `VALIDATION`; what is reported and gated is measured on `TEST`,
+    which had no say in anything."""
 
     TRAINING = "training"
     VALIDATION = "validation"
@@ -50,23 +53,38 @@ def tree_length(tree: Rollout) -> int:
 
 
 class TrainingData:
-    """What one run reads of `source`: the rollouts of this SLM and of the LLM that made most of its labels. `weigh`: a
-    label's weight in the loss; 0 drops it from training (held-out labels are all kept, so that figures of different
-    settings are about the same labels). A prompt that is held out anywhere, under whatever task or id, never trains.
+    """What one run reads of `source`: the rollouts of this SLM and of the LLM that made most of its
+    labels. `weigh`: a label's weight in the loss; 0 drops it from training (held-out labels are all
+    kept, so that figures of different settings are about the same labels). A prompt that is held
+    out anywhere, under whatever task or id, never trains.
 
-    validation, test: at most `held_out_labels` labels each, chosen by hash, sorted by length. labels: how many train.
-    skipped: labels of other SLMs or LLMs. newest: when the newest of all rollouts was made, Unix seconds.
+    validation, test: at most `held_out_labels` labels each, chosen by hash, sorted by length.
+    labels: how many train. skipped: labels of other SLMs or LLMs. newest: when the newest of all
+    rollouts was made, Unix seconds.
 
-    Raises:
-        StoreError: too few labels. ConfigError: all are of another SLM. EvaluationSplitError: a rollout comes from an
-        evaluation split.
+    Raises: StoreError: too few labels. ConfigError: all are of another SLM. EvaluationSplitError: a
+        rollout comes from an evaluation split.
     """
 
-    def __init__(self, source: Source, slm_digest: str, weigh: Callable[[Label], float], batch_labels: int = 64,
-                 held_out_labels: int = 4096, seed: int = 0) -> None:
-        self._source, self._weigh, self._batch_labels, self._seed = source, weigh, batch_labels, seed
+    def __init__(
+        self,
+        source: Source,
+        slm_digest: str,
+        weigh: Callable[[Label], float],
+        batch_labels: int = 64,
+        held_out_labels: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        self._source, self._weigh, self._batch_labels, self._seed = (
+            source,
+            weigh,
+            batch_labels,
+            seed,
+        )
         chosen = {Part.VALIDATION: _Chosen(held_out_labels), Part.TEST: _Chosen(held_out_labels)}
-        self._held_out: set[int] = set()  # hashes of label ids and prompts; of all, not only of the chosen ones
+        self._held_out: set[int] = (
+            set()
+        )  # hashes of label ids and prompts; of all, not only of the chosen ones
         pairs = _pairs(source)
         self._pair = slm_digest, self.llm_digest = slm_digest, _llm_of(pairs, slm_digest)
         self.skipped, self.newest = pairs.total() - pairs[self._pair], 0.0
@@ -84,10 +102,12 @@ class TrainingData:
             raise StoreError(
                 f"{self.labels} training labels, {count_labels(self.validation)} to validate and "
                 f"{count_labels(self.test)} to test are too few to train on (at least {LEAST_TRAINING_LABELS}, 1, 1, "
-                "after the filters of teacher_margin and min_mass); harvest more problems")
+                "after the filters of teacher_margin and min_mass); harvest more problems"
+            )
 
     def epoch(self, number: int) -> Iterator[list[Rollout]]:
-        """Batches of about `batch_labels` labels. The same for the same source, seed and number, whoever asks."""
+        """Batches of about `batch_labels` labels. The same for the same source, seed and number,
+        whoever asks."""
         order = random.Random(f"{self._seed}/{number}")
         shuffled = _shuffle(self._training(_read(self._source, order)), order)
         for window in _windows(shuffled, self._batch_labels * WINDOW):
@@ -98,11 +118,17 @@ class TrainingData:
 
     def _training(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
         for rollout in rollouts:
-            if (not self._is_ours(rollout) or part_of(rollout) is not Part.TRAINING
-                    or _prompt(rollout) in self._held_out):
+            if (
+                not self._is_ours(rollout)
+                or part_of(rollout) is not Part.TRAINING
+                or _prompt(rollout) in self._held_out
+            ):
                 continue
-            kept = tuple(label for label in rollout.labels
-                         if hash(label.label_id) not in self._held_out and self._weigh(label) > 0)
+            kept = tuple(
+                label
+                for label in rollout.labels
+                if hash(label.label_id) not in self._held_out and self._weigh(label) > 0
+            )
             if kept:
                 yield replace(rollout, labels=kept)
 
@@ -129,7 +155,12 @@ class _Chosen:
             self._count -= len(heapq.heappop(self._heap)[2].labels)
 
     def trees(self) -> tuple[Rollout, ...]:
-        return tuple(sorted((tree for _, _, tree in self._heap), key=lambda tree: (tree_length(tree), tree.rollout_id)))
+        return tuple(
+            sorted(
+                (tree for _, _, tree in self._heap),
+                key=lambda tree: (tree_length(tree), tree.rollout_id),
+            )
+        )
 
 
 def _pairs(source: Source) -> Counter[tuple[str, str]]:
@@ -146,8 +177,10 @@ def _llm_of(pairs: Counter[tuple[str, str]], slm_digest: str) -> str:
     """The LLM that made most of this SLM's labels; the same for whoever asks."""
     ours = {llm: labels for (slm, llm), labels in pairs.items() if slm == slm_digest}
     if pairs and not ours:
-        raise ConfigError(f"the labels were made with another SLM (digest {pairs.most_common(1)[0][0][0]}, this one is "
-                          f"{slm_digest}); harvest with this SLM")
+        raise ConfigError(
+            f"the labels were made with another SLM (digest {pairs.most_common(1)[0][0][0]}, this one is "
+            f"{slm_digest}); harvest with this SLM"
+        )
     return max(sorted(ours), key=lambda llm: ours[llm], default="")
 
 

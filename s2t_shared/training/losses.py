@@ -1,4 +1,5 @@
-"""The training losses: pure functions of a selector's logits and what the LLM said. Knows labels; no models.
+"""The training losses: pure functions of a selector's logits and what the LLM said. Knows labels;
+no models.
 
 Every loss is one value per label; how labels are weighed and averaged is the caller's (`distill`).
 """
@@ -21,14 +22,17 @@ IMPOSSIBLE = -1e4  # stands for log 0 of padding, where -inf would make 0 * inf
 class Objective(str, Enum):
     """What is minimised (paper, section on distillation, and its published code's options)."""
 
-    TOP1_CE = "top1_ce"  # cross-entropy of the LLM's choice + hinge against the others + listwise KL
+    TOP1_CE = (
+        "top1_ce"  # cross-entropy of the LLM's choice + hinge against the others + listwise KL
+    )
     KL = "kl"  # listwise KL alone
     PAIRWISE_MARGIN = "pairwise_margin"  # hinge over all pairs that the LLM ranks
     PLAIN = "plain"  # no selector at all: distillation of the SLM itself, as a control
 
 
 class MarginFilter(str, Enum):
-    """What the LLM's margin (its best candidate's probability minus its second's) does to a label."""
+    """What the LLM's margin (its best candidate's probability minus its second's) does to a
+    label."""
 
     NONE = "none"
     WEIGHT = "weight"
@@ -39,10 +43,11 @@ class MarginFilter(str, Enum):
 class LossConfig:
     """Settings of the loss.
 
-    `hinge_margin` is in units of the selection logits (score / T for kind reserved). `teacher_temperature`: of the
-    LLM's distribution over the candidates, in the listwise KL. `teacher_margin`: `drop` leaves out labels whose margin
-    is below `min_margin`; `weight` does so too and weighs the others (margin + `margin_eps`) ** `margin_power`.
-    `min_mass`: labels where the LLM gives all candidates together less probability are left out.
+    `hinge_margin` is in units of the selection logits (score / T for kind reserved).
+    `teacher_temperature`: of the LLM's distribution over the candidates, in the listwise KL.
+    `teacher_margin`: `drop` leaves out labels whose margin is below `min_margin`; `weight` does so
+    too and weighs the others (margin + `margin_eps`) ** `margin_power`. `min_mass`: labels where
+    the LLM gives all candidates together less probability are left out.
     """
 
     objective: Objective = Objective.TOP1_CE
@@ -69,23 +74,32 @@ def label_weight(label: Label, config: LossConfig) -> float:
     margin = teacher_margin(label)
     if margin < config.min_margin:
         return 0.0
-    return 1.0 if config.teacher_margin is MarginFilter.DROP else (margin + config.margin_eps) ** config.margin_power
+    return (
+        1.0
+        if config.teacher_margin is MarginFilter.DROP
+        else (margin + config.margin_eps) ** config.margin_power
+    )
 
 
 def teacher_margin(label: Label) -> float:
-    """The LLM's best minus its second-best candidate, as probabilities renormalised on the candidates."""
+    """The LLM's best minus its second-best candidate, as probabilities renormalised on the
+    candidates."""
     top = max(label.llm_log_probs)
     shares = sorted((math.exp(x - top) for x in label.llm_log_probs), reverse=True)
     return (shares[0] - shares[1]) / sum(shares)
 
 
-def selection_loss(logits: Tensor, labels: Sequence[Label], valid: Tensor, config: LossConfig) -> Tensor:
+def selection_loss(
+    logits: Tensor, labels: Sequence[Label], valid: Tensor, config: LossConfig
+) -> Tensor:
     """L_sel [m] of logits [m, K]; padding is masked by `valid`."""
     logits = logits.masked_fill(~valid, IMPOSSIBLE)
     said = _llm_log_probs(labels, valid)
     if config.objective is Objective.PAIRWISE_MARGIN:
         return _pairwise_hinge(logits, said, valid, config.hinge_margin)
-    listwise = _kl((said / config.teacher_temperature).log_softmax(-1), logits.log_softmax(-1), valid)
+    listwise = _kl(
+        (said / config.teacher_temperature).log_softmax(-1), logits.log_softmax(-1), valid
+    )
     if config.objective is Objective.KL:
         return listwise
     best = torch.tensor([label.best for label in labels], device=logits.device)[:, None]
@@ -97,8 +111,9 @@ def selection_loss(logits: Tensor, labels: Sequence[Label], valid: Tensor, confi
 
 
 def plain_loss(log_probs: Tensor, labels: Sequence[Label], valid: Tensor) -> Tensor:
-    """KL(p_L || p_S) [m] over the candidates and the rest of the vocabulary as one more outcome, from the student's
-    log-probabilities [m, K] over the whole vocabulary. The LLM's are known only on the candidates."""
+    """KL(p_L || p_S) [m] over the candidates and the rest of the vocabulary as one more outcome,
+    from the student's log-probabilities [m, K] over the whole vocabulary. The LLM's are known only
+    on the candidates."""
     ours = torch.cat([log_probs.masked_fill(~valid, IMPOSSIBLE), _rest(log_probs, valid)], dim=1)
     said = _llm_log_probs(labels, valid)
     theirs = torch.cat([said, _rest(said, valid)], dim=1)
@@ -117,7 +132,8 @@ def _kl(theirs: Tensor, ours: Tensor, valid: Tensor) -> Tensor:
 
 
 def _pairwise_hinge(logits: Tensor, said: Tensor, valid: Tensor, margin: float) -> Tensor:
-    """[m]: mean over the pairs where the LLM strictly prefers i to j of max(0, margin - (s_i - s_j))."""
+    """[m]: mean over the pairs where the LLM strictly prefers i to j of max(0, margin - (s_i -
+    s_j))."""
     pairs = (said[:, :, None] > said[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     gaps = (margin - logits[:, :, None] + logits[:, None, :]).clamp(min=0) * pairs
     return gaps.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
@@ -126,5 +142,7 @@ def _pairwise_hinge(logits: Tensor, said: Tensor, valid: Tensor, margin: float) 
 def _llm_log_probs(labels: Sequence[Label], valid: Tensor) -> Tensor:
     """[m, K], padded."""
     k = valid.shape[1]
-    rows = [[*label.llm_log_probs, *[IMPOSSIBLE] * (k - len(label.llm_log_probs))] for label in labels]
+    rows = [
+        [*label.llm_log_probs, *[IMPOSSIBLE] * (k - len(label.llm_log_probs))] for label in labels
+    ]
     return torch.tensor(rows, dtype=torch.float32, device=valid.device)

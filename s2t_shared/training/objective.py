@@ -1,6 +1,7 @@
 """What training minimises, and what is measured of a selector on held-out labels.
 
-Knows labels and models; how weights change is `distill`'s. Several workers only need torch.distributed.
+Knows labels and models; how weights change is `distill`'s. Several workers only need
+torch.distributed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from s2t_shared.model.local_selector import LocalSelector, Reading, Scoring, Sel
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.statistics import hit_at, spearman
 from s2t_shared.training.dataset import count_labels
-from s2t_shared.training.losses import LossConfig, Objective, label_weight, plain_loss, selection_loss
+from s2t_shared.training.losses import (
+    LossConfig,
+    Objective,
+    label_weight,
+    plain_loss,
+    selection_loss,
+)
 from s2t_shared.training.tree_forward import (
     Contexts,
     TreeScores,
@@ -35,17 +42,18 @@ from s2t_shared.training.tree_forward import (
 LM_KL_POSITIONS = 8192
 
 
-@dataclass(frozen=True)
-class DistillConfig(LossConfig):
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(LossConfig):
     """Training settings. Loss = L_sel (`losses`) + reg_weight * L_reg.
 
-    `temperature`: T of the reserved score; scores lie in [0, 1], so T = 1 would leave a loss floor of 1.87 nats at
-    K = 16. `row_scale`: standard deviation of the reserved-row deltas at the start, in units of the head's own.
-    `fusion`: choose lambda (weight of log p_base in the score) on the validation labels. `batch_labels`: labels per
-    step, of all workers together; `max_tokens`: tokens of one forward, more of a batch is accumulated.
-    `validate_every`: steps; 0: a tenth of all. `patience`: validations without improvement before stopping.
-    `checkpoint_every`: steps. `held_out_labels`: to validate on, and as many to test on, at most. `kept_gib`: memory
-    for contexts that are read once (`reads: base`, unsharded); 0: read in every epoch.
+    `temperature`: T of the reserved score; scores lie in [0, 1], so T = 1 would leave a loss floor
+    of 1.87 nats at K = 16. `row_scale`: standard deviation of the reserved-row deltas at the start,
+    in units of the head's own. `fusion`: choose lambda (weight of log p_base in the score) on the
+    validation labels. `batch_labels`: labels per step, of all workers together; `max_tokens`:
+    tokens of one forward, more of a batch is accumulated. `validate_every`: steps; 0: a tenth of
+    all. `patience`: validations without improvement before stopping. `checkpoint_every`: steps.
+    `held_out_labels`: to validate on, and as many to test on, at most. `kept_gib`: memory for
+    contexts that are read once (`reads: base`, unsharded); 0: read in every epoch.
     """
 
     kind: SelectorKind = SelectorKind.PREFIX
@@ -77,11 +85,17 @@ class DistillConfig(LossConfig):
         """Raises ConfigError: settings that contradict one another."""
         plain = self.objective is Objective.PLAIN
         if plain and (self.kind, self.reads) != (SelectorKind.PREFIX, Reading.ADAPTED):
-            raise ConfigError("training.objective=plain distils the SLM itself: it needs training.kind=prefix and "
-                              "training.reads=adapted")
-        if self.kind is SelectorKind.PREFIX and (self.standardise or self.scoring is not Scoring.EXPECTED):
-            raise ConfigError("training.scoring and training.standardise change the reserved score, which kind prefix "
-                              "does not have; choose training.kind=joint or reserved")
+            raise ConfigError(
+                "training.objective=plain distils the SLM itself: it needs training.kind=prefix and "
+                "training.reads=adapted"
+            )
+        if self.kind is SelectorKind.PREFIX and (
+            self.standardise or self.scoring is not Scoring.EXPECTED
+        ):
+            raise ConfigError(
+                "training.scoring and training.standardise change the reserved score, which kind prefix "
+                "does not have; choose training.kind=joint or reserved"
+            )
 
     @property
     def scored_tokens(self) -> int:
@@ -92,7 +106,7 @@ class DistillConfig(LossConfig):
         return label_weight(label, self)
 
 
-# -- loss ---------------------------------------------------------------------------------------------------------
+# -- loss -----------------------------------------------------------------------------------------
 
 
 def skips_labelled(kind: SelectorKind) -> bool:
@@ -102,21 +116,31 @@ def skips_labelled(kind: SelectorKind) -> bool:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the sums over a whole batch are divided by, so that its parts and workers add up to its mean."""
+    """What the sums over a whole batch are divided by, so that its parts and workers add up to its
+    mean."""
 
     weight: float
     positions: int
 
     @classmethod
-    def of(cls, trees: Sequence[Rollout], config: DistillConfig) -> Whole:
-        return cls(sum(config.weigh(label) for tree in trees for label in tree.labels),
-                   regularised_positions(trees, skips_labelled(config.kind)))
+    def of(cls, trees: Sequence[Rollout], config: DistillSettings) -> Whole:
+        return cls(
+            sum(config.weigh(label) for tree in trees for label in tree.labels),
+            regularised_positions(trees, skips_labelled(config.kind)),
+        )
 
 
-def training_loss(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], config: DistillConfig,
-                  whole: Whole | None = None, contexts: Contexts | None = None) -> Tensor:
-    """L = L_sel + reg * L_reg: the share of `trees` in the mean over `whole` (by default: these trees alone). With
-    `reads: base` the adapter never touches the context: there is no L_reg, and `contexts` may keep it."""
+def training_loss(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    trees: Sequence[Rollout],
+    config: DistillSettings,
+    whole: Whole | None = None,
+    contexts: Contexts | None = None,
+) -> Tensor:
+    """L = L_sel + reg * L_reg: the share of `trees` in the mean over `whole` (by default: these
+    trees alone). With `reads: base` the adapter never touches the context: there is no L_reg, and
+    `contexts` may keep it."""
     whole = whole or Whole.of(trees, config)
     result = tree_scores(runtime, selector, trees, contexts)
     weights = torch.tensor([config.weigh(label) for label in result.labels], device=runtime.device)
@@ -127,7 +151,9 @@ def training_loss(runtime: ModelRuntime, selector: LocalSelector, trees: Sequenc
     return loss
 
 
-def _label_losses(runtime: ModelRuntime, selector: LocalSelector, result: TreeScores, config: DistillConfig) -> Tensor:
+def _label_losses(
+    runtime: ModelRuntime, selector: LocalSelector, result: TreeScores, config: DistillSettings
+) -> Tensor:
     """[m]"""
     valid = result.candidates.valid.to(runtime.device)
     if config.objective is Objective.PLAIN:
@@ -137,13 +163,14 @@ def _label_losses(runtime: ModelRuntime, selector: LocalSelector, result: TreeSc
     return selection_loss(selector.selection_logits(result.scores), result.labels, valid, config)
 
 
-# -- figures ------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A selector on held-out labels. agreed: per label, whether it selects what the LLM does; slm_agreed: whether the
-    SLM's first choice does; problems: the one each label belongs to (labels of one problem are alike)."""
+    """A selector on held-out labels. agreed: per label, whether it selects what the LLM does;
+    slm_agreed: whether the SLM's first choice does; problems: the one each label belongs to (labels
+    of one problem are alike)."""
 
     metrics: dict[str, float]
     agreed: tuple[bool, ...]
@@ -152,12 +179,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], config: DistillConfig,
-                      with_lm_kl: bool = False, together: bool = False, contexts: Contexts | None = None
-                      ) -> Evaluation:
-    """Loss, Agree@1, the SLM's own Agree@1, Spearman, Hit@K of the labels; LM-KL in nats per token (of some of the
-    trees), as if the adapter were on everywhere, at the positions L_reg is about. `together`: all workers call this
-    and share the work."""
+def evaluate_selector(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    trees: Sequence[Rollout],
+    config: DistillSettings,
+    with_lm_kl: bool = False,
+    together: bool = False,
+    contexts: Contexts | None = None,
+) -> Evaluation:
+    """Loss, Agree@1, the SLM's own Agree@1, Spearman, Hit@K of the labels; LM-KL in nats per token
+    (of some of the trees), as if the adapter were on everywhere, at the positions L_reg is about.
+    `together`: all workers call this and share the work."""
     rank, world = place() if together else (0, 1)
     figures = torch.zeros(count_labels(trees), 3, dtype=torch.float64)
     parts = list(parts_of(trees, config.max_tokens, config.scored_tokens))
@@ -167,20 +200,33 @@ def evaluate_selector(runtime: ModelRuntime, selector: LocalSelector, trees: Seq
         losses = _label_losses(runtime, selector, result, config).tolist()
         rows = zip(result.scores.tolist(), result.labels, losses, strict=True)
         if counts:
-            figures[ends[number] - len(losses): ends[number]] = torch.tensor(
-                [[*_agreement(scores, label), loss] for scores, label, loss in rows], dtype=torch.float64)
+            figures[ends[number] - len(losses) : ends[number]] = torch.tensor(
+                [[*_agreement(scores, label), loss] for scores, label, loss in rows],
+                dtype=torch.float64,
+            )
     if world > 1:
         figures = _sum_over_workers(figures, runtime.device)
     labels = [label for tree in trees for label in tree.labels]
     first = tuple(label.best == 0 for label in labels)
     agreed, rho, loss = figures.mean(0).tolist()
-    metrics = {"n": float(len(labels)), "loss": loss, "agree_at_1": agreed, "slm_agree_at_1": sum(first) / len(first),
-               "spearman": rho}
-    metrics |= {f"hit_at_{k}": hit_at([label.llm_top_rank for label in labels], k) for k in (1, 2, 4, 8)}
+    metrics = {
+        "n": float(len(labels)),
+        "loss": loss,
+        "agree_at_1": agreed,
+        "slm_agree_at_1": sum(first) / len(first),
+        "spearman": rho,
+    }
+    metrics |= {
+        f"hit_at_{k}": hit_at([label.llm_top_rank for label in labels], k) for k in (1, 2, 4, 8)
+    }
     if with_lm_kl and selector.adapter is not None:
         metrics["lm_kl"] = _mean_lm_kl(runtime, selector, trees, config, rank, world)
-    return Evaluation(metrics, tuple(bool(x) for x in figures[:, 0].tolist()), first,
-                      tuple(f"{tree.task}/{tree.problem}" for tree in trees for _ in tree.labels))
+    return Evaluation(
+        metrics,
+        tuple(bool(x) for x in figures[:, 0].tolist()),
+        first,
+        tuple(f"{tree.task}/{tree.problem}" for tree in trees for _ in tree.labels),
+    )
 
 
 def _agreement(scores: Sequence[float], label: Label) -> tuple[float, float]:
@@ -190,9 +236,16 @@ def _agreement(scores: Sequence[float], label: Label) -> tuple[float, float]:
     return float(choice == label.best), spearman(scores[:k], label.llm_log_probs)
 
 
-def _mean_lm_kl(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], config: DistillConfig,
-                rank: int, world: int) -> float:
-    """Nats per token, over about LM_KL_POSITIONS of the contexts' positions: the whole vocabulary at each is dear."""
+def _mean_lm_kl(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    trees: Sequence[Rollout],
+    config: DistillSettings,
+    rank: int,
+    world: int,
+) -> float:
+    """Nats per token, over about LM_KL_POSITIONS of the contexts' positions: the whole vocabulary
+    at each is dear."""
     skip = skips_labelled(selector.kind)
     some = trees[:: math.ceil(regularised_positions(trees, skip) / LM_KL_POSITIONS) or 1]
     parts = list(parts_of(some, config.max_tokens, 0))
@@ -205,8 +258,8 @@ def _mean_lm_kl(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[
 
 
 def _turns(count: int, rank: int, world: int) -> Iterator[tuple[int, bool]]:
-    """Which of `count` parts this worker does, and whether it counts. All do as many, if need be one that another
-    does: with a sharded model a forward takes all workers."""
+    """Which of `count` parts this worker does, and whether it counts. All do as many, if need be
+    one that another does: with a sharded model a forward takes all workers."""
     for start in range(0, count, world):
         yield min(start + rank, count - 1), start + rank < count
 

@@ -1,13 +1,15 @@
-"""Tree packing: all scored tokens of all labelled positions of a rollout in one sequence, its context once.
+"""Tree packing: all scored tokens of all labelled positions of a rollout in one sequence, its
+context once.
 
-The forwards are the runtime's own and the scores `local_selector.combine`'s, so what is trained is what is served. The
-result equals one sequence per candidate (DESIGN law 2).
+The forwards are the runtime's own and the scores `local_selector.combine`'s, so what is trained is
+what is served. The result equals one sequence per candidate (DESIGN law 2).
 
-    reads: base      context forward without gradient -> its KV; one branch with the scored tokens, adapter on
-    reads: adapted   one branch with context and siblings, adapter on everywhere
+    reads: base      context forward without gradient -> its KV; one branch with the scored tokens,
+    adapter on reads: adapted   one branch with context and siblings, adapter on everywhere
 
-Nothing here is of size [positions, K, vocabulary]: scores need the candidates' or the reserved rows of the head, and
-what needs the whole vocabulary goes through it a few positions at a time. Knows rollouts and models; no training.
+Nothing here is of size [positions, K, vocabulary]: scores need the candidates' or the reserved rows
+of the head, and what needs the whole vocabulary goes through it a few positions at a time. Knows
+rollouts and models; no training.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from s2t_shared.training.dataset import tree_length
 VOCABULARY_ROWS = 256  # positions whose full-vocabulary logits exist at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TreeScores:
-    """Scores [m, K] of all m labels of a batch, their candidates and labels in the same order. last: [m, hidden] of
-    the tokens before them, where the kind looks at these. context: [trees, t, hidden] of the adapted context, where it
-    was read."""
+    """Scores [m, K] of all m labels of a batch, their candidates and labels in the same order.
+    last: [m, hidden] of the tokens before them, where the kind looks at these. context: [trees, t,
+    hidden] of the adapted context, where it was read."""
 
     scores: Tensor
     candidates: Candidates
@@ -50,10 +52,12 @@ class TreeScores:
 
 
 class Contexts:
-    """Keys and values of contexts as the base model reads them. They never change while a selector learns to read over
-    them (`reads: base`), so each context is read once, not in every epoch, as far as `max_bytes` reach.
+    """Keys and values of contexts as the base model reads them. They never change while a selector
+    learns to read over them (`reads: base`), so each context is read once, not in every epoch, as
+    far as `max_bytes` reach.
 
-    A context is read by itself: the same numbers to the last bit whoever trains beside it, and after a resume.
+    A context is read by itself: the same numbers to the last bit whoever trains beside it, and
+    after a resume.
     """
 
     def __init__(self, runtime: ModelRuntime, max_bytes: int) -> None:
@@ -86,28 +90,48 @@ class Contexts:
             self._runtime.aside(tokens, plan)
             layers = [(k.contiguous(), v.contiguous()) for k, v in plan.stored]
             size = sum(t.numel() * t.element_size() for pair in layers for t in pair)
-            if size > self._room:  # those that are kept stay: in a walk over all, what was used last comes again last
+            if (
+                size > self._room
+            ):  # those that are kept stay: in a walk over all, what was used last comes again last
                 return layers
             self._room -= size
             self._kept[key] = layers
         return self._kept[key]
 
 
-def tree_scores(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout],
-                contexts: Contexts | None = None) -> TreeScores:
-    """Score every candidate of every label of `trees` in one pass; `contexts`: those of `reads: base`, kept."""
+def tree_scores(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    trees: Sequence[Rollout],
+    contexts: Contexts | None = None,
+) -> TreeScores:
+    """Score every candidate of every label of `trees` in one pass; `contexts`: those of `reads:
+    base`, kept."""
     labels = [label for tree in trees for label in tree.labels]
-    candidates = Candidates.pad([label.candidate_ids for label in labels], [label.slm_log_probs for label in labels])
+    candidates = Candidates.pad(
+        [label.candidate_ids for label in labels], [label.slm_log_probs for label in labels]
+    )
     if selector.reads is Reading.BASE:
         last, siblings = _over_base(runtime, selector, trees, candidates, contexts)
         context = None
     else:
         last, siblings, context = _over_adapted(runtime, selector, trees, candidates)
-    return TreeScores(combine(runtime, selector, last, siblings, candidates), candidates, labels, last, context)
+    return TreeScores(
+        scores=combine(runtime, selector, last, siblings, candidates),
+        candidates=candidates,
+        labels=labels,
+        last=last,
+        context=context,
+    )
 
 
-def _over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout],
-               candidates: Candidates, contexts: Contexts | None) -> tuple[Tensor | None, Tensor | None]:
+def _over_base(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    trees: Sequence[Rollout],
+    candidates: Candidates,
+    contexts: Contexts | None,
+) -> tuple[Tensor | None, Tensor | None]:
     if contexts is not None:
         context = contexts.plan(trees)
     else:
@@ -120,7 +144,7 @@ def _over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[R
     shape = (len(trees), most, width)
     tokens, positions, visible = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     rows, columns, ends, before = _places(trees)
-    tokens[rows, columns, int(with_last):] = candidates.ids if k else candidates.ids[:, :0]
+    tokens[rows, columns, int(with_last) :] = candidates.ids if k else candidates.ids[:, :0]
     positions[rows, columns] = ends[:, None]
     visible[rows, columns] = ends[:, None] - int(with_last)
     if with_last:
@@ -132,8 +156,9 @@ def _over_base(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[R
     return split_hidden(selector, hidden.unflatten(1, (most, width))[rows, columns], k)
 
 
-def _over_adapted(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout],
-                  candidates: Candidates) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _over_adapted(
+    runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], candidates: Candidates
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     rows, columns, ends, _ = _places(trees)
     plan, tokens = _causal(trees)
     if selector.kind is SelectorKind.PREFIX:
@@ -152,14 +177,21 @@ def _over_adapted(runtime: ModelRuntime, selector: LocalSelector, trees: Sequenc
     mask[:, longest:, longest:] = torch.eye(most * k, dtype=torch.bool)
     plan = Aside(torch.cat([plan.positions, positions.flatten(1)], 1), mask)
     hidden = runtime.aside(torch.cat([tokens, siblings.flatten(1)], 1), plan, selector.adapter)
-    context, scored = hidden[:, :longest], hidden[:, longest:].unflatten(1, (most, k))[rows, columns]
+    context, scored = (
+        hidden[:, :longest],
+        hidden[:, longest:].unflatten(1, (most, k))[rows, columns],
+    )
     return context[rows, ends - 1] if selector.kind is SelectorKind.JOINT else None, scored, context
 
 
 def _places(trees: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every label: its tree, its number in the tree, its position, and the token before it. Each [m]."""
-    places = [(row, column, label.position, tree.token_ids[label.position - 1])
-              for row, tree in enumerate(trees) for column, label in enumerate(tree.labels)]
+    """Of every label: its tree, its number in the tree, its position, and the token before it. Each
+    [m]."""
+    places = [
+        (row, column, label.position, tree.token_ids[label.position - 1])
+        for row, tree in enumerate(trees)
+        for column, label in enumerate(tree.labels)
+    ]
     rows, columns, ends, before = torch.tensor(places).T
     return rows, columns, ends, before
 
@@ -168,14 +200,20 @@ def _causal(trees: Sequence[Rollout]) -> tuple[Aside, Tensor]:
     """The plan and the padded tokens [trees, t] of reading the contexts alone."""
     lengths = [tree_length(tree) for tree in trees]
     longest = max(lengths)
-    tokens = torch.tensor([[*tree.token_ids[:n], *[0] * (longest - n)]
-                           for tree, n in zip(trees, lengths, strict=True)])
-    return Aside(torch.arange(longest).expand(len(trees), -1), torch.ones(longest, longest).tril().bool()), tokens
+    tokens = torch.tensor(
+        [
+            [*tree.token_ids[:n], *[0] * (longest - n)]
+            for tree, n in zip(trees, lengths, strict=True)
+        ]
+    )
+    return Aside(
+        torch.arange(longest).expand(len(trees), -1), torch.ones(longest, longest).tril().bool()
+    ), tokens
 
 
 def parts_of(trees: Sequence[Rollout], max_tokens: int, width: int) -> Iterator[list[Rollout]]:
-    """Neighbouring trees that fit one forward of about `max_tokens` tokens with padding; `width`: scored tokens per
-    label. A tree that is larger stands alone."""
+    """Neighbouring trees that fit one forward of about `max_tokens` tokens with padding; `width`:
+    scored tokens per label. A tree that is larger stands alone."""
     part: list[Rollout] = []
     longest = most = 0
     for tree in trees:
@@ -190,15 +228,24 @@ def parts_of(trees: Sequence[Rollout], max_tokens: int, width: int) -> Iterator[
 
 def regularised_positions(trees: Sequence[Rollout], skip_labelled: bool) -> int:
     """How many positions `lm_kl` sums over."""
-    skipped = sum(len({label.position for label in tree.labels}) for tree in trees) if skip_labelled else 0
+    skipped = (
+        sum(len({label.position for label in tree.labels}) for tree in trees)
+        if skip_labelled
+        else 0
+    )
     return sum(tree_length(tree) for tree in trees) - skipped
 
 
-def lm_kl(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollout], context: Tensor | None,
-          skip_labelled: bool) -> Tensor:
-    """L_reg, summed over the contexts' positions: KL(adapted || base) in nats of the language-model distribution over
-    V \\ R. context: the adapted hidden states, where they are at hand. `skip_labelled` leaves the labelled positions
-    out, where a prefix score is meant to move it."""
+def lm_kl(
+    runtime: ModelRuntime,
+    selector: LocalSelector,
+    trees: Sequence[Rollout],
+    context: Tensor | None,
+    skip_labelled: bool,
+) -> Tensor:
+    """L_reg, summed over the contexts' positions: KL(adapted || base) in nats of the language-model
+    distribution over V \\ R. context: the adapted hidden states, where they are at hand.
+    `skip_labelled` leaves the labelled positions out, where a prefix score is meant to move it."""
     plan, tokens = _causal(trees)
     if context is None:
         context = runtime.aside(tokens, plan, selector.adapter)
@@ -213,14 +260,18 @@ def lm_kl(runtime: ModelRuntime, selector: LocalSelector, trees: Sequence[Rollou
     masked = _masked_ids(runtime, selector)
 
     def divergence(adapted: Tensor, reference: Tensor) -> Tensor:
-        log_a, log_b = (runtime.logits(h).index_fill(-1, masked, -1e9).log_softmax(-1) for h in (adapted, reference))
+        log_a, log_b = (
+            runtime.logits(h).index_fill(-1, masked, -1e9).log_softmax(-1)
+            for h in (adapted, reference)
+        )
         return (log_a.exp() * (log_a - log_b)).sum(-1)
 
     return _in_chunks(divergence, context[keep], base[keep]).sum()
 
 
-def vocabulary_log_probs(runtime: ModelRuntime, selector: LocalSelector, last: Tensor,
-                         candidate_ids: Tensor) -> Tensor:
+def vocabulary_log_probs(
+    runtime: ModelRuntime, selector: LocalSelector, last: Tensor, candidate_ids: Tensor
+) -> Tensor:
     """Hidden states [m, hidden], ids [m, K] -> the ids' log-probabilities [m, K] over V \\ R."""
     masked = _masked_ids(runtime, selector)
 
@@ -236,10 +287,14 @@ def _masked_ids(runtime: ModelRuntime, selector: LocalSelector) -> Tensor:
 
 
 def _in_chunks(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function` over the rows of `inputs`, a few at a time; its inner values are computed again for the gradient
-    rather than kept, as they are as wide as the vocabulary."""
+    """`function` over the rows of `inputs`, a few at a time; its inner values are computed again
+    for the gradient rather than kept, as they are as wide as the vocabulary."""
     parts = []
     for at in range(0, len(inputs[0]), VOCABULARY_ROWS):
-        rows = [x[at: at + VOCABULARY_ROWS] for x in inputs]
-        parts.append(checkpoint(function, *rows, use_reentrant=False) if torch.is_grad_enabled() else function(*rows))
+        rows = [x[at : at + VOCABULARY_ROWS] for x in inputs]
+        parts.append(
+            checkpoint(function, *rows, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else function(*rows)
+        )
     return torch.cat(parts) if parts else inputs[0].new_zeros(0)

@@ -1,5 +1,6 @@
-"""A version as a folder for other programs: PEFT's files as they are, or a plain Hugging Face model with the LoRA
-merged into its weights (for `proposals: adapted`, where the adapter acts on every token).
+"""A version as a folder for other programs: PEFT's files as they are, or a plain Hugging Face model
+with the LoRA merged into its weights (for `proposals: adapted`, where the adapter acts on every
+token).
 
 Knows folders and weights; not which version is live.
 """
@@ -24,25 +25,42 @@ from s2t_shared.errors import ConfigError, ModelLoadError, VersionError
 from s2t_shared.files import new_folder
 from s2t_shared.model.lora import adaptable_layers, load_adapter
 from s2t_shared.model.runtime import model_digest, resolve_model
-from s2t_shared.versions.manifest import BINS, CARD, MANIFEST, Manifest, read_manifest, verify_files, verify_weights
+from s2t_shared.versions.manifest import (
+    BINS,
+    CARD,
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    verify_files,
+    verify_weights,
+)
 from s2t_shared.versions.model_card import hub_id
 
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `notes`: what differs from the base model's folder beyond the merged weights."""
+    """What was written. `notes`: what differs from the base model's folder beyond the merged
+    weights."""
 
     folder: Path
     notes: tuple[str, ...] = ()
 
 
 def export_adapter(version: Path, folder: Path) -> Exported:
-    """Copy a version's checked files to `folder`: PEFT loads them, `s2t generate --selector FOLDER` too.
+    """Copy a version's checked files to `folder`: PEFT loads them, `s2t generate --selector FOLDER`
+    too.
 
-    Raises:
-        ConfigError: `folder` is not empty or cannot be written. VersionError: the version is damaged.
+    Raises: ConfigError: `folder` is not empty or cannot be written. VersionError: the version is
+        damaged.
     """
     manifest = read_manifest(version)
     verify_files(version, manifest)
@@ -54,8 +72,9 @@ def export_adapter(version: Path, folder: Path) -> Exported:
 
 def export_merged(version: Path, base_model: str, folder: Path) -> Exported:
     """Write the SLM with the version's LoRA merged into it, in the base model's dtype: what
-    `AutoModelForCausalLM.from_pretrained` loads. Reserved-row deltas are added to the head's rows; a tied head is
-    untied for it, and rows the model does not have are made. The generation config suppresses the reserved ids.
+    `AutoModelForCausalLM.from_pretrained` loads. Reserved-row deltas are added to the head's rows;
+    a tied head is untied for it, and rows the model does not have are made. The generation config
+    suppresses the reserved ids.
 
     Raises:
         ConfigError: `folder` is not empty or cannot be written. ModelLoadError: no such base model.
@@ -66,8 +85,10 @@ def export_merged(version: Path, base_model: str, folder: Path) -> Exported:
     verify_weights(version, manifest)
     source = resolve_model(base_model)
     if (digest := model_digest(source)) != manifest.slm_digest:
-        raise VersionError(f"version {manifest.version!r} was trained for another SLM (digest {manifest.slm_digest}, "
-                           f"{base_model!r} is {digest}); name its base model ({manifest.base_model!r})")
+        raise VersionError(
+            f"version {manifest.version!r} was trained for another SLM (digest {manifest.slm_digest}, "
+            f"{base_model!r} is {digest}); name its base model ({manifest.base_model!r})"
+        )
     with _new_folder(folder) as aside:
         model = _load(source)
         _merge(model, version)
@@ -89,7 +110,9 @@ def _load(source: Path) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(source)
         return model
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelLoadError(f"model folder {str(source)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelLoadError(
+            f"model folder {str(source)!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @torch.no_grad()
@@ -109,40 +132,63 @@ def _add_reserved_rows(model: Any, version: Path, manifest: Manifest) -> list[st
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
         head.weight = nn.Parameter(head.weight.detach().clone())
-        notes.append("the output head is no longer tied to the embeddings (tie_word_embeddings: false), which makes "
-                     "the model larger by one head")
+        notes.append(
+            "the output head is no longer tied to the embeddings (tie_word_embeddings: false), which makes "
+            "the model larger by one head"
+        )
     rows = max(manifest.reserved_ids) + 1
     if rows > (had := head.weight.shape[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
         head = model.get_output_embeddings()
         head.weight[had:] = 0.0
         model.get_input_embeddings().weight[had:] = 0.0
-        notes.append(f"the vocabulary has {rows} rows instead of {had}: this model has no spare rows, so the reserved "
-                     "ids got rows of their own")
+        notes.append(
+            f"the vocabulary has {rows} rows instead of {had}: this model has no spare rows, so the reserved "
+            "ids got rows of their own"
+        )
     deltas = load_file(version / BINS)["deltas"]
     ids = torch.tensor(manifest.reserved_ids)
     if deltas.shape != (len(ids), head.weight.shape[1]):
-        raise VersionError(f"version {manifest.version!r}: {BINS} has shape {tuple(deltas.shape)}, "
-                           f"({len(ids)}, {head.weight.shape[1]}) is needed; publish it again")
+        raise VersionError(
+            f"version {manifest.version!r}: {BINS} has shape {tuple(deltas.shape)}, "
+            f"({len(ids)}, {head.weight.shape[1]}) is needed; publish it again"
+        )
     head.weight[ids] = (head.weight[ids].float() + deltas).to(head.weight.dtype)
-    return [*notes, f"the head's rows {min(manifest.reserved_ids)} to {max(manifest.reserved_ids)} hold the reserved "
-                    "bins"]
+    return [
+        *notes,
+        f"the head's rows {min(manifest.reserved_ids)} to {max(manifest.reserved_ids)} hold the reserved "
+        "bins",
+    ]
 
 
 def _never_generate_reserved(model: Any, manifest: Manifest) -> None:
     """As in the service, where they are masked in every distribution that generates."""
     rows = model.get_output_embeddings().weight.shape[0]
     if reserved := [i for i in manifest.reserved_ids if i < rows]:
-        model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or ()), *reserved})
+        model.generation_config.suppress_tokens = sorted(
+            {*(model.generation_config.suppress_tokens or ()), *reserved}
+        )
 
 
 def _card(manifest: Manifest, notes: list[str]) -> str:
     base = hub_id(manifest.base_model)
-    header = "---\n" + (f"base_model: {base}\nbase_model_relation: merge\n" if base else "") + (
-        "library_name: transformers\npipeline_tag: text-generation\ntags:\n- select-to-think\n---\n")
-    notes = ["a plain Hugging Face model: every token is proposed with the adapter on", *notes,
-             f"the version's manifest: `{json.dumps(manifest.metrics)}`"]
-    return f"{header}\n# {manifest.version}, merged\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    header = (
+        "---\n"
+        + (f"base_model: {base}\nbase_model_relation: merge\n" if base else "")
+        + (
+            "library_name: transformers\npipeline_tag: text-generation\ntags:\n- select-to-think\n---\n"
+        )
+    )
+    notes = [
+        "a plain Hugging Face model: every token is proposed with the adapter on",
+        *notes,
+        f"the version's manifest: `{json.dumps(manifest.metrics)}`",
+    ]
+    return (
+        f"{header}\n# {manifest.version}, merged\n\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + "\n"
+    )
 
 
 @contextmanager
@@ -152,7 +198,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         with new_folder(folder.absolute()) as aside:
             yield aside
     except FileExistsError as error:
-        raise ConfigError(f"cannot write to {str(folder)!r}: it exists and is not an empty folder; name a new one, "
-                          "nothing is ever overwritten") from error
+        raise ConfigError(
+            f"cannot write to {str(folder)!r}: it exists and is not an empty folder; name a new one, "
+            "nothing is ever overwritten"
+        ) from error
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error

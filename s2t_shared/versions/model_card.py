@@ -1,4 +1,5 @@
-"""A version's model card: README.md with Hugging Face metadata. Every number in it comes from the manifest.
+"""A version's model card: README.md with Hugging Face metadata. Every number in it comes from the
+manifest.
 
 Format: https://huggingface.co/docs/hub/model-cards (`model-index` carries the measured results).
 """
@@ -18,21 +19,27 @@ METRICS = {  # manifest's name -> the card's words
     "slm_agree_at_1": "Agree@1 of the SLM's own first choice, for comparison",
     "spearman": "Spearman's rho of its scores against the LLM's log-probabilities",
     "hit_at_1": "Hit@1 of the labels (the LLM's top-1 is the SLM's top-1)",
-    "hit_at_2": "Hit@2", "hit_at_4": "Hit@4", "hit_at_8": "Hit@8",
+    "hit_at_2": "Hit@2",
+    "hit_at_4": "Hit@4",
+    "hit_at_8": "Hit@8",
     "lm_kl": "LM-KL (adapted against base, nats per token)",
     "loss": "selection loss (nats)",
 }
 SCORES = {
     SelectorKind.RESERVED: "{reserved}, read behind each candidate",
     SelectorKind.PREFIX: "the adapted model's log-probability of each candidate at the divergence point, renormalised "
-                         "on the candidates",
+    "on the candidates",
     SelectorKind.JOINT: "both the adapted model's renormalised log-probability of each candidate and {reserved}, "
-                        "read behind it",
+    "read behind it",
 }
-RESERVED = {Scoring.EXPECTED: "the expected value of {bins} reserved output rows",
-            Scoring.BINARY: "the logit of the second of {bins} reserved output rows"}
-READS = {Reading.BASE: "only on the tokens being scored, over the base model's own KV cache",
-         Reading.ADAPTED: "on the whole context, with a KV cache of its own"}
+RESERVED = {
+    Scoring.EXPECTED: "the expected value of {bins} reserved output rows",
+    Scoring.BINARY: "the logit of the second of {bins} reserved output rows",
+}
+READS = {
+    Reading.BASE: "only on the tokens being scored, over the base model's own KV cache",
+    Reading.ADAPTED: "on the whole context, with a KV cache of its own",
+}
 
 
 def model_card(manifest: Manifest) -> str:
@@ -42,8 +49,13 @@ def model_card(manifest: Manifest) -> str:
 
 
 def hub_id(base_model: str) -> str | None:
-    """`base_model` where it is a name on the Hub; None for a folder, whose path is nobody's business."""
-    local = base_model.count("/") > 1 or base_model.startswith((".", "/", "~")) or Path(base_model).exists()
+    """`base_model` where it is a name on the Hub; None for a folder, whose path is nobody's
+    business."""
+    local = (
+        base_model.count("/") > 1
+        or base_model.startswith((".", "/", "~"))
+        or Path(base_model).exists()
+    )
     return None if local or not base_model else base_model
 
 
@@ -54,25 +66,56 @@ def _metadata(m: Manifest) -> dict[str, Any]:
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["select-to-think", "local-selector", "lora", "safetensors", f"kind-{m.kind.value}",
-                 f"reads-{m.reads.value}"],
-        "model-index": [{"name": m.version, "results": [{
-            "task": {"type": "text-generation", "name": "selection at divergence points"},
-            "dataset": {"type": "selection-labels", "name": f"held-out selection labels, snapshot {m.snapshot}",
-                        "split": "held-out"},
-            "metrics": [{"type": name, "value": value, "name": METRICS.get(name, name)}
-                        for name, value in m.metrics.items() if name != "n"],
-        }]}] if m.metrics else [],
+        "tags": [
+            "select-to-think",
+            "local-selector",
+            "lora",
+            "safetensors",
+            f"kind-{m.kind.value}",
+            f"reads-{m.reads.value}",
+        ],
+        "model-index": [
+            {
+                "name": m.version,
+                "results": [
+                    {
+                        "task": {
+                            "type": "text-generation",
+                            "name": "selection at divergence points",
+                        },
+                        "dataset": {
+                            "type": "selection-labels",
+                            "name": f"held-out selection labels, snapshot {m.snapshot}",
+                            "split": "held-out",
+                        },
+                        "metrics": [
+                            {"type": name, "value": value, "name": METRICS.get(name, name)}
+                            for name, value in m.metrics.items()
+                            if name != "n"
+                        ],
+                    }
+                ],
+            }
+        ]
+        if m.metrics
+        else [],
     }
 
 
 def _text(m: Manifest) -> str:
     base = hub_id(m.base_model) or Path(m.base_model).name
-    reserved = RESERVED[m.scoring].format(bins=m.bins) + (", standardised over the candidates" if m.standardise else "")
+    reserved = RESERVED[m.scoring].format(bins=m.bins) + (
+        ", standardised over the candidates" if m.standardise else ""
+    )
     score = SCORES[m.kind].format(reserved=reserved)
-    rows = "" if m.kind is SelectorKind.PREFIX else (
-        f" `PeftModel` loads the LoRA matrices only: the {m.bins} reserved rows' deltas in `{BINS}`, without which "
-        f"this kind cannot score, are added by the service or by `s2t versions export --merged`.")
+    rows = (
+        ""
+        if m.kind is SelectorKind.PREFIX
+        else (
+            f" `PeftModel` loads the LoRA matrices only: the {m.bins} reserved rows' deltas in `{BINS}`, without which "
+            f"this kind cannot score, are added by the service or by `s2t versions export --merged`."
+        )
+    )
     return f"""# {m.version}
 
 A local selector for [Select-to-Think](https://arxiv.org/abs/2604.26940): a LoRA adapter with which a small language
@@ -119,7 +162,11 @@ def _results(m: Manifest) -> str:
     if not m.metrics:
         return "Nothing was measured."
     n = m.metrics.get("n")
-    rows = [(METRICS.get(name, name), _number(value)) for name, value in m.metrics.items() if name != "n"]
+    rows = [
+        (METRICS.get(name, name), _number(value))
+        for name, value in m.metrics.items()
+        if name != "n"
+    ]
     return (f"{n:,.0f} labels.\n\n" if n else "") + _table(("metric", "value"), rows)
 
 

@@ -1,10 +1,13 @@
-"""`s2t bench curve`: what more labels buy: held-out Agree@1 and task accuracy of every kind of selector, and controls.
+"""`s2t bench curve`: what more labels buy: held-out Agree@1 and task accuracy of every kind of
+selector, and controls.
 
-Controls: the SLM alone, the untrained selector, and plain distillation (the same labels, steps, rank and regulariser,
-but no selection: the adapter is always on and decodes greedily). Subsets of the labels are nested: whole problems in
-the order of a hash. Agree@1 is measured on the test half of the held-out problems, which chose nothing.
+Controls: the SLM alone, the untrained selector, and plain distillation (the same labels, steps,
+rank and regulariser, but no selection: the adapter is always on and decodes greedily). Subsets of
+the labels are nested: whole problems in the order of a hash. Agree@1 is measured on the test half
+of the held-out problems, which chose nothing.
 
-Every result is a line of a JSONL file as soon as it is there; the same command again goes on behind the last one.
+Every result is a line of a JSONL file as soon as it is there; the same command again goes on behind
+the last one.
 """
 
 from __future__ import annotations
@@ -32,24 +35,36 @@ from s2t_shared.policy import threshold_for
 from s2t_shared.statistics import clustered_difference, paired_difference
 from s2t_shared.training.dataset import Part, TrainingData, part_of
 from s2t_shared.training.losses import Objective
-from s2t_shared.training.objective import DistillConfig, Evaluation, evaluate_selector
+from s2t_shared.training.objective import DistillSettings, Evaluation, evaluate_selector
 from s2t_shared.training.trainer import distil
-from s2t_shared.types import WARMUP_STEPS, Answer, CandidateRule, Mode, Policy, Proposals, Trigger
+from s2t_shared.types import (
+    WARMUP_STEPS,
+    Answer,
+    CandidateRule,
+    DecodeOptions,
+    Mode,
+    Policy,
+    Proposals,
+    Trigger,
+)
 from services.bench import workload
 from services.bench.measure import machine
 from services.bench.workload import Settings
 from services.evaluation import Problem
 
-KINDS = {f"{kind.value}, {reads.value}": (kind, reads) for reads in Reading for kind in SelectorKind}
+KINDS = {
+    f"{kind.value}, {reads.value}": (kind, reads) for reads in Reading for kind in SelectorKind
+}
 PLAIN, UNTRAINED, SLM = "plain distillation", "untrained selector", "SLM alone"
 UNTRAINED_KIND = "reserved, base"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CurveSettings:
-    """`counts`: training labels, at least so many each (problems stay whole). `names`: of KINDS, or PLAIN.
-    `accuracy_at`: the counts at which `problems` are answered too, at each of `budgets` behind the entropy trigger.
-    `held_out_labels`: to validate on, and as many to test on, at most."""
+    """`counts`: training labels, at least so many each (problems stay whole). `names`: of KINDS, or
+    PLAIN. `accuracy_at`: the counts at which `problems` are answered too, at each of `budgets`
+    behind the entropy trigger. `held_out_labels`: to validate on, and as many to test on, at
+    most."""
 
     lake: Path
     counts: tuple[int, ...]
@@ -65,9 +80,10 @@ class CurveSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """One result. agree_at_1 and gain (over the SLM's own first choice, on the same labels) each come with the half
-    width of a 95 % interval, problems as clusters. `correct`: budget -> a digit per problem, 1 for a right answer; what
-    has no budget has "" in its place. `labels` 0: a control that needs none."""
+    """One result. agree_at_1 and gain (over the SLM's own first choice, on the same labels) each
+    come with the half width of a 95 % interval, problems as clusters. `correct`: budget -> a digit
+    per problem, 1 for a right answer; what has no budget has "" in its place. `labels` 0: a control
+    that needs none."""
 
     name: str
     count: int
@@ -95,37 +111,59 @@ class Point:
 class Curve:
     """Labels, problems and the SLM of one curve, and what is measured on them.
 
-    Raises:
-        StoreError: too few labels. ConfigError: fewer than `counts`, or of another SLM; no problems to answer.
+    Raises: StoreError: too few labels. ConfigError: fewer than `counts`, or of another SLM; no
+        problems to answer.
     """
 
-    def __init__(self, settings: Settings, curve: CurveSettings, problems: Sequence[Problem]) -> None:
+    def __init__(
+        self, settings: Settings, curve: CurveSettings, problems: Sequence[Problem]
+    ) -> None:
         self.settings, self.curve, self.problems = settings, curve, problems
         if curve.accuracy_at and not problems:
-            raise ConfigError("there are no problems to answer; give others with --problems, or --accuracy-at none")
+            raise ConfigError(
+                "there are no problems to answer; give others with --problems, or --accuracy-at none"
+            )
         self.models = workload.load(settings)
         snapshot = Lake(curve.lake).freeze()
         self.snapshot = snapshot.id
         everything = list(snapshot.rollouts())
         self._rollouts = sorted((r for r in everything if r.labels), key=_hash_order)
-        self._entropies = [r.entropy for r in everything if r.source == "plain" and part_of(r) is Part.TRAINING]
+        self._entropies = [
+            r.entropy for r in everything if r.source == "plain" and part_of(r) is Part.TRAINING
+        ]
         self._held_out = [r for r in self._rollouts if part_of(r) is not Part.TRAINING]
         config = self._config(UNTRAINED_KIND, 0)
-        data = TrainingData(self._rollouts, self.models.slm.digest, config.weigh, config.batch_labels,
-                            config.held_out_labels)
+        data = TrainingData(
+            self._rollouts,
+            self.models.slm.digest,
+            config.weigh,
+            config.batch_labels,
+            config.held_out_labels,
+        )
         self._weigh, self._test = config.weigh, data.test  # the same for every point
         if (largest := max(curve.counts)) > data.labels:
-            raise ConfigError(f"--counts: {largest} training labels wanted, the lake has {data.labels}; harvest more, "
-                              "or ask for fewer")
+            raise ConfigError(
+                f"--counts: {largest} training labels wanted, the lake has {data.labels}; harvest more, "
+                "or ask for fewer"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
         """What all points of one file must share, to be compared."""
         s, c = self.settings, self.curve
         ids = hashlib.sha256(json.dumps([p.id for p in self.problems]).encode()).hexdigest()[:16]
-        return {"snapshot": self.snapshot, "slm": self.models.slm.digest, "steps": c.steps,
-                "learning_rate": c.learning_rate, "held_out_labels": c.held_out_labels, "problems": ids, "new": s.new,
-                "k": s.k, "budgets": list(c.budgets), "dtype": s.dtype}
+        return {
+            "snapshot": self.snapshot,
+            "slm": self.models.slm.digest,
+            "steps": c.steps,
+            "learning_rate": c.learning_rate,
+            "held_out_labels": c.held_out_labels,
+            "problems": ids,
+            "new": s.new,
+            "k": s.k,
+            "budgets": list(c.budgets),
+            "dtype": s.dtype,
+        }
 
     def subset(self, count: int) -> list[Rollout]:
         """The first training problems that together have at least `count` labels that train."""
@@ -141,7 +179,7 @@ class Curve:
             last = rollout.task, rollout.problem
         return chosen
 
-    # -- points -------------------------------------------------------------------------------------------------------
+    # -- points -----------------------------------------------------------------------------------
 
     def controls(self) -> dict[str, Callable[[], Point]]:
         """Those that need no training."""
@@ -157,60 +195,107 @@ class Curve:
     def train(self, name: str, count: int, seed: int) -> Point:
         training = self.subset(count)
         started = time.perf_counter()
-        distilled = distil(self.models.slm, self.models.proposer.reserved_ids, [*training, *self._held_out],
-                           self._config(name, seed))
+        distilled = distil(
+            self.models.slm,
+            self.models.proposer.reserved_ids,
+            [*training, *self._held_out],
+            self._config(name, seed),
+        )
         seconds = time.perf_counter() - started
-        point = self._point(name, distilled.evaluation, distilled.evaluation.agreed, distilled.selector, count)
-        return replace(point, seed=seed, labels=distilled.training_labels, steps=distilled.steps, seconds=seconds)
+        point = self._point(
+            name, distilled.evaluation, distilled.evaluation.agreed, distilled.selector, count
+        )
+        return replace(
+            point,
+            seed=seed,
+            labels=distilled.training_labels,
+            steps=distilled.steps,
+            seconds=seconds,
+        )
 
-    def _config(self, name: str, seed: int) -> DistillConfig:
+    def _config(self, name: str, seed: int) -> DistillSettings:
         kind, reads = KINDS.get(name, (SelectorKind.PREFIX, Reading.ADAPTED))
-        return DistillConfig(kind=kind, reads=reads, steps=self.curve.steps, learning_rate=self.curve.learning_rate,
-                             held_out_labels=self.curve.held_out_labels, seed=seed,
-                             objective=Objective.PLAIN if name == PLAIN else Objective.TOP1_CE)
+        return DistillSettings(
+            kind=kind,
+            reads=reads,
+            steps=self.curve.steps,
+            learning_rate=self.curve.learning_rate,
+            held_out_labels=self.curve.held_out_labels,
+            seed=seed,
+            objective=Objective.PLAIN if name == PLAIN else Objective.TOP1_CE,
+        )
 
-    def _point(self, name: str, found: Evaluation, agreed: Sequence[bool], selector: LocalSelector | None,
-               count: int = 0) -> Point:
+    def _point(
+        self,
+        name: str,
+        found: Evaluation,
+        agreed: Sequence[bool],
+        selector: LocalSelector | None,
+        count: int = 0,
+    ) -> Point:
         mean, half = clustered_difference(agreed, [False] * len(agreed), found.problems)
         gain, gain_half = clustered_difference(agreed, found.slm_agreed, found.problems)
         if math.isinf(half):
-            raise ConfigError(f"the {len(agreed)} labels to test on are of one problem: no interval can be given; "
-                              "harvest more problems")
+            raise ConfigError(
+                f"the {len(agreed)} labels to test on are of one problem: no interval can be given; "
+                "harvest more problems"
+            )
         correct = {}
         if self.wants_answers(count):
-            budgets: tuple[float | None, ...] = (None,) if name in (SLM, PLAIN) else self.curve.budgets
+            budgets: tuple[float | None, ...] = (
+                (None,) if name in (SLM, PLAIN) else self.curve.budgets
+            )
             correct = {str(b or ""): self._answers(name, selector, b) for b in budgets}
         return Point(name, count, 0, 0, mean, half, gain, gain_half, len(agreed), correct)
 
-    # -- task accuracy ------------------------------------------------------------------------------------------------
+    # -- task accuracy ----------------------------------------------------------------------------
 
     def wants_answers(self, count: int) -> bool:
-        """Whether a point of so many labels is asked the problems; all controls are, if any point is."""
+        """Whether a point of so many labels is asked the problems; all controls are, if any point
+        is."""
         return bool(self.curve.accuracy_at) and count in (0, *self.curve.accuracy_at)
 
     def _answers(self, name: str, selector: LocalSelector | None, budget: float | None) -> str:
         """Answer the problems in this process: a digit for each, 1 where it is right."""
         if budget is not None:
-            policy = Policy(Mode.S2T_LOCAL, Trigger.ENTROPY, self._threshold(budget), CandidateRule(self.settings.k))
+            policy = Policy(
+                mode=Mode.S2T_LOCAL,
+                trigger=Trigger.ENTROPY,
+                threshold=self._threshold(budget),
+                candidates=CandidateRule(self.settings.k),
+            )
         elif name == PLAIN:
-            policy = Policy(Mode.S2T_LOCAL, Trigger.NEVER, proposals=Proposals.ADAPTED)
+            policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.NEVER, proposals=Proposals.ADAPTED)
         else:
             policy = Policy()
         engine = Engine(self.models.proposer, None, lambda version: selector, self.curve.batch)
         questions = {p.id: p for p in self.problems}
-        requests = (GenerateRequest(p.id, p.prompt, policy, max_new_tokens=self.settings.new) for p in self.problems)
-        right = {request.request_id for request, answer in Generator(self.models.tokenizer, engine).generate(requests)
-                 if isinstance(answer, Answer) and questions[request.request_id].is_correct(answer.text)}
+        requests = (
+            GenerateRequest(
+                request_id=p.id,
+                prompt=p.prompt,
+                options=DecodeOptions(policy=policy, max_new_tokens=self.settings.new),
+            )
+            for p in self.problems
+        )
+        right = {
+            request.request_id
+            for request, answer in Generator(self.models.tokenizer, engine).generate(requests)
+            if isinstance(answer, Answer) and questions[request.request_id].is_correct(answer.text)
+        }
         return "".join(str(int(p.id in right)) for p in self.problems)
 
     def _threshold(self, budget: float) -> float:
-        """From the statistics that plain harvests leave at every position of training rollouts, labelled or not."""
+        """From the statistics that plain harvests leave at every position of training rollouts,
+        labelled or not."""
         signals = [x for entropy in self._entropies for x in entropy[WARMUP_STEPS:]]
         try:
             return threshold_for(budget, signals, sum(map(len, self._entropies)))
         except InvalidRequestError as error:
-            raise ConfigError(f"the lake has no plain rollouts to take entropy thresholds from ({error}); harvest some "
-                              "without --intervene") from error
+            raise ConfigError(
+                f"the lake has no plain rollouts to take entropy thresholds from ({error}); harvest some "
+                "without --intervene"
+            ) from error
 
 
 def _hash_order(rollout: Rollout) -> tuple[str, str]:
@@ -219,19 +304,26 @@ def _hash_order(rollout: Rollout) -> tuple[str, str]:
     return problem, rollout.rollout_id
 
 
-def bench_curve(settings: Settings, curve: CurveSettings, problems: Sequence[Problem], out: Path,
-                on_point: Callable[[Point], None] = lambda point: None) -> list[Point]:
+def bench_curve(
+    settings: Settings,
+    curve: CurveSettings,
+    problems: Sequence[Problem],
+    out: Path,
+    on_point: Callable[[Point], None] = lambda point: None,
+) -> list[Point]:
     """Every point that `out` does not have yet.
 
-    Raises:
-        ConfigError: `out` holds points of other labels, models or settings, or cannot be written; as `Curve`.
+    Raises: ConfigError: `out` holds points of other labels, models or settings, or cannot be
+        written; as `Curve`.
     """
     work = Curve(settings, curve, problems)
     points = {p.key: p for p in _read(out, work.identity)}
     wanted = {(name, 0, 0): made for name, made in work.controls().items()}
     for count in sorted(curve.counts):
         for seed in curve.seeds:
-            wanted |= {(name, count, seed): partial(work.train, name, count, seed) for name in curve.names}
+            wanted |= {
+                (name, count, seed): partial(work.train, name, count, seed) for name in curve.names
+            }
     for key, make in wanted.items():
         if key not in points or (work.wants_answers(key[1]) and not points[key].correct):
             points[key] = make()
@@ -241,7 +333,8 @@ def bench_curve(settings: Settings, curve: CurveSettings, problems: Sequence[Pro
 
 
 def _read(out: Path, identity: dict[str, Any]) -> list[Point]:
-    """The points of `out`, whose first line says what they are points of; it is written when there is none."""
+    """The points of `out`, whose first line says what they are points of; it is written when there
+    is none."""
     try:
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -255,8 +348,10 @@ def _read(out: Path, identity: dict[str, Any]) -> list[Point]:
     if not lines:
         _append(out, identity)
     elif rows[:1] != [identity]:
-        raise ConfigError(f"{str(out)!r} holds something else, or points of other labels, models, problems or "
-                          "settings; name another file with --out, or remove it")
+        raise ConfigError(
+            f"{str(out)!r} holds something else, or points of other labels, models, problems or "
+            "settings; name another file with --out, or remove it"
+        )
     return [Point(**row) for row in rows[1:]]
 
 
@@ -268,24 +363,36 @@ def _append(out: Path, row: dict[str, Any]) -> None:
         raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror}") from error
 
 
-# -- for people ---------------------------------------------------------------------------------------------------
+# -- for people -----------------------------------------------------------------------------------
 
 
 def table(points: Sequence[Point]) -> Table:
-    """Means over the seeds; the intervals are of one seed, over problems. Gains are paired, over the SLM alone."""
+    """Means over the seeds; the intervals are of one seed, over problems. Gains are paired, over
+    the SLM alone."""
     budgets = list(dict.fromkeys(b for p in points for b in p.correct if b))
     slm = next(p for p in points if p.name == SLM)
-    shown = Table(title=f"{slm.test_labels} test labels, {len(slm.correct.get('', ''))} problems\n{machine()}",
-                  title_justify="left")
+    shown = Table(
+        title=f"{slm.test_labels} test labels, {len(slm.correct.get('', ''))} problems\n{machine()}",
+        title_justify="left",
+    )
     for column in ("selector", "labels", "Agree@1", "gain", *(_budget(b) for b in budgets), "s"):
         shown.add_column(column, justify="left" if column == "selector" else "right", no_wrap=True)
     for (name, _), group in _by_count(points).items():
-        row = [name, f"{group[0].labels:,}", _mean([(p.agree_at_1, p.half) for p in group]),
-               _mean([(p.gain, p.gain_half) for p in group], "+") if name != SLM else ""]
+        row = [
+            name,
+            f"{group[0].labels:,}",
+            _mean([(p.agree_at_1, p.half) for p in group]),
+            _mean([(p.gain, p.gain_half) for p in group], "+") if name != SLM else "",
+        ]
         for b in budgets:
             rates = [rate for p in group if (rate := p.accuracy(b)) is not None]
-            gains = [paired_difference(*([d == "1" for d in digits] for digits in (mine, slm.correct[""])))
-                     for p in group if (mine := p.correct.get(b, p.correct.get("")))]
+            gains = [
+                paired_difference(
+                    *([d == "1" for d in digits] for digits in (mine, slm.correct[""]))
+                )
+                for p in group
+                if (mine := p.correct.get(b, p.correct.get("")))
+            ]
             gain = f" ({_mean(gains, '+')})" if name != SLM and gains else ""
             row.append(f"{statistics.fmean(rates):.3f}{gain}" if rates else "")
         shown.add_row(*row, f"{statistics.fmean(p.seconds for p in group):.0f}")
@@ -310,7 +417,8 @@ def _by_count(points: Sequence[Point]) -> dict[tuple[str, int], list[Point]]:
 
 
 def draw(points: Sequence[Point], title: str, file: Path) -> None:
-    """A PNG: labels against Agree@1 and, where it was measured, against accuracy; least to greatest seed shaded."""
+    """A PNG: labels against Agree@1 and, where it was measured, against accuracy; least to greatest
+    seed shaded."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -318,18 +426,31 @@ def draw(points: Sequence[Point], title: str, file: Path) -> None:
 
     budgets = list(dict.fromkeys(b for p in points for b in p.correct if b))
     problems = max(len(digits) for p in points for digits in (*p.correct.values(), ""))
-    figure, axes = pyplot.subplots(1, 1 + len(budgets), figsize=(5.2 * (1 + len(budgets)), 4.2), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, 1 + len(budgets), figsize=(5.2 * (1 + len(budgets)), 4.2), squeeze=False
+    )
 
     def panel(axis: Any, value: Callable[[Point], float | None], title: str) -> None:
         for name in dict.fromkeys(p.name for p in points):
-            mine = [(group[0].labels, values) for (n, _), group in _by_count(points).items() if n == name
-                    if (values := [v for p in group if (v := value(p)) is not None])]
+            mine = [
+                (group[0].labels, values)
+                for (n, _), group in _by_count(points).items()
+                if n == name
+                if (values := [v for p in group if (v := value(p)) is not None])
+            ]
             if mine and mine[0][0] == 0:  # needs no labels
-                axis.axhline(mine[0][1][0], linestyle="--" if name == SLM else ":", color="gray", label=name)
+                axis.axhline(
+                    mine[0][1][0], linestyle="--" if name == SLM else ":", color="gray", label=name
+                )
             elif mine:
-                x, y = [labels for labels, _ in mine], [statistics.fmean(values) for _, values in mine]
+                x, y = (
+                    [labels for labels, _ in mine],
+                    [statistics.fmean(values) for _, values in mine],
+                )
                 axis.plot(x, y, marker="o", markersize=3, label=name)
-                axis.fill_between(x, [min(v) for _, v in mine], [max(v) for _, v in mine], alpha=0.15)
+                axis.fill_between(
+                    x, [min(v) for _, v in mine], [max(v) for _, v in mine], alpha=0.15
+                )
         axis.set_xscale("log")
         axis.set_xticks(sorted({p.labels for p in points if p.labels}))
         axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -341,7 +462,9 @@ def draw(points: Sequence[Point], title: str, file: Path) -> None:
 
     panel(axes[0, 0], lambda p: p.agree_at_1, f"held-out Agree@1 ({points[0].test_labels} labels)")
     for axis, budget in zip(axes[0, 1:], budgets, strict=True):
-        panel(axis, partial(Point.accuracy, budget=budget), f"{_budget(budget)} ({problems} problems)")
+        panel(
+            axis, partial(Point.accuracy, budget=budget), f"{_budget(budget)} ({problems} problems)"
+        )
     axes[0, 0].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

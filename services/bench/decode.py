@@ -1,4 +1,5 @@
-"""`s2t bench decode`: this engine's greedy against Hugging Face `generate`, and `s2t_local` against greedy."""
+"""`s2t bench decode`: this engine's greedy against Hugging Face `generate`, and `s2t_local` against
+greedy."""
 
 from __future__ import annotations
 
@@ -23,11 +24,16 @@ CONFIGURATIONS: dict[str, tuple[SelectorKind, Reading, Proposals]] = {
 }
 
 
-def bench_decode(settings: Settings, batches: Sequence[int], names: Sequence[str], against_hf: bool,
-                 on_turn: Callable[[], None] = lambda: None) -> Report:
-    """Greedy tokens per second against `generate` (whole answers, prompts included), and the decode time of
-    `s2t_local` over that of greedy at the budget (all prompts have been read; what an adapter must first
-    read of them for itself counts)."""
+def bench_decode(
+    settings: Settings,
+    batches: Sequence[int],
+    names: Sequence[str],
+    against_hf: bool,
+    on_turn: Callable[[], None] = lambda: None,
+) -> Report:
+    """Greedy tokens per second against `generate` (whole answers, prompts included), and the decode
+    time of `s2t_local` over that of greedy at the budget (all prompts have been read; what an
+    adapter must first read of them for itself counts)."""
     models = workload.load(settings)
     figures: list[Figure] = []
     for batch in batches:
@@ -39,21 +45,36 @@ def bench_decode(settings: Settings, batches: Sequence[int], names: Sequence[str
     return Report(f"decode: {settings.slm}, {settings.dtype}", tuple(figures))
 
 
-def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]],
-                on_turn: Callable[[], None]) -> list[Figure]:
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(settings.slm), dtype=DTYPES[settings.dtype]
-                                                 ).to(settings.device).eval()
+def _against_hf(
+    settings: Settings, models: Models, ids: Sequence[tuple[int, ...]], on_turn: Callable[[], None]
+) -> list[Figure]:
+    model = (
+        AutoModelForCausalLM.from_pretrained(
+            resolve_model(settings.slm), dtype=DTYPES[settings.dtype]
+        )
+        .to(settings.device)
+        .eval()
+    )
     longest = max(map(len, ids))
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in ids], device=settings.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in ids], device=settings.device)
+    mask = torch.tensor(
+        [[0] * (longest - len(p)) + [1] * len(p) for p in ids], device=settings.device
+    )
     answers: dict[str, list[tuple[int, ...]]] = {}
 
     def theirs() -> float:
         started = time.perf_counter()
         with torch.no_grad():
-            out = model.generate(padded, attention_mask=mask, max_new_tokens=settings.new,
-                                 min_new_tokens=settings.new, do_sample=False, pad_token_id=0, repetition_penalty=1.0,
-                                 suppress_tokens=list(models.proposer.excluded_ids) or None)
+            out = model.generate(
+                padded,
+                attention_mask=mask,
+                max_new_tokens=settings.new,
+                min_new_tokens=settings.new,
+                do_sample=False,
+                pad_token_id=0,
+                repetition_penalty=1.0,
+                suppress_tokens=list(models.proposer.excluded_ids) or None,
+            )
         seconds = time.perf_counter() - started
         answers["theirs"] = [tuple(row[longest:].tolist()) for row in out]
         return seconds
@@ -72,18 +93,39 @@ def _against_hf(settings: Settings, models: Models, ids: Sequence[tuple[int, ...
     finally:
         models.proposer._excluded = ours_excluded
     tokens, b = len(ids) * settings.new, len(ids)
-    conditions = f"batch {b}, prompts {min(map(len, ids))}-{longest} tokens, {settings.new} new each"
+    conditions = (
+        f"batch {b}, prompts {min(map(len, ids))}-{longest} tokens, {settings.new} new each"
+    )
     same = sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True))
-    return [figure("greedy, this engine", [tokens / s for s in seconds["ours"]], "tokens/s", conditions),
-            figure("greedy, Hugging Face generate", [tokens / s for s in seconds["theirs"]], "tokens/s",
-                   f"{conditions}; padded to {longest}"),
-            figure("greedy / generate", ratios(seconds["theirs"], seconds["ours"]), "x",
-                   f"batch {b}; {same} of {b} answers token for token equal")]
+    return [
+        figure(
+            "greedy, this engine", [tokens / s for s in seconds["ours"]], "tokens/s", conditions
+        ),
+        figure(
+            "greedy, Hugging Face generate",
+            [tokens / s for s in seconds["theirs"]],
+            "tokens/s",
+            f"{conditions}; padded to {longest}",
+        ),
+        figure(
+            "greedy / generate",
+            ratios(seconds["theirs"], seconds["ours"]),
+            "x",
+            f"batch {b}; {same} of {b} answers token for token equal",
+        ),
+    ]
 
 
-def _local(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]], names: Sequence[str],
-           on_turn: Callable[[], None]) -> list[Figure]:
-    base = workload.with_random_trigger(Policy(Mode.S2T_LOCAL, candidates=CandidateRule(settings.k)), settings.budget)
+def _local(
+    settings: Settings,
+    models: Models,
+    ids: Sequence[tuple[int, ...]],
+    names: Sequence[str],
+    on_turn: Callable[[], None],
+) -> list[Figure]:
+    base = workload.with_random_trigger(
+        Policy(mode=Mode.S2T_LOCAL, candidates=CandidateRule(settings.k)), settings.budget
+    )
     seeds, start = [], 0
     for _ in ids:
         seeds.append(workload.seed_with(settings.budget, settings.new, base.warmup_steps, start))
@@ -103,6 +145,8 @@ def _local(settings: Settings, models: Models, ids: Sequence[tuple[int, ...]], n
             assert all(s.usage.triggers == triggers for s in runs[name].sequences)
             found[name].append(runs[name].seconds / runs["greedy"].seconds)
         on_turn()
-    conditions = (f"batch {len(ids)}, prefix {settings.prefix}, {settings.new} new each, K {settings.k}, "
-                  f"{triggers} triggers each")
+    conditions = (
+        f"batch {len(ids)}, prefix {settings.prefix}, {settings.new} new each, K {settings.k}, "
+        f"{triggers} triggers each"
+    )
     return [figure(f"s2t_local ({name}) / greedy", found[name], "x", conditions) for name in names]

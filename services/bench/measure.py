@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """One measured number over all repeats: median, least and greatest."""
 
@@ -39,23 +39,39 @@ class Report:
     def table(self) -> Table:
         table = Table(title=f"{self.title}\n{machine()}", title_justify="left")
         for column in ("what", "median", "min - max", "conditions"):
-            table.add_column(column, justify="left" if column in ("what", "conditions") else "right", overflow="fold")
+            table.add_column(
+                column,
+                justify="left" if column in ("what", "conditions") else "right",
+                overflow="fold",
+            )
         for f in self.figures:
-            table.add_row(f.name, f"{f.median:.4g} {f.unit}", f"{f.low:.4g} - {f.high:.4g}", f.conditions)
+            table.add_row(
+                f.name, f"{f.median:.4g} {f.unit}", f"{f.low:.4g} - {f.high:.4g}", f.conditions
+            )
         return table
 
 
 def figure(name: str, values: Sequence[float], unit: str = "", conditions: str = "") -> Figure:
-    return Figure(name, statistics.median(values), min(values), max(values), unit, conditions)
+    return Figure(
+        name=name,
+        median=statistics.median(values),
+        low=min(values),
+        high=max(values),
+        unit=unit,
+        conditions=conditions,
+    )
 
 
-def take_turns(sides: Mapping[str, Callable[[], float]], repeats: int,
-               on_turn: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+def take_turns(
+    sides: Mapping[str, Callable[[], float]],
+    repeats: int,
+    on_turn: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
     """Seconds of every side, `repeats` times, in an order that rotates."""
     names = list(sides)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        for name in names[turn % len(names):] + names[: turn % len(names)]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(sides[name]())
             on_turn()
     return seconds
@@ -78,7 +94,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            name = next(line.split(":")[1].strip() for line in stream if line.startswith("model name"))
+            name = next(
+                line.split(":")[1].strip() for line in stream if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         pass
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

@@ -1,4 +1,5 @@
-"""`s2t bench plot`: how the cost of `s2t_local` grows with batch, prefix length, K and budget, as four small plots."""
+"""`s2t bench plot`: how the cost of `s2t_local` grows with batch, prefix length, K and budget, as
+four small plots."""
 
 from __future__ import annotations
 
@@ -55,10 +56,12 @@ def draw(plots: dict[str, Curves], settings: Settings, file: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "s2t"
     from matplotlib import pyplot
 
-    titles = {"batch": (f"decode time / greedy, budget {settings.budget:.0%}", "batch"),
-              "budget": ("decode time / greedy, batch 4", "budget (share of steps)"),
-              "prefix": (f"one scoring / one decode step, K {settings.k}", "prefix (tokens)"),
-              "K": ("one scoring / one decode step, prefix 256", "K (candidates)")}
+    titles = {
+        "batch": (f"decode time / greedy, budget {settings.budget:.0%}", "batch"),
+        "budget": ("decode time / greedy, batch 4", "budget (share of steps)"),
+        "prefix": (f"one scoring / one decode step, K {settings.k}", "prefix (tokens)"),
+        "K": ("one scoring / one decode step, prefix 256", "K (candidates)"),
+    }
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4))
     for axis, (name, curves) in zip(axes.flat, plots.items(), strict=True):
         for kind in (kind for kind in KINDS if kind in curves):  # the same colour in every plot
@@ -72,13 +75,24 @@ def draw(plots: dict[str, Curves], settings: Settings, file: Path) -> None:
         axis.set_xticks(sorted({p[0] for points in curves.values() for p in points}))
         axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.minorticks_off()
-        axis.set_ylim(bottom=0 if name in ("prefix", "K") else min(0.95, *(p[2] for c in curves.values() for p in c)))
+        axis.set_ylim(
+            bottom=0
+            if name in ("prefix", "K")
+            else min(0.95, *(p[2] for c in curves.values() for p in c))
+        )
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{Path(settings.slm).name}, {settings.dtype}, reads: base\n{machine()}", fontsize=9)
+    figure.suptitle(
+        f"{Path(settings.slm).name}, {settings.dtype}, reads: base\n{machine()}", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
-    numbers: dict[str, Any] = {"machine": machine(), "slm": Path(settings.slm).name, "dtype": settings.dtype,
-                               "columns": ["x", "median", "min", "max"], "plots": plots}
+    numbers: dict[str, Any] = {
+        "machine": machine(),
+        "slm": Path(settings.slm).name,
+        "dtype": settings.dtype,
+        "columns": ["x", "median", "min", "max"],
+        "plots": plots,
+    }
     file.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

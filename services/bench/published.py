@@ -1,8 +1,10 @@
-"""The published way to train a selector, as a baseline: every candidate is a padded sequence of its own, and a second
-model is the reference. Written from a description of its behaviour (plain Hugging Face models, our LoRA layers).
+"""The published way to train a selector, as a baseline: every candidate is a padded sequence of its
+own, and a second model is the reference. Written from a description of its behaviour (plain Hugging
+Face models, our LoRA layers).
 
-Kinder than the original where that is free: only the reserved rows are trained (there the whole head has gradients and
-optimizer state, masked afterwards), numbers are fp32, and one group at a time needs no padding.
+Kinder than the original where that is free: only the reserved rows are trained (there the whole
+head has gradients and optimizer state, masked afterwards), numbers are fp32, and one group at a
+time needs no padding.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from s2t_shared.model.lora import AdapterSwitch, install
 from s2t_shared.model.runtime import DTYPES, resolve_model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Of L = ce * CE + hinge * margin loss + kl * listwise KL + reg * LM-KL (the paper's distillation loss)."""
+    """Of L = ce * CE + hinge * margin loss + kl * listwise KL + reg * LM-KL (the paper's
+    distillation loss)."""
 
     ce: float
     hinge: float
@@ -43,17 +46,26 @@ class PublishedTrainer:
     @classmethod
     def load(cls, slm: str, dtype: str, device: str) -> PublishedTrainer:
         def model() -> Any:
-            loaded = AutoModelForCausalLM.from_pretrained(resolve_model(slm), dtype=DTYPES[dtype]).to(device).eval()
+            loaded = (
+                AutoModelForCausalLM.from_pretrained(resolve_model(slm), dtype=DTYPES[dtype])
+                .to(device)
+                .eval()
+            )
             return loaded.requires_grad_(False)
 
         policy = model()
         return cls(policy, model(), install(policy))
 
-    def loss(self, context: Sequence[int], label: Label, selector: LocalSelector, weights: LossWeights) -> Tensor:
-        """The loss of one group: K sequences of context and candidate, kind `reserved`, adapter on everywhere."""
+    def loss(
+        self, context: Sequence[int], label: Label, selector: LocalSelector, weights: LossWeights
+    ) -> Tensor:
+        """The loss of one group: K sequences of context and candidate, kind `reserved`, adapter on
+        everywhere."""
         assert selector.adapter is not None and selector.bin_deltas is not None
         device = self.model.device
-        tokens = torch.tensor([[*context, candidate] for candidate in label.candidate_ids], device=device)
+        tokens = torch.tensor(
+            [[*context, candidate] for candidate in label.candidate_ids], device=device
+        )
         with self.switch.using([(selector.adapter, None)]):
             hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()

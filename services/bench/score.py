@@ -1,4 +1,5 @@
-"""`s2t bench score`: what scoring one divergence point locally costs, in decode steps, against the published way."""
+"""`s2t bench score`: what scoring one divergence point locally costs, in decode steps, against the
+published way."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from s2t_shared.decode.proposer import Propose, Score, Track
+from s2t_shared.decode.proposer import NextTokenInput, SelectionInput, SequenceSlots
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.runtime import Segment
 from s2t_shared.types import CandidateRule, Mode, Policy, Support
@@ -18,8 +19,13 @@ GAP = 64  # tokens since an adapted reading's last score, at most half of the pr
 INNER = 5  # forwards per measurement
 
 
-def bench_score(settings: Settings, prefixes: Sequence[int], ks: Sequence[int], naive: bool,
-                on_turn: Callable[[], None] = lambda: None) -> Report:
+def bench_score(
+    settings: Settings,
+    prefixes: Sequence[int],
+    ks: Sequence[int],
+    naive: bool,
+    on_turn: Callable[[], None] = lambda: None,
+) -> Report:
     models = workload.load(settings)
     figures: list[Figure] = []
     for prefix in prefixes:
@@ -28,15 +34,21 @@ def bench_score(settings: Settings, prefixes: Sequence[int], ks: Sequence[int], 
     return Report(f"score: {settings.slm}, {settings.dtype}", tuple(figures))
 
 
-def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on_turn: Callable[[], None]
-        ) -> list[Figure]:
+def _at(
+    settings: Settings,
+    models: Models,
+    prefix: int,
+    k: int,
+    naive: bool,
+    on_turn: Callable[[], None],
+) -> list[Figure]:
     (ids,) = workload.prompts(models.tokenizer, [prefix])
-    opened: list[Track] = []
+    opened: list[SequenceSlots] = []
     gap = min(GAP, prefix // 2)
 
-    def ready(kind: SelectorKind, reads: Reading) -> tuple[Track, Support]:
+    def ready(kind: SelectorKind, reads: Reading) -> tuple[SequenceSlots, Support]:
         selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
-        policy = Policy(Mode.S2T_LOCAL, candidates=CandidateRule(k))
+        policy = Policy(mode=Mode.S2T_LOCAL, candidates=CandidateRule(k))
         track = models.proposer.open(selector, policy, ids, prefix + 2)
         assert track is not None
         opened.append(track)
@@ -48,24 +60,38 @@ def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on
             for _ in range(INNER):
                 work()
             return (clock() - started) / INNER
+
         return side
 
-    def decode(track: Track) -> None:
-        track.row.truncate(prefix - 1)
-        models.proposer.run([Propose(track, ids, None, False)])
+    def decode(track: SequenceSlots) -> None:
+        track.slot.truncate(prefix - 1)
+        models.proposer.run([NextTokenInput(track, ids, None, False)])
 
-    def score(track: Track, support: Support, gap: int = 0) -> Callable[[], object]:
+    def score(track: SequenceSlots, support: Support, gap: int = 0) -> Callable[[], object]:
         def work() -> None:
             if track.adapted_row is not None:
                 track.adapted_row.truncate(prefix - gap)
-            while models.proposer.run([Score(track, ids, support.ids[:k], support.log_probs[:k])]) == [None]:
+            while models.proposer.run(
+                [SelectionInput(track, ids, support.ids[:k], support.log_probs[:k])]
+            ) == [None]:
                 pass
+
         return work
 
-    def read_gap(track: Track) -> None:
+    def read_gap(track: SequenceSlots) -> None:
         assert track.adapted_row is not None and track.selector is not None
         track.adapted_row.truncate(prefix - gap)
-        models.slm.forward([Segment(track.adapted_row, ids[prefix - gap:], prefix - gap, (), track.selector.adapter)])
+        models.slm.forward(
+            [
+                Segment(
+                    slot=track.adapted_row,
+                    token_ids=ids[prefix - gap :],
+                    start=prefix - gap,
+                    siblings=(),
+                    adapter=track.selector.adapter,
+                )
+            ]
+        )
 
     first, _ = ready(SelectorKind.PREFIX, Reading.BASE)
     sides: dict[str, Callable[[], float]] = {"decode": timed(lambda: decode(first))}
@@ -82,14 +108,21 @@ def _at(settings: Settings, models: Models, prefix: int, k: int, naive: bool, on
         models.proposer.close(track)
     models.slm.pool.clear()
     conditions = f"prefix {prefix}, K {k}"
-    return [figure("one decode step", [1e3 * s for s in seconds["decode"]], "ms", conditions),
-            *(figure(f"{name} / decode step", ratios(seconds[name], seconds["decode"]), "x", conditions)
-              for name in sides if name != "decode")]
+    return [
+        figure("one decode step", [1e3 * s for s in seconds["decode"]], "ms", conditions),
+        *(
+            figure(
+                f"{name} / decode step", ratios(seconds[name], seconds["decode"]), "x", conditions
+            )
+            for name in sides
+            if name != "decode"
+        ),
+    ]
 
 
-def _support(models: Models, track: Track, ids: Sequence[int]) -> Support:
+def _support(models: Models, track: SequenceSlots, ids: Sequence[int]) -> Support:
     while True:
-        (proposal,) = models.proposer.run([Propose(track, ids)])
+        (proposal,) = models.proposer.run([NextTokenInput(track, ids)])
         if proposal is not None:
             break
     support = getattr(proposal, "support", None)
@@ -97,20 +130,32 @@ def _support(models: Models, track: Track, ids: Sequence[int]) -> Support:
     return support
 
 
-def _published(models: Models, ids: Sequence[int], scored: tuple[Track, Support], k: int) -> Callable[[], float]:
+def _published(
+    models: Models, ids: Sequence[int], scored: tuple[SequenceSlots, Support], k: int
+) -> Callable[[], float]:
     """Re-run the whole prefix once per candidate, without a cache, as the published code does."""
     track, support = scored
     selector = track.selector
     assert isinstance(selector, LocalSelector)
 
     def side() -> float:
-        row = models.slm.pool.acquire((), len(ids) + 1, object())
+        row = models.slm.pool.allocate((), len(ids) + 1, object())
         assert row is not None
         started = clock()
         for candidate in support.ids[:k]:
             row.truncate(0)
             with torch.no_grad():
-                hidden, _ = models.slm.forward([Segment(row, [*ids, candidate], 0, (), selector.adapter)])
+                hidden, _ = models.slm.forward(
+                    [
+                        Segment(
+                            slot=row,
+                            token_ids=[*ids, candidate],
+                            start=0,
+                            siblings=(),
+                            adapter=selector.adapter,
+                        )
+                    ]
+                )
                 models.slm.reserved_logits(hidden[-1], selector.reserved_ids, selector.bin_deltas)
         seconds = clock() - started
         models.slm.pool.release(row)

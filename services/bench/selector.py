@@ -1,4 +1,5 @@
-"""`s2t bench selector`: what a `Score` costs beyond the model's own time, and how the LLM side batches."""
+"""`s2t bench selector`: what a `Score` costs beyond the model's own time, and how the LLM side
+batches."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from s2t_shared.config import SecurityConfig
-from s2t_shared.decode.llm_selector import LLMInfo, LLMScorer, Pending
+from s2t_shared.decode.llm_selector import LLMInfo, LLMSelector, PendingQuery
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
@@ -23,7 +24,7 @@ from services.bench.measure import Report, figure, ratios, take_turns
 from services.bench.workload import Settings
 from services.rpc import channels
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_replica import ScoreBatcher, SelectionServicer
+from services.serve.selector_replica import SelectionServicer, SelectorThread
 
 CALLS = 200
 GAP = 16
@@ -33,45 +34,71 @@ class InstantScorer:
     """Answers at once, so that what is left is the hop."""
 
     def __init__(self, info: LLMInfo) -> None:
-        self.info, self._pending = info, list[Pending]()
+        self.info, self._pending = info, list[PendingQuery]()
 
     def check(self, query: ScoreQuery) -> None:
         pass
 
-    def add(self, query: ScoreQuery, is_wanted: Callable[[], bool]) -> Pending:
-        self._pending.append(Pending(query, is_wanted))
+    def add(self, query: ScoreQuery, is_wanted: Callable[[], bool]) -> PendingQuery:
+        self._pending.append(PendingQuery(query, is_wanted))
         return self._pending[-1]
 
     @property
     def idle(self) -> bool:
         return not self._pending
 
-    def step(self) -> list[tuple[Pending, ScoreReply | None]]:
+    def step(self) -> list[tuple[PendingQuery, ScoreReply | None]]:
         done, self._pending = self._pending, []
-        return [(p, ScoreReply(tuple(PositionScores((-1.0,) * len(g), 0, -1.0) for g in p.query.candidate_ids)))
-                for p in done]
+        return [
+            (
+                p,
+                ScoreReply(
+                    tuple(PositionScores((-1.0,) * len(g), 0) for g in p.query.candidate_ids)
+                ),
+            )
+            for p in done
+        ]
 
 
 def bench_selector(settings: Settings, on_turn: Callable[[], None] = lambda: None) -> Report:
-    """One client as a proposer has it, one server process, on loopback. `settings.slm` plays the LLM."""
+    """One client as a proposer has it, one server process, on loopback. `settings.slm` plays the
+    LLM."""
     torch.set_num_threads(settings.threads)
     tokenizer = Tokenizer.load(resolve_model(settings.slm))
     (ids,) = workload.prompts(tokenizer, [settings.prefix])
     candidates = tuple(range(10, 10 + settings.k))
 
     def query(tokens: Sequence[int], name: str = "bench") -> ScoreQuery:
-        return ScoreQuery(tuple(tokens), (len(tokens) - 1,), (candidates,), sequence_id=name)
+        return ScoreQuery(
+            token_ids=tuple(tokens),
+            positions=(len(tokens) - 1,),
+            candidate_ids=(candidates,),
+            sequence_id=name,
+        )
 
     figures = []
     with _served(settings, instant=True) as client:
         hops = _latencies(client, [query(ids)] * CALLS)
-        checks = ScoreQuery(ids, tuple(range(len(ids) - 16, len(ids))), (tuple(range(10, 74)),) * 16)
+        checks = ScoreQuery(
+            token_ids=ids,
+            positions=tuple(range(len(ids) - 16, len(ids))),
+            candidate_ids=(tuple(range(10, 74)),) * 16,
+        )
         chunk_hops = _latencies(client, [checks] * CALLS)
     for name, values in (("one position", hops), ("16 positions of 64 candidates", chunk_hops)):
-        figures.append(figure(f"Score hop, {name}, p50 of {CALLS}", [1e3 * statistics.median(part) for part in
-                       _fifths(values)], "ms", f"context {settings.prefix}, an LLM that answers at once"))
-        figures.append(figure(f"Score hop, {name}, p99", [1e3 * statistics.quantiles(values, n=100)[98]], "ms"))
+        figures.append(
+            figure(
+                f"Score hop, {name}, p50 of {CALLS}",
+                [1e3 * statistics.median(part) for part in _fifths(values)],
+                "ms",
+                f"context {settings.prefix}, an LLM that answers at once",
+            )
+        )
+        figures.append(
+            figure(f"Score hop, {name}, p99", [1e3 * statistics.quantiles(values, n=100)[98]], "ms")
+        )
     with _served(settings, instant=False) as client:
+
         def one_by_one() -> float:
             return sum(_latencies(client, contexts()))
 
@@ -86,20 +113,33 @@ def bench_selector(settings: Settings, on_turn: Callable[[], None] = lambda: Non
         def contexts() -> list[ScoreQuery]:
             """16 sequences whose context the LLM holds but for a gap; every gap is new."""
             n = next(turn)
-            return [query([*prompt, *(20 + (7 * n + i + j) % 500 for j in range(GAP))], str(i))
-                    for i, prompt in enumerate(prompts)]
+            return [
+                query([*prompt, *(20 + (7 * n + i + j) % 500 for j in range(GAP))], str(i))
+                for i, prompt in enumerate(prompts)
+            ]
 
         prompts = workload.prompts(tokenizer, [settings.prefix] * 16)
         for future in client.submit([query(p, str(i)) for i, p in enumerate(prompts)]):
             future.result()
-        seconds = take_turns({"one by one": one_by_one, "together": together}, settings.repeats, on_turn)
-        cold = _latencies(client, [query(list(reversed(p)), f"cold-{i}") for i, p in enumerate(prompts[:5])])
+        seconds = take_turns(
+            {"one by one": one_by_one, "together": together}, settings.repeats, on_turn
+        )
+        cold = _latencies(
+            client, [query(list(reversed(p)), f"cold-{i}") for i, p in enumerate(prompts[:5])]
+        )
     figures += [
-        figure(f"16 scores with gaps of {GAP}: one after another / together",
-               ratios(seconds["one by one"], seconds["together"]), "x", f"context {settings.prefix} held"),
-        figure("score of a context never seen / held but for the gap",
-               [16 * c / s for c, s in zip(cold, seconds["one by one"], strict=False)], "x",
-               f"context {settings.prefix}: what telling contexts ahead can save"),
+        figure(
+            f"16 scores with gaps of {GAP}: one after another / together",
+            ratios(seconds["one by one"], seconds["together"]),
+            "x",
+            f"context {settings.prefix} held",
+        ),
+        figure(
+            "score of a context never seen / held but for the gap",
+            [16 * c / s for c, s in zip(cold, seconds["one by one"], strict=False)],
+            "x",
+            f"context {settings.prefix}: what telling contexts ahead can save",
+        ),
     ]
     return Report(f"selector: {settings.slm}, {settings.dtype}", tuple(figures))
 
@@ -115,7 +155,7 @@ def _latencies(client: RemoteSelector, queries: Sequence[ScoreQuery]) -> list[fl
 
 def _fifths(values: Sequence[float]) -> list[Sequence[float]]:
     size = len(values) // 5
-    return [values[i * size: (i + 1) * size] for i in range(5)]
+    return [values[i * size : (i + 1) * size] for i in range(5)]
 
 
 @contextmanager
@@ -152,12 +192,16 @@ def _serve(settings: Settings, instant: bool, pipe: Connection) -> None:
         torch.set_num_threads(settings.threads)
         digest = Tokenizer.load(resolve_model(settings.slm)).digest
         if instant:
-            scorer: LLMScorer | InstantScorer = InstantScorer(LLMInfo("instant", digest, frozenset(), 1 << 20))
+            scorer: LLMSelector | InstantScorer = InstantScorer(
+                LLMInfo("instant", digest, frozenset(), 1 << 20)
+            )
         else:
-            scorer = LLMScorer(ModelRuntime.load(settings.slm, settings.dtype, settings.device, workload.KV_BYTES),
-                               digest)
+            scorer = LLMSelector(
+                ModelRuntime.load(settings.slm, settings.dtype, settings.device, workload.KV_BYTES),
+                digest,
+            )
         server = channels.new_server(SecurityConfig())
-        SelectionServicer(ScoreBatcher(scorer), scorer).add_to(server)  # type: ignore[arg-type]
+        SelectionServicer(SelectorThread(scorer), scorer).add_to(server)  # type: ignore[arg-type]
         port = channels.bind(server, "127.0.0.1", 0, SecurityConfig(), "port")
         await server.start()
         pipe.send((f"127.0.0.1:{port}", scorer.info))

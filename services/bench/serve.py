@@ -1,4 +1,5 @@
-"""`s2t bench serve`: the whole service against the engine inside it, concurrency against one by one, and a soak."""
+"""`s2t bench serve`: the whole service against the engine inside it, concurrency against one by
+one, and a soak."""
 
 from __future__ import annotations
 
@@ -31,83 +32,150 @@ from services.rpc import channels
 from services.rpc.ask_many import bounded
 
 SAMPLE_S = 5.0
-SOAK_KV_GIB = 0.05  # kept contexts fill the pools up to their bound by design: so small that warm-up fills them
+# kept contexts fill the pools up to their bound by design: so small that warm-up fills them
+SOAK_KV_GIB = 0.05
 Ask = pb.GenerationParameters
 
 
-def bench_serve(settings: Settings, batch: int, on_turn: Callable[[], None] = lambda: None) -> Report:
-    """Greedy answers, streamed through gateway, gRPC and Serve, against the same engine in this process; with an LLM
-    also requests of every mode at once against one after another."""
+def bench_serve(
+    settings: Settings, batch: int, on_turn: Callable[[], None] = lambda: None
+) -> Report:
+    """Greedy answers, streamed through gateway, gRPC and Serve, against the same engine in this
+    process; with an LLM also requests of every mode at once against one after another."""
     models = workload.load(settings)
     prompts = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
     turns = {"in process": iter(range(10_000)), "served": iter(range(10_000))}
 
     def fresh(side: str) -> list[tuple[int, ...]]:
-        """Another first token each turn, so that the service cannot reuse what it read in an earlier one; the same
-        on both sides."""
+        """Another first token each turn, so that the service cannot reuse what it read in an
+        earlier one; the same on both sides."""
         n = next(turns[side])
         return [(20 + n, *ids[1:]) for ids in prompts]
 
     def in_process() -> float:
-        result = workload.run(models, [Policy()] * batch, fresh("in process"), settings.new, engine=_plain(batch))
+        result = workload.run(
+            models, [Policy()] * batch, fresh("in process"), settings.new, engine=_plain(batch)
+        )
         return result.seconds / result.tokens
 
     figures: list[Figure] = []
     with _service(settings, batch) as service:
-        def served() -> float:
-            return _stream_all(service, [_greedy(ids, settings.new) for ids in fresh("served")], batch)
 
-        seconds = take_turns({"in process": in_process, "served": served}, settings.repeats, on_turn)
+        def served() -> float:
+            return _stream_all(
+                service, [_greedy(ids, settings.new) for ids in fresh("served")], batch
+            )
+
+        seconds = take_turns(
+            {"in process": in_process, "served": served}, settings.repeats, on_turn
+        )
         conditions = f"batch {batch}, prefix {settings.prefix} ragged, up to {settings.new} new"
-        figures.append(figure("in process", [1 / s for s in seconds["in process"]], "tokens/s", conditions))
-        figures.append(figure("streamed through the service", [1 / s for s in seconds["served"]], "tokens/s"))
-        figures.append(figure("service / in process, tokens per second",
-                              ratios(seconds["in process"], seconds["served"]), "x"))
+        figures.append(
+            figure("in process", [1 / s for s in seconds["in process"]], "tokens/s", conditions)
+        )
+        figures.append(
+            figure("streamed through the service", [1 / s for s in seconds["served"]], "tokens/s")
+        )
+        figures.append(
+            figure(
+                "service / in process, tokens per second",
+                ratios(seconds["in process"], seconds["served"]),
+                "x",
+            )
+        )
         if settings.llm:
             turn = iter(range(1000, 10_000))
 
             def mixed(concurrency: int) -> Callable[[], float]:
-                return lambda: _stream_all(service, _mixed(prompts, settings.new, next(turn)), concurrency)
+                return lambda: _stream_all(
+                    service, _mixed(prompts, settings.new, next(turn)), concurrency
+                )
 
-            seconds = take_turns({"together": mixed(batch), "one by one": mixed(1)}, max(1, settings.repeats // 2),
-                                 on_turn)
-            figures.append(figure(f"{batch} requests of mixed modes: together / one after another, tokens per second",
-                                  ratios(seconds["one by one"], seconds["together"]), "x", ", ".join(MODES)))
+            seconds = take_turns(
+                {"together": mixed(batch), "one by one": mixed(1)},
+                max(1, settings.repeats // 2),
+                on_turn,
+            )
+            figures.append(
+                figure(
+                    f"{batch} requests of mixed modes: together / one after another, tokens per second",
+                    ratios(seconds["one by one"], seconds["together"]),
+                    "x",
+                    ", ".join(MODES),
+                )
+            )
     return Report(f"serve: {settings.slm}, {settings.dtype}", tuple(figures))
 
 
-def soak(settings: Settings, minutes: float, batch: int, say: Callable[[str], None] = lambda line: None) -> Report:
-    """Mixed load for so long; the slope of the resident memory of all the service's processes after the first fifth
-    of the time (warm-up, in which the KV pools fill up to their bound)."""
+def soak(
+    settings: Settings, minutes: float, batch: int, say: Callable[[str], None] = lambda line: None
+) -> Report:
+    """Mixed load for so long; the slope of the resident memory of all the service's processes after
+    the first fifth of the time (warm-up, in which the KV pools fill up to their bound)."""
     if minutes < 2:
-        raise InvalidRequestError(f"--soak-minutes={minutes:g}: too short for a slope; give at least 2")
+        raise InvalidRequestError(
+            f"--soak-minutes={minutes:g}: too short for a slope; give at least 2"
+        )
     tokenizer = Tokenizer.load(resolve_model(settings.slm))
     samples: list[tuple[float, float]] = []
     tokens = failed = rounds = 0
     with _service(settings, batch, SOAK_KV_GIB) as service:
         started = last = time.monotonic()
         while time.monotonic() - started < 60 * minutes:
-            prompts = workload.prompts(tokenizer, workload.ragged_lengths(batch, settings.prefix), rounds)
-            answers = asyncio.run(_stream(service.address, _mixed(prompts, settings.new, rounds), batch))
+            prompts = workload.prompts(
+                tokenizer, workload.ragged_lengths(batch, settings.prefix), rounds
+            )
+            answers = asyncio.run(
+                _stream(service.address, _mixed(prompts, settings.new, rounds), batch)
+            )
             tokens += sum(answers)
             failed += sum(n == 0 for n in answers)
             rounds += 1
             if time.monotonic() - last >= SAMPLE_S:
                 last = time.monotonic()
                 samples.append(((last - started) / 60, _resident_mb()))
-                say(f"{samples[-1][0]:6.1f} min  {samples[-1][1]:8.1f} MB  {tokens} tokens, {failed} failed")
+                say(
+                    f"{samples[-1][0]:6.1f} min  {samples[-1][1]:8.1f} MB  {tokens} tokens, {failed} failed"
+                )
     warm = [s for s in samples if s[0] >= minutes / 5]
     slope = statistics.linear_regression([t for t, _ in warm], [m for _, m in warm]).slope
-    thirds = [warm[i * len(warm) // 3: (i + 1) * len(warm) // 3] for i in range(3)]
-    slopes = [statistics.linear_regression([t for t, _ in p], [m for _, m in p]).slope for p in thirds]
-    return Report(f"soak: {settings.slm}", (
-        Figure("resident memory of all processes, slope", slope, min(slopes), max(slopes), "MB/min",
-               f"{minutes:g} min, first fifth left out; min - max of thirds; {rounds * batch} requests of mixed modes"),
-        Figure("resident memory at the end", warm[-1][1], warm[0][1], max(m for _, m in warm), "MB",
-               f"min: at the start of the measured time; {tokens} tokens, {failed} failed")))
+    thirds = [warm[i * len(warm) // 3 : (i + 1) * len(warm) // 3] for i in range(3)]
+    slopes = [
+        statistics.linear_regression([t for t, _ in p], [m for _, m in p]).slope for p in thirds
+    ]
+    return Report(
+        f"soak: {settings.slm}",
+        (
+            Figure(
+                name="resident memory of all processes, slope",
+                median=slope,
+                low=min(slopes),
+                high=max(slopes),
+                unit="MB/min",
+                conditions=f"{minutes:g} min, first fifth left out; min - max of thirds; {rounds * batch} requests of mixed modes",
+            ),
+            Figure(
+                name="resident memory at the end",
+                median=warm[-1][1],
+                low=warm[0][1],
+                high=max(m for _, m in warm),
+                unit="MB",
+                conditions=f"min: at the start of the measured time; {tokens} tokens, {failed} failed",
+            ),
+        ),
+    )
 
 
-MODES = ("greedy", "sample", "s2t entropy", "s2t kl", "takeover kl", "s2t_local random", "llm", "majority@2")
+MODES = (
+    "greedy",
+    "sample",
+    "s2t entropy",
+    "s2t kl",
+    "takeover kl",
+    "s2t_local random",
+    "llm",
+    "majority@2",
+)
 
 
 def _mixed(prompts: Sequence[Sequence[int]], new: int, turn: int) -> list[Ask]:
@@ -115,23 +183,32 @@ def _mixed(prompts: Sequence[Sequence[int]], new: int, turn: int) -> list[Ask]:
     for i, ids in enumerate(prompts):
         mode, _, trigger = MODES[i % len(MODES)].partition(" ")
         mode, _, samples = mode.partition("@")
-        ask = Ask(token_ids=pb.TokenIds(ids=[20 + turn % 80, *ids[1:]]), mode=f"MODE_{mode.upper()}",
-                  trigger=f"TRIGGER_{trigger.upper() or 'UNSPECIFIED'}", max_new_tokens=new,
-                  sampling=pb.Sampling(seed=turn, temperature=0.7), labels=pb.LabelOptions(store=False),
-                  fresh_selections=True)
+        ask = Ask(
+            token_ids=pb.TokenIds(ids=[20 + turn % 80, *ids[1:]]),
+            mode=f"MODE_{mode.upper()}",
+            trigger=f"TRIGGER_{trigger.upper() or 'UNSPECIFIED'}",
+            max_new_tokens=new,
+            sampling=pb.Sampling(seed=turn, temperature=0.7),
+            labels=pb.LabelOptions(store=False),
+            fresh_selections=True,
+        )
         if trigger:
             ask.budget = 0.05
         if samples:
             ask.samples = int(samples)
         if mode == "s2t_local":
-            ask.selector_version = "none"
+            ask.version = "none"
         asks.append(ask)
     return asks
 
 
 def _greedy(ids: Sequence[int], new: int) -> Ask:
-    return Ask(token_ids=pb.TokenIds(ids=ids), mode="MODE_GREEDY", max_new_tokens=new,
-               labels=pb.LabelOptions(store=False))
+    return Ask(
+        token_ids=pb.TokenIds(ids=ids),
+        mode="MODE_GREEDY",
+        max_new_tokens=new,
+        labels=pb.LabelOptions(store=False),
+    )
 
 
 def _stream_all(service: RunningService, asks: Sequence[Ask], concurrency: int) -> float:
@@ -149,7 +226,9 @@ async def _stream(address: str, asks: Sequence[Ask], concurrency: int) -> list[i
         async def one(ask: Ask) -> int:
             count = 0
             try:
-                async for event in stub.StreamGenerate(pb.StreamGenerateRequest(parameters=ask), timeout=600):
+                async for event in stub.StreamGenerate(
+                    pb.StreamGenerateRequest(parameters=ask), timeout=600
+                ):
                     if event.HasField("answer"):
                         count = event.answer.usage.completion_tokens
             except grpc.RpcError:
@@ -160,13 +239,16 @@ async def _stream(address: str, asks: Sequence[Ask], concurrency: int) -> list[i
 
 
 def _plain(batch: int) -> Callable[[Proposer], Engine]:
-    return lambda proposer: Engine(proposer, max_running=batch)
+    return lambda proposer: Engine(proposer, max_num_seqs=batch)
 
 
 def _resident_mb() -> float:
     """Of this process and everything it started."""
     total = 0
-    for process in [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]:
+    for process in [
+        psutil.Process(os.getpid()),
+        *psutil.Process(os.getpid()).children(recursive=True),
+    ]:
         try:
             total += process.memory_info().rss
         except psutil.NoSuchProcess:
@@ -177,13 +259,33 @@ def _resident_mb() -> float:
 @contextmanager
 def _service(settings: Settings, batch: int, kv_gib: float = 2.0) -> Iterator[RunningService]:
     with tempfile.TemporaryDirectory(prefix="s2t-bench-") as folder:
-        model = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads, "kv_gib": kv_gib}
-        overrides = {f"slm.{key}": value for key, value in ({"model": settings.slm} | model).items()}
+        model = {
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "threads": settings.threads,
+            "kv_gib": kv_gib,
+        }
+        overrides = {
+            f"slm.{key}": value for key, value in ({"model": settings.slm} | model).items()
+        }
         if settings.llm:
-            overrides |= {f"llm.{key}": value for key, value in ({"model": settings.llm} | model).items()}
-        config = load_config(None, overrides | {
-            "data_dir": str(Path(folder)), "gateway.port": 0, "selector.replicas": 1 if settings.llm else 0,
-            "proposer.max_running": max(32, batch), "proposer.selection_timeout_s": 60.0, "calibration.count": 8,
-            "calibration.max_new_tokens": 24, "proposer.num_cpus": 0.5, "selector.num_cpus": 0.5})
+            overrides |= {
+                f"llm.{key}": value for key, value in ({"model": settings.llm} | model).items()
+            }
+        config = load_config(
+            None,
+            overrides
+            | {
+                "data_dir": str(Path(folder)),
+                "gateway.port": 0,
+                "selector.replicas": 1 if settings.llm else 0,
+                "proposer.max_num_seqs": max(32, batch),
+                "proposer.selection_timeout_s": 60.0,
+                "calibration.count": 8,
+                "calibration.max_new_tokens": 24,
+                "proposer.num_cpus": 0.5,
+                "selector.num_cpus": 0.5,
+            },
+        )
         with running_service(config) as service:
             yield service

@@ -1,8 +1,10 @@
-"""`s2t bench swap`: a version is made live again and again while answers stream. Counts failed and mixed answers, and
-measures how long a request waits for its first piece when it begins at a swap, against all others.
+"""`s2t bench swap`: a version is made live again and again while answers stream. Counts failed and
+mixed answers, and measures how long a request waits for its first piece when it begins at a swap,
+against all others.
 
-Two untrained versions that select differently take turns: `prefix` over the base model's KV, and `joint` over a KV of
-its own. An answer is mixed when its tokens differ from a replay that names the version it claims.
+Two untrained versions that select differently take turns: `prefix` over the base model's KV, and
+`joint` over a KV of its own. An answer is mixed when its tokens differ from a replay that names the
+version it claims.
 """
 
 from __future__ import annotations
@@ -48,11 +50,12 @@ SIDES = ((SelectorKind.PREFIX, Reading.BASE), (SelectorKind.JOINT, Reading.ADAPT
 
 @dataclass
 class SwapReport:
-    """Times in ms. `first_piece`: from sending a request to its first piece of text. `at_swap`: requests that began
-    between a promotion and half a second after it was taken up; `elsewhere`: all others. `stall_p99`: by how much the
-    99th percentile at a swap exceeds the median elsewhere; `stall_p99_elsewhere`: the same without any swap, which is
-    what the load itself does. `told_apart`: prompts whose answers differ between the versions, of `prompts`: only
-    those can show a mixed answer."""
+    """Times in ms. `first_piece`: from sending a request to its first piece of text. `at_swap`:
+    requests that began between a promotion and half a second after it was taken up; `elsewhere`:
+    all others. `stall_p99`: by how much the 99th percentile at a swap exceeds the median elsewhere;
+    `stall_p99_elsewhere`: the same without any swap, which is what the load itself does.
+    `told_apart`: prompts whose answers differ between the versions, of `prompts`: only those can
+    show a mixed answer."""
 
     swaps: int
     requests: int
@@ -95,33 +98,61 @@ class _Load:
     swaps: list[tuple[float, float]] = field(default_factory=list)
 
 
-def bench_swap(swaps: int, minutes: float, concurrency: int, slm: str = str(SLM_DIR), threads: int = 1,
-               say: Callable[[str], None] = lambda line: None) -> SwapReport:
-    """Swap `swaps` times in so many minutes under a steady number of streaming `s2t_local` requests.
+def bench_swap(
+    swaps: int,
+    minutes: float,
+    concurrency: int,
+    slm: str = str(SLM_DIR),
+    threads: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> SwapReport:
+    """Swap `swaps` times in so many minutes under a steady number of streaming `s2t_local`
+    requests.
 
-    Raises:
-        InvalidRequestError: a number is out of range. ConfigError: the service did not take a version up.
+    Raises: InvalidRequestError: a number is out of range. ConfigError: the service did not take a
+        version up.
     """
     if swaps < 1 or concurrency < 1 or minutes * 60 < swaps:
-        raise InvalidRequestError(f"--swaps={swaps}, --minutes={minutes:g}, --concurrency={concurrency}: at least one "
-                                  "of each, and a second per swap (proposers look for a new version twice a second)")
+        raise InvalidRequestError(
+            f"--swaps={swaps}, --minutes={minutes:g}, --concurrency={concurrency}: at least one "
+            "of each, and a second per swap (proposers look for a new version twice a second)"
+        )
     with tempfile.TemporaryDirectory(prefix="s2t-swap-") as folder:
         config = _config(folder, slm, threads, concurrency)
         versions = _publish_two(config)
         say(f"published {' and '.join(versions)}")
         with running_service(config) as service, Client(service.address) as client:
             _swap_to(client, versions[0])
-            load = asyncio.run(_run(service.address, client, versions, swaps, minutes * 60 / swaps, concurrency, say))
+            load = asyncio.run(
+                _run(
+                    service.address, client, versions, swaps, minutes * 60 / swaps, concurrency, say
+                )
+            )
             replays = asyncio.run(_replay(service.address, versions, concurrency))
-    return _report(load, replays, versions, f"{concurrency} streams, {minutes:g} min, budget {BUDGET:g}, up to "
-                   f"{MAX_NEW_TOKENS} tokens, {threads} torch threads, {os.path.basename(slm)}")
+    return _report(
+        load,
+        replays,
+        versions,
+        f"{concurrency} streams, {minutes:g} min, budget {BUDGET:g}, up to "
+        f"{MAX_NEW_TOKENS} tokens, {threads} torch threads, {os.path.basename(slm)}",
+    )
 
 
 def _config(folder: str, slm: str, threads: int, concurrency: int) -> Config:
-    return load_config(None, {
-        "data_dir": folder, "gateway.port": 0, "slm.model": slm, "slm.threads": threads, "selector.replicas": 0,
-        "proposer.max_running": max(32, concurrency), "proposer.num_cpus": 0.5, "calibration.count": 16,
-        "calibration.max_new_tokens": MAX_NEW_TOKENS})
+    return load_config(
+        None,
+        {
+            "data_dir": folder,
+            "gateway.port": 0,
+            "slm.model": slm,
+            "slm.threads": threads,
+            "selector.replicas": 0,
+            "proposer.max_num_seqs": max(32, concurrency),
+            "proposer.num_cpus": 0.5,
+            "calibration.count": 16,
+            "calibration.max_new_tokens": MAX_NEW_TOKENS,
+        },
+    )
 
 
 def _publish_two(config: Config) -> tuple[str, str]:
@@ -131,43 +162,85 @@ def _publish_two(config: Config) -> tuple[str, str]:
     names = []
     for seed, (kind, reads) in enumerate(SIDES):
         selector = random_selector(runtime, reserved, kind, reads, seed)
-        names.append(registry.publish(selector, Manifest(
-            version="", kind=kind, reads=reads, temperature=selector.temperature, base_model=config.slm_model,
-            slm_digest=runtime.digest, llm_digest="", tokenizer_digest=tokenizer.digest, reserved_ids=reserved,
-            bins=RESERVED_COUNT, thresholds={}, metrics={}, snapshot="none", training={}, created_at=0.0,
-            files={})).version)
+        names.append(
+            registry.publish(
+                selector,
+                Manifest(
+                    version="",
+                    kind=kind,
+                    reads=reads,
+                    temperature=selector.temperature,
+                    base_model=config.slm_model,
+                    slm_digest=runtime.digest,
+                    llm_digest="",
+                    tokenizer_digest=tokenizer.digest,
+                    reserved_ids=reserved,
+                    bins=RESERVED_COUNT,
+                    thresholds={},
+                    metrics={},
+                    snapshot="none",
+                    training={},
+                    created_at=0.0,
+                    files={},
+                ),
+            ).version
+        )
     return names[0], names[1]
 
 
-def random_selector(runtime: ModelRuntime, reserved: tuple[int, ...], kind: SelectorKind, reads: Reading, seed: int
-                    ) -> LocalSelector:
+def random_selector(
+    runtime: ModelRuntime, reserved: tuple[int, ...], kind: SelectorKind, reads: Reading, seed: int
+) -> LocalSelector:
     """Weights large enough that another seed selects otherwise."""
-    plain, generator = new_adapter(runtime.model, RANK, 2.0 * RANK, seed), torch.Generator().manual_seed(seed)
-    weights = {path: (a.detach(), torch.randn(b.shape, generator=generator) * 0.2)
-               for path, (a, b) in plain.weights.items()}
+    plain, generator = (
+        new_adapter(runtime.model, RANK, 2.0 * RANK, seed),
+        torch.Generator().manual_seed(seed),
+    )
+    weights = {
+        path: (a.detach(), torch.randn(b.shape, generator=generator) * 0.2)
+        for path, (a, b) in plain.weights.items()
+    }
     deltas = None
     if kind is not SelectorKind.PREFIX:
         deltas = torch.randn(len(reserved), runtime.head.weight.shape[1], generator=generator)
-    return LocalSelector("", kind, reads, reserved, Adapter(RANK, 2.0 * RANK, weights), deltas)
+    return LocalSelector(
+        version="",
+        kind=kind,
+        reads=reads,
+        reserved_ids=reserved,
+        adapter=Adapter(rank=RANK, alpha=2.0 * RANK, weights=weights),
+        bin_deltas=deltas,
+    )
 
 
 def _swap_to(client: Client, version: str) -> tuple[float, float]:
     """Returns when it was promoted, and when the proposer said that it serves."""
     started = time.monotonic()
     client.promote(version)
-    while client.describe().live_selector != version:
+    while client.describe().live_version != version:
         if time.monotonic() - started > TAKE_UP_S:
-            raise ConfigError(f"the service did not take {version!r} up within {TAKE_UP_S:g} s; its log says why")
+            raise ConfigError(
+                f"the service did not take {version!r} up within {TAKE_UP_S:g} s; its log says why"
+            )
         time.sleep(0.05)
     return started, time.monotonic()
 
 
-async def _run(address: str, client: Client, versions: tuple[str, str], swaps: int, every_s: float, concurrency: int,
-               say: Callable[[str], None]) -> _Load:
+async def _run(
+    address: str,
+    client: Client,
+    versions: tuple[str, str],
+    swaps: int,
+    every_s: float,
+    concurrency: int,
+    say: Callable[[str], None],
+) -> _Load:
     load, stop = _Load(), asyncio.Event()
     async with channels.open_channel(address, None) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
-        await bounded([(i, None) for i in range(PROMPTS)], lambda item: _ask(stub, *item), concurrency)  # first calls
+        await bounded(
+            [(i, None) for i in range(PROMPTS)], lambda item: _ask(stub, *item), concurrency
+        )  # first calls
 
         async def stream(worker: int) -> None:
             n = worker
@@ -181,8 +254,10 @@ async def _run(address: str, client: Client, versions: tuple[str, str], swaps: i
             for n in range(swaps):
                 await asyncio.sleep(max(0.0, started + (n + 0.5) * every_s - time.monotonic()))
                 load.swaps.append(await asyncio.to_thread(_swap_to, client, versions[(n + 1) % 2]))
-                say(f"{time.monotonic() - started:6.1f} s  swap {n + 1} to {versions[(n + 1) % 2]}; "
-                    f"{len(load.asked)} answers")
+                say(
+                    f"{time.monotonic() - started:6.1f} s  swap {n + 1} to {versions[(n + 1) % 2]}; "
+                    f"{len(load.asked)} answers"
+                )
             await asyncio.sleep(max(0.0, started + swaps * every_s - time.monotonic()))
         finally:
             stop.set()
@@ -190,12 +265,22 @@ async def _run(address: str, client: Client, versions: tuple[str, str], swaps: i
     return load
 
 
-async def _ask(stub: pb_grpc.GenerationServiceStub, prompt: int, version: str | None = None) -> _Asked:
+async def _ask(
+    stub: pb_grpc.GenerationServiceStub, prompt: int, version: str | None = None
+) -> _Asked:
     text = _PROBLEMS[prompt].prompt
-    settings = {} if version is None else {"selector_version": version}
-    request = pb.StreamGenerateRequest(parameters=parameters(
-        text, "s2t_local", "entropy", budget=BUDGET, max_new_tokens=MAX_NEW_TOKENS,
-        labels=pb.LabelOptions(store=False), **settings))
+    settings = {} if version is None else {"version": version}
+    request = pb.StreamGenerateRequest(
+        parameters=parameters(
+            text,
+            "s2t_local",
+            "entropy",
+            budget=BUDGET,
+            max_new_tokens=MAX_NEW_TOKENS,
+            labels=pb.LabelOptions(store=False),
+            **settings,
+        )
+    )
     began, pieces, answer = time.monotonic(), list[float](), pb.Answer()
     try:
         async for event in stub.StreamGenerate(request, timeout=60):
@@ -204,24 +289,39 @@ async def _ask(stub: pb_grpc.GenerationServiceStub, prompt: int, version: str | 
                 answer = event.answer
     except grpc.RpcError as error:
         return _Asked(prompt, began, tuple(pieces), failure=str(error.code()))
-    return _Asked(prompt, began, tuple(pieces), tuple(answer.token_ids), answer.versions.selector,
-                  "" if answer.token_ids else "no answer")
+    return _Asked(
+        prompt,
+        began,
+        tuple(pieces),
+        tuple(answer.token_ids),
+        answer.versions.selector,
+        "" if answer.token_ids else "no answer",
+    )
 
 
 _PROBLEMS = problems.problems("test", PROMPTS)
 
 
-async def _replay(address: str, versions: Sequence[str], concurrency: int) -> dict[tuple[str, int], tuple[int, ...]]:
+async def _replay(
+    address: str, versions: Sequence[str], concurrency: int
+) -> dict[tuple[str, int], tuple[int, ...]]:
     """What each version answers when it is named."""
     async with channels.open_channel(address, None) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
-        asked = await bounded([(i, name) for name in versions for i in range(PROMPTS)],
-                              lambda item: _ask(stub, *item), concurrency)
+        asked = await bounded(
+            [(i, name) for name in versions for i in range(PROMPTS)],
+            lambda item: _ask(stub, *item),
+            concurrency,
+        )
     return {(a.version, a.prompt): a.token_ids for a in asked}
 
 
-def _report(load: _Load, replays: dict[tuple[str, int], tuple[int, ...]], versions: tuple[str, str],
-            conditions: str) -> SwapReport:
+def _report(
+    load: _Load,
+    replays: dict[tuple[str, int], tuple[int, ...]],
+    versions: tuple[str, str],
+    conditions: str,
+) -> SwapReport:
     sound = [a for a in load.asked if not a.failure]
 
     def at_swap(moment: float) -> bool:
@@ -235,15 +335,25 @@ def _report(load: _Load, replays: dict[tuple[str, int], tuple[int, ...]], versio
             gaps[at_swap(before)].append(1e3 * (after - before))
     near, rest = _percentiles(first[True]), _percentiles(first[False])
     return SwapReport(
-        swaps=len(load.swaps), requests=len(load.asked), failed=len(load.asked) - len(sound),
+        swaps=len(load.swaps),
+        requests=len(load.asked),
+        failed=len(load.asked) - len(sound),
         mixed=sum(replays.get((a.version, a.prompt)) != a.token_ids for a in sound),
-        requests_at_swap=len(first[True]), prompts=PROMPTS,
-        told_apart=sum(replays.get((versions[0], i)) != replays.get((versions[1], i)) for i in range(PROMPTS)),
-        first_piece_at_swap=near, first_piece_elsewhere=rest, stall_p99=near["p99"] - rest["p50"],
-        stall_p99_elsewhere=rest["p99"] - rest["p50"], longest_gap_at_swap=max(gaps[True]),
+        requests_at_swap=len(first[True]),
+        prompts=PROMPTS,
+        told_apart=sum(
+            replays.get((versions[0], i)) != replays.get((versions[1], i)) for i in range(PROMPTS)
+        ),
+        first_piece_at_swap=near,
+        first_piece_elsewhere=rest,
+        stall_p99=near["p99"] - rest["p50"],
+        stall_p99_elsewhere=rest["p99"] - rest["p50"],
+        longest_gap_at_swap=max(gaps[True]),
         longest_gap_elsewhere=max(gaps[False]),
         take_up=_percentiles([1e3 * (taken_up - promoted) for promoted, taken_up in load.swaps]),
-        answers={name: sum(a.version == name for a in sound) for name in versions}, conditions=conditions)
+        answers={name: sum(a.version == name for a in sound) for name in versions},
+        conditions=conditions,
+    )
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -8,26 +8,34 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
+from s2t_shared.decode.tasks import GENERIC_QUESTIONS
 
 from s2t_shared import policy as decide
-from s2t_shared.decode.engine import LONGEST_DRAFT, Engine, SelectorLookup
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
+from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine, LocalSelectorLookup
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.sequence import LiveSequence
-from s2t_shared.decode.tasks import GENERIC_QUESTIONS
 from s2t_shared.errors import ConfigError
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
-from s2t_shared.types import DecodeRequest, Message, Policy, Prompt, Sampling, Trigger
+from s2t_shared.types import (
+    DecodeOptions,
+    DecodeRequest,
+    Message,
+    Policy,
+    Prompt,
+    Sampling,
+    Trigger,
+)
 
 KV_BYTES = 4 << 30
 RANK = 16
 _runs = count()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The knobs all benchmarks have. Lengths are in tokens."""
 
@@ -49,7 +57,7 @@ class Models:
 
     tokenizer: Tokenizer
     proposer: Proposer
-    scorer: LLMScorer | None = None
+    scorer: LLMSelector | None = None
 
     @property
     def slm(self) -> ModelRuntime:
@@ -69,11 +77,12 @@ def load(settings: Settings, needs_llm: bool = False) -> Models:
     llm_tokenizer = Tokenizer.load(resolve_model(settings.llm))
     check_same_tokenizer(tokenizer, llm_tokenizer)
     llm = ModelRuntime.load(settings.llm, settings.dtype, settings.device, KV_BYTES)
-    return Models(tokenizer, proposer, LLMScorer(llm, llm_tokenizer.digest))
+    return Models(tokenizer, proposer, LLMSelector(llm, llm_tokenizer.digest))
 
 
 def ragged_lengths(batch: int, mean: int) -> list[int]:
-    """Lengths spread evenly over mean/4 .. 7 mean/4, in a scrambled order; one sequence has the mean."""
+    """Lengths spread evenly over mean/4 .. 7 mean/4, in a scrambled order; one sequence has the
+    mean."""
     if batch == 1:
         return [mean]
     spread = [mean // 4 + (3 * mean // 2) * i // (batch - 1) for i in range(batch)]
@@ -81,7 +90,8 @@ def ragged_lengths(batch: int, mean: int) -> list[int]:
 
 
 def prompts(tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:
-    """Chat prompts of these lengths: a question behind as many others as it takes, cut at the front."""
+    """Chat prompts of these lengths: a question behind as many others as it takes, cut at the
+    front."""
     made: list[tuple[int, ...]] = []
     for i, length in enumerate(lengths):
         text, ids = "", tuple[int, ...]()
@@ -92,28 +102,40 @@ def prompts(tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0) -> list
             ids = tokenizer.encode(chat if tokenizer.hf.chat_template else Prompt(text=message))
             if len(ids) >= length:
                 break
-        made.append(tuple(ids[len(ids) - length:]))
+        made.append(tuple(ids[len(ids) - length :]))
     return made
 
 
-def random_selector(runtime: ModelRuntime, reserved: tuple[int, ...], kind: SelectorKind, reads: Reading
-                    ) -> LocalSelector:
-    """A selector of the right shape: what it prefers does not matter to what it costs. New weights every time, so
-    that nothing is reused between runs."""
+def random_selector(
+    runtime: ModelRuntime, reserved: tuple[int, ...], kind: SelectorKind, reads: Reading
+) -> LocalSelector:
+    """A selector of the right shape: what it prefers does not matter to what it costs. New weights
+    every time, so that nothing is reused between runs."""
     adapter = new_adapter(runtime.model, RANK, 2.0 * RANK, 0)
     generator = torch.Generator().manual_seed(1)
-    weights = {path: (a.detach(), (torch.randn(b.shape, generator=generator) * 0.02).to(b.device))
-               for path, (a, b) in adapter.weights.items()}
+    weights = {
+        path: (a.detach(), (torch.randn(b.shape, generator=generator) * 0.02).to(b.device))
+        for path, (a, b) in adapter.weights.items()
+    }
     deltas = torch.randn(len(reserved), runtime.head.weight.shape[1], generator=generator) * 0.02
-    return LocalSelector(f"bench-{next(_runs)}", kind, reads, reserved, Adapter(RANK, 2.0 * RANK, weights),
-                         deltas.to(runtime.device))
+    return LocalSelector(
+        version=f"bench-{next(_runs)}",
+        kind=kind,
+        reads=reads,
+        reserved_ids=reserved,
+        adapter=Adapter(rank=RANK, alpha=2.0 * RANK, weights=weights),
+        bin_deltas=deltas.to(runtime.device),
+    )
 
 
 def seed_with(budget: float, steps: int, warmup: int, first: int = 0) -> int:
     """A seed whose random trigger fires at exactly `budget` of the steps (at least once)."""
     wanted = max(1, round(budget * steps))
     for seed in range(first, first + 100_000):
-        if sum(decide.random_signal(seed, i) > 1.0 - budget for i in range(warmup, steps)) == wanted:
+        if (
+            sum(decide.random_signal(seed, i) > 1.0 - budget for i in range(warmup, steps))
+            == wanted
+        ):
             return seed
     raise ConfigError(f"no seed fires at {budget:.1%} of {steps} steps; ask for more steps")
 
@@ -130,19 +152,34 @@ class Run:
         return sum(len(s.steps) for s in self.sequences)
 
 
-def run(models: Models, policies: Sequence[Policy], prompt_ids: Sequence[tuple[int, ...]], new: int,
-        engine: Callable[[Proposer], Engine] | None = None) -> Run:
-    """Answer the prompts together, on empty pools. Without an `engine` of the caller's, each gets exactly `new`
-    tokens."""
+def run(
+    models: Models,
+    policies: Sequence[Policy],
+    prompt_ids: Sequence[tuple[int, ...]],
+    new: int,
+    engine: Callable[[Proposer], Engine] | None = None,
+) -> Run:
+    """Answer the prompts together, on empty pools. Without an `engine` of the caller's, each gets
+    exactly `new` tokens."""
     models.slm.pool.clear()
     if models.scorer is not None:
         models.scorer.runtime.pool.clear()
     eos_ids = models.slm.eos_ids
     if engine is None:  # decode as long as we were told
         models.slm.eos_ids = frozenset()
-    made = engine(models.proposer) if engine else Engine(models.proposer, max_running=len(prompt_ids))
-    live = [made.add(DecodeRequest(f"{next(_runs)}", ids, policy, max_new_tokens=new))
-            for ids, policy in zip(prompt_ids, policies, strict=True)]
+    made = (
+        engine(models.proposer) if engine else Engine(models.proposer, max_num_seqs=len(prompt_ids))
+    )
+    live = [
+        made.add(
+            DecodeRequest(
+                request_id=f"{next(_runs)}",
+                token_ids=ids,
+                options=DecodeOptions(policy=policy, max_new_tokens=new),
+            )
+        )
+        for ids, policy in zip(prompt_ids, policies, strict=True)
+    ]
     started = time.perf_counter()
     while not made.idle:
         made.step()
@@ -152,22 +189,37 @@ def run(models: Models, policies: Sequence[Policy], prompt_ids: Sequence[tuple[i
     return Run(tuple(live), seconds)
 
 
-def _always(selector: LocalSelector | None) -> SelectorLookup:
+def _always(selector: LocalSelector | None) -> LocalSelectorLookup:
     return lambda version: selector
 
 
-def interleaved(models: Models, sides: Mapping[str, tuple[Sequence[Policy], LocalSelector | None]],
-                prompt_ids: Sequence[tuple[int, ...]], new: int, seeds: Sequence[int]) -> dict[str, Run]:
-    """The same prompts on several engines over one model, which take turns step by step: whatever the machine does
-    meanwhile, it does to all of them. The prompts have been read before; timed from every sequence's second token on,
-    so that all sides decode the same number of tokens."""
+def interleaved(
+    models: Models,
+    sides: Mapping[str, tuple[Sequence[Policy], LocalSelector | None]],
+    prompt_ids: Sequence[tuple[int, ...]],
+    new: int,
+    seeds: Sequence[int],
+) -> dict[str, Run]:
+    """The same prompts on several engines over one model, which take turns step by step: whatever
+    the machine does meanwhile, it does to all of them. The prompts have been read before; timed
+    from every sequence's second token on, so that all sides decode the same number of tokens."""
     run(models, [Policy()] * len(prompt_ids), prompt_ids, 1)
     eos_ids, models.slm.eos_ids = models.slm.eos_ids, frozenset()
     engines, live, seconds = {}, {}, dict.fromkeys(sides, 0.0)
     for name, (policies, selector) in sides.items():
         engines[name] = engine = Engine(models.proposer, None, _always(selector), len(prompt_ids))
-        live[name] = [engine.add(DecodeRequest(f"{next(_runs)}", ids, policy, Sampling(seed=seed), new))
-                      for ids, policy, seed in zip(prompt_ids, policies, seeds, strict=True)]
+        live[name] = [
+            engine.add(
+                DecodeRequest(
+                    request_id=f"{next(_runs)}",
+                    token_ids=ids,
+                    options=DecodeOptions(
+                        policy=policy, sampling=Sampling(seed=seed), max_new_tokens=new
+                    ),
+                )
+            )
+            for ids, policy, seed in zip(prompt_ids, policies, seeds, strict=True)
+        ]
         engine.step()
         assert all(len(s.steps) == 1 for s in live[name]), "the prompts did not stay in the pool"
     names = list(sides)
@@ -182,12 +234,19 @@ def interleaved(models: Models, sides: Mapping[str, tuple[Sequence[Policy], Loca
     return {name: Run(tuple(live[name]), seconds[name]) for name in sides}
 
 
-def with_llm(models: Models, batch: int, longest_draft: int = LONGEST_DRAFT, read_ahead_tokens: int = 0
-             ) -> Callable[[Proposer], Engine]:
+def with_llm(
+    models: Models, batch: int, max_draft_tokens: int = MAX_DRAFT_TOKENS, read_ahead_tokens: int = 0
+) -> Callable[[Proposer], Engine]:
     assert models.scorer is not None
     selector = InProcessSelector(models.scorer)
-    return lambda proposer: Engine(proposer, selector, max_running=batch, selection_timeout_s=600.0,
-                                   longest_draft=longest_draft, read_ahead_tokens=read_ahead_tokens)
+    return lambda proposer: Engine(
+        proposer,
+        selector,
+        max_num_seqs=batch,
+        selection_timeout_s=600.0,
+        max_draft_tokens=max_draft_tokens,
+        read_ahead_tokens=read_ahead_tokens,
+    )
 
 
 def with_random_trigger(policy: Policy, budget: float) -> Policy:

@@ -1,6 +1,8 @@
-"""The `s2t` command. Parses, dispatches, and turns errors into one line and an exit status; does no work itself.
+"""The `s2t` command. Parses, dispatches, and turns errors into one line and an exit status; does no
+work itself.
 
-Exit status: 0 done, 1 some input failed, 2 a setting or input file is wrong, 3 a service or store is not available.
+Exit status: 0 done, 1 some input failed, 2 a setting or input file is wrong, 3 a service or store
+is not available.
 """
 
 from __future__ import annotations
@@ -28,7 +30,16 @@ from s2t_shared.errors import (  # noqa: E402
     S2TError,
     VersionError,
 )
-from s2t_shared.types import CandidateRule, Mode, Policy, Prompt, Proposals, Sampling, Trigger  # noqa: E402
+from s2t_shared.types import (  # noqa: E402
+    CandidateRule,
+    DecodeOptions,
+    Mode,
+    Policy,
+    Prompt,
+    Proposals,
+    Sampling,
+    Trigger,
+)
 from services.cli.bench import bench_app  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
@@ -47,13 +58,16 @@ from services.cli.options import (  # noqa: E402
 from services.cli.train import train  # noqa: E402
 from services.cli.versions import versions_app  # noqa: E402
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Select-to-Think: a small model answers, a large one only selects.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Select-to-Think: a small model answers, a large one only selects.",
+)
 app.add_typer(versions_app, name="versions")
 app.add_typer(labels_app, name="labels")
 app.add_typer(bench_app, name="bench")
 USER_ERRORS = (ConfigError, InvalidRequestError, ModelLoadError, VersionError, EvaluationSplitError)
-
 
 
 def run() -> None:
@@ -66,28 +80,44 @@ def run() -> None:
 
 
 @app.command()
-def demo(json_file: Annotated[Path | None, typer.Option("--json", help="also write the numbers here")] = None) -> None:
-    """The whole loop on this machine with the bundled pair: serve, ask, harvest, train, swap, ask again."""
+def demo(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="also write the numbers here")
+    ] = None,
+) -> None:
+    """The whole loop on this machine with the bundled pair: serve, ask, harvest, train, swap, ask
+    again."""
     from services.demo import run_demo
 
     run_demo(json_file)
 
 
 @app.command()
-def serve(config: ConfigFile = None, data_dir: DataDir = None,
-          host: Annotated[str | None, typer.Option(help="gateway's address")] = None,
-          port: Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")] = None,
-          slm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
-          llm: Annotated[str | None, typer.Option(help="folder or hub id")] = None) -> None:
+def serve(
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    host: Annotated[str | None, typer.Option(help="gateway's address")] = None,
+    port: Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")] = None,
+    slm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+    llm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+) -> None:
     """Run the service until Ctrl-C."""
     import signal
 
     from services.launch.local import running_service
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None, gateway__host=host, gateway__port=port,
-                        slm__model=slm, llm__model=llm)
+    resolved = settings(
+        config,
+        data_dir=str(data_dir) if data_dir else None,
+        gateway__host=host,
+        gateway__port=port,
+        slm__model=slm,
+        llm__model=llm,
+    )
     try:
-        with running_service(resolved, say=lambda line: print(line, flush=True), reuse_ray=True) as service:
+        with running_service(
+            resolved, say=lambda line: print(line, flush=True), reuse_ray=True
+        ) as service:
             # Here, because Ray sets handlers of its own when it starts.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -98,32 +128,45 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None,
 
 
 @app.command()
-def generate(slm: Annotated[str, typer.Option(help="folder or hub id of the SLM")],
-             input: Annotated[Path, typer.Option(help='JSONL: {"id", and one of "prompt", "messages", "token_ids"}')],
-             output: Annotated[Path, typer.Option(help="JSONL, in input order")],
-             llm: Annotated[str | None, typer.Option(help="folder or hub id of the LLM")] = None,
-             mode: Annotated[str, typer.Option(help="greedy, sample, s2t, s2t_local, takeover, llm, majority@N")
-                             ] = "s2t",
-             trigger: Annotated[str, typer.Option(help="entropy, kl, kl-reverse, margin, random, never, always")
-                                ] = "entropy",
-             threshold: Annotated[float | None, typer.Option(help="trigger strictly above this")] = None,
-             budget: Annotated[float | None, typer.Option(help="share of steps that may trigger (default 0.01)")
-                               ] = None,
-             candidates: Annotated[int, typer.Option(help="K, 1..64")] = 8,
-             candidate_ratio: Annotated[float, typer.Option(help="adaptive: p >= ratio * p_max; 0: fixed K")] = 0.0,
-             proposals: Annotated[str, typer.Option(help="base or adapted")] = "base",
-             selector: Annotated[str, typer.Option(help="none, live, a version's name, or its folder")] = "none",
-             max_new_tokens: Annotated[int, typer.Option(help="at least 1")] = 256,
-             dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-             device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-             batch_size: Annotated[int, typer.Option(help="sequences in one batch")] = 8,
-             threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")] = None,
-             seed: Annotated[int, typer.Option(help="of sampling and of the random trigger")] = 0,
-             temperature: Annotated[float, typer.Option(help="of sample and majority")] = 0.7,
-             steps: Annotated[bool, typer.Option("--steps", help="also write the triggered steps")] = False,
-             calibration_prompts: Annotated[Path | None, typer.Option(
-                 help="JSONL of training prompts to calibrate the budget on")] = None,
-             config: ConfigFile = None, data_dir: DataDir = None) -> None:
+def generate(
+    slm: Annotated[str, typer.Option(help="folder or hub id of the SLM")],
+    input: Annotated[
+        Path, typer.Option(help='JSONL: {"id", and one of "prompt", "messages", "token_ids"}')
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL, in input order")],
+    llm: Annotated[str | None, typer.Option(help="folder or hub id of the LLM")] = None,
+    mode: Annotated[
+        str, typer.Option(help="greedy, sample, s2t, s2t_local, takeover, llm, majority@N")
+    ] = "s2t",
+    trigger: Annotated[
+        str, typer.Option(help="entropy, kl, kl-reverse, margin, random, never, always")
+    ] = "entropy",
+    threshold: Annotated[float | None, typer.Option(help="trigger strictly above this")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="share of steps that may trigger (default 0.01)")
+    ] = None,
+    candidates: Annotated[int, typer.Option(help="K, 1..64")] = 8,
+    candidate_ratio: Annotated[
+        float, typer.Option(help="adaptive: p >= ratio * p_max; 0: fixed K")
+    ] = 0.0,
+    proposals: Annotated[str, typer.Option(help="base or adapted")] = "base",
+    selector: Annotated[
+        str, typer.Option(help="none, live, a version's name, or its folder")
+    ] = "none",
+    max_new_tokens: Annotated[int, typer.Option(help="at least 1")] = 256,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="sequences in one batch")] = 8,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling and of the random trigger")] = 0,
+    temperature: Annotated[float, typer.Option(help="of sample and majority")] = 0.7,
+    steps: Annotated[bool, typer.Option("--steps", help="also write the triggered steps")] = False,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of training prompts to calibrate the budget on")
+    ] = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+) -> None:
     """Answer a JSONL file in this process: no Ray, no Redis."""
     from s2t_shared.decode.generate import GenerateRequest
     from services.cli import generate
@@ -133,30 +176,58 @@ def generate(slm: Annotated[str, typer.Option(help="folder or hub id of the SLM"
         raise InvalidRequestError("give --threshold or --budget, not both")
     if batch_size < 1:
         raise InvalidRequestError(f"--batch-size={batch_size}: must be at least 1")
-    policy = Policy(kind, pick(Trigger, trigger, "--trigger"), threshold if threshold is not None else 0.0,
-                    CandidateRule(candidates, candidate_ratio), pick(Proposals, proposals, "--proposals"))
-    template = GenerateRequest("", Prompt(), policy, (budget if budget is not None else 0.01) if threshold is None
-                               else None, Sampling(temperature, seed=seed), samples, max_new_tokens)
+    policy = Policy(
+        mode=kind,
+        trigger=pick(Trigger, trigger, "--trigger"),
+        threshold=threshold if threshold is not None else 0.0,
+        candidates=CandidateRule(candidates, candidate_ratio),
+        proposals=pick(Proposals, proposals, "--proposals"),
+    )
+    template = GenerateRequest(
+        request_id="",
+        prompt=Prompt(),
+        budget=(budget if budget is not None else 0.01) if threshold is None else None,
+        samples=samples,
+        options=DecodeOptions(
+            policy=policy, sampling=Sampling(temperature, seed=seed), max_new_tokens=max_new_tokens
+        ),
+    )
     if policy.needs_llm and llm is None:
-        raise InvalidRequestError(f"mode {mode!r} with trigger {trigger!r} asks the LLM; give --llm")
+        raise InvalidRequestError(
+            f"mode {mode!r} with trigger {trigger!r} asks the LLM; give --llm"
+        )
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-    loaded = generate.load_models(slm, llm, selector, resolved.versions, dtype, device, batch_size,
-                                        threads or os.cpu_count() or 1)
-    template = generate.resolve_thresholds(template, loaded, calibration_prompts,
-                                                 lambda line: print(f"s2t: {line}", file=sys.stderr))
+    loaded = generate.load_models(
+        slm,
+        llm,
+        selector,
+        resolved.versions,
+        dtype,
+        device,
+        batch_size,
+        threads or os.cpu_count() or 1,
+    )
+    template = generate.resolve_thresholds(
+        template, loaded, calibration_prompts, lambda line: print(f"s2t: {line}", file=sys.stderr)
+    )
     with progress(count_lines(input), "answers") as advance:
         failed = generate.generate_file(loaded, template, input, output, steps, advance)
     if failed:
-        print(f"s2t: {failed} of the input lines failed, see above; the others are in {output}", file=sys.stderr)
+        print(
+            f"s2t: {failed} of the input lines failed, see above; the others are in {output}",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
 
 
 def parse_mode(text: str) -> tuple[Mode, int]:
-    """"majority@8" -> (MAJORITY, 8). Raises InvalidRequestError."""
+    """ "majority@8" -> (MAJORITY, 8). Raises InvalidRequestError."""
     name, at, number = text.partition("@")
     kind: Mode = pick(Mode, name, "--mode")
     if at and (kind is not Mode.MAJORITY or not number.isdigit()):
-        raise InvalidRequestError(f"--mode={text!r}: only majority takes a number, as in majority@8")
+        raise InvalidRequestError(
+            f"--mode={text!r}: only majority takes a number, as in majority@8"
+        )
     return kind, int(number) if at else 8
 
 
@@ -175,14 +246,26 @@ app.command()(train)
 
 
 @app.command("eval")
-def evaluate(problems: Annotated[Path | None, typer.Argument(
-                 help='JSONL with "answer" beside the prompt; default: the bundled pair\'s held-out problems')] = None,
-             modes: Annotated[str, typer.Option(help="comma-separated, e.g. greedy,s2t,majority@8")] = "greedy,s2t,llm",
-             trigger: Annotated[str, typer.Option()] = "entropy", budget: Annotated[float, typer.Option()] = 0.01,
-             count: Annotated[int, typer.Option(help="problems at most")] = 200,
-             max_new_tokens: Annotated[int, typer.Option()] = 256, seed: Annotated[int, typer.Option()] = 0,
-             address: Address = None, token_file: TokenFile = None, config: ConfigFile = None,
-             json_out: Json = False) -> None:
+def evaluate(
+    problems: Annotated[
+        Path | None,
+        typer.Argument(
+            help='JSONL with "answer" beside the prompt; default: the bundled pair\'s held-out problems'
+        ),
+    ] = None,
+    modes: Annotated[
+        str, typer.Option(help="comma-separated, e.g. greedy,s2t,majority@8")
+    ] = "greedy,s2t,llm",
+    trigger: Annotated[str, typer.Option()] = "entropy",
+    budget: Annotated[float, typer.Option()] = 0.01,
+    count: Annotated[int, typer.Option(help="problems at most")] = 200,
+    max_new_tokens: Annotated[int, typer.Option()] = 256,
+    seed: Annotated[int, typer.Option()] = 0,
+    address: Address = None,
+    token_file: TokenFile = None,
+    config: ConfigFile = None,
+    json_out: Json = False,
+) -> None:
     """Compare modes on the same problems through a running service."""
     from services import evaluation
 
@@ -191,10 +274,15 @@ def evaluate(problems: Annotated[Path | None, typer.Argument(
     for name in modes.split(","):
         kind, _ = parse_mode(name.strip())
         triggered = kind in (Mode.S2T, Mode.S2T_LOCAL, Mode.TAKEOVER)
-        spec = evaluation.ModeSpec(name.strip(), pick(Trigger, trigger, "--trigger").value if triggered else "",
-                                   budget if triggered else None)
+        spec = evaluation.ModeSpec(
+            name.strip(),
+            pick(Trigger, trigger, "--trigger").value if triggered else "",
+            budget if triggered else None,
+        )
         with progress(len(items), spec.label, json_out) as advance:
-            results.append(evaluation.run_mode(where, spec, items, max_new_tokens, seed, on_answer=advance))
+            results.append(
+                evaluation.run_mode(where, spec, items, max_new_tokens, seed, on_answer=advance)
+            )
     if json_out:
         print(json.dumps(evaluation.as_rows(results)))
         return
@@ -218,11 +306,17 @@ def doctor(config: ConfigFile = None, address: Address = None, json_out: Json = 
 
 
 @app.command("config")
-def show_config(config: ConfigFile = None,
-                schema: Annotated[bool, typer.Option("--schema", help="the JSON schema, for editors")] = False) -> None:
+def show_config(
+    config: ConfigFile = None,
+    schema: Annotated[bool, typer.Option("--schema", help="the JSON schema, for editors")] = False,
+) -> None:
     """Print the resolved configuration."""
     import yaml
 
     resolved = settings(config)
-    print(json.dumps(Config.model_json_schema(), indent=2) if schema
-          else yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
+    print(
+        json.dumps(Config.model_json_schema(), indent=2)
+        if schema
+        else yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False),
+        end="",
+    )

@@ -1,4 +1,5 @@
-"""`s2t generate`: the whole method in this process, from a JSONL file to a JSONL file. No Ray, no Redis, no network."""
+"""`s2t generate`: the whole method in this process, from a JSONL file to a JSONL file. No Ray, no
+Redis, no network."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from s2t_shared.decode.tasks import calibration_prompts
 
 from s2t_shared.data.prompts import read_prompts
 from s2t_shared.decode.calibrate import load_calibration, measure_calibration, store_calibration
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import GenerateRequest, Generator, check_request, with_thresholds
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
-from s2t_shared.decode.tasks import calibration_prompts
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, VersionError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
@@ -39,13 +40,21 @@ class Loaded:
     calibration_folder: Path
     selector: LocalSelector | None = None
 
-    def calibration(self, needs_llm: bool, max_new_tokens: int = 64, count: int = 32, prompts: Path | None = None,
-                    say: Callable[[str], None] = lambda line: None) -> Calibration:
+    def calibration(
+        self,
+        needs_llm: bool,
+        max_new_tokens: int = 64,
+        count: int = 32,
+        prompts: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Calibration:
         """Thresholds of this pair, measured once and then kept (the KL triggers need the LLM)."""
         g = self.generator
         slm, llm = g.engine.proposer.runtime.digest, g.llm_digest
         if needs_llm and not llm:
-            raise InvalidRequestError("a KL budget needs the LLM for calibration; give --llm, or --threshold")
+            raise InvalidRequestError(
+                "a KL budget needs the LLM for calibration; give --llm, or --threshold"
+            )
         if prompts is None and (known := load_calibration(self.calibration_folder, slm, llm)):
             return known
         training = calibration_prompts(g.tokenizer, count, prompts)
@@ -55,8 +64,17 @@ class Loaded:
         return calibration
 
 
-def load_models(slm: str, llm: str | None, selector: str, versions: Path, dtype: str, device: str, batch_size: int,
-                threads: int, chat_template: str | None = None) -> Loaded:
+def load_models(
+    slm: str,
+    llm: str | None,
+    selector: str,
+    versions: Path,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    threads: int,
+    chat_template: str | None = None,
+) -> Loaded:
     """SLM, optional LLM and optional local selector, in one engine.
 
     Raises:
@@ -69,16 +87,26 @@ def load_models(slm: str, llm: str | None, selector: str, versions: Path, dtype:
     if llm is not None:
         llm_tokenizer = Tokenizer.load(resolve_model(llm))
         check_same_tokenizer(tokenizer, llm_tokenizer)
-        scorer = LLMScorer(ModelRuntime.load(llm, dtype, device, KV_BYTES), llm_tokenizer.digest)
+        scorer = LLMSelector(ModelRuntime.load(llm, dtype, device, KV_BYTES), llm_tokenizer.digest)
     runtime = ModelRuntime.load(slm, dtype, device, KV_BYTES)
     local = load_selector(selector, versions, runtime, tokenizer)
-    engine = Engine(Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
-                    InProcessSelector(scorer) if scorer else None, lambda version: local, batch_size)
-    return Loaded(Generator(tokenizer, engine, scorer.info.digest if scorer else ""), CACHE.expanduser(), local)
+    engine = Engine(
+        Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
+        InProcessSelector(scorer) if scorer else None,
+        lambda version: local,
+        batch_size,
+    )
+    return Loaded(
+        Generator(tokenizer, engine, scorer.info.digest if scorer else ""),
+        CACHE.expanduser(),
+        local,
+    )
 
 
-def load_selector(name: str, versions: Path, runtime: ModelRuntime, tokenizer: Tokenizer) -> LocalSelector | None:
-    """"none", a published version's name, "live", or a version's folder."""
+def load_selector(
+    name: str, versions: Path, runtime: ModelRuntime, tokenizer: Tokenizer
+) -> LocalSelector | None:
+    """ "none", a published version's name, "live", or a version's folder."""
     if name == "none":
         return None
     folder = Path(name).expanduser()
@@ -87,17 +115,26 @@ def load_selector(name: str, versions: Path, runtime: ModelRuntime, tokenizer: T
     registry = Registry(versions)
     version = registry.live() if name == "live" else name
     if version is None:
-        raise VersionError("no version is live in the registry; train one, or name a version or folder")
+        raise VersionError(
+            "no version is live in the registry; train one, or name a version or folder"
+        )
     return registry.load(version, runtime, tokenizer.digest)
 
 
-def generate_file(loaded: Loaded, template: GenerateRequest, source: Path, target: Path, with_steps: bool,
-                  on_answer: Callable[[], None] = lambda: None) -> int:
-    """Answer every line of `source` into `target`, in input order, written as soon as the order allows. `template`:
-    everything but id and prompt. Returns how many lines failed; each failure is reported on stderr with its number.
+def generate_file(
+    loaded: Loaded,
+    template: GenerateRequest,
+    source: Path,
+    target: Path,
+    with_steps: bool,
+    on_answer: Callable[[], None] = lambda: None,
+) -> int:
+    """Answer every line of `source` into `target`, in input order, written as soon as the order
+    allows. `template`: everything but id and prompt. Returns how many lines failed; each failure is
+    reported on stderr with its number.
 
-    Raises:
-        ConfigError: a file cannot be read or written. InvalidRequestError: the settings themselves are wrong.
+    Raises: ConfigError: a file cannot be read or written. InvalidRequestError: the settings
+        themselves are wrong.
     """
     check_policy(template.policy)
     check_request(template)
@@ -117,6 +154,7 @@ def generate_file(loaded: Loaded, template: GenerateRequest, source: Path, targe
 
     failed = written = 0
     with open_output(target) as stream:
+
         def write_ready() -> None:
             nonlocal failed, written
             while written in outcomes:
@@ -124,9 +162,15 @@ def generate_file(loaded: Loaded, template: GenerateRequest, source: Path, targe
                 if isinstance(outcome, S2TError):
                     failed += 1
                     text = str(outcome)
-                    print(text if text.startswith("line ") else f"line {row['line']}: {text}", file=sys.stderr)
+                    print(
+                        text if text.startswith("line ") else f"line {row['line']}: {text}",
+                        file=sys.stderr,
+                    )
                 else:
-                    stream.write(json.dumps(answer_row(row["id"], outcome, with_steps), ensure_ascii=False) + "\n")
+                    stream.write(
+                        json.dumps(answer_row(row["id"], outcome, with_steps), ensure_ascii=False)
+                        + "\n"
+                    )
                 written += 1
 
         write_ready()
@@ -148,27 +192,48 @@ def open_output(target: Path) -> TextIO:
         raise ConfigError(f"output {str(target)!r} cannot be written: {error.strerror}") from error
 
 
-def resolve_thresholds(template: GenerateRequest, loaded: Loaded, prompts: Path | None,
-                       say: Callable[[str], None]) -> GenerateRequest:
-    """The template with its budget turned into a threshold: the version's own calibration if it has one, else the
-    pair's, measured on training prompts."""
+def resolve_thresholds(
+    template: GenerateRequest, loaded: Loaded, prompts: Path | None, say: Callable[[str], None]
+) -> GenerateRequest:
+    """The template with its budget turned into a threshold: the version's own calibration if it has
+    one, else the pair's, measured on training prompts."""
     policy = template.policy
     if template.budget is None or not policy.can_trigger or policy.trigger not in CALIBRATED:
         return with_thresholds(template, Calibration({}))
-    if loaded.selector is not None and prompts is None and policy.trigger in loaded.selector.calibration.thresholds:
+    if (
+        loaded.selector is not None
+        and prompts is None
+        and policy.trigger in loaded.selector.calibration.thresholds
+    ):
         return with_thresholds(template, loaded.selector.calibration)
-    return with_thresholds(template, loaded.calibration(policy.trigger.needs_llm, prompts=prompts, say=say))
+    return with_thresholds(
+        template, loaded.calibration(policy.trigger.needs_llm, prompts=prompts, say=say)
+    )
 
 
 def answer_row(request_id: Any, answer: Answer, with_steps: bool) -> dict[str, Any]:
     """One output line."""
     row: dict[str, Any] = {
-        "id": request_id, "token_ids": list(answer.token_ids), "text": answer.text,
-        "finish_reason": answer.finish_reason.value, "usage": asdict(answer.usage),
-        "versions": asdict(answer.versions)}
+        "id": request_id,
+        "token_ids": list(answer.token_ids),
+        "text": answer.text,
+        "finish_reason": answer.finish_reason.value,
+        "usage": asdict(answer.usage),
+        "versions": asdict(answer.versions),
+    }
     if with_steps:
         row["steps"] = [
-            {"index": s.index, "token_id": s.token_id, "signal": s.signal, "candidate_ids": list(s.candidate_ids),
-             "scores": list(s.scores), "chosen_by": s.chosen_by.value, "slm_top_id": s.slm_top_id,
-             "llm_top_id": s.llm_top_id} for s in answer.steps if s.triggered]
+            {
+                "index": s.index,
+                "token_id": s.token_id,
+                "signal": s.signal,
+                "candidate_ids": list(s.candidate_ids),
+                "scores": list(s.scores),
+                "chosen_by": s.chosen_by.value,
+                "slm_top_id": s.slm_top_id,
+                "llm_top_id": s.llm_top_id,
+            }
+            for s in answer.steps
+            if s.triggered
+        ]
     return row

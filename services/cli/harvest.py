@@ -17,74 +17,144 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.types import LabelRule, Trigger
-from services.cli.options import Address, ConfigFile, DataDir, Json, TokenFile, pick, settings, show, target
+from services.cli.options import (
+    Address,
+    ConfigFile,
+    DataDir,
+    Json,
+    TokenFile,
+    pick,
+    settings,
+    show,
+    target,
+)
 
 if TYPE_CHECKING:
     from s2t_shared.decode.generate import Generator
 
 LINE_EVERY_S = 30.0
-POSITIONS = {"kl": (Trigger.KL,), "entropy": (Trigger.ENTROPY,), "both": (Trigger.ENTROPY, Trigger.KL)}
+POSITIONS = {
+    "kl": (Trigger.KL,),
+    "entropy": (Trigger.ENTROPY,),
+    "both": (Trigger.ENTROPY, Trigger.KL),
+}
 
 
-def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging Face dataset folder or hub id")],
-            out: Annotated[Path | None, typer.Option(help="the lake folder; without: the service's own")] = None,
-            slm: Annotated[str | None, typer.Option(help="harvest in this process, without a service")] = None,
-            llm: Annotated[str | None, typer.Option(help="with --slm")] = None,
-            address: Address = None, token_file: TokenFile = None,
-            prompt_column: Annotated[str | None, typer.Option(help="default: prompt, messages, token_ids, question ..."
-                                                              )] = None,
-            id_column: Annotated[str | None, typer.Option(help="default: id, else the row's number")] = None,
-            template: Annotated[str | None, typer.Option(help="text with {column} in it")] = None,
-            chat: Annotated[bool, typer.Option("--chat", help="the text becomes a chat message")] = False,
-            system: Annotated[str | None, typer.Option(help="system message before it (implies --chat)")] = None,
-            chat_template: Annotated[Path | None, typer.Option(help="with --slm: a Jinja file")] = None,
-            task: Annotated[str, typer.Option(help="name stored with the labels")] = "",
-            split: Annotated[str, typer.Option(help="recorded; an evaluation split is refused")] = "train",
-            limit: Annotated[int | None, typer.Option(help="prompts at most, the first ones")] = None,
-            positions: Annotated[str, typer.Option(help="what becomes a label: the top share by kl, entropy or both")
-                                 ] = "both",
-            budget: Annotated[float, typer.Option(help="that share, per signal")] = 0.1,
-            threshold: Annotated[list[str] | None, typer.Option(help="kl=0.5, entropy=1.2: not a share")] = None,
-            intervene: Annotated[bool, typer.Option("--intervene", help="S2T rollouts instead of greedy ones")] = False,
-            candidates: Annotated[int, typer.Option(help="K of a label")] = 16,
-            max_new_tokens: Annotated[int, typer.Option(help="of a rollout")] = 256,
-            calibrate_on: Annotated[int, typer.Option(help="first prompts that give the thresholds")] = 64,
-            again: Annotated[bool, typer.Option("--again", help="also what is done: labels were lost")] = False,
-            concurrency: Annotated[int, typer.Option(help="rollouts asked at once (0: 64 per proposer)")] = 0,
-            batch_size: Annotated[int, typer.Option(help="with --slm: sequences in one batch")] = 16,
-            dtype: Annotated[str, typer.Option(help="with --slm: float32 or bfloat16")] = "float32",
-            device: Annotated[str, typer.Option(help="with --slm: cpu, cuda, ...")] = "cpu",
-            threads: Annotated[int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")] = None,
-            config: ConfigFile = None, data_dir: DataDir = None, json_out: Json = False) -> None:
-    """Turn training prompts into selection labels. The same command again goes on where it was stopped."""
+def harvest(
+    prompts: Annotated[
+        str, typer.Argument(help="JSONL, Parquet, Hugging Face dataset folder or hub id")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="the lake folder; without: the service's own")
+    ] = None,
+    slm: Annotated[
+        str | None, typer.Option(help="harvest in this process, without a service")
+    ] = None,
+    llm: Annotated[str | None, typer.Option(help="with --slm")] = None,
+    address: Address = None,
+    token_file: TokenFile = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="default: prompt, messages, token_ids, question ...")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="default: id, else the row's number")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="text with {column} in it")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="the text becomes a chat message")] = False,
+    system: Annotated[
+        str | None, typer.Option(help="system message before it (implies --chat)")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="with --slm: a Jinja file")] = None,
+    task: Annotated[str, typer.Option(help="name stored with the labels")] = "",
+    split: Annotated[str, typer.Option(help="recorded; an evaluation split is refused")] = "train",
+    limit: Annotated[int | None, typer.Option(help="prompts at most, the first ones")] = None,
+    positions: Annotated[
+        str, typer.Option(help="what becomes a label: the top share by kl, entropy or both")
+    ] = "both",
+    budget: Annotated[float, typer.Option(help="that share, per signal")] = 0.1,
+    threshold: Annotated[
+        list[str] | None, typer.Option(help="kl=0.5, entropy=1.2: not a share")
+    ] = None,
+    intervene: Annotated[
+        bool, typer.Option("--intervene", help="S2T rollouts instead of greedy ones")
+    ] = False,
+    candidates: Annotated[int, typer.Option(help="K of a label")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="of a rollout")] = 256,
+    calibrate_on: Annotated[int, typer.Option(help="first prompts that give the thresholds")] = 64,
+    again: Annotated[
+        bool, typer.Option("--again", help="also what is done: labels were lost")
+    ] = False,
+    concurrency: Annotated[
+        int, typer.Option(help="rollouts asked at once (0: 64 per proposer)")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(help="with --slm: sequences in one batch")] = 16,
+    dtype: Annotated[str, typer.Option(help="with --slm: float32 or bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="with --slm: cpu, cuda, ...")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")
+    ] = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
+    """Turn training prompts into selection labels. The same command again goes on where it was
+    stopped."""
     from s2t_shared.data.prompts import PromptSource
     from s2t_shared.labels.lake import Lake
     from services.harvest.harvest import harvest as harvesting
-    from services.harvest.rollouts import ByService, HarvestOptions, InProcess, Roller
+    from services.harvest.rollouts import ByService, HarvestOptions, InProcess, RolloutSource
 
-    for stop in (signal.SIGINT, signal.SIGTERM):  # both, also where a shell started us with one of them ignored
+    for stop in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # both, also where a shell started us with one of them ignored
         signal.signal(stop, signal.default_int_handler)
     if positions not in POSITIONS:
         raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
-    source = PromptSource(prompts, split, id_column, prompt_column, template, system, chat or system is not None)
+    source = PromptSource(
+        source=prompts,
+        split=split,
+        id_column=id_column,
+        prompt_column=prompt_column,
+        template=template,
+        system=system,
+        chat=chat or system is not None,
+    )
     asked = harvesting.prompts_of(source, limit, say)
     rules = tuple(_rule(text) for text in threshold or ())
-    options = HarvestOptions(task, split, tuple(r.trigger for r in rules) or POSITIONS[positions], budget, rules,
-                             candidates, max_new_tokens, intervene, calibrate_on)
-    roller: Roller
+    options = HarvestOptions(
+        task=task,
+        split=split,
+        triggers=tuple(r.trigger for r in rules) or POSITIONS[positions],
+        budget=budget,
+        thresholds=rules,
+        candidates=candidates,
+        max_new_tokens=max_new_tokens,
+        intervene=intervene,
+        calibrate_on=calibrate_on,
+    )
+    roller: RolloutSource
     if slm or llm:
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        roller, lake = InProcess(_load(slm, llm, dtype, device, batch_size, threads, chat_template)), out
+        roller, lake = (
+            InProcess(_load(slm, llm, dtype, device, batch_size, threads, chat_template)),
+            out,
+        )
     else:
         resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
         roller = ByService(target(address, config, token_file), out is not None, concurrency)
         lake = out or resolved.lake
     try:
         with reporting(asked.total, json_out) as on_progress:
-            outcome = harvesting.harvest(roller, asked, Lake(lake), options, on_progress, say, again)
+            outcome = harvesting.harvest(
+                roller, asked, Lake(lake), options, on_progress, say, again
+            )
     except KeyboardInterrupt:
-        print("s2t: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "s2t: stopped; what was finished is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     _tell(outcome, lake, json_out)
 
@@ -92,12 +162,26 @@ def harvest(prompts: Annotated[str, typer.Argument(help="JSONL, Parquet, Hugging
 def _tell(outcome: Any, lake: Path, json_out: bool) -> None:
     for text in [*outcome.errors, *outcome.failed]:
         print(f"s2t: {text}", file=sys.stderr)
-    show({"lake": str(lake), "run": outcome.run, "prompts": outcome.prompts, "resumed": outcome.resumed,
-          "rollouts": outcome.rollouts, "labels": outcome.labels, "tokens": outcome.tokens,
-          "errors": len(outcome.errors), "failed": len(outcome.failed)}, json_out)
+    show(
+        {
+            "lake": str(lake),
+            "run": outcome.run,
+            "prompts": outcome.prompts,
+            "resumed": outcome.resumed,
+            "rollouts": outcome.rollouts,
+            "labels": outcome.labels,
+            "tokens": outcome.tokens,
+            "errors": len(outcome.errors),
+            "failed": len(outcome.failed),
+        },
+        json_out,
+    )
     if outcome.failed:
-        print(f"s2t: {len(outcome.failed)} prompts failed this time, see above; the same command tries their chunks "
-              "again", file=sys.stderr)
+        print(
+            f"s2t: {len(outcome.failed)} prompts failed this time, see above; the same command tries their chunks "
+            "again",
+            file=sys.stderr,
+        )
     if outcome.errors or outcome.failed:
         raise typer.Exit(1)
 
@@ -106,12 +190,28 @@ def say(line: str) -> None:
     print(f"s2t: {line}", file=sys.stderr, flush=True)
 
 
-def _load(slm: str, llm: str, dtype: str, device: str, batch_size: int, threads: int | None,
-          chat_template: Path | None) -> Generator:
+def _load(
+    slm: str,
+    llm: str,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    threads: int | None,
+    chat_template: Path | None,
+) -> Generator:
     from services.cli import generate
 
-    return generate.load_models(slm, llm, "none", Path("."), dtype, device, batch_size,
-                                      threads or os.cpu_count() or 1, _text_of(chat_template)).generator
+    return generate.load_models(
+        slm,
+        llm,
+        "none",
+        Path("."),
+        dtype,
+        device,
+        batch_size,
+        threads or os.cpu_count() or 1,
+        _text_of(chat_template),
+    ).generator
 
 
 def _rule(text: str) -> LabelRule:
@@ -130,7 +230,9 @@ def _text_of(file: Path | None) -> str | None:
     try:
         return file.read_text(encoding="utf-8") if file else None
     except OSError as error:
-        raise ConfigError(f"--chat-template {str(file)!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"--chat-template {str(file)!r} cannot be read: {error.strerror}"
+        ) from error
 
 
 @contextmanager
@@ -140,19 +242,31 @@ def reporting(total: int | None, quiet: bool) -> Iterator[Any]:
     if quiet:
         yield lambda outcome: None
     elif console.is_terminal:
-        with Progress(TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                      TimeRemainingColumn(), console=console) as bar:
+        with Progress(
+            TextColumn("prompts"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+        ) as bar:
             task = bar.add_task("prompts", total=total, rate="")
             clock = _Clock()
-            yield lambda outcome: bar.update(task, completed=outcome.heard, rate=clock.rate(outcome))
+            yield lambda outcome: bar.update(
+                task, completed=outcome.heard, rate=clock.rate(outcome)
+            )
     else:
         clock = _Clock()
 
         def line(outcome: Any) -> None:
             if clock.due():
                 left = clock.left(outcome, total)
-                print(f"s2t: {outcome.heard} of {total if total is not None else '?'} prompts, {clock.rate(outcome)}"
-                      f"{f', about {left / 60:.0f} min left' if left is not None else ''}", file=sys.stderr, flush=True)
+                print(
+                    f"s2t: {outcome.heard} of {total if total is not None else '?'} prompts, {clock.rate(outcome)}"
+                    f"{f', about {left / 60:.0f} min left' if left is not None else ''}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield line
 

@@ -1,4 +1,5 @@
-"""`s2t labels`: the lake on the command line. Parses, asks, prints; lake, label_stats and label_export do the work."""
+"""`s2t labels`: the lake on the command line. Parses, asks, prints; lake, label_stats and
+label_export do the work."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError
-from services.cli.options import ConfigFile, DataDir, Json, pick, progress, settings, show, wide_console
+from services.cli.options import (
+    ConfigFile,
+    DataDir,
+    Json,
+    pick,
+    progress,
+    settings,
+    show,
+    wide_console,
+)
 
 if TYPE_CHECKING:
     from s2t_shared.config import Config
@@ -22,7 +32,9 @@ if TYPE_CHECKING:
     from s2t_shared.labels.stats import LabelStats
 
 labels_app = typer.Typer(no_args_is_help=True, help="The lake of selection labels.")
-LakeFolder = Annotated[Path | None, typer.Argument(help="the lake folder; default: that of the data folder")]
+LakeFolder = Annotated[
+    Path | None, typer.Argument(help="the lake folder; default: that of the data folder")
+]
 GIB = 1 << 30
 DAY_S = 86_400.0
 
@@ -34,13 +46,20 @@ def _open(folder: Path | None, config: Path | None, data_dir: Path | None) -> tu
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
     root = folder or resolved.lake
     if not root.is_dir():
-        raise ConfigError(f"there is no lake folder {str(root)!r}; name one, give --data-dir, or harvest first "
-                          "(s2t harvest)")
+        raise ConfigError(
+            f"there is no lake folder {str(root)!r}; name one, give --data-dir, or harvest first "
+            "(s2t harvest)"
+        )
     return Lake(root), resolved
 
 
 @labels_app.command()
-def stats(lake: LakeFolder = None, config: ConfigFile = None, data_dir: DataDir = None, json_out: Json = False) -> None:
+def stats(
+    lake: LakeFolder = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
     """How much there is, of what, and how often the LLM's choice is among the SLM's first K."""
     from s2t_shared.labels.stats import measure_labels
 
@@ -50,24 +69,43 @@ def stats(lake: LakeFolder = None, config: ConfigFile = None, data_dir: DataDir 
     if json_out:
         print(json.dumps({**asdict(measured), "label_share": measured.label_share, **waiting}))
         return
-    pairs = f"{len(measured.pairs)} (never trained on together)" if len(measured.pairs) > 1 else len(measured.pairs)
-    show({"rollouts": measured.rollouts, "labels": measured.labels, "held-out labels": measured.held_out_labels,
-          "problems": measured.problems, "tasks": _counts(measured.tasks), "sources": _counts(measured.sources),
-          "model pairs": pairs, "answer tokens": measured.answer_tokens, "scored": measured.positions,
-          "label share": _figure(measured.label_share, ".2%"), "mean mass": _figure(measured.mass, ".3f"),
-          "shards": measured.shards, "size": f"{measured.bytes / (1 << 20):.1f} MiB",
-          "made": f"{_date(measured.oldest)} to {_date(measured.newest)}",
-          **{name.replace("_", " "): "unknown" if value is None else value for name, value in waiting.items()}},
-         as_json=False)
+    pairs = (
+        f"{len(measured.pairs)} (never trained on together)"
+        if len(measured.pairs) > 1
+        else len(measured.pairs)
+    )
+    show(
+        {
+            "rollouts": measured.rollouts,
+            "labels": measured.labels,
+            "held-out labels": measured.held_out_labels,
+            "problems": measured.problems,
+            "tasks": _counts(measured.tasks),
+            "sources": _counts(measured.sources),
+            "model pairs": pairs,
+            "answer tokens": measured.answer_tokens,
+            "scored": measured.positions,
+            "label share": _figure(measured.label_share, ".2%"),
+            "mean mass": _figure(measured.mass, ".3f"),
+            "shards": measured.shards,
+            "size": f"{measured.bytes / (1 << 20):.1f} MiB",
+            "made": f"{_date(measured.oldest)} to {_date(measured.newest)}",
+            **{
+                name.replace("_", " "): "unknown" if value is None else value
+                for name, value in waiting.items()
+            },
+        },
+        as_json=False,
+    )
     wide_console().print(_hit_table(measured))
 
 
 def _redis_counts(config: Config) -> dict[str, Any]:
     """What waits in Redis; an answer about the lake must not fail with it."""
-    from s2t_shared.labels.stream import LabelStore
+    from s2t_shared.labels.stream import LabelStream
 
     try:
-        store = LabelStore(str(config.redis.url))
+        store = LabelStream(str(config.redis.url))
         counts = store.counts()
         store.close()
     except StoreError as error:
@@ -100,12 +138,18 @@ def _date(seconds: float | None) -> str:
 
 
 @labels_app.command()
-def export(lake: Annotated[Path, typer.Argument(help="the lake folder")],
-           folder: Annotated[Path, typer.Argument(help="new folder for the data set")],
-           format: Annotated[str, typer.Option("--format", help="hf (Parquet and a card), parquet or jsonl")] = "hf",
-           with_text: Annotated[str | None, typer.Option(
-               help="folder or hub id of the SLM: contexts and candidates also as text")] = None,
-           json_out: Json = False) -> None:
+def export(
+    lake: Annotated[Path, typer.Argument(help="the lake folder")],
+    folder: Annotated[Path, typer.Argument(help="new folder for the data set")],
+    format: Annotated[
+        str, typer.Option("--format", help="hf (Parquet and a card), parquet or jsonl")
+    ] = "hf",
+    with_text: Annotated[
+        str | None,
+        typer.Option(help="folder or hub id of the SLM: contexts and candidates also as text"),
+    ] = None,
+    json_out: Json = False,
+) -> None:
     """Write the labels, one a row, as a data set that datasets.load_dataset(FOLDER) reads."""
     from s2t_shared.labels.export import SPLITS, ExportFormat, export_labels
 
@@ -119,37 +163,59 @@ def export(lake: Annotated[Path, typer.Argument(help="the lake folder")],
         tokenizer = Tokenizer.load(resolve_model(with_text))
     with progress(sum(s.rollouts for s in opened.shards()), "rollouts", json_out) as advance:
         exported = export_labels(opened, folder, kind, tokenizer, lambda labels: advance())
-    show({"folder": str(folder), "labels": exported.total, **{split: exported.labels[split] for split in SPLITS},
-          "rollouts": exported.rollouts, "snapshot": exported.snapshot}, json_out)
+    show(
+        {
+            "folder": str(folder),
+            "labels": exported.total,
+            **{split: exported.labels[split] for split in SPLITS},
+            "rollouts": exported.rollouts,
+            "snapshot": exported.snapshot,
+        },
+        json_out,
+    )
 
 
 @labels_app.command()
-def delete(lake: LakeFolder = None,
-           problem_id: Annotated[str | None, typer.Option(help="labels of this problem")] = None,
-           request_id: Annotated[str | None, typer.Option(help="labels of this request")] = None,
-           task: Annotated[str | None, typer.Option(help="labels of this task")] = None,
-           older_than: Annotated[float | None, typer.Option(help="DAYS: shards with nothing newer")] = None,
-           keep_gib: Annotated[float | None, typer.Option(help="the oldest shards beyond so much")] = None,
-           yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
-           config: ConfigFile = None, data_dir: DataDir = None, json_out: Json = False) -> None:
-    """Delete labels, in the lake with its snapshots and quarantine, and on their way there. Doing it again changes
-    nothing."""
+def delete(
+    lake: LakeFolder = None,
+    problem_id: Annotated[str | None, typer.Option(help="labels of this problem")] = None,
+    request_id: Annotated[str | None, typer.Option(help="labels of this request")] = None,
+    task: Annotated[str | None, typer.Option(help="labels of this task")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(help="DAYS: shards with nothing newer")
+    ] = None,
+    keep_gib: Annotated[float | None, typer.Option(help="the oldest shards beyond so much")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
+    """Delete labels, in the lake with its snapshots and quarantine, and on their way there. Doing
+    it again changes nothing."""
     chosen = {"problem_id": problem_id, "request_id": request_id, "task": task}
     named = [(field, value) for field, value in chosen.items() if value is not None]
     retention = older_than is not None or keep_gib is not None
     if len(named) + retention != 1:
-        raise InvalidRequestError("say what to delete with one of --problem-id, --request-id, --task, or with "
-                                  "--older-than and --keep-gib")
+        raise InvalidRequestError(
+            "say what to delete with one of --problem-id, --request-id, --task, or with "
+            "--older-than and --keep-gib"
+        )
     if not all(limit is None or 0 < limit < 1e9 for limit in (older_than, keep_gib)):
         raise InvalidRequestError("--older-than (days) and --keep-gib must be numbers above 0")
     opened, _ = _open(lake, config, data_dir)
-    age_s, size = (older_than or 0.0) * DAY_S, max(1, int(keep_gib * GIB)) if keep_gib is not None else 0
+    age_s, size = (
+        (older_than or 0.0) * DAY_S,
+        max(1, int(keep_gib * GIB)) if keep_gib is not None else 0,
+    )
     what = _retention(opened, age_s, size) if retention else _matching(opened, *named[0])
     _confirm(f"{what} in {str(opened.root)!r}", yes)
     removed = opened.prune(age_s, size) if retention else opened.delete(*named[0])
     if any((opened.root / "quarantine").glob("shard-*")):
-        print(f"s2t: what cannot be read in {str(opened.root / 'quarantine')!r} was not searched; remove that folder "
-              "when it is needed no more", file=sys.stderr)
+        print(
+            f"s2t: what cannot be read in {str(opened.root / 'quarantine')!r} was not searched; remove that folder "
+            "when it is needed no more",
+            file=sys.stderr,
+        )
     show({"deleted rollouts": removed}, json_out)
 
 
@@ -163,8 +229,10 @@ def _matching(lake: Lake, field: str, value: str) -> str:
 
 def _retention(lake: Lake, age_s: float, size: int) -> str:
     gone = lake.prunable(age_s, size)
-    return (f"{len(gone)} of {len(lake.shards())} shards: {sum(s.rollouts for s in gone)} rollouts with "
-            f"{sum(s.labels for s in gone)} labels, made until {_date(gone[-1].last if gone else None)},")
+    return (
+        f"{len(gone)} of {len(lake.shards())} shards: {sum(s.rollouts for s in gone)} rollouts with "
+        f"{sum(s.labels for s in gone)} labels, made until {_date(gone[-1].last if gone else None)},"
+    )
 
 
 def _confirm(what: str, yes: bool) -> None:
@@ -183,9 +251,13 @@ def _on_terminal() -> bool:
 
 
 @labels_app.command()
-def verify(lake: LakeFolder = None,
-           quarantine: Annotated[bool, typer.Option("--quarantine", help="move bad shards aside")] = False,
-           config: ConfigFile = None, data_dir: DataDir = None, json_out: Json = False) -> None:
+def verify(
+    lake: LakeFolder = None,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="move bad shards aside")] = False,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
     """Check hash, schema and values of every shard; exit status 1 where one is bad."""
     opened, _ = _open(lake, config, data_dir)
     wrong = opened.verify()
@@ -193,13 +265,19 @@ def verify(lake: LakeFolder = None,
         opened.quarantine(wrong)
     shards = len(opened.shards()) if quarantine or not wrong else None
     if json_out:
-        print(json.dumps({"bad": wrong, "quarantined": bool(quarantine and wrong), "good_shards": shards}))
+        print(
+            json.dumps(
+                {"bad": wrong, "quarantined": bool(quarantine and wrong), "good_shards": shards}
+            )
+        )
     else:
         for name, reason in wrong.items():
             wide_console().print(f"[red]BAD[/red] {escape(name)}: {escape(reason)}", soft_wrap=True)
         if wrong and quarantine:
-            print(f"moved to {opened.root / 'quarantine'}; {shards} good shards remain; run the harvest again with "
-                  "--again to make them anew")
+            print(
+                f"moved to {opened.root / 'quarantine'}; {shards} good shards remain; run the harvest again with "
+                "--again to make them anew"
+            )
         elif not wrong:
             print(f"{shards} shards, all well")
     if wrong:

@@ -1,4 +1,5 @@
-"""What all verbs share: options, settings, progress, tables. Knows the terminal; does no work itself."""
+"""What all verbs share: options, settings, progress, tables. Knows the terminal; does no work
+itself."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import InvalidRequestError
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
+]
 DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis files")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
@@ -29,7 +32,9 @@ def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
     if quiet or not console.is_terminal:
         yield lambda: None
         return
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+    with Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
 
@@ -58,8 +63,11 @@ def target(address: str | None, config: Path | None, token_file: Path | None) ->
     resolved = settings(config)
     token = channels.read_token(token_file or resolved.security.token_file)
     authority = resolved.security.authority
-    return Target(address or f"{resolved.gateway.host}:{resolved.gateway.port}", token,
-                  str(authority) if authority else None)
+    return Target(
+        address or f"{resolved.gateway.host}:{resolved.gateway.port}",
+        token,
+        str(authority) if authority else None,
+    )
 
 
 def wide_console() -> Console:

@@ -1,11 +1,13 @@
 """`s2t harvest`: labels from training prompts, through a running service or alone in this process.
 
-    prompts -> chunks -> rollouts, scored whole by one LLM prefill -> labels where KL or entropy is high -> lake
+    prompts -> chunks -> rollouts, scored whole by one LLM prefill -> labels where KL or entropy is
+    high -> lake
 
-Plain rollouts are the SLM's greedy ones; intervened ones are S2T's own (the LLM selects at the divergence points), so
-their labels lie on the paths that a served answer takes. Thresholds come from the run's own first prompts, and are
-kept with the run (`harvest_run`), which remembers what is done: the same command again goes on and ends with the same
-labels as a run that was never disturbed.
+Plain rollouts are the SLM's greedy ones; intervened ones are S2T's own (the LLM selects at the
+divergence points), so their labels lie on the paths that a served answer takes. Thresholds come
+from the run's own first prompts, and are kept with the run (`harvest_run`), which remembers what is
+done: the same command again goes on and ends with the same labels as a run that was never
+disturbed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.policy import threshold_for
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest.journal import CHUNK, Chunk, HarvestRun
-from services.harvest.rollouts import TRIGGERS, Asked, HarvestOptions, Roller
+from services.harvest.rollouts import TRIGGERS, HarvestOptions, RolloutRequest, RolloutSource
 
 COMPACT_EVERY = 64  # chunks: so that a long run's shards do not pile up
 Row = tuple[dict[str, Any], Prompt | InvalidRequestError]
@@ -32,17 +34,18 @@ EVERYWHERE = tuple(LabelRule(t, -1.0) for t in TRIGGERS)  # entropy and KL are n
 
 @dataclass(frozen=True)
 class Prompts:
-    """What to harvest: `rows()` starts from the first row every time; `fingerprint` stands for their content."""
+    """What to harvest: `rows()` starts from the first row every time; `fingerprint` stands for
+    their content."""
 
     rows: Callable[[], Iterable[Row]]
     fingerprint: str
     total: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HarvestOutcome:
-    """What a run has given so far, earlier starts included. `errors`: one text per prompt that can never give labels;
-    `failed`: per prompt that did not this time."""
+    """What a run has given so far, earlier starts included. `errors`: one text per prompt that can
+    never give labels; `failed`: per prompt that did not this time."""
 
     run: str = ""
     prompts: int = 0
@@ -66,18 +69,24 @@ class HarvestOutcome:
 Progress = Callable[[HarvestOutcome], None]
 
 
-def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOptions,
-            on_progress: Progress = lambda outcome: None, say: Callable[[str], None] = lambda line: None,
-            again: bool = False) -> HarvestOutcome:
-    """Harvest what is not done yet; `again`: everything, as after labels were lost (none is counted twice).
+def harvest(
+    roller: RolloutSource,
+    prompts: Prompts,
+    lake: Lake,
+    options: HarvestOptions,
+    on_progress: Progress = lambda outcome: None,
+    say: Callable[[str], None] = lambda line: None,
+    again: bool = False,
+) -> HarvestOutcome:
+    """Harvest what is not done yet; `again`: everything, as after labels were lost (none is counted
+    twice).
 
-    Raises:
-        EvaluationSplitError: the split is for evaluation. ConfigError: another process does this run, the lake cannot
-        be used, or no prompt gave anything to calibrate on.
+    Raises: EvaluationSplitError: the split is for evaluation. ConfigError: another process does
+        this run, the lake cannot be used, or no prompt gave anything to calibrate on.
     """
     check_split(options.split)
     with HarvestRun.open(lake.root, _identity(prompts, options, roller), again) as run:
-        outcome = HarvestOutcome(run.id)
+        outcome = HarvestOutcome(run=run.id)
         for chunk in run.done.values():
             outcome.add(chunk)
         outcome.resumed = outcome.heard = outcome.prompts
@@ -88,52 +97,91 @@ def harvest(roller: Roller, prompts: Prompts, lake: Lake, options: HarvestOption
         on_progress(outcome)
         if first:
             for asked in work.asked(_firsts(prompts, options), only=first):
-                work.hear(asked, _relabelled(first[asked.request_id], run.rules))
-        roller.roll(work.asked(prompts.rows()), options, work.hear)
+                work.on_rollout(asked, _relabelled(first[asked.request_id], run.rules))
+        roller.make_rollouts(work.asked(prompts.rows()), options, work.on_rollout)
         if roller.keeps:
             lake.compact()
         return outcome
 
 
-def _identity(prompts: Prompts, options: HarvestOptions, roller: Roller) -> dict[str, Any]:
+def _identity(prompts: Prompts, options: HarvestOptions, roller: RolloutSource) -> dict[str, Any]:
     """Everything that the labels depend on."""
     o, digests = options, roller.digests
-    return {"prompts": prompts.fingerprint, "task": o.task, "split": o.split, "budget": o.budget,
-            "triggers": [t.value for t in o.triggers], "candidates": o.candidates, "intervene": o.intervene,
-            "thresholds": [[r.trigger.value, r.threshold] for r in o.thresholds], "max_new_tokens": o.max_new_tokens,
-            "calibrate_on": o.calibrate_on, "slm": digests.slm, "llm": digests.llm, "tokenizer": digests.tokenizer,
-            "template": digests.template, "precision": roller.precision}
+    return {
+        "prompts": prompts.fingerprint,
+        "task": o.task,
+        "split": o.split,
+        "budget": o.budget,
+        "triggers": [t.value for t in o.triggers],
+        "candidates": o.candidates,
+        "intervene": o.intervene,
+        "thresholds": [[r.trigger.value, r.threshold] for r in o.thresholds],
+        "max_new_tokens": o.max_new_tokens,
+        "calibrate_on": o.calibrate_on,
+        "slm": digests.slm,
+        "llm": digests.llm,
+        "tokenizer": digests.tokenizer,
+        "template": digests.template,
+        "precision": roller.precision,
+    }
 
 
 def _firsts(prompts: Prompts, options: HarvestOptions) -> Iterator[Row]:
-    """The prompts that give the thresholds: whole chunks, so that their rollouts need not be made again."""
-    for _, row in zip(range(-(-options.calibrate_on // CHUNK) * CHUNK), prompts.rows(), strict=False):
+    """The prompts that give the thresholds: whole chunks, so that their rollouts need not be made
+    again."""
+    for _, row in zip(
+        range(-(-options.calibrate_on // CHUNK) * CHUNK), prompts.rows(), strict=False
+    ):
         yield row
 
 
-def _plan(run: HarvestRun, roller: Roller, prompts: Prompts, options: HarvestOptions) -> dict[str, Rollout]:
-    """Fix the thresholds. Returns the rollouts made for that, by request, where they are also the harvest's own."""
+def _plan(
+    run: HarvestRun, roller: RolloutSource, prompts: Prompts, options: HarvestOptions
+) -> dict[str, Rollout]:
+    """Fix the thresholds. Returns the rollouts made for that, by request, where they are also the
+    harvest's own."""
     if options.thresholds:
         run.plan(options.thresholds)
         return {}
     rolled: dict[str, Rollout] = {}
     failed: list[S2TError] = []
 
-    def hear(asked: Asked, result: Rollout | S2TError) -> None:
+    def on_rollout(asked: RolloutRequest, result: Rollout | S2TError) -> None:
         if isinstance(result, Rollout):
             rolled[asked.request_id] = result
         else:
             failed.append(result)
 
-    roller.roll((Asked(_request_id(run, row), str(row["id"]), prompt, EVERYWHERE, True)
-                 for row, prompt in _firsts(prompts, options) if isinstance(prompt, Prompt)), options, hear)
-    signals = {Trigger.ENTROPY: [x for r in rolled.values() for x in r.entropy[WARMUP_STEPS:]],
-               Trigger.KL: [x for r in rolled.values() for x in r.kl[WARMUP_STEPS:]]}
+    roller.make_rollouts(
+        (
+            RolloutRequest(
+                request_id=_request_id(run, row),
+                problem_id=str(row["id"]),
+                prompt=prompt,
+                rules=EVERYWHERE,
+                calibrating=True,
+            )
+            for row, prompt in _firsts(prompts, options)
+            if isinstance(prompt, Prompt)
+        ),
+        options,
+        on_rollout,
+    )
+    signals = {
+        Trigger.ENTROPY: [x for r in rolled.values() for x in r.entropy[WARMUP_STEPS:]],
+        Trigger.KL: [x for r in rolled.values() for x in r.kl[WARMUP_STEPS:]],
+    }
     if not signals[Trigger.KL] or any(not isinstance(e, InvalidRequestError) for e in failed):
-        raise ConfigError("no thresholds could be calibrated: of the first prompts "
-                          f"{len(rolled)} gave a rollout ({failed[0] if failed else 'there are none'})")
+        raise ConfigError(
+            "no thresholds could be calibrated: of the first prompts "
+            f"{len(rolled)} gave a rollout ({failed[0] if failed else 'there are none'})"
+        )
     total = sum(len(r.kl) for r in rolled.values())
-    run.plan(tuple(LabelRule(t, threshold_for(options.budget, signals[t], total)) for t in options.triggers))
+    run.plan(
+        tuple(
+            LabelRule(t, threshold_for(options.budget, signals[t], total)) for t in options.triggers
+        )
+    )
     return rolled if roller.keeps and not options.intervene else {}
 
 
@@ -143,12 +191,14 @@ def _request_id(run: HarvestRun, row: dict[str, Any]) -> str:
 
 def _relabelled(rollout: Rollout, rules: tuple[LabelRule, ...]) -> Rollout:
     def marked(label: Label) -> bool:
-        return any((label.kl if r.trigger is Trigger.KL else label.entropy) > r.threshold for r in rules)
+        return any(
+            (label.kl if r.trigger is Trigger.KL else label.entropy) > r.threshold for r in rules
+        )
 
     return with_labels(rollout, tuple(label for label in rollout.labels if marked(label)))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _OpenChunk:
     left: int
     prompts: int
@@ -158,32 +208,51 @@ class _OpenChunk:
 
 
 class _Work:
-    """The chunks under way: counts what comes back, and makes a chunk durable when the last of it is there."""
+    """The chunks under way: counts what comes back, and makes a chunk durable when the last of it
+    is there."""
 
-    def __init__(self, run: HarvestRun, lake: Lake, keeps: bool, outcome: HarvestOutcome,
-                 on_progress: Progress) -> None:
+    def __init__(
+        self,
+        run: HarvestRun,
+        lake: Lake,
+        keeps: bool,
+        outcome: HarvestOutcome,
+        on_progress: Progress,
+    ) -> None:
         self._run, self._lake, self._keeps = run, lake, keeps
         self._outcome, self._on_progress = outcome, on_progress
         self._open: dict[int, _OpenChunk] = {}
         self._chunk_of: dict[str, int] = {}
 
-    def asked(self, rows: Iterable[Row], only: dict[str, Rollout] | None = None) -> Iterator[Asked]:
+    def asked(
+        self, rows: Iterable[Row], only: dict[str, Rollout] | None = None
+    ) -> Iterator[RolloutRequest]:
         """The rollouts that are not done (and, with `only`, are known already), chunk by chunk."""
         for number, chunk in self._run.open_chunks(rows):
             good = [(row, prompt) for row, prompt in chunk if isinstance(prompt, Prompt)]
             if only is not None and not all(_request_id(self._run, row) in only for row, _ in good):
                 continue
-            self._open[number] = _OpenChunk(len(good), len(chunk), errors=[
-                str(prompt) for _, prompt in chunk if isinstance(prompt, InvalidRequestError)])
+            self._open[number] = _OpenChunk(
+                left=len(good),
+                prompts=len(chunk),
+                errors=[
+                    str(prompt) for _, prompt in chunk if isinstance(prompt, InvalidRequestError)
+                ],
+            )
             self._outcome.heard += len(chunk) - len(good)
             if not good:
                 self._close(number)
             for row, prompt in good:
                 request_id = _request_id(self._run, row)
                 self._chunk_of[request_id] = number
-                yield Asked(request_id, str(row["id"]), prompt, self._run.rules)
+                yield RolloutRequest(
+                    request_id=request_id,
+                    problem_id=str(row["id"]),
+                    prompt=prompt,
+                    rules=self._run.rules,
+                )
 
-    def hear(self, asked: Asked, result: Rollout | S2TError) -> None:
+    def on_rollout(self, asked: RolloutRequest, result: Rollout | S2TError) -> None:
         number = self._chunk_of.pop(asked.request_id)
         chunk = self._open[number]
         self._outcome.heard += 1
@@ -207,16 +276,23 @@ class _Work:
         if self._keeps:
             rollouts = sorted(chunk.rollouts, key=lambda r: r.request_id)
             self._lake.write(rollouts, f"{self._run.id}-{number:06d}")
-        done = Chunk(number, chunk.prompts, len(chunk.rollouts), sum(len(r.labels) for r in chunk.rollouts),
-                     sum(len(r.token_ids) - r.prompt_length for r in chunk.rollouts), tuple(chunk.errors))
+        done = Chunk(
+            number=number,
+            prompts=chunk.prompts,
+            rollouts=len(chunk.rollouts),
+            labels=sum(len(r.labels) for r in chunk.rollouts),
+            tokens=sum(len(r.token_ids) - r.prompt_length for r in chunk.rollouts),
+            errors=tuple(chunk.errors),
+        )
         self._run.finish(done)
         self._outcome.add(done)
         if self._keeps and len(self._run.done) % COMPACT_EVERY == 0:
             self._lake.compact()
 
 
-def prompts_of(source: PromptSource, limit: int | None = None, say: Callable[[str], None] = lambda line: None
-               ) -> Prompts:
+def prompts_of(
+    source: PromptSource, limit: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> Prompts:
     """The prompts of a source, the first `limit` of them. `say` hears what was chosen by itself.
 
     Raises:
@@ -224,7 +300,7 @@ def prompts_of(source: PromptSource, limit: int | None = None, say: Callable[[st
     """
     told: list[str] = []
 
-    def hear(line: str) -> None:
+    def on_rollout(line: str) -> None:
         if line not in told:  # the rows are read more than once
             told.append(line)
             say(line)
@@ -232,8 +308,11 @@ def prompts_of(source: PromptSource, limit: int | None = None, say: Callable[[st
     total = prompt_files.count(source)
     if limit is not None:
         total = limit if total is None else min(limit, total)
-    return Prompts(lambda: islice(prompt_files.read(source, hear), limit), f"{fingerprint(source)}:{limit or 'all'}",
-                   total)
+    return Prompts(
+        lambda: islice(prompt_files.read(source, on_rollout), limit),
+        f"{fingerprint(source)}:{limit or 'all'}",
+        total,
+    )
 
 
 def pair_prompts(problems: Iterable[Any]) -> Prompts:

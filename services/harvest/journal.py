@@ -1,12 +1,13 @@
-"""One harvest's plan and progress on disk, so that the same command again goes on where it was stopped.
+"""One harvest's plan and progress on disk, so that the same command again goes on where it was
+stopped.
 
-    lake/runs/<run id>/
-      plan.json    what the run is: options, models, thresholds
-      done.jsonl   one line per finished chunk of prompts, written after the chunk's labels are durable
-      lock         held while somebody works on it
+    lake/runs/<run id>/ plan.json    what the run is: options, models, thresholds done.jsonl   one
+      line per finished chunk of prompts, written after the chunk's labels are durable lock
+      held while somebody works on it
 
-The run id is a hash of all that the labels depend on: prompts, options, models. A chunk that was being worked on when
-the process died is done again; its labels have the same ids, and its shard the same name. Knows files; no models.
+The run id is a hash of all that the labels depend on: prompts, options, models. A chunk that was
+being worked on when the process died is done again; its labels have the same ids, and its shard the
+same name. Knows files; no models.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ T = TypeVar("T")
 CHUNK = 32  # prompts that become done together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """What a finished chunk gave. `errors`: one text per prompt that can never give labels."""
 
@@ -50,8 +51,11 @@ class HarvestRun:
 
     @classmethod
     @contextmanager
-    def open(cls, lake: Path, identity: dict[str, Any], again: bool = False) -> Iterator[HarvestRun]:
-        """The run with this identity, new or as it was left; `again`: with its thresholds, but nothing done.
+    def open(
+        cls, lake: Path, identity: dict[str, Any], again: bool = False
+    ) -> Iterator[HarvestRun]:
+        """The run with this identity, new or as it was left; `again`: with its thresholds, but
+        nothing done.
 
         Raises:
             ConfigError: another process is working on it, or the folder cannot be used.
@@ -63,10 +67,14 @@ class HarvestRun:
                 run._folder.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(locked(run._folder / "lock", wait=False))
             except OSError as error:
-                raise ConfigError(f"lake {str(lake)!r} cannot be used: {error.strerror or error}") from error
+                raise ConfigError(
+                    f"lake {str(lake)!r} cannot be used: {error.strerror or error}"
+                ) from error
             if not held:
-                raise ConfigError(f"this harvest (run {name}) is being done by another process; wait for it, or stop "
-                                  "it first")
+                raise ConfigError(
+                    f"this harvest (run {name}) is being done by another process; wait for it, or stop "
+                    "it first"
+                )
             if again:
                 (run._folder / "done.jsonl").unlink(missing_ok=True)
             run._read()
@@ -75,12 +83,16 @@ class HarvestRun:
     def _read(self) -> None:
         try:
             plan = json.loads((self._folder / "plan.json").read_text(encoding="utf-8"))
-            self.rules = tuple(LabelRule(Trigger(trigger), threshold) for trigger, threshold in plan["rules"])
+            self.rules = tuple(
+                LabelRule(Trigger(trigger), threshold) for trigger, threshold in plan["rules"]
+            )
         except FileNotFoundError:
             return  # new
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"harvest run {self.id}: plan.json is damaged ({error}); remove {self._folder} to start "
-                              "it anew (labels that are there already are not counted twice)") from error
+            raise ConfigError(
+                f"harvest run {self.id}: plan.json is damaged ({error}); remove {self._folder} to start "
+                "it anew (labels that are there already are not counted twice)"
+            ) from error
         journal = self._folder / "done.jsonl"
         for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
             try:
@@ -92,8 +104,13 @@ class HarvestRun:
 
     def plan(self, rules: tuple[LabelRule, ...]) -> None:
         """Fix the thresholds, for this and every later start."""
-        write_atomically(self._folder / "plan.json", json.dumps(
-            {**self._identity, "rules": [[r.trigger.value, r.threshold] for r in rules]}, indent=2))
+        write_atomically(
+            self._folder / "plan.json",
+            json.dumps(
+                {**self._identity, "rules": [[r.trigger.value, r.threshold] for r in rules]},
+                indent=2,
+            ),
+        )
         self.rules = rules
 
     def finish(self, chunk: Chunk) -> None:

@@ -1,4 +1,5 @@
-"""`s2t doctor`: what is installed, what the configuration needs, and how to mend what is missing."""
+"""`s2t doctor`: what is installed, what the configuration needs, and how to mend what is
+missing."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
-from s2t_shared.labels.stream import LabelStore
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.versions.manifest import verify_files
 from s2t_shared.versions.registry import Registry
 from services.client import Client
@@ -34,12 +35,20 @@ class Finding:
 
 def examine(config: Config, address: str | None = None) -> list[Finding]:
     """All checks; with `address` also a running service's."""
-    findings = [Finding("packages", True, ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)),
-                Finding("hardware", True, f"{os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs visible to torch"),
-                _check("models", lambda: _models(config)),
-                _check("exposure", lambda: _exposure(config)),
-                _check("redis", lambda: _redis(config)),
-                _check("versions", lambda: _versions(config))]
+    findings = [
+        Finding(
+            "packages", True, ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+        ),
+        Finding(
+            "hardware",
+            True,
+            f"{os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs visible to torch",
+        ),
+        _check("models", lambda: _models(config)),
+        _check("exposure", lambda: _exposure(config)),
+        _check("redis", lambda: _redis(config)),
+        _check("versions", lambda: _versions(config)),
+    ]
     if address:
         findings.append(_check("service", lambda: _service(address)))
     else:
@@ -73,7 +82,7 @@ def _redis(config: Config) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         server = open_redis(config.redis.url, Path(scratch), None)
         try:
-            LabelStore(server.url).counts()
+            LabelStream(server.url).counts()
             return f"{server.place} answers"
         finally:
             server.stop()
@@ -89,4 +98,4 @@ def _versions(config: Config) -> str:
 def _service(address: str) -> str:
     with Client(address, timeout_s=5.0) as client:
         d = client.describe()
-        return f"SLM {d.slm_digest}, LLM {d.llm_digest or 'not reachable'}, live selector {d.live_selector or 'none'}"
+        return f"SLM {d.slm_digest}, LLM {d.llm_digest or 'not reachable'}, live selector {d.live_version or 'none'}"

@@ -1,6 +1,7 @@
-"""Bringing the whole service up on this machine or an existing Ray cluster, and down again without leftovers.
+"""Bringing the whole service up on this machine or an existing Ray cluster, and down again without
+leftovers.
 
-    Redis (configured, system's or bundled) -> Ray (existing or local) -> selectors, proposers, gateway
+Redis (configured, system's or bundled) -> Ray (existing or local) -> selectors, proposers, gateway
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunningService:
-    """Where the service listens, and the configuration it resolved to (Redis URL and ports filled in)."""
+    """Where the service listens, and the configuration it resolved to (Redis URL and ports filled
+    in)."""
 
     address: str
     config: Config
 
 
 def check_security(config: Config) -> None:
-    """Raises ConfigError: a server would listen beyond loopback unprotected, or the token file holds no token."""
+    """Raises ConfigError: a server would listen beyond loopback unprotected, or the token file
+    holds no token."""
     check_exposure(config)
     channels.read_token(config.security.token_file)
 
@@ -60,7 +63,8 @@ def check_models(config: Config) -> None:
 
 
 def check_port(config: Config) -> None:
-    """Raises ConfigError: the gateway's port is taken (better known now than after a minute of starting)."""
+    """Raises ConfigError: the gateway's port is taken (better known now than after a minute of
+    starting)."""
     if config.gateway.port == 0 or config.gateway.host not in LOOPBACK:
         return
     with socket.socket() as probe:
@@ -68,14 +72,16 @@ def check_port(config: Config) -> None:
         try:
             probe.bind((config.gateway.host, config.gateway.port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {config.gateway.host}:{config.gateway.port}: the port is taken; "
-                              "choose another gateway.port, or 0 for any free one") from error
+            raise ConfigError(
+                f"cannot listen on {config.gateway.host}:{config.gateway.port}: the port is taken; "
+                "choose another gateway.port, or 0 for any free one"
+            ) from error
 
 
 @contextmanager
 def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[None]:
-    """A Ray connection: the one this process has, a running local cluster's (`reuse`), or a fresh local cluster that
-    ends with the block."""
+    """A Ray connection: the one this process has, a running local cluster's (`reuse`), or a fresh
+    local cluster that ends with the block."""
     if ray.is_initialized():
         yield
         return
@@ -91,8 +97,12 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
             finally:
                 ray.shutdown()
             return
-    ray.init(num_cpus=int(num_cpus or max(2, os.cpu_count() or 2)), object_store_memory=OBJECT_STORE_BYTES,
-             include_dashboard=False, **quiet)
+    ray.init(
+        num_cpus=int(num_cpus or max(2, os.cpu_count() or 2)),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **quiet,
+    )
     try:
         yield
     finally:
@@ -100,11 +110,13 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
 
 
 @contextmanager
-def running_service(config: Config, say: Say = lambda line: None, reuse_ray: bool = False) -> Iterator[RunningService]:
+def running_service(
+    config: Config, say: Say = lambda line: None, reuse_ray: bool = False
+) -> Iterator[RunningService]:
     """The service, until the block ends (also by an exception or Ctrl-C).
 
-    Raises:
-        ConfigError, ModelLoadError, TokenizerMismatchError, StoreError: before anything is left running.
+    Raises: ConfigError, ModelLoadError, TokenizerMismatchError, StoreError: before anything is left
+        running.
     """
     check_security(config)
     check_models(config)
@@ -113,7 +125,9 @@ def running_service(config: Config, say: Say = lambda line: None, reuse_ray: boo
     redis = open_redis(config.redis.url, config.data_dir / "redis", config.redis.port or None)
     say(f"Redis ready ({redis.place})")
     try:
-        resolved = config.model_copy(update={"redis": config.redis.model_copy(update={"url": redis.url})})
+        resolved = config.model_copy(
+            update={"redis": config.redis.model_copy(update={"url": redis.url})}
+        )
         with local_ray(reuse=reuse_ray):
             say("Ray ready")
             with _application(resolved) as address:
@@ -130,19 +144,28 @@ def _application(config: Config) -> Iterator[str]:
             serve.run(build_application(config), name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
             raise ConfigError(f"the service did not start: {_reason(error)}") from error
-        port = serve.get_deployment_handle("Gateway", APPLICATION).port.remote().result(timeout_s=30)
+        port = (
+            serve.get_deployment_handle("Gateway", APPLICATION).port.remote().result(timeout_s=30)
+        )
         yield f"{config.gateway.host}:{port}"
     finally:
-        # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve may be in use.
+        # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve may
+        # be in use.
         serve.delete(APPLICATION)
 
 
 def _reason(error: RuntimeError) -> str:
     """The first error of ours in a failed deployment's message, else its last line."""
     names = tuple(f"{kind.__name__}: " for kind in _descendants(S2TError))
-    message = serve.status().applications[APPLICATION].message if APPLICATION in serve.status().applications else ""
+    message = (
+        serve.status().applications[APPLICATION].message
+        if APPLICATION in serve.status().applications
+        else ""
+    )
     text = message or str(error)
-    for deployment in (serve.status().applications[APPLICATION].deployments.values() if message else ()):
+    for deployment in (
+        serve.status().applications[APPLICATION].deployments.values() if message else ()
+    ):
         text += "\n" + deployment.message
     for line in reversed(text.splitlines()):
         for name in names:

@@ -25,23 +25,31 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Target:
-    """A service to ask: its address, the caller's token, and the authority its certificate is checked against."""
+    """A service to ask: its address, the caller's token, and the authority its certificate is
+    checked against."""
 
     address: str
     token: str | None = None
     authority: str | None = None
 
 
-def answer_all(target: Target, questions: Iterable[tuple[str, pb.GenerationParameters]], concurrency: int = 32,
-               timeout_s: float = 300.0, on_answer: Callable[[pb.Answer | S2TError], None] = lambda answer: None
-               ) -> list[pb.Answer | S2TError]:
+def answer_all(
+    target: Target,
+    questions: Iterable[tuple[str, pb.GenerationParameters]],
+    concurrency: int = 32,
+    timeout_s: float = 300.0,
+    on_answer: Callable[[pb.Answer | S2TError], None] = lambda answer: None,
+) -> list[pb.Answer | S2TError]:
     """Ask (request id, parameters) pairs; `on_answer` is called as each is done."""
 
-    async def ask(stub: pb_grpc.GenerationServiceStub, item: tuple[str, pb.GenerationParameters]
-                  ) -> pb.Answer | S2TError:
+    async def ask(
+        stub: pb_grpc.GenerationServiceStub, item: tuple[str, pb.GenerationParameters]
+    ) -> pb.Answer | S2TError:
         request = pb.GenerateRequest(request_id=item[0], parameters=item[1])
         try:
-            response = await stub.Generate(request, timeout=timeout_s, metadata=channels.call_metadata(target.token))
+            response = await stub.Generate(
+                request, timeout=timeout_s, metadata=channels.call_metadata(target.token)
+            )
             result: pb.Answer | S2TError = response.answer
         except grpc.RpcError as error:
             result = wire.error_of(error)
@@ -51,14 +59,18 @@ def answer_all(target: Target, questions: Iterable[tuple[str, pb.GenerationParam
     async def main() -> list[pb.Answer | S2TError]:
         from pathlib import Path
 
-        async with channels.open_channel(target.address, Path(target.authority) if target.authority else None) as channel:
+        async with channels.open_channel(
+            target.address, Path(target.authority) if target.authority else None
+        ) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             return await bounded(list(questions), lambda item: ask(stub, item), concurrency)
 
     return asyncio.run(main())
 
 
-async def bounded(items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int) -> list[R]:
+async def bounded(
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int
+) -> list[R]:
     """`work` on every item, at most `concurrency` at once; results in input order."""
     results: dict[int, R] = {}
     waiting = iter(enumerate(items))
@@ -76,6 +88,9 @@ def prompt_fields(prompt: Prompt) -> dict[str, Any]:
     if prompt.text is not None:
         return {"text": prompt.text}
     if prompt.messages:
-        return {"messages": pb.Messages(messages=[pb.Message(role=m.role, content=m.content)
-                                                  for m in prompt.messages])}
+        return {
+            "messages": pb.Messages(
+                messages=[pb.Message(role=m.role, content=m.content) for m in prompt.messages]
+            )
+        }
     return {"token_ids": pb.TokenIds(ids=prompt.token_ids)}

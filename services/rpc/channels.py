@@ -1,4 +1,5 @@
-"""Opening gRPC servers and channels: credentials, the token, limits. One place for every server of ours.
+"""Opening gRPC servers and channels: credentials, the token, limits. One place for every server of
+ours.
 
 Needs grpcio only.
 """
@@ -31,12 +32,16 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         self._expected = f"Bearer {token}".encode()
 
         async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED,
-                                "no valid token: send metadata 'authorization: Bearer TOKEN'")
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "no valid token: send metadata 'authorization: Bearer TOKEN'",
+            )
 
         self._refuse_unary = grpc.unary_unary_rpc_method_handler(refuse)
 
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
         given = dict(details.invocation_metadata).get("authorization", "")
         given = given if isinstance(given, bytes) else str(given).encode()
         if details.method.startswith(OPEN_METHODS) or hmac.compare_digest(given, self._expected):
@@ -54,15 +59,21 @@ def read_token(file: Path | None) -> str | None:
         return None
     token = _read(file).strip()
     if len(token) < MIN_TOKEN_BYTES:
-        raise ConfigError(f"token file {str(file)!r}: its token has {len(token)} bytes, at least {MIN_TOKEN_BYTES} are "
-                          f"needed; make one: openssl rand -hex 32 > {file}")
+        raise ConfigError(
+            f"token file {str(file)!r}: its token has {len(token)} bytes, at least {MIN_TOKEN_BYTES} are "
+            f"needed; make one: openssl rand -hex 32 > {file}"
+        )
     if not all(0x21 <= byte <= 0x7E for byte in token):
-        raise ConfigError(f"token file {str(file)!r}: a token is one word of printable ASCII; make one: "
-                          f"openssl rand -hex 32 > {file}")
+        raise ConfigError(
+            f"token file {str(file)!r}: a token is one word of printable ASCII; make one: "
+            f"openssl rand -hex 32 > {file}"
+        )
     return token.decode("ascii")
 
 
-def new_server(security: SecurityConfig, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+def new_server(
+    security: SecurityConfig, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Server:
     """A server with our limits; it demands the token if, and only if, a token file is configured.
 
     Raises:
@@ -71,11 +82,17 @@ def new_server(security: SecurityConfig, max_message_bytes: int = MAX_MESSAGE_BY
     token = read_token(security.token_file)
     return grpc.aio.server(
         interceptors=[] if token is None else [TokenInterceptor(token)],
-        options=[("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0),
-                 ("grpc.max_metadata_size", 8 << 10)])
+        options=[
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_metadata_size", 8 << 10),
+        ],
+    )
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, security: SecurityConfig, setting: str) -> int:
+def bind(
+    server: grpc.aio.Server, host: str, port: int, security: SecurityConfig, setting: str
+) -> int:
     """Listen on host:port (0: any free port); returns the port.
 
     Raises:
@@ -84,26 +101,36 @@ def bind(server: grpc.aio.Server, host: str, port: int, security: SecurityConfig
     address = f"{host}:{port}"
     try:
         if security.certificate and security.key:
-            credentials = grpc.ssl_server_credentials([(_read(security.key), _read(security.certificate))])
+            credentials = grpc.ssl_server_credentials(
+                [(_read(security.key), _read(security.certificate))]
+            )
             bound = server.add_secure_port(address, credentials)
         else:
             bound = server.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if not bound:
-        raise ConfigError(f"cannot listen on {address}: the port is taken or the address is not this machine's; "
-                          f"choose another {setting}")
+        raise ConfigError(
+            f"cannot listen on {address}: the port is taken or the address is not this machine's; "
+            f"choose another {setting}"
+        )
     return int(bound)
 
 
 def open_channel(address: str, authority: Path | None, asynchronous: bool = True) -> Any:
     """A channel with our limits; TLS when an authority is given."""
-    options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.keepalive_time_ms", 10_000),
-               ("grpc.keepalive_timeout_ms", 5_000), ("grpc.initial_reconnect_backoff_ms", 100),
-               ("grpc.max_reconnect_backoff_ms", 1_000)]
+    options = [
+        ("grpc.max_receive_message_length", 64 << 20),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+    ]
     library = grpc.aio if asynchronous else grpc
     if authority:
-        return library.secure_channel(address, grpc.ssl_channel_credentials(_read(authority)), options=options)
+        return library.secure_channel(
+            address, grpc.ssl_channel_credentials(_read(authority)), options=options
+        )
     return library.insecure_channel(address, options=options)
 
 
@@ -115,4 +142,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"security file {path.name!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"security file {path.name!r} cannot be read: {error.strerror}"
+        ) from error

@@ -1,4 +1,5 @@
-"""The border between our types and the wire: proto <-> types, errors <-> gRPC status. Nothing else knows both.
+"""The border between our types and the wire: proto <-> types, errors <-> gRPC status. Nothing else
+knows both.
 
 Needs grpcio and protobuf only, so that a client can use it without torch or Ray.
 """
@@ -19,6 +20,7 @@ from s2t_shared.types import (
     Answer,
     CandidateRule,
     ChosenBy,
+    DecodeOptions,
     FinishReason,
     LabelOptions,
     LabelRule,
@@ -86,7 +88,9 @@ def error_of(error: grpc.RpcError) -> errors.S2TError:
         if key == ERROR_KIND and value in names:
             return names[value](details)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.SelectorUnavailableError(f"the service cannot be reached or is not ready ({details})")
+        return errors.SelectorUnavailableError(
+            f"the service cannot be reached or is not ready ({details})"
+        )
     for kind, status in STATUS.items():
         if status is code:
             return kind(details)
@@ -99,14 +103,19 @@ def _known(value: int, table: dict[int, E], field: str) -> E:
     return table[value]
 
 
-# -- generation ---------------------------------------------------------------------------------------------------
+# -- generation -----------------------------------------------------------------------------------
 
 
-def read_request(request_id: str, p: pb.GenerationParameters, defaults: DefaultsConfig,
-                 call_timeout_s: float | None) -> GenerateRequest:
+def read_request(
+    request_id: str,
+    p: pb.GenerationParameters,
+    defaults: DefaultsConfig,
+    call_timeout_s: float | None,
+) -> GenerateRequest:
     """A client's request with the deployment's defaults filled in.
 
-    `call_timeout_s`: seconds left to the RPC, None for no limit. The nearer of it and the request's own stands.
+    `call_timeout_s`: seconds left to the RPC, None for no limit. The nearer of it and the request's
+    own stands.
 
     Raises:
         InvalidRequestError: an unknown enum value, or no prompt.
@@ -116,28 +125,59 @@ def read_request(request_id: str, p: pb.GenerationParameters, defaults: Defaults
     mode = _known(p.mode, MODES, "mode") if p.mode else defaults.mode
     trigger = _known(p.trigger, TRIGGERS, "trigger") if p.trigger else defaults.trigger
     when = p.WhichOneof("when")
-    policy = Policy(mode, trigger, p.threshold if when == "threshold" else 0.0,
-                    CandidateRule(p.candidates if p.HasField("candidates") else defaults.candidates, p.candidate_ratio),
-                    _known(p.proposals, PROPOSALS, "proposals"))
+    policy = Policy(
+        mode=mode,
+        trigger=trigger,
+        threshold=p.threshold if when == "threshold" else 0.0,
+        candidates=CandidateRule(
+            p.candidates if p.HasField("candidates") else defaults.candidates, p.candidate_ratio
+        ),
+        proposals=_known(p.proposals, PROPOSALS, "proposals"),
+    )
     timeouts = [t for t in (p.timeout_seconds, call_timeout_s or 0.0) if t > 0]
     budget = {"budget": p.budget, "threshold": None, None: defaults.budget}[when]
-    sampling = Sampling(p.sampling.temperature if p.sampling.HasField("temperature") else 0.7,
-                        p.sampling.top_p if p.sampling.HasField("top_p") else 1.0, p.sampling.top_k, p.sampling.seed)
+    sampling = Sampling(
+        p.sampling.temperature if p.sampling.HasField("temperature") else 0.7,
+        p.sampling.top_p if p.sampling.HasField("top_p") else 1.0,
+        p.sampling.top_k,
+        p.sampling.seed,
+    )
     request_id = request_id or uuid.uuid4().hex
-    selector = p.selector_version if p.HasField("selector_version") else None
+    selector = p.version if p.HasField("version") else None
     return GenerateRequest(
-        request_id, read_prompt(p), policy, budget, sampling,
-        p.samples if p.HasField("samples") else 8,
-        p.max_new_tokens if p.HasField("max_new_tokens") else defaults.max_new_tokens,
-        tuple(p.stop), min(timeouts, default=0.0),
-        "" if selector == NO_SELECTOR else selector, p.score_rollout, p.return_steps,
-        LabelOptions(p.labels.store if p.labels.HasField("store") else defaults.store_labels,
-                     p.labels.task, p.labels.problem_id, p.labels.split or "train",
-                     tuple(_known(t, TRIGGERS, "labels.triggers") for t in p.labels.triggers),
-                     p.labels.budget if p.labels.HasField("budget") else 0.1,
-                     tuple(LabelRule(_known(r.trigger, TRIGGERS, "labels.rules"), r.threshold)
-                           for r in p.labels.rules), p.labels.durable, p.labels.collect),
-        defaults.answer_pattern, fresh_selections=p.fresh_selections)
+        request_id=request_id,
+        prompt=read_prompt(p),
+        budget=budget,
+        samples=p.samples if p.HasField("samples") else 8,
+        stop=tuple(p.stop),
+        timeout_s=min(timeouts, default=0.0),
+        return_steps=p.return_steps,
+        labels=LabelOptions(
+            store=p.labels.store if p.labels.HasField("store") else defaults.store_labels,
+            task=p.labels.task,
+            problem_id=p.labels.problem_id,
+            split=p.labels.split or "train",
+            triggers=tuple(_known(t, TRIGGERS, "labels.triggers") for t in p.labels.triggers),
+            budget=p.labels.budget if p.labels.HasField("budget") else 0.1,
+            rules=tuple(
+                LabelRule(_known(r.trigger, TRIGGERS, "labels.rules"), r.threshold)
+                for r in p.labels.rules
+            ),
+            durable=p.labels.durable,
+            collect=p.labels.collect,
+        ),
+        answer_pattern=defaults.answer_pattern,
+        options=DecodeOptions(
+            policy=policy,
+            sampling=sampling,
+            max_new_tokens=p.max_new_tokens
+            if p.HasField("max_new_tokens")
+            else defaults.max_new_tokens,
+            version="" if selector == NO_SELECTOR else selector,
+            score_rollout=p.score_rollout,
+            fresh_selections=p.fresh_selections,
+        ),
+    )
 
 
 def read_prompt(p: pb.GenerationParameters) -> Prompt:
@@ -151,25 +191,47 @@ def read_prompt(p: pb.GenerationParameters) -> Prompt:
     raise errors.InvalidRequestError("prompt: missing; give text, messages or token_ids")
 
 
-def write_answer(answer: Answer, texts: list[str], labels_stored: int, rollout: bytes = b"") -> pb.Answer:
-    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a labels.Rollout as JSON."""
+def write_answer(
+    answer: Answer, texts: list[str], labels_stored: int, rollout: bytes = b""
+) -> pb.Answer:
+    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a
+    labels.Rollout as JSON."""
     u, v = answer.usage, answer.versions
     return pb.Answer(
-        token_ids=answer.token_ids, text=answer.text, finish_reason=FINISH[answer.finish_reason],
-        usage=pb.Usage(prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens, triggers=u.triggers,
-                       flips=u.flips, llm_forwards=u.llm_forwards, degraded_steps=u.degraded_steps),
+        token_ids=answer.token_ids,
+        text=answer.text,
+        finish_reason=FINISH[answer.finish_reason],
+        usage=pb.Usage(
+            prompt_tokens=u.prompt_tokens,
+            completion_tokens=u.completion_tokens,
+            triggers=u.triggers,
+            flips=u.flips,
+            llm_forwards=u.llm_forwards,
+            degraded_steps=u.degraded_steps,
+        ),
         versions=pb.Versions(slm=v.slm, llm=v.llm, selector=v.selector),
         steps=[write_step(step, text) for step, text in zip(answer.steps, texts, strict=True)],
-        labels_stored=labels_stored, rollout=rollout)
+        labels_stored=labels_stored,
+        rollout=rollout,
+    )
 
 
 def write_step(step: Step, text: str) -> pb.Step:
     from s2t_shared import policy as decide  # numpy: not needed by clients
 
-    message = pb.Step(index=step.index, token_id=step.token_id, chosen_by=CHOSEN_BY[step.chosen_by],
-                      triggered=step.triggered, signal=step.signal, candidate_ids=step.candidate_ids,
-                      scores=step.scores, slm_top_id=step.slm_top_id, llm_top_id=step.llm_top_id,
-                      degraded=step.degraded, text=text)
+    message = pb.Step(
+        index=step.index,
+        token_id=step.token_id,
+        chosen_by=CHOSEN_BY[step.chosen_by],
+        triggered=step.triggered,
+        signal=step.signal,
+        candidate_ids=step.candidate_ids,
+        scores=step.scores,
+        slm_top_id=step.slm_top_id,
+        llm_top_id=step.llm_top_id,
+        degraded=step.degraded,
+        text=text,
+    )
     if step.support is not None:
         message.entropy = decide.entropy(step.support.log_probs)
         if step.llm is not None:
@@ -179,54 +241,78 @@ def write_step(step: Step, text: str) -> pb.Step:
     return message
 
 
-# -- selection ----------------------------------------------------------------------------------------------------
+# -- selection ------------------------------------------------------------------------------------
 
 
 def write_query(query: ScoreQuery) -> selection.ScoreRequest:
     return selection.ScoreRequest(
-        token_ids=query.token_ids, positions=query.positions,
+        token_ids=query.token_ids,
+        positions=query.positions,
         candidate_ids=[i for group in query.candidate_ids for i in group],
         candidate_counts=[len(group) for group in query.candidate_ids],
-        excluded_ids=query.excluded_ids, vocab_size=query.vocab_size, sequence_id=query.sequence_id)
+        excluded_ids=query.excluded_ids,
+        vocab_size=query.vocab_size,
+        sequence_id=query.sequence_id,
+    )
 
 
 def read_query(request: selection.ScoreRequest) -> ScoreQuery:
-    """A proposer's query, in time linear in its size; its counts are checked before anything is built.
+    """A proposer's query, in time linear in its size; its counts are checked before anything is
+    built.
 
-    Raises:
-        InvalidRequestError: more positions than tokens, or counts, positions and candidates do not fit together.
+    Raises: InvalidRequestError: more positions than tokens, or counts, positions and candidates do
+        not fit together.
     """
     tokens, positions = len(request.token_ids), len(request.positions)
     if positions > tokens:
-        raise errors.InvalidRequestError(f"positions: {positions} given for {tokens} token_ids; each position is one "
-                                         "of the tokens, and given once")
+        raise errors.InvalidRequestError(
+            f"positions: {positions} given for {tokens} token_ids; each position is one "
+            "of the tokens, and given once"
+        )
     if len(request.candidate_counts) != positions:
-        raise errors.InvalidRequestError(f"candidate_counts: {len(request.candidate_counts)} given for {positions} "
-                                         "positions; send one for each (it may be 0)")
+        raise errors.InvalidRequestError(
+            f"candidate_counts: {len(request.candidate_counts)} given for {positions} "
+            "positions; send one for each (it may be 0)"
+        )
     counts = list(request.candidate_counts)
     if sum(counts) != len(request.candidate_ids):
-        raise errors.InvalidRequestError(f"candidate_counts add up to {sum(counts)}, but there are "
-                                         f"{len(request.candidate_ids)} candidate_ids")
+        raise errors.InvalidRequestError(
+            f"candidate_counts add up to {sum(counts)}, but there are "
+            f"{len(request.candidate_ids)} candidate_ids"
+        )
     if max(counts, default=0) > MAX_CANDIDATES:
         raise errors.InvalidRequestError(f"candidate_counts: at most {MAX_CANDIDATES} per position")
     ids = iter(request.candidate_ids)
     groups = [tuple(islice(ids, count)) for count in counts]
-    return ScoreQuery(tuple(request.token_ids), tuple(request.positions), tuple(groups), tuple(request.excluded_ids),
-                      request.vocab_size, request.sequence_id)
+    return ScoreQuery(
+        token_ids=tuple(request.token_ids),
+        positions=tuple(request.positions),
+        candidate_ids=tuple(groups),
+        excluded_ids=tuple(request.excluded_ids),
+        vocab_size=request.vocab_size,
+        sequence_id=request.sequence_id,
+    )
 
 
 def write_reply(reply: ScoreReply) -> selection.ScoreResponse:
     return selection.ScoreResponse(
-        log_probs=[x for p in reply.positions for x in p.log_probs], top_ids=[p.top_id for p in reply.positions],
-        top_log_probs=[p.top_log_prob for p in reply.positions], llm_digest=reply.llm_version)
+        log_probs=[x for p in reply.positions for x in p.log_probs],
+        top_ids=[p.top_id for p in reply.positions],
+        top_log_probs=[p.top_log_prob for p in reply.positions],
+        llm_digest=reply.llm_digest,
+    )
 
 
 def read_reply(query: ScoreQuery, response: selection.ScoreResponse) -> ScoreReply:
     positions, at, log_probs = [], 0, list(response.log_probs)
     asked = len(query.candidate_ids), sum(map(len, query.candidate_ids))
     if (len(response.top_ids), len(log_probs)) != asked or len(response.top_log_probs) != asked[0]:
-        raise errors.SelectorUnavailableError("a selector's reply does not fit its query; are its versions the same?")
-    for group, top_id, top in zip(query.candidate_ids, response.top_ids, response.top_log_probs, strict=True):
-        positions.append(PositionScores(tuple(log_probs[at: at + len(group)]), top_id, top))
+        raise errors.SelectorUnavailableError(
+            "a selector's reply does not fit its query; are its versions the same?"
+        )
+    for group, top_id, top in zip(
+        query.candidate_ids, response.top_ids, response.top_log_probs, strict=True
+    ):
+        positions.append(PositionScores(tuple(log_probs[at : at + len(group)]), top_id))
         at += len(group)
     return ScoreReply(tuple(positions), response.llm_digest)

@@ -1,8 +1,10 @@
-"""A `SelectorClient` over the network: which selector replica to ask, and what to do when it does not answer.
+"""A `SelectorClient` over the network: which selector replica to ask, and what to do when it does
+not answer.
 
-Each sequence goes to the replica that rendezvous hashing of its id names, so that its KV stays warm there. A replica
-that fails is left alone for a second; its sequences go to the next one in their order. When none is left, futures
-fail at once with `SelectorUnavailableError` and the engine degrades.
+Each sequence goes to the replica that rendezvous hashing of its id names, so that its KV stays warm
+there. A replica that fails is left alone for a second; its sequences go to the next one in their
+order. When none is left, futures fail at once with `SelectorUnavailableError` and the engine
+degrades.
 """
 
 from __future__ import annotations
@@ -37,9 +39,15 @@ Addresses = Callable[[], Awaitable[Sequence[str]]]
 class RemoteSelector:
     """Lives on one asyncio loop; `submit` may be called from any thread."""
 
-    def __init__(self, addresses: Addresses, security: SecurityConfig, tokenizer_digest: str,
-                 fallback: LLMInfo) -> None:
-        """`addresses`: asks where the selectors are now. `fallback`: assumed until one was reached."""
+    def __init__(
+        self,
+        addresses: Addresses,
+        security: SecurityConfig,
+        tokenizer_digest: str,
+        fallback: LLMInfo,
+    ) -> None:
+        """`addresses`: asks where the selectors are now. `fallback`: assumed until one was
+        reached."""
         self._find, self._security = addresses, security
         self._tokenizer_digest = tokenizer_digest
         self._metadata = channels.call_metadata(channels.read_token(security.token_file))
@@ -51,7 +59,9 @@ class RemoteSelector:
         self._watcher = self._loop.create_task(self._watch())
 
     def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
-        return [asyncio.run_coroutine_threadsafe(self._score(query), self._loop) for query in queries]
+        return [
+            asyncio.run_coroutine_threadsafe(self._score(query), self._loop) for query in queries
+        ]
 
     @property
     def reachable(self) -> bool:
@@ -67,17 +77,25 @@ class RemoteSelector:
         for gone in self._stubs.keys() - found:
             del self._stubs[gone]
         for address in sorted(found - self._stubs.keys()):
-            stub = pb_grpc.SelectionServiceStub(channels.open_channel(address, self._security.authority))
+            stub = pb_grpc.SelectionServiceStub(
+                channels.open_channel(address, self._security.authority)
+            )
             try:
-                model = await stub.DescribeModel(pb.DescribeModelRequest(), timeout=5.0, metadata=self._metadata)
+                model = await stub.DescribeModel(
+                    pb.DescribeModelRequest(), timeout=5.0, metadata=self._metadata
+                )
             except grpc.RpcError:
                 continue
             if model.tokenizer_digest != self._tokenizer_digest:
-                self.refused = (f"a selector's tokenizer ({model.tokenizer_digest}) is not the SLM's "
-                                f"({self._tokenizer_digest}); choose two models of one family")
+                self.refused = (
+                    f"a selector's tokenizer ({model.tokenizer_digest}) is not the SLM's "
+                    f"({self._tokenizer_digest}); choose two models of one family"
+                )
                 log.error("selector refused: %s", self.refused)
                 continue
-            self.info = LLMInfo(model.digest, model.tokenizer_digest, frozenset(model.eos_ids), model.max_length)
+            self.info = LLMInfo(
+                model.digest, model.tokenizer_digest, frozenset(model.eos_ids), model.max_length
+            )
             self._stubs[address] = stub
             self._resting.pop(address, None)
 
@@ -92,7 +110,8 @@ class RemoteSelector:
             await self.refresh()
 
     def _order(self, sequence_id: str) -> list[str]:
-        """Rendezvous hashing: every proposer names the same replica for a sequence, and few move when one leaves."""
+        """Rendezvous hashing: every proposer names the same replica for a sequence, and few move
+        when one leaves."""
         now = time.monotonic()
         live = [a for a in self._stubs if self._resting.get(a, 0.0) <= now]
         return sorted(live, key=lambda a: hashlib.sha256(f"{a}|{sequence_id}".encode()).digest())
@@ -101,7 +120,9 @@ class RemoteSelector:
         request = wire.write_query(query)
         for address in self._order(query.sequence_id)[:2]:
             try:
-                response = await self._stubs[address].Score(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+                response = await self._stubs[address].Score(
+                    request, timeout=CALL_TIMEOUT_S, metadata=self._metadata
+                )
                 return wire.read_reply(query, response)
             except grpc.RpcError as error:
                 failure = wire.error_of(error)

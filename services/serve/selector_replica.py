@@ -1,7 +1,9 @@
-"""A selector replica: the LLM behind its own gRPC server. Its jobs: 1. batch the queries of many proposers,
-2. say its address, 3. report its health. What a query means is `scorer.LLMScorer`'s business.
+"""A selector replica: the LLM behind its own gRPC server. Its jobs: 1. batch the queries of many
+proposers, 2. say its address, 3. report its health. What a query means is `scorer.LLMSelector`'s
+business.
 
-Proposers call this server directly: a Serve handle or proxy would cost 7-12 ms a selection, this hop about one.
+Proposers call this server directly: a Serve handle or proxy would cost 7-12 ms a selection, this
+hop about one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import ray
 import torch
 
 from s2t_shared.config import LOOPBACK, Config
-from s2t_shared.decode.llm_selector import LLMScorer, Pending
+from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
 from s2t_shared.errors import S2TError, SelectorUnavailableError
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
@@ -41,16 +43,19 @@ class _Asked:
     deadline: float | None
 
     def is_wanted(self) -> bool:
-        return not self.future.cancelled() and (self.deadline is None or time.monotonic() < self.deadline)
+        return not self.future.cancelled() and (
+            self.deadline is None or time.monotonic() < self.deadline
+        )
 
 
-class ScoreBatcher:
-    """One thread owns the scorer. Queries join before any forward; those nobody waits for any more are dropped."""
+class SelectorThread:
+    """One thread owns the scorer. Queries join before any forward; those nobody waits for any more
+    are dropped."""
 
-    def __init__(self, scorer: LLMScorer) -> None:
+    def __init__(self, scorer: LLMSelector) -> None:
         self._scorer = scorer
         self._inbox: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
-        self._answering: dict[Pending, _Asked] = {}
+        self._answering: dict[PendingQuery, _Asked] = {}
         self.thread = threading.Thread(target=self._run, daemon=True, name="llm")
         self.thread.start()
 
@@ -80,21 +85,25 @@ class ScoreBatcher:
 def _complete(future: asyncio.Future[ScoreReply], reply: ScoreReply | None) -> None:
     if not future.done():
         if reply is None:
-            future.set_exception(SelectorUnavailableError("the deadline passed before the LLM came to it"))
+            future.set_exception(
+                SelectorUnavailableError("the deadline passed before the LLM came to it")
+            )
         else:
             future.set_result(reply)
 
 
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
-    """The wire around a `ScoreBatcher`."""
+    """The wire around a `SelectorThread`."""
 
-    def __init__(self, batcher: ScoreBatcher, scorer: LLMScorer) -> None:
+    def __init__(self, batcher: SelectorThread, scorer: LLMSelector) -> None:
         self._batcher, self._info = batcher, scorer.info
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_SelectionServiceServicer_to_server(self, server)
 
-    async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
+    async def Score(
+        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ScoreResponse:
         try:
             query = wire.read_query(request)
             return wire.write_reply(await self._batcher.score(query, context.time_remaining()))
@@ -102,10 +111,15 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
             await wire.abort(context, error)
             raise AssertionError("abort raises") from error
 
-    async def DescribeModel(self, request: pb.DescribeModelRequest,
-                            context: grpc.aio.ServicerContext) -> pb.DescribeModelResponse:
-        return pb.DescribeModelResponse(digest=self._info.digest, tokenizer_digest=self._info.tokenizer_digest,
-                                        eos_ids=sorted(self._info.eos_ids), max_length=self._info.max_length)
+    async def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeModelResponse:
+        return pb.DescribeModelResponse(
+            digest=self._info.digest,
+            tokenizer_digest=self._info.tokenizer_digest,
+            eos_ids=sorted(self._info.eos_ids),
+            max_length=self._info.max_length,
+        )
 
 
 class Selector:
@@ -113,10 +127,12 @@ class Selector:
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         torch.set_num_threads(config.llm.threads)
-        runtime = ModelRuntime.load(config.llm_model, config.llm.dtype, config.llm.device, config.llm.kv_bytes)
+        runtime = ModelRuntime.load(
+            config.llm_model, config.llm.dtype, config.llm.device, config.llm.kv_bytes
+        )
         tokenizer = Tokenizer.load(resolve_model(config.llm_model))
-        scorer = LLMScorer(runtime, tokenizer.digest)
-        self._batcher = ScoreBatcher(scorer)
+        scorer = LLMSelector(runtime, tokenizer.digest)
+        self._batcher = SelectorThread(scorer)
         self._server = channels.new_server(config.security)
         SelectionServicer(self._batcher, scorer).add_to(self._server)
         host = config.selector.host

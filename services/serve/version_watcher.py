@@ -1,8 +1,9 @@
-"""Which local selector a request gets: watches the registry's LIVE file and loads a new version beside the old.
+"""Which local selector a request gets: watches the registry's LIVE file and loads a new version
+beside the old.
 
-A version is read and checked completely, off the decoding thread, before it is offered; a bad one is refused and the
-old one keeps serving. A request holds the object it was given, so nothing is ever switched under it, not even while it
-waits.
+A version is read and checked completely, off the decoding thread, before it is offered; a bad one
+is refused and the old one keeps serving. A request holds the object it was given, so nothing is
+ever switched under it, not even while it waits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from s2t_shared.versions.registry import Registry
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
 RETRY_S = 10.0  # a refused version is looked at again: shared storage may show a file late
-KEPT = 4  # versions beside the live one and the canary that stay loaded: those just replaced or asked for by name
+# versions beside the live one and the canary that stay loaded: those just replaced or asked for by
+# name
+KEPT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class _Serving:
     share: float = 0.0
 
 
-class LiveSelectors:
+class VersionWatcher:
     """Loaded versions by name. Thread-safe: the engine looks up, a watcher loads."""
 
     def __init__(self, registry: Registry, runtime: ModelRuntime, tokenizer_digest: str) -> None:
@@ -59,8 +62,9 @@ class LiveSelectors:
         return (serving.canary.version, serving.share) if serving.canary is not None else ("", 0.0)
 
     def choose(self, request_id: str) -> LocalSelector | None:
-        """For a request that names none: the canary for its share of the request ids, else the live one; None when none
-        is live. The same id gets the same one, on every replica and on a retry."""
+        """For a request that names none: the canary for its share of the request ids, else the live
+        one; None when none is live. The same id gets the same one, on every replica and on a
+        retry."""
         serving = self._serving
         if serving.canary is not None and _position(request_id) < serving.share:
             return serving.canary
@@ -97,8 +101,8 @@ class LiveSelectors:
         return loaded
 
     def refresh(self) -> None:
-        """Follow the registry. A version that cannot be loaded leaves the present one live; a canary that cannot be
-        loaded gets no requests."""
+        """Follow the registry. A version that cannot be loaded leaves the present one live; a
+        canary that cannot be loaded gets no requests."""
         try:
             state = self._registry.state()
         except VersionError as error:
@@ -115,14 +119,17 @@ class LiveSelectors:
         current = {state.version, state.canary.version if state.canary else None}
         self._refused = {name: why for name, why in self._refused.items() if name in current}
 
-    def _obtain(self, version: str, present: LocalSelector | None, otherwise: LocalSelector | None
-                ) -> LocalSelector | None:
+    def _obtain(
+        self, version: str, present: LocalSelector | None, otherwise: LocalSelector | None
+    ) -> LocalSelector | None:
         if present is not None and present.version == version:
             return present
         if version in self._refused and time.monotonic() < self._refused[version][1]:
             return otherwise
         try:
-            if version in self._loaded:  # sound when it was read; the next replica to start must be able to read it too
+            if (
+                version in self._loaded
+            ):  # sound when it was read; the next replica to start must be able to read it too
                 self._registry.verify(version)
             return self._load(version)
         except S2TError as error:
@@ -139,14 +146,20 @@ class LiveSelectors:
                 self._loaded[version] = loaded
                 self._loaded.move_to_end(version)
                 serving = (self._serving.live, self._serving.canary, loaded)
-                spare = [name for name, selector in self._loaded.items() if all(selector is not s for s in serving)]
-                for name in spare[:max(0, len(spare) - KEPT)]:
+                spare = [
+                    name
+                    for name, selector in self._loaded.items()
+                    if all(selector is not s for s in serving)
+                ]
+                for name in spare[: max(0, len(spare) - KEPT)]:
                     del self._loaded[name]
             return loaded
 
     def _refuse(self, version: str, error: S2TError) -> None:
         if self._refused.get(version, ("",))[0] != str(error):
-            log.error("version refused, %s keeps serving: %s", self.live_version or "no selector", error)
+            log.error(
+                "version refused, %s keeps serving: %s", self.live_version or "no selector", error
+            )
         self._refused[version] = (str(error), time.monotonic() + RETRY_S)
 
     def _watch(self) -> None:
@@ -155,7 +168,10 @@ class LiveSelectors:
             try:
                 self.refresh()
             except Exception:  # noqa: BLE001 - whatever one version does to us, the next one must be seen
-                log.exception("following the registry failed; %s keeps serving", self.live_version or "no selector")
+                log.exception(
+                    "following the registry failed; %s keeps serving",
+                    self.live_version or "no selector",
+                )
 
 
 def _position(request_id: str) -> float:
@@ -165,4 +181,6 @@ def _position(request_id: str) -> float:
 
 def _name(serving: _Serving) -> str:
     name = serving.live.version if serving.live else "none"
-    return f"{name} (canary {serving.canary.version}, {serving.share:g})" if serving.canary else name
+    return (
+        f"{name} (canary {serving.canary.version}, {serving.share:g})" if serving.canary else name
+    )

@@ -1,4 +1,5 @@
-"""Training curves: TensorBoard events while a job runs, a plot and the numbers for the version it publishes."""
+"""Training curves: TensorBoard events while a job runs, a plot and the numbers for the version it
+publishes."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ CURVE, PLOT = "curve.json", "curve.png"
 
 
 class CurveWriter:
-    """TensorBoard events of one job in `folder`; after a resume, what was written beyond its step is hidden."""
+    """TensorBoard events of one job in `folder`; after a resume, what was written beyond its step
+    is hidden."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,7 +47,10 @@ class CurveWriter:
 
 def curve_files(curve: Sequence[Point]) -> dict[str, bytes]:
     """What a version carries: the numbers as JSON (null: nothing yet), and their plot."""
-    rows = [{name: value if math.isfinite(value) else None for name, value in asdict(p).items()} for p in curve]
+    rows = [
+        {name: value if math.isfinite(value) else None for name, value in asdict(p).items()}
+        for p in curve
+    ]
     return {CURVE: (json.dumps(rows, indent=1) + "\n").encode(), PLOT: _plot(curve)}
 
 

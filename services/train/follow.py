@@ -18,13 +18,18 @@ POLL_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
 
 
-def follow(config: Config, every_labels: int, max_rounds: int | None = None, promote: bool = True,
-           on_progress: Callable[[TrainProgress], None] = lambda p: None,
-           say: Callable[[str], None] = lambda line: None,
-           on_round: Callable[[TrainOutcome], None] = lambda outcome: None) -> None:
-    """Train whenever the lake has `every_labels` labels that are newer than what was trained on; `max_rounds` None:
-    until it is interrupted. A round that an earlier call left unfinished comes first. An error ends no more than its
-    round, which is tried again after a pause that grows."""
+def follow(
+    config: Config,
+    every_labels: int,
+    max_rounds: int | None = None,
+    promote: bool = True,
+    on_progress: Callable[[TrainProgress], None] = lambda p: None,
+    say: Callable[[str], None] = lambda line: None,
+    on_round: Callable[[TrainOutcome], None] = lambda outcome: None,
+) -> None:
+    """Train whenever the lake has `every_labels` labels that are newer than what was trained on;
+    `max_rounds` None: until it is interrupted. A round that an earlier call left unfinished comes
+    first. An error ends no more than its round, which is tried again after a pause that grows."""
     rounds, pause = 0, FIRST_PAUSE_S
     while max_rounds is None or rounds < max_rounds:
         try:
@@ -55,6 +60,12 @@ def _wait(config: Config, every_labels: int, say: Callable[[str], None]) -> None
 
 
 def trained_until(config: Config) -> float:
-    """When the newest rollout was made that any version was trained on, Unix seconds; 0: there is no version."""
-    return max((float(m.training.get("labels_until", 0.0)) for m in Registry(config.versions).manifests()[0]),
-               default=0.0)
+    """When the newest rollout was made that any version was trained on, Unix seconds; 0: there is
+    no version."""
+    return max(
+        (
+            float(m.training.get("labels_until", 0.0))
+            for m in Registry(config.versions).manifests()[0]
+        ),
+        default=0.0,
+    )

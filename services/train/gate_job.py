@@ -1,7 +1,9 @@
-"""The gate at work: a trained version against what serves now, on the same held-out labels and the same problems.
+"""The gate at work: a trained version against what serves now, on the same held-out labels and the
+same problems.
 
-The numbers are made here, in one process with the SLM (no LLM: labels say what it would select); `s2t_shared.gate`
-judges them. Nothing here trained or chose anything on the labels it uses (`trees.Part.TEST`).
+The numbers are made here, in one process with the SLM (no LLM: labels say what it would select);
+`s2t_shared.gate` judges them. Nothing here trained or chose anything on the labels it uses
+(`trees.Part.TEST`).
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.training.dataset import TrainingData
-from s2t_shared.training.objective import DistillConfig, evaluate_selector
-from s2t_shared.types import Answer, Mode, Policy, Prompt, Trigger
+from s2t_shared.training.objective import DistillSettings, evaluate_selector
+from s2t_shared.types import Answer, DecodeOptions, Mode, Policy, Prompt, Trigger
 from s2t_shared.versions.gate import GateSettings, Paired, Verdict, judge
 from s2t_shared.versions.registry import Registry
 from services.evaluation import Problem, load_problems
@@ -39,28 +41,38 @@ UNHARVESTED = 1_000_000  # a seed of bundled training problems that no harvest o
 SLM_ALONE = "the SLM alone"
 
 
-def judge_apart(config: Config, version: str, settings: DistillConfig) -> Verdict:
-    """`judge_version` in a Ray task, where there is room for the SLM as for a training worker. Raises as it does."""
+def judge_apart(config: Config, version: str, settings: DistillSettings) -> Verdict:
+    """`judge_version` in a Ray task, where there is room for the SLM as for a training worker.
+    Raises as it does."""
     training = config.training
-    task = ray.remote(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker, max_retries=MAX_RETRIES)
-    verdict: Verdict | S2TError = ray.get(task(_judge).remote(config.model_dump(mode="json"), version, settings))
+    task = ray.remote(
+        num_cpus=training.cpus_per_worker,
+        num_gpus=training.gpus_per_worker,
+        max_retries=MAX_RETRIES,
+    )
+    verdict: Verdict | S2TError = ray.get(
+        task(_judge).remote(config.model_dump(mode="json"), version, settings)
+    )
     if isinstance(verdict, S2TError):
         raise verdict
     return verdict
 
 
-def _judge(config: dict[str, Any], version: str, settings: DistillConfig) -> Verdict | S2TError:
+def _judge(config: dict[str, Any], version: str, settings: DistillSettings) -> Verdict | S2TError:
     """An error of ours comes back, rather than being wrapped in one of Ray's."""
     resolved = Config.model_validate(config)
     torch.set_num_threads(resolved.slm.threads)
     try:
-        return judge_version(resolved, version, settings, "cuda" if resolved.training.gpus_per_worker else "cpu")
+        return judge_version(
+            resolved, version, settings, "cuda" if resolved.training.gpus_per_worker else "cpu"
+        )
     except S2TError as error:
         return error
 
 
-def judge_version(config: Config, version: str, settings: DistillConfig, device: str) -> Verdict:
-    """Compare `version` with the live one (or with the SLM alone), on the snapshot it was trained on.
+def judge_version(config: Config, version: str, settings: DistillSettings, device: str) -> Verdict:
+    """Compare `version` with the live one (or with the SLM alone), on the snapshot it was trained
+    on.
 
     Raises:
         VersionError: `version` cannot be loaded. StoreError: its snapshot is gone. ConfigError or
@@ -73,18 +85,38 @@ def judge_version(config: Config, version: str, settings: DistillConfig, device:
     new = registry.load(version, runtime, tokenizer.digest)
     old = _live(registry, runtime, tokenizer)
     snapshot = Lake(config.lake).snapshot(registry.manifest(version).snapshot)
-    data = TrainingData(snapshot, runtime.digest, settings.weigh, held_out_labels=settings.held_out_labels)
-    plain = DistillConfig(max_tokens=settings.max_tokens)  # only the selections count here, not the loss
-    ours = evaluate_selector(runtime, new, data.test, plain, with_lm_kl=new.reads is Reading.ADAPTED)
-    theirs = evaluate_selector(runtime, old, data.test, plain).agreed if old is not None else ours.slm_agreed
+    data = TrainingData(
+        snapshot, runtime.digest, settings.weigh, held_out_labels=settings.held_out_labels
+    )
+    plain = DistillSettings(
+        max_tokens=settings.max_tokens
+    )  # only the selections count here, not the loss
+    ours = evaluate_selector(
+        runtime, new, data.test, plain, with_lm_kl=new.reads is Reading.ADAPTED
+    )
+    theirs = (
+        evaluate_selector(runtime, old, data.test, plain).agreed
+        if old is not None
+        else ours.slm_agreed
+    )
     tasks = _tasks(config, runtime, tokenizer, data.llm_digest, new, old)
-    return judge(Paired(ours.agreed, theirs, ours.problems), ours.metrics.get("lm_kl"), tasks,
-                 f"the live {old.version}" if old is not None else SLM_ALONE,
-                 GateSettings(training.gate_min_gain, training.gate_max_lm_kl, training.gate_max_task_loss,
-                              training.gate_min_problems))
+    return judge(
+        Paired(ours.agreed, theirs, ours.problems),
+        ours.metrics.get("lm_kl"),
+        tasks,
+        f"the live {old.version}" if old is not None else SLM_ALONE,
+        GateSettings(
+            training.gate_min_gain,
+            training.gate_max_lm_kl,
+            training.gate_max_task_loss,
+            training.gate_min_problems,
+        ),
+    )
 
 
-def enact(registry: Registry, version: str, verdict: Verdict, promote: bool = True) -> tuple[bool, str]:
+def enact(
+    registry: Registry, version: str, verdict: Verdict, promote: bool = True
+) -> tuple[bool, str]:
     """Make `version` live if the gate opened and no operator objects; whether it is, and why (not).
 
     Raises:
@@ -107,27 +139,48 @@ def _live(registry: Registry, runtime: ModelRuntime, tokenizer: Tokenizer) -> Lo
         return None  # a broken or foreign live version is no bar to a sound one
 
 
-def _tasks(config: Config, runtime: ModelRuntime, tokenizer: Tokenizer, llm: str, new: LocalSelector,
-           old: LocalSelector | None) -> Paired | None:
+def _tasks(
+    config: Config,
+    runtime: ModelRuntime,
+    tokenizer: Tokenizer,
+    llm: str,
+    new: LocalSelector,
+    old: LocalSelector | None,
+) -> Paired | None:
     """Both sides' answers to the task set, at the same budget and thresholds."""
     problems = task_problems(config)
     if not problems:
         return None
     sides = {"new": new, "old": old}
-    engine = Engine(Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
-                    local_selectors=lambda name: sides[name] if name else None)
+    engine = Engine(
+        Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
+        local_selectors=lambda name: sides[name] if name else None,
+    )
     generator = Generator(tokenizer, engine)
-    local = Policy(Mode.S2T_LOCAL, Trigger.ENTROPY)
-    calibration = (load_calibration(config.data_dir / "calibration", runtime.digest, llm) or Calibration({}))
+    local = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY)
+    calibration = load_calibration(
+        config.data_dir / "calibration", runtime.digest, llm
+    ) or Calibration({})
     if local.trigger not in calibration.thresholds:
-        calibration = measure_calibration(generator, [p.prompt for p in problems], MAX_NEW_TOKENS, with_llm=False)
+        calibration = measure_calibration(
+            generator, [p.prompt for p in problems], MAX_NEW_TOKENS, with_llm=False
+        )
     outcomes = {}
     for side, selector in sides.items():
-        template = GenerateRequest("", Prompt(), local if selector is not None else Policy(),
-                                   config.training.gate_budget if selector is not None else None,
-                                   max_new_tokens=MAX_NEW_TOKENS, selector=side if selector is not None else "")
+        template = GenerateRequest(
+            request_id="",
+            prompt=Prompt(),
+            budget=config.training.gate_budget if selector is not None else None,
+            options=DecodeOptions(
+                policy=local if selector is not None else Policy(),
+                max_new_tokens=MAX_NEW_TOKENS,
+                version=side if selector is not None else "",
+            ),
+        )
         template = with_thresholds(template, calibration)
-        requests = [replace(template, request_id=str(i), prompt=p.prompt) for i, p in enumerate(problems)]
+        requests = [
+            replace(template, request_id=str(i), prompt=p.prompt) for i, p in enumerate(problems)
+        ]
         answers = {request.request_id: answer for request, answer in generator.generate(requests)}
         outcomes[side] = [_is_correct(p, answers[str(i)]) for i, p in enumerate(problems)]
     return Paired(outcomes["new"], outcomes["old"], [p.id for p in problems])
@@ -138,21 +191,32 @@ def _is_correct(problem: Problem, outcome: object) -> bool:
 
 
 def task_problems(config: Config) -> list[Problem]:
-    """What both sides answer: training problems, as they decide what is learnt. Empty: there are none for this SLM.
+    """What both sides answer: training problems, as they decide what is learnt. Empty: there are
+    none for this SLM.
 
-    Raises:
-        EvaluationSplitError: the file, or a row's "split", is for evaluation. ConfigError: it cannot be read.
+    Raises: EvaluationSplitError: the file, or a row's "split", is for evaluation. ConfigError: it
+        cannot be read.
     """
     training = config.training
     if training.gate_problems is not None:
-        open_records(str(training.gate_problems), "train")  # refuses a file that is named like one for evaluation
+        open_records(
+            str(training.gate_problems), "train"
+        )  # refuses a file that is named like one for evaluation
         for row, _ in read_prompts(training.gate_problems):
             refuse_evaluation(str(row.get("split", "train")))
-        return load_problems(training.gate_problems, training.gate_problem_count, config.defaults.answer_pattern)
+        return load_problems(
+            training.gate_problems, training.gate_problem_count, config.defaults.answer_pattern
+        )
     if config.slm.model != "bundled":
         return []
 
     def grader(problem: pair_problems.Problem) -> Problem:
-        return Problem(problem.id, Prompt(text=problem.prompt), lambda text: pair_problems.is_correct(problem, text))
+        return Problem(
+            problem.id,
+            Prompt(text=problem.prompt),
+            lambda text: pair_problems.is_correct(problem, text),
+        )
 
-    return [grader(p) for p in pair_problems.problems("train", training.gate_problem_count, UNHARVESTED)]
+    return [
+        grader(p) for p in pair_problems.problems("train", training.gate_problem_count, UNHARVESTED)
+    ]

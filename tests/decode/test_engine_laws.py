@@ -1,7 +1,9 @@
-"""The laws that the engine must keep (DESIGN section 4), on tiny random models against plain transformers.
+"""The laws that the engine must keep (DESIGN section 4), on tiny random models against plain
+transformers.
 
-Law 1 links the engine to Hugging Face's greedy; law 2 links every fast path to a naive one, and any batch to each
-sequence alone; laws 4 to 6 say what adapters, a dead LLM and a changed version may not do.
+Law 1 links the engine to Hugging Face's greedy; law 2 links every fast path to a naive one, and any
+batch to each sequence alone; laws 4 to 6 say what adapters, a dead LLM and a changed version may
+not do.
 """
 
 from __future__ import annotations
@@ -21,11 +23,20 @@ from transformers import AutoModelForCausalLM
 
 from s2t_shared import policy as decide
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMScorer, SelectorClient
-from s2t_shared.decode.proposer import Draw, Proposal, Propose, Proposer, Score, Track, Work, sample
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMSelector, SelectorClient
+from s2t_shared.decode.proposer import (
+    ModelInput,
+    NextTokenInput,
+    Proposal,
+    Proposer,
+    SamplingInput,
+    SelectionInput,
+    SequenceSlots,
+    sample,
+)
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
-from s2t_shared.model.kv_pool import SMALLEST_ROW, KVPool
+from s2t_shared.model.kv_pool import MIN_SLOT_TOKENS, KVPool
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime, Segment
@@ -33,6 +44,7 @@ from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.types import (
     CandidateRule,
     ChosenBy,
+    DecodeOptions,
     DecodeRequest,
     FinishReason,
     Mode,
@@ -48,18 +60,27 @@ from s2t_shared.types import (
 from tests.helpers.models import EOS, MAX_LENGTH
 
 Models = dict[str, Path]
-PROMPTS = ((6, 7, 8, 45), (9,), (20, 3, 31, 30, 12, 11, 40, 41, 22), (17, 18), tuple(range(5, 30)), (44, 44, 10))
+PROMPTS = (
+    (6, 7, 8, 45),
+    (9,),
+    (20, 3, 31, 30, 12, 11, 40, 41, 22),
+    (17, 18),
+    tuple(range(5, 30)),
+    (44, 44, 10),
+)
 KINDS = [(kind, reads) for kind in SelectorKind for reads in Reading]
-ALL = Policy(Mode.S2T, Trigger.ALWAYS, candidates=CandidateRule(64))
+ALL = Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS, candidates=CandidateRule(64))
 
 
-# -- helpers ----------------------------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
 def with_small_pool(runtime: ModelRuntime, rows: int) -> ModelRuntime:
     """The runtime with room for so many short rows only."""
     pool = runtime.pool
-    runtime.pool = KVPool(pool._shapes, pool._dtype, pool._device, rows * SMALLEST_ROW * pool.bytes_per_token)
+    runtime.pool = KVPool(
+        pool._shapes, pool._dtype, pool._device, rows * MIN_SLOT_TOKENS * pool.bytes_per_token
+    )
     return runtime
 
 
@@ -68,22 +89,39 @@ def make_proposer(models: Models, name: str = "slm", max_rows: int = 64) -> Prop
     return Proposer(runtime, reserved_ids(Tokenizer.load(models[name]), runtime.vocab_rows))
 
 
-def make_llm(models: Models, name: str = "llm", max_rows: int = 64) -> LLMScorer:
-    return LLMScorer(with_small_pool(ModelRuntime.load(str(models[name])), max_rows), "tokenizer")
+def make_llm(models: Models, name: str = "llm", max_rows: int = 64) -> LLMSelector:
+    return LLMSelector(with_small_pool(ModelRuntime.load(str(models[name])), max_rows), "tokenizer")
 
 
-def make_selector(proposer: Proposer, version: str, kind: SelectorKind, reads: Reading, seed: int = 0,
-                  fusion: float = 0.0) -> LocalSelector:
+def make_selector(
+    proposer: Proposer,
+    version: str,
+    kind: SelectorKind,
+    reads: Reading,
+    seed: int = 0,
+    fusion: float = 0.0,
+) -> LocalSelector:
     """A random local selector that disagrees with the SLM."""
     adapter = new_adapter(proposer.runtime.model, 3, 6.0, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    weights = {path: (a.detach(), torch.randn(b.shape, generator=generator) * 0.15)
-               for path, (a, b) in adapter.weights.items()}
+    weights = {
+        path: (a.detach(), torch.randn(b.shape, generator=generator) * 0.15)
+        for path, (a, b) in adapter.weights.items()
+    }
     deltas = torch.randn(16, proposer.runtime.config.hidden_size, generator=generator) * 0.3
-    return LocalSelector(version, kind, reads, proposer.reserved_ids, Adapter(3, 6.0, weights), deltas, 0.2, fusion)
+    return LocalSelector(
+        version=version,
+        kind=kind,
+        reads=reads,
+        reserved_ids=proposer.reserved_ids,
+        adapter=Adapter(rank=3, alpha=6.0, weights=weights),
+        bin_deltas=deltas,
+        temperature=0.2,
+        fusion=fusion,
+    )
 
 
-def run_works(proposer: Proposer, works: Sequence[Work]) -> list[object]:
+def run_works(proposer: Proposer, works: Sequence[ModelInput]) -> list[object]:
     """Every work's result, in as many forwards as it takes."""
     results: list[object] = [None] * len(works)
     for _ in range(50):
@@ -95,19 +133,34 @@ def run_works(proposer: Proposer, works: Sequence[Work]) -> list[object]:
     raise AssertionError("works never end")
 
 
-def propose(proposer: Proposer, tracks: Sequence[Track], contexts: Sequence[Sequence[int]]) -> list[Support]:
-    proposals = run_works(proposer, [Propose(t, c) for t, c in zip(tracks, contexts, strict=True)])
+def propose(
+    proposer: Proposer, tracks: Sequence[SequenceSlots], contexts: Sequence[Sequence[int]]
+) -> list[Support]:
+    proposals = run_works(
+        proposer, [NextTokenInput(t, c) for t, c in zip(tracks, contexts, strict=True)]
+    )
     return [p.support for p in proposals if isinstance(p, Proposal) and p.support]
 
 
-def select(proposer: Proposer, tracks: Sequence[Track], contexts: Sequence[Sequence[int]],
-           supports: Sequence[Support], counts: Sequence[int]) -> list[tuple[float, ...]]:
-    return run_works(proposer, [  # type: ignore[return-value]
-        Score(t, c, s.ids[:n], s.log_probs[:n])
-        for t, c, s, n in zip(tracks, contexts, supports, counts, strict=True)])
+def select(
+    proposer: Proposer,
+    tracks: Sequence[SequenceSlots],
+    contexts: Sequence[Sequence[int]],
+    supports: Sequence[Support],
+    counts: Sequence[int],
+) -> list[tuple[float, ...]]:
+    return run_works(
+        proposer,
+        [  # type: ignore[return-value]
+            SelectionInput(t, c, s.ids[:n], s.log_probs[:n])
+            for t, c, s, n in zip(tracks, contexts, supports, counts, strict=True)
+        ],
+    )
 
 
-def lookup_in(selectors: Sequence[LocalSelector], live: str = "") -> Callable[[str | None], LocalSelector | None]:
+def lookup_in(
+    selectors: Sequence[LocalSelector], live: str = ""
+) -> Callable[[str | None], LocalSelector | None]:
     by_version = {s.version: s for s in selectors}
 
     def lookup(version: str | None) -> LocalSelector | None:
@@ -115,19 +168,22 @@ def lookup_in(selectors: Sequence[LocalSelector], live: str = "") -> Callable[[s
         if name and name not in by_version:
             raise VersionNotFoundError(name)
         return by_version[name] if name else None
+
     return lookup
 
 
 def all_selectors(proposer: Proposer) -> list[LocalSelector]:
-    return [make_selector(proposer, f"{kind.value}-{reads.value}", kind, reads, seed)
-            for seed, (kind, reads) in enumerate(KINDS)]
+    return [
+        make_selector(proposer, f"{kind.value}-{reads.value}", kind, reads, seed)
+        for seed, (kind, reads) in enumerate(KINDS)
+    ]
 
 
 def finish(engine: Engine, limit: int = 4000) -> None:
     """Run until nothing is left; a loop that never ends is a failure, not a hang."""
     for _ in range(limit):
         if engine.idle:
-            assert engine.proposer.runtime.pool.live_rows == 0, "a finished answer kept its rows"
+            assert engine.proposer.runtime.pool.live_slots == 0, "a finished answer kept its rows"
             return
         engine.step()
         engine.proposer.runtime.pool.check()
@@ -141,24 +197,54 @@ def run(engine: Engine, *requests: DecodeRequest) -> list[LiveSequence]:
     return sequences
 
 
-def request(policy: Policy, prompt: Sequence[int] = PROMPTS[0], new: int = 16, name: str = "r",
-            version: str | None = None, seed: int = 0) -> DecodeRequest:
-    return DecodeRequest(name, tuple(prompt), policy, Sampling(0.9, 0.95, 20, seed), new, selector_version=version)
+def request(
+    policy: Policy,
+    prompt: Sequence[int] = PROMPTS[0],
+    new: int = 16,
+    name: str = "r",
+    version: str | None = None,
+    seed: int = 0,
+) -> DecodeRequest:
+    return DecodeRequest(
+        request_id=name,
+        token_ids=tuple(prompt),
+        options=DecodeOptions(
+            policy=policy,
+            sampling=Sampling(0.9, 0.95, 20, seed),
+            max_new_tokens=new,
+            version=version,
+        ),
+    )
 
 
-GREEDY = Policy(Mode.GREEDY)
+GREEDY = Policy(mode=Mode.GREEDY)
 
 
-def greedy_from(models: Models, prompt: Sequence[int], new: int, name: str = "slm") -> tuple[int, ...]:
-    return run(Engine(make_proposer(models, name)), request(GREEDY, prompt, new))[0].output_ids if new else ()
+def greedy_from(
+    models: Models, prompt: Sequence[int], new: int, name: str = "slm"
+) -> tuple[int, ...]:
+    return (
+        run(Engine(make_proposer(models, name)), request(GREEDY, prompt, new))[0].output_ids
+        if new
+        else ()
+    )
 
 
-def hf_greedy(folder: Path, prompt: Sequence[int], new: int, suppressed: Sequence[int]) -> tuple[int, ...]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def hf_greedy(
+    folder: Path, prompt: Sequence[int], new: int, suppressed: Sequence[int]
+) -> tuple[int, ...]:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                         suppress_tokens=list(suppressed) or None)
-    return tuple(out[0, len(prompt):].tolist())
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        suppress_tokens=list(suppressed) or None,
+    )
+    return tuple(out[0, len(prompt) :].tolist())
 
 
 def assert_same(a: object, b: object, where: str = "step") -> None:
@@ -177,45 +263,68 @@ def assert_same(a: object, b: object, where: str = "step") -> None:
         assert a == b, where
 
 
-# -- law 1: the ends of the dial --------------------------------------------------------------------------------------
+# -- law 1: the ends of the dial ------------------------------------------------------------------
 
-PAIRS = [("slm", "llm"), ("slm", "wide_llm"), ("qwen2", "qwen2_tied"), ("qwen2_tied", "qwen2"),
-         ("padding", "padding_llm"), ("virtual", "virtual_llm"), ("gemma2", "llm"), ("slm", "gemma2"),
-         ("mistral", "llm")]
+PAIRS = [
+    ("slm", "llm"),
+    ("slm", "wide_llm"),
+    ("qwen2", "qwen2_tied"),
+    ("qwen2_tied", "qwen2"),
+    ("padding", "padding_llm"),
+    ("virtual", "virtual_llm"),
+    ("gemma2", "llm"),
+    ("slm", "gemma2"),
+    ("mistral", "llm"),
+]
 
 
-@pytest.mark.parametrize("slm", ["slm", "qwen2", "qwen2_tied", "padding", "virtual", "gemma2", "mistral"])
+@pytest.mark.parametrize(
+    "slm", ["slm", "qwen2", "qwen2_tied", "padding", "virtual", "gemma2", "mistral"]
+)
 def test_never_asking_is_the_slms_greedy(models: Models, slm: str) -> None:
-    """Never-trigger, always with K = 1 (LLM and local) and greedy are one decode: Hugging Face's, R suppressed."""
+    """Never-trigger, always with K = 1 (LLM and local) and greedy are one decode: Hugging Face's, R
+    suppressed."""
     proposer = make_proposer(models, slm)
     local = make_selector(proposer, "v", SelectorKind.JOINT, Reading.BASE)
     llm = "virtual_llm" if slm == "virtual" else "padding_llm" if slm == "padding" else "llm"
     engine = Engine(proposer, InProcessSelector(make_llm(models, llm)), lookup_in([local], "v"))
     one = CandidateRule(1)
-    policies = [GREEDY, Policy(Mode.S2T, Trigger.NEVER), Policy(Mode.S2T_LOCAL, Trigger.NEVER),
-                Policy(Mode.TAKEOVER, Trigger.NEVER), Policy(Mode.S2T, Trigger.ENTROPY, threshold=1e9),
-                Policy(Mode.S2T, Trigger.KL, threshold=1e9),
-                Policy(Mode.S2T, Trigger.ALWAYS, candidates=one),
-                Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=one)]
+    policies = [
+        GREEDY,
+        Policy(mode=Mode.S2T, trigger=Trigger.NEVER),
+        Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.NEVER),
+        Policy(mode=Mode.TAKEOVER, trigger=Trigger.NEVER),
+        Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=1e9),
+        Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=1e9),
+        Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS, candidates=one),
+        Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=one),
+    ]
     for prompt in (PROMPTS[0], PROMPTS[2]):
         expected = hf_greedy(models[slm], prompt, 20, proposer.excluded_ids)
-        assert len(set(expected)) > 5, "a constant answer proves little: choose another seed for this model"
+        assert len(set(expected)) > 5, (
+            "a constant answer proves little: choose another seed for this model"
+        )
         for policy in policies:
             (sequence,) = run(engine, request(policy, prompt, 20))
             assert sequence.output_ids == expected, (policy.mode, policy.trigger)
 
 
 @pytest.mark.parametrize("slm, llm", PAIRS)
-def test_always_asking_with_all_candidates_is_the_llms_greedy(models: Models, slm: str, llm: str) -> None:
-    """K = |V minus R| makes the LLM's choice free: s2t, takeover and llm are Hugging Face's greedy of the LLM with
-    R and every row the SLM lacks suppressed."""
+def test_always_asking_with_all_candidates_is_the_llms_greedy(
+    models: Models, slm: str, llm: str
+) -> None:
+    """K = |V minus R| makes the LLM's choice free: s2t, takeover and llm are Hugging Face's greedy
+    of the LLM with R and every row the SLM lacks suppressed."""
     proposer, scorer = make_proposer(models, slm), make_llm(models, llm)
     assert proposer.runtime.vocab_rows - len(proposer.excluded_ids) <= 64
-    suppressed = [*proposer.excluded_ids, *range(proposer.runtime.vocab_rows, scorer.runtime.vocab_rows)]
+    suppressed = [
+        *proposer.excluded_ids,
+        *range(proposer.runtime.vocab_rows, scorer.runtime.vocab_rows),
+    ]
     engine = Engine(proposer, InProcessSelector(scorer))
     for prompt in (PROMPTS[0], PROMPTS[2]):
         expected = hf_greedy(models[llm], prompt, 20, suppressed)
-        for policy in (ALL, Policy(Mode.LLM), replace(ALL, mode=Mode.TAKEOVER)):
+        for policy in (ALL, Policy(mode=Mode.LLM), replace(ALL, mode=Mode.TAKEOVER)):
             (sequence,) = run(engine, request(policy, prompt, 20))
             assert sequence.output_ids == expected, policy.mode
             assert {s.chosen_by for s in sequence.steps} == {ChosenBy.LLM}
@@ -223,7 +332,8 @@ def test_always_asking_with_all_candidates_is_the_llms_greedy(models: Models, sl
 
 
 def test_reserved_ids_are_what_makes_the_difference(models: Models) -> None:
-    """Guards the two tests above: unmasked, these models do emit reserved ids (else suppressing is untested)."""
+    """Guards the two tests above: unmasked, these models do emit reserved ids (else suppressing is
+    untested)."""
     proposer = make_proposer(models)
     answers = [hf_greedy(models["slm"], prompt, 20, ()) for prompt in PROMPTS]
     assert any(i in proposer.excluded_ids for answer in answers for i in answer)
@@ -231,24 +341,39 @@ def test_reserved_ids_are_what_makes_the_difference(models: Models) -> None:
 
 
 def test_an_answer_ends_at_eos_and_at_the_models_length(models: Models) -> None:
-    """A missed eos runs on for ever; a position past the model's length is garbage on a real model."""
+    """A missed eos runs on for ever; a position past the model's length is garbage on a real
+    model."""
     engine = Engine(make_proposer(models))
-    stopped = next(s for n in range(5, 45) for s in run(engine, request(GREEDY, (n, 45), 80))
-                   if s.finish_reason is FinishReason.STOP)
+    stopped = next(
+        s
+        for n in range(5, 45)
+        for s in run(engine, request(GREEDY, (n, 45), 80))
+        if s.finish_reason is FinishReason.STOP
+    )
     assert stopped.output_ids[-1] == EOS and EOS not in stopped.output_ids[:-1]
-    (full,) = run(engine, request(Policy(Mode.SAMPLE), [5] * (MAX_LENGTH - 3), 80, seed=3))
+    (full,) = run(engine, request(Policy(mode=Mode.SAMPLE), [5] * (MAX_LENGTH - 3), 80, seed=3))
     assert len(full.token_ids) <= MAX_LENGTH
     assert full.finish_reason is FinishReason.LENGTH and len(full.steps) == 3
     with pytest.raises(InvalidRequestError, match=str(MAX_LENGTH)):
         engine.add(request(GREEDY, [5] * MAX_LENGTH))
 
 
-@pytest.mark.parametrize("bad", [
-    request(GREEDY, ()), request(GREEDY, (64,)), request(GREEDY, new=0), request(ALL), request(Policy(Mode.LLM)),
-    request(Policy(Mode.S2T_LOCAL, Trigger.KL)), request(replace(GREEDY, threshold=float("nan"))),
-    replace(request(GREEDY), score_rollout=True),
-])
-def test_impossible_requests_are_refused_before_anything_is_allocated(models: Models, bad: DecodeRequest) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [
+        request(GREEDY, ()),
+        request(GREEDY, (64,)),
+        request(GREEDY, new=0),
+        request(ALL),
+        request(Policy(mode=Mode.LLM)),
+        request(Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.KL)),
+        request(replace(GREEDY, threshold=float("nan"))),
+        replace(request(GREEDY), score_rollout=True),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_allocated(
+    models: Models, bad: DecodeRequest
+) -> None:
     """An impossible request inside the loop would raise for the whole batch."""
     engine = Engine(make_proposer(models))
     with pytest.raises(InvalidRequestError):
@@ -256,36 +381,50 @@ def test_impossible_requests_are_refused_before_anything_is_allocated(models: Mo
     assert engine.idle
 
 
-# -- law 2: the local selector's fast path == one plain forward per candidate -----------------------------------------
+# -- law 2: the local selector's fast path == one plain forward per candidate ---------------------
 
 
 class NaiveSelector:
-    """Scores as the docstring of `local_selector` defines them: LoRA merged into copies of the weights, one forward
-    per candidate, no pool, no mask of our own."""
+    """Scores as the docstring of `local_selector` defines them: LoRA merged into copies of the
+    weights, one forward per candidate, no pool, no mask of our own."""
 
     def __init__(self, folder: Path, selector: LocalSelector) -> None:
         def load() -> torch.nn.Module:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
 
         self.selector, self.base, self.merged = selector, load(), load()
         assert selector.adapter is not None
         for path, (a, b) in selector.adapter.weights.items():
-            self.merged.get_submodule(path).weight.data += (b @ a) * (selector.adapter.alpha / selector.adapter.rank)
+            self.merged.get_submodule(path).weight.data += (b @ a) * (
+                selector.adapter.alpha / selector.adapter.rank
+            )
 
-    def _read(self, context: Sequence[int], looked_at: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(
+        self, context: Sequence[int], looked_at: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and last hidden states of the last tokens, `looked_at`, after `context`."""
         if self.selector.reads is Reading.ADAPTED or not context:
-            out = self.merged(torch.tensor([[*context, *looked_at]]), output_hidden_states=True, use_cache=False)
+            out = self.merged(
+                torch.tensor([[*context, *looked_at]]), output_hidden_states=True, use_cache=False
+            )
         else:
             past = self.base(torch.tensor([context]), use_cache=True).past_key_values
-            out = self.merged(torch.tensor([looked_at]), past_key_values=past, output_hidden_states=True)
+            out = self.merged(
+                torch.tensor([looked_at]), past_key_values=past, output_hidden_states=True
+            )
         n = len(looked_at)
         return out.logits[0, -n:], out.hidden_states[-1][0, -n:]
 
     def _reserved(self, hidden: torch.Tensor) -> float:
         head = self.base.get_output_embeddings().weight
-        rows = torch.stack([head[i] if i < len(head) else torch.zeros(head.shape[1])
-                            for i in self.selector.reserved_ids])
+        rows = torch.stack(
+            [
+                head[i] if i < len(head) else torch.zeros(head.shape[1])
+                for i in self.selector.reserved_ids
+            ]
+        )
         assert self.selector.bin_deltas is not None
         z = (rows + self.selector.bin_deltas) @ hidden
         if cap := getattr(self.base.config, "final_logit_softcapping", None):
@@ -293,32 +432,49 @@ class NaiveSelector:
         return float((z.softmax(0) * torch.arange(16) / 15).sum())
 
     @torch.no_grad()
-    def score(self, context: Sequence[int], candidates: Sequence[int], base_log_probs: Sequence[float]) -> list[float]:
+    def score(
+        self, context: Sequence[int], candidates: Sequence[int], base_log_probs: Sequence[float]
+    ) -> list[float]:
         kind, scores = self.selector.kind, np.zeros(len(candidates))
         if kind is SelectorKind.RESERVED:
             scores += [self._reserved(self._read(context, [c])[1][-1]) for c in candidates]
         else:
             logits, _ = self._read(context[:-1], context[-1:])
             scores += np.array(logits[-1, list(candidates)].log_softmax(0).tolist())
-        if kind is SelectorKind.JOINT:  # the siblings see the last context token as the adapter re-read it
-            scores += np.array([self._reserved(self._read(context[:-1], [context[-1], c])[1][-1])
-                                for c in candidates]) / self.selector.temperature
+        if (
+            kind is SelectorKind.JOINT
+        ):  # the siblings see the last context token as the adapter re-read it
+            scores += (
+                np.array(
+                    [
+                        self._reserved(self._read(context[:-1], [context[-1], c])[1][-1])
+                        for c in candidates
+                    ]
+                )
+                / self.selector.temperature
+            )
         return list(scores + self.selector.fusion * np.array(base_log_probs))
 
 
 @pytest.mark.parametrize("kind, reads", KINDS)
-@pytest.mark.parametrize("slm, fusion", [("slm", 0.0), ("slm", 0.3), ("qwen2_tied", 0.0), ("virtual", 0.0),
-                                         ("gemma2", 0.0)])
+@pytest.mark.parametrize(
+    "slm, fusion",
+    [("slm", 0.0), ("slm", 0.3), ("qwen2_tied", 0.0), ("virtual", 0.0), ("gemma2", 0.0)],
+)
 def test_siblings_in_one_forward_equal_one_forward_per_candidate(
-        models: Models, slm: str, kind: SelectorKind, reads: Reading, fusion: float) -> None:
-    """Four ragged contexts with ragged candidate groups, at two lengths each, so that the adapted cache catches up
-    from where it was: scores must be the naive ones, not merely similar in order."""
+    models: Models, slm: str, kind: SelectorKind, reads: Reading, fusion: float
+) -> None:
+    """Four ragged contexts with ragged candidate groups, at two lengths each, so that the adapted
+    cache catches up from where it was: scores must be the naive ones, not merely similar in
+    order."""
     proposer = make_proposer(models, slm)
     selector = make_selector(proposer, "v", kind, reads, seed=5, fusion=fusion)
     naive = NaiveSelector(models[slm], selector)
     contexts = [list(p) for p in PROMPTS[:4]]
-    tracks = [proposer.open(selector, Policy(Mode.S2T_LOCAL), context, 80) for context in contexts]
-    assert all(isinstance(t, Track) for t in tracks)
+    tracks = [
+        proposer.open(selector, Policy(mode=Mode.S2T_LOCAL), context, 80) for context in contexts
+    ]
+    assert all(isinstance(t, SequenceSlots) for t in tracks)
     counts = [8, 3, 1, 5]
     for tokens in ([], [33, 12, 19]):
         for context in contexts:
@@ -331,52 +487,85 @@ def test_siblings_in_one_forward_equal_one_forward_per_candidate(
 
 
 def test_the_scores_depend_on_everything_they_should(models: Models) -> None:
-    """Guards the test above: kinds and readings that gave equal scores could be swapped without anyone noticing."""
+    """Guards the test above: kinds and readings that gave equal scores could be swapped without
+    anyone noticing."""
     proposer = make_proposer(models)
     scores = {}
     for selector in [*all_selectors(proposer), LocalSelector.untrained(proposer.reserved_ids)]:
         if selector.adapter is not None:
             selector.adapter = make_selector(proposer, "", SelectorKind.JOINT, Reading.BASE).adapter
-        track = proposer.open(selector, Policy(Mode.S2T_LOCAL), PROMPTS[4], 80)
+        track = proposer.open(selector, Policy(mode=Mode.S2T_LOCAL), PROMPTS[4], 80)
         assert track is not None
         (support,) = propose(proposer, [track], [PROMPTS[4]])
         (scores[selector.version],) = select(proposer, [track], [PROMPTS[4]], [support], [6])
     values = list(scores.values())
-    assert all(max(abs(x - y) for x, y in zip(a, b, strict=True)) > 1e-3
-               for i, a in enumerate(values) for b in values[:i])
+    assert all(
+        max(abs(x - y) for x, y in zip(a, b, strict=True)) > 1e-3
+        for i, a in enumerate(values)
+        for b in values[:i]
+    )
 
 
 def test_adapted_proposals_are_the_merged_models(models: Models) -> None:
-    """`proposals: adapted` leaves the adapter on everywhere: the decode is the merged model's greedy."""
+    """`proposals: adapted` leaves the adapter on everywhere: the decode is the merged model's
+    greedy."""
     proposer = make_proposer(models)
     selector = make_selector(proposer, "v", SelectorKind.RESERVED, Reading.ADAPTED)
     naive = NaiveSelector(models["slm"], selector)
-    policy = Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=CandidateRule(5), proposals=Proposals.ADAPTED)
+    policy = Policy(
+        mode=Mode.S2T_LOCAL,
+        trigger=Trigger.ALWAYS,
+        candidates=CandidateRule(5),
+        proposals=Proposals.ADAPTED,
+    )
     engine = Engine(proposer, local_selectors=lookup_in([selector], "v"))
     plain, selected = run(engine, request(replace(policy, trigger=Trigger.NEVER)), request(policy))
     ids = torch.tensor([PROMPTS[0]])
-    expected = naive.merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
-                                     suppress_tokens=list(proposer.excluded_ids))[0, ids.shape[1]:]
+    expected = naive.merged.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        do_sample=False,
+        suppress_tokens=list(proposer.excluded_ids),
+    )[0, ids.shape[1] :]
     assert plain.output_ids == tuple(expected.tolist()) != greedy_from(models, PROMPTS[0], 16)
     for i, step in enumerate(selected.steps):
         context = selected.token_ids[: ids.shape[1] + i]
         assert step.support is not None
-        assert step.scores == pytest.approx(naive.score(context, step.candidate_ids, step.support.log_probs[:5]),
-                                            abs=5e-5)
+        assert step.scores == pytest.approx(
+            naive.score(context, step.candidate_ids, step.support.log_probs[:5]), abs=5e-5
+        )
 
 
-# -- law 2: what an engine's Steps say is what plain forwards say -----------------------------------------------------
+# -- law 2: what an engine's Steps say is what plain forwards say ---------------------------------
 
 
 def test_steps_tell_what_the_models_say(models: Models) -> None:
-    """Signal, candidates, scores and choice of every step, recomputed from uncached forwards of both models."""
-    slm, llm = (AutoModelForCausalLM.from_pretrained(models[n], dtype=torch.float32).eval() for n in ("slm", "llm"))
+    """Signal, candidates, scores and choice of every step, recomputed from uncached forwards of
+    both models."""
+    slm, llm = (
+        AutoModelForCausalLM.from_pretrained(models[n], dtype=torch.float32).eval()
+        for n in ("slm", "llm")
+    )
     engine = Engine(make_proposer(models), InProcessSelector(make_llm(models)))
     rule = CandidateRule(6, 0.1)
     fired = 0
-    for trigger, threshold in ((Trigger.ENTROPY, 2.2), (Trigger.MARGIN, 0.9), (Trigger.KL, 2.5),
-                               (Trigger.KL_REVERSE, 2.5), (Trigger.RANDOM, 0.5)):
-        (sequence,) = run(engine, request(Policy(Mode.S2T, trigger, threshold, rule), PROMPTS[2], 20, seed=3))
+    for trigger, threshold in (
+        (Trigger.ENTROPY, 2.2),
+        (Trigger.MARGIN, 0.9),
+        (Trigger.KL, 2.5),
+        (Trigger.KL_REVERSE, 2.5),
+        (Trigger.RANDOM, 0.5),
+    ):
+        (sequence,) = run(
+            engine,
+            request(
+                Policy(mode=Mode.S2T, trigger=trigger, threshold=threshold, candidates=rule),
+                PROMPTS[2],
+                20,
+                seed=3,
+            ),
+        )
         with torch.no_grad():
             ids = torch.tensor([sequence.token_ids])
             p, q = (m(ids).logits[0, :, :48].double().log_softmax(-1).numpy() for m in (slm, llm))
@@ -387,22 +576,37 @@ def test_steps_tell_what_the_models_say(models: Models) -> None:
                 assert step.signal is None and not step.triggered and step.token_id == order[0]
                 continue
             ps, pl = np.exp(p[at][order]), np.exp(q[at][order])
-            signal = {Trigger.ENTROPY: -(ps * np.log(ps)).sum(), Trigger.MARGIN: 1 - ps[0] + ps[1],
-                      Trigger.KL: (ps * np.log(ps / pl)).sum(), Trigger.KL_REVERSE: (pl * np.log(pl / ps)).sum(),
-                      Trigger.RANDOM: decide.random_signal(3, step.index)}[trigger]
+            signal = {
+                Trigger.ENTROPY: -(ps * np.log(ps)).sum(),
+                Trigger.MARGIN: 1 - ps[0] + ps[1],
+                Trigger.KL: (ps * np.log(ps / pl)).sum(),
+                Trigger.KL_REVERSE: (pl * np.log(pl / ps)).sum(),
+                Trigger.RANDOM: decide.random_signal(3, step.index),
+            }[trigger]
             assert step.signal == pytest.approx(signal, abs=1e-4)
             assert step.triggered == (signal > threshold)
             if not step.triggered:
-                assert step.token_id == order[0] and step.chosen_by is ChosenBy.SLM and not step.candidate_ids
+                assert (
+                    step.token_id == order[0]
+                    and step.chosen_by is ChosenBy.SLM
+                    and not step.candidate_ids
+                )
                 continue
             fired += 1
             candidates = [i for i in order[:6] if p[at][i] >= p[at][order[0]] + np.log(0.1)]
             assert list(step.candidate_ids) == candidates
             assert step.scores == pytest.approx([q[at][i] for i in candidates], abs=1e-4)
-            assert step.token_id == max(candidates, key=lambda i: q[at][i]) and step.chosen_by is ChosenBy.LLM
-            assert step.llm_top_id == int(q[at].argmax()) and step.flipped == (step.token_id != order[0])
+            assert (
+                step.token_id == max(candidates, key=lambda i: q[at][i])
+                and step.chosen_by is ChosenBy.LLM
+            )
+            assert step.llm_top_id == int(q[at].argmax()) and step.flipped == (
+                step.token_id != order[0]
+            )
         usage = sequence.usage
-        assert usage.triggers == sum(s.triggered for s in sequence.steps) and usage.degraded_steps == 0
+        assert (
+            usage.triggers == sum(s.triggered for s in sequence.steps) and usage.degraded_steps == 0
+        )
         if trigger.needs_llm:  # a draft is checked in one forward
             assert usage.llm_forwards <= len(sequence.steps) - 3
         else:
@@ -411,10 +615,13 @@ def test_steps_tell_what_the_models_say(models: Models) -> None:
 
 
 def test_a_scored_rollout_is_the_llms_view_of_every_step(models: Models) -> None:
-    """The plain harvest: one prefill's scores must be those of asking at every step, and change no token."""
+    """The plain harvest: one prefill's scores must be those of asking at every step, and change no
+    token."""
     engine = Engine(make_proposer(models), InProcessSelector(make_llm(models)))
     rollout = replace(request(GREEDY, PROMPTS[2], 12), score_rollout=True)
-    asked = request(Policy(Mode.S2T, Trigger.KL, 1e9, warmup_steps=0), PROMPTS[2], 12)
+    asked = request(
+        Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=1e9, warmup_steps=0), PROMPTS[2], 12
+    )
     engine._longest_draft = 1
     harvested, lockstep = run(engine, rollout, asked)
     assert harvested.output_ids == lockstep.output_ids == greedy_from(models, PROMPTS[2], 12)
@@ -424,25 +631,62 @@ def test_a_scored_rollout_is_the_llms_view_of_every_step(models: Models) -> None
         assert decide.kl(a.support.log_probs, a.llm.log_probs) == pytest.approx(b.signal, abs=1e-4)
 
 
-# -- law 2: batch n == batch 1 ----------------------------------------------------------------------------------------
+# -- law 2: batch n == batch 1 --------------------------------------------------------------------
 
 
 def mixed_requests() -> list[DecodeRequest]:
     """Every mode, trigger, kind and reading, over ragged prompts."""
     k4 = CandidateRule(4)
     policies: list[tuple[Policy, str]] = [
-        (GREEDY, ""), (Policy(Mode.SAMPLE), ""), (Policy(Mode.S2T, Trigger.ENTROPY, 2.0, k4), ""),
-        (Policy(Mode.S2T, Trigger.KL, 2.0, CandidateRule(8, 0.1)), ""),
-        (Policy(Mode.TAKEOVER, Trigger.MARGIN, 0.8), ""), (Policy(Mode.LLM), ""),
-        (Policy(Mode.S2T, Trigger.RANDOM, 0.5, k4), ""),
-        (Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=k4), ""),  # the untrained selector
-        (Policy(Mode.S2T_LOCAL, Trigger.KL_REVERSE, 1.5, k4), "joint-base"),
-        (Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=k4, proposals=Proposals.ADAPTED), "reserved-adapted"),
-        *((Policy(Mode.S2T_LOCAL, Trigger.ENTROPY, 1.8, CandidateRule(8, 0.05)), f"{k.value}-{r.value}")
-          for k, r in KINDS)]
-    requests = [request(p, PROMPTS[i % len(PROMPTS)], 9 + i % 5, f"mixed-{i}", version, seed=i)
-                for i, (p, version) in enumerate(policies)]
-    rollout = replace(request(Policy(Mode.SAMPLE), PROMPTS[1], 8, "rollout", "", seed=5), score_rollout=True)
+        (GREEDY, ""),
+        (Policy(mode=Mode.SAMPLE), ""),
+        (Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=2.0, candidates=k4), ""),
+        (
+            Policy(
+                mode=Mode.S2T, trigger=Trigger.KL, threshold=2.0, candidates=CandidateRule(8, 0.1)
+            ),
+            "",
+        ),
+        (Policy(mode=Mode.TAKEOVER, trigger=Trigger.MARGIN, threshold=0.8), ""),
+        (Policy(mode=Mode.LLM), ""),
+        (Policy(mode=Mode.S2T, trigger=Trigger.RANDOM, threshold=0.5, candidates=k4), ""),
+        (
+            Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=k4),
+            "",
+        ),  # the untrained selector
+        (
+            Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.KL_REVERSE, threshold=1.5, candidates=k4),
+            "joint-base",
+        ),
+        (
+            Policy(
+                mode=Mode.S2T_LOCAL,
+                trigger=Trigger.ALWAYS,
+                candidates=k4,
+                proposals=Proposals.ADAPTED,
+            ),
+            "reserved-adapted",
+        ),
+        *(
+            (
+                Policy(
+                    mode=Mode.S2T_LOCAL,
+                    trigger=Trigger.ENTROPY,
+                    threshold=1.8,
+                    candidates=CandidateRule(8, 0.05),
+                ),
+                f"{k.value}-{r.value}",
+            )
+            for k, r in KINDS
+        ),
+    ]
+    requests = [
+        request(p, PROMPTS[i % len(PROMPTS)], 9 + i % 5, f"mixed-{i}", version, seed=i)
+        for i, (p, version) in enumerate(policies)
+    ]
+    rollout = replace(
+        request(Policy(mode=Mode.SAMPLE), PROMPTS[1], 8, "rollout", "", seed=5), score_rollout=True
+    )
     return [*requests, rollout]
 
 
@@ -452,25 +696,34 @@ def alone(models: Models) -> list[LiveSequence]:
     results = []
     for item in mixed_requests():
         proposer = make_proposer(models)
-        engine = Engine(proposer, InProcessSelector(make_llm(models)), lookup_in(all_selectors(proposer)))
+        engine = Engine(
+            proposer, InProcessSelector(make_llm(models)), lookup_in(all_selectors(proposer))
+        )
         results += run(engine, item)
     return results
 
 
-def mixed_engine(models: Models, max_running: int = 32) -> Engine:
+def mixed_engine(models: Models, max_num_seqs: int = 32) -> Engine:
     proposer = make_proposer(models)
-    return Engine(proposer, InProcessSelector(make_llm(models, max_rows=12)), lookup_in(all_selectors(proposer)),
-                  max_running)
+    return Engine(
+        proposer,
+        InProcessSelector(make_llm(models, max_rows=12)),
+        lookup_in(all_selectors(proposer)),
+        max_num_seqs,
+    )
 
 
-@pytest.mark.parametrize("max_running", [32, 5])
-def test_a_mixed_batch_is_each_sequence_alone(models: Models, alone: list[LiveSequence], max_running: int) -> None:
-    """Batching is speed, never meaning: the same tokens, choosers, signals and scores for every mode at once."""
-    together = run(mixed_engine(models, max_running), *mixed_requests())
+@pytest.mark.parametrize("max_num_seqs", [32, 5])
+def test_a_mixed_batch_is_each_sequence_alone(
+    models: Models, alone: list[LiveSequence], max_num_seqs: int
+) -> None:
+    """Batching is speed, never meaning: the same tokens, choosers, signals and scores for every
+    mode at once."""
+    together = run(mixed_engine(models, max_num_seqs), *mixed_requests())
     for a, b in zip(alone, together, strict=True):
         assert a.output_ids == b.output_ids, a.request.request_id
         assert_same(a.steps, b.steps, a.request.request_id)
-        assert (a.finish_reason, a.usage, a.selector_version) == (b.finish_reason, b.usage, b.selector_version)
+        assert (a.finish_reason, a.usage, a.version) == (b.finish_reason, b.usage, b.version)
 
 
 def test_the_mixed_batch_is_worth_comparing(alone: list[LiveSequence]) -> None:
@@ -485,9 +738,10 @@ def test_the_mixed_batch_is_worth_comparing(alone: list[LiveSequence]) -> None:
 @settings(max_examples=6, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_arrivals_and_cancellations_change_no_one_else(
-        models: Models, alone: list[LiveSequence], data: st.DataObject) -> None:
-    """Sequences join and leave at any step, rows are reused at once: every survivor equals itself alone, every
-    cancelled one is a beginning of itself alone, and no row is lost."""
+    models: Models, alone: list[LiveSequence], data: st.DataObject
+) -> None:
+    """Sequences join and leave at any step, rows are reused at once: every survivor equals itself
+    alone, every cancelled one is a beginning of itself alone, and no row is lost."""
     requests = mixed_requests()
     count = len(requests)
     arrivals = data.draw(st.lists(st.integers(0, 12), min_size=count, max_size=count))
@@ -513,13 +767,19 @@ def test_arrivals_and_cancellations_change_no_one_else(
 
 
 def test_sampling_is_repeatable_and_its_own(models: Models) -> None:
-    """The same seed gives the same tokens in any batch; other seeds give others, and cuts are respected."""
+    """The same seed gives the same tokens in any batch; other seeds give others, and cuts are
+    respected."""
     engine = Engine(make_proposer(models))
-    sampled = Policy(Mode.SAMPLE)
-    requests = [replace(request(sampled, PROMPTS[0], 12), sampling=Sampling(1.0, seed=seed)) for seed in (1, 2, 3, 1)]
+    sampled = Policy(mode=Mode.SAMPLE)
+    requests = [
+        replace(request(sampled, PROMPTS[0], 12), sampling=Sampling(1.0, seed=seed))
+        for seed in (1, 2, 3, 1)
+    ]
     together = [s.output_ids for s in run(engine, *requests)]
     (again,) = run(engine, requests[2])
-    assert again.output_ids == together[2] and together[0] == together[3] and len(set(together)) == 3
+    assert (
+        again.output_ids == together[2] and together[0] == together[3] and len(set(together)) == 3
+    )
     greedy = greedy_from(models, PROMPTS[0], 12)
     for cut in (Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-3)):
         (sequence,) = run(engine, replace(requests[0], sampling=cut))
@@ -527,19 +787,33 @@ def test_sampling_is_repeatable_and_its_own(models: Models) -> None:
 
 
 def test_every_step_and_seed_draws_anew() -> None:
-    """One random number for all steps keeps a sequence in one quantile: all its tokens likely ones, or all odd ones."""
+    """One random number for all steps keeps a sequence in one quantile: all its tokens likely ones,
+    or all odd ones."""
     flat = torch.zeros(48).log_softmax(0)
-    assert len({sample(flat, Draw(Sampling(1.0, seed=1), step)) for step in range(60)}) > 25
-    assert len({sample(flat, Draw(Sampling(1.0, seed=seed), 1)) for seed in range(60)}) > 25
+    assert (
+        len({sample(flat, SamplingInput(Sampling(1.0, seed=1), step)) for step in range(60)}) > 25
+    )
+    assert (
+        len({sample(flat, SamplingInput(Sampling(1.0, seed=seed), 1)) for seed in range(60)}) > 25
+    )
 
 
 def test_sampling_follows_the_distribution(models: Models) -> None:
-    """A wrong temperature or cut shows in frequencies: first tokens of 600 seeds against the softmax they come from."""
+    """A wrong temperature or cut shows in frequencies: first tokens of 600 seeds against the
+    softmax they come from."""
     proposer = make_proposer(models)
-    engine = Engine(proposer, max_running=64)
+    engine = Engine(proposer, max_num_seqs=64)
     sampling = Sampling(1.3, 0.8, 6)
-    runs = run(engine, *(replace(request(Policy(Mode.SAMPLE), PROMPTS[0], 1), sampling=replace(sampling, seed=seed))
-                         for seed in range(600)))
+    runs = run(
+        engine,
+        *(
+            replace(
+                request(Policy(mode=Mode.SAMPLE), PROMPTS[0], 1),
+                sampling=replace(sampling, seed=seed),
+            )
+            for seed in range(600)
+        ),
+    )
     drawn = np.bincount([s.output_ids[0] for s in runs], minlength=64) / 600
     model = AutoModelForCausalLM.from_pretrained(models["slm"], dtype=torch.float32)
     with torch.no_grad():
@@ -554,7 +828,7 @@ def test_sampling_follows_the_distribution(models: Models) -> None:
 
 def test_an_expired_sequence_ends_without_touching_others(models: Models) -> None:
     """A deadline that passed ends that answer (running or still waiting) within one step."""
-    engine = Engine(make_proposer(models), max_running=2)
+    engine = Engine(make_proposer(models), max_num_seqs=2)
     dead = replace(request(GREEDY, PROMPTS[0]), deadline=0.0)
     first, other, third = run(engine, dead, request(GREEDY, PROMPTS[1], 10), dead)
     assert first.finish_reason is third.finish_reason is FinishReason.DEADLINE and not first.steps
@@ -562,18 +836,24 @@ def test_an_expired_sequence_ends_without_touching_others(models: Models) -> Non
 
 
 def test_a_small_pool_does_not_break_the_batch(models: Models) -> None:
-    """`reads: adapted` wants a second row per sequence: when the pool has none, nobody else may be hurt by it."""
+    """`reads: adapted` wants a second row per sequence: when the pool has none, nobody else may be
+    hurt by it."""
     proposer = make_proposer(models, max_rows=4)
     selector = make_selector(proposer, "v", SelectorKind.RESERVED, Reading.ADAPTED)
     engine = Engine(proposer, local_selectors=lookup_in([selector], "v"))
-    policy = Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=CandidateRule(4))
+    policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
     expected = [run(engine, request(policy, prompt, 6))[0].output_ids for prompt in PROMPTS]
-    assert [s.output_ids for s in run(engine, *(request(policy, prompt, 6) for prompt in PROMPTS))] == expected
+    assert [
+        s.output_ids for s in run(engine, *(request(policy, prompt, 6) for prompt in PROMPTS))
+    ] == expected
 
 
 def test_one_wrong_query_does_not_degrade_the_batch(models: Models) -> None:
-    """A prompt with an id that only the SLM has a row for (the LLM is narrower) is that client's problem alone."""
-    engine = Engine(make_proposer(models, "padding"), InProcessSelector(make_llm(models, "virtual_llm")))
+    """A prompt with an id that only the SLM has a row for (the LLM is narrower) is that client's
+    problem alone."""
+    engine = Engine(
+        make_proposer(models, "padding"), InProcessSelector(make_llm(models, "virtual_llm"))
+    )
     good, bad = request(ALL, PROMPTS[0], 6), request(ALL, (6, 50, 7), 6)
     (expected,) = run(engine, good)
     (wrong,) = run(engine, bad)
@@ -582,16 +862,22 @@ def test_one_wrong_query_does_not_degrade_the_batch(models: Models) -> None:
     assert both[0].output_ids == expected.output_ids and not any(s.degraded for s in both[0].steps)
 
 
-# -- law 2: the LLM's scorer ------------------------------------------------------------------------------------------
+# -- law 2: the LLM's scorer ----------------------------------------------------------------------
 
 
-def query(tokens: Sequence[int], positions: Sequence[int] | None = None, **options: object) -> ScoreQuery:
+def query(
+    tokens: Sequence[int], positions: Sequence[int] | None = None, **options: object
+) -> ScoreQuery:
     at = tuple(positions) if positions is not None else (len(tokens) - 1,)
-    return ScoreQuery(tuple(tokens), at, tuple((5 + p % 9, 40, 11)[: 1 + p % 3] for p in at),
-                      **options)  # type: ignore[arg-type]
+    return ScoreQuery(
+        token_ids=tuple(tokens),
+        positions=at,
+        candidate_ids=tuple((5 + p % 9, 40, 11)[: 1 + p % 3] for p in at),
+        **options,
+    )  # type: ignore[arg-type]
 
 
-def count_read_tokens(scorer: LLMScorer) -> list[int]:
+def count_read_tokens(scorer: LLMSelector) -> list[int]:
     """Records how many tokens each forward reads."""
     read: list[int] = []
     forward = scorer.runtime.forward
@@ -609,8 +895,11 @@ LONG = tuple(int(x) for x in np.random.default_rng(0).integers(5, 48, 40))
 
 @pytest.mark.parametrize("llm", ["llm", "gemma2"])
 def test_scores_are_the_plain_models(models: Models, llm: str) -> None:
-    """Excluded ids and rows past vocab_size get probability zero *before* normalising, at every position asked."""
-    model = AutoModelForCausalLM.from_pretrained(models[llm], dtype=torch.float32, attn_implementation="eager").eval()
+    """Excluded ids and rows past vocab_size get probability zero *before* normalising, at every
+    position asked."""
+    model = AutoModelForCausalLM.from_pretrained(
+        models[llm], dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         logits = model(torch.tensor([LONG])).logits[0].double()
     logits[:, [7, 9]] = -torch.inf
@@ -618,8 +907,10 @@ def test_scores_are_the_plain_models(models: Models, llm: str) -> None:
     log_probs = logits.log_softmax(-1)
     asked = query(LONG, range(0, 40, 3), excluded_ids=(7, 9, 900), vocab_size=45)
     (reply,) = make_llm(models, llm).score([asked])
-    assert reply.llm_version and len(reply.positions) == 14
-    for position, group, scores in zip(asked.positions, asked.candidate_ids, reply.positions, strict=True):
+    assert reply.llm_digest and len(reply.positions) == 14
+    for position, group, scores in zip(
+        asked.positions, asked.candidate_ids, reply.positions, strict=True
+    ):
         expected = [max(float(log_probs[position, i]), -1e4) for i in group]
         assert scores.log_probs == pytest.approx(expected, abs=1e-4)
         assert scores.top_id == int(log_probs[position].argmax()) and scores.top_id not in (7, 9)
@@ -627,33 +918,53 @@ def test_scores_are_the_plain_models(models: Models, llm: str) -> None:
 
 
 def test_ids_the_llm_cannot_say_are_impossible_and_finite(models: Models) -> None:
-    """An SLM row the LLM lacks, an excluded id, an id past vocab_size: -1e4, not -inf (JSON) and not a crash."""
-    asked = ScoreQuery((5, 6), (1,), ((7, 44, 46, 1000),), excluded_ids=(7,), vocab_size=45)
+    """An SLM row the LLM lacks, an excluded id, an id past vocab_size: -1e4, not -inf (JSON) and
+    not a crash."""
+    asked = ScoreQuery(
+        token_ids=(5, 6),
+        positions=(1,),
+        candidate_ids=((7, 44, 46, 1000),),
+        excluded_ids=(7,),
+        vocab_size=45,
+    )
     (reply,) = make_llm(models).score([asked])
     scores = reply.positions[0].log_probs
     assert (scores[0], scores[2], scores[3]) == (-1e4, -1e4, -1e4) and scores[1] > -50
 
 
 def test_all_positions_at_once_equal_one_position_each(models: Models) -> None:
-    """Harvesting by prefill is lockstep asking: 40 positions in one query, 40 queries of one, no candidates."""
+    """Harvesting by prefill is lockstep asking: 40 positions in one query, 40 queries of one, no
+    candidates."""
     scorer = make_llm(models)
     (all_at_once,) = scorer.score([query(LONG, range(40))])
     for position in range(40):
         single = query(LONG[: position + 1], [position])
         assert_same(all_at_once.positions[position], scorer.score([single])[0].positions[0])
-    (no_candidates,) = scorer.score([ScoreQuery(LONG, (39,), ((),))])
+    (no_candidates,) = scorer.score(
+        [ScoreQuery(token_ids=LONG, positions=(39,), candidate_ids=((),))]
+    )
     assert no_candidates.positions[0].log_probs == ()
     assert no_candidates.positions[0].top_id == all_at_once.positions[39].top_id
 
 
 def test_reused_kv_changes_no_score(models: Models) -> None:
-    """Longest-prefix reuse is speed only: growing, branching, shrinking and repeated contexts against a scorer that
-    never saw another; and it does save reading."""
+    """Longest-prefix reuse is speed only: growing, branching, shrinking and repeated contexts
+    against a scorer that never saw another; and it does save reading."""
     warm = make_llm(models)
     read = count_read_tokens(warm)
     other = (*LONG[:25], 5, 5, 6, 7)
-    story = [query(LONG[:20]), query(LONG[:30]), query(LONG), query(LONG), query(other), query(LONG[:8]),
-             query(LONG, [3, 39]), query((44, 43)), query(other, [28]), query(LONG[:26])]
+    story = [
+        query(LONG[:20]),
+        query(LONG[:30]),
+        query(LONG),
+        query(LONG),
+        query(other),
+        query(LONG[:8]),
+        query(LONG, [3, 39]),
+        query((44, 43)),
+        query(other, [28]),
+        query(LONG[:26]),
+    ]
     for asked in story:
         assert_same(warm.score([asked])[0], make_llm(models).score([asked])[0])
     assert read[:4] == [20, 10, 10, 1]
@@ -661,33 +972,53 @@ def test_reused_kv_changes_no_score(models: Models) -> None:
 
 
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.lists(st.tuples(st.sampled_from([LONG, LONG[::-1], (*LONG[:9], *LONG[20:])]), st.integers(1, 29)),
-                         min_size=1, max_size=7), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from([LONG, LONG[::-1], (*LONG[:9], *LONG[20:])]), st.integers(1, 29)
+            ),
+            min_size=1,
+            max_size=7,
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_batched_ragged_queries_equal_single_ones(
-        models: Models, batches: list[list[tuple[tuple[int, ...], int]]]) -> None:
-    """Any batches of any prefixes, on a pool so small that rows are taken from others all the time."""
+    models: Models, batches: list[list[tuple[tuple[int, ...], int]]]
+) -> None:
+    """Any batches of any prefixes, on a pool so small that rows are taken from others all the
+    time."""
     small = make_llm(models, max_rows=4)
     for batch in batches:
         queries = [query(tokens[:n], [n - 1] if n % 2 else range(n // 2, n)) for tokens, n in batch]
         for asked, reply in zip(queries, small.score(queries), strict=True):
             assert_same(reply, make_llm(models).score([asked])[0])
         small.runtime.pool.check()
-        assert small.runtime.pool.live_rows == 0
+        assert small.runtime.pool.live_slots == 0
 
 
-@pytest.mark.parametrize("bad, word", [
-    (ScoreQuery((), (0,), ((),)), "token_ids"), (ScoreQuery((5,) * 300, (0,), ((),)), "300"),
-    (ScoreQuery((5,), (), ()), "positions"), (ScoreQuery((5,), (0,), ()), "positions"),
-    (ScoreQuery((5,), (1,), ((),)), "positions"), (ScoreQuery((5,), (-1,), ((),)), "positions"),
-    (ScoreQuery((64,), (0,), ((),)), "token_ids"), (ScoreQuery((5,), (0,), ((-1,),)), "candidate_ids"),
-])
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        (ScoreQuery(token_ids=(), positions=(0,), candidate_ids=((),)), "token_ids"),
+        (ScoreQuery(token_ids=(5,) * 300, positions=(0,), candidate_ids=((),)), "300"),
+        (ScoreQuery(token_ids=(5,), positions=(), candidate_ids=()), "positions"),
+        (ScoreQuery(token_ids=(5,), positions=(0,), candidate_ids=()), "positions"),
+        (ScoreQuery(token_ids=(5,), positions=(1,), candidate_ids=((),)), "positions"),
+        (ScoreQuery(token_ids=(5,), positions=(-1,), candidate_ids=((),)), "positions"),
+        (ScoreQuery(token_ids=(64,), positions=(0,), candidate_ids=((),)), "token_ids"),
+        (ScoreQuery(token_ids=(5,), positions=(0,), candidate_ids=((-1,),)), "candidate_ids"),
+    ],
+)
 def test_wrong_queries_are_refused(models: Models, bad: ScoreQuery, word: str) -> None:
     """A query from the wire that fails inside the forward takes the whole batch with it."""
     with pytest.raises(InvalidRequestError, match=word):
         make_llm(models).check(bad)
 
 
-# -- law 4: base proposals are the base model's, bit for bit ----------------------------------------------------------
+# -- law 4: base proposals are the base model's, bit for bit --------------------------------------
 
 
 class Recording(Proposer):
@@ -701,12 +1032,16 @@ class Recording(Proposer):
         return results
 
 
-def supports_beside(models: Models, second: Callable[[Proposer], tuple[Policy, LocalSelector | None]]) -> list[Support]:
+def supports_beside(
+    models: Models, second: Callable[[Proposer], tuple[Policy, LocalSelector | None]]
+) -> list[Support]:
     """The first sequence's supports while another of the same length runs beside it."""
     base = make_proposer(models)
     proposer = Recording(base.runtime, base.reserved_ids)
     policy, selector = second(proposer)
-    engine = Engine(proposer, local_selectors=lookup_in([selector] if selector else [], "v" if selector else ""))
+    engine = Engine(
+        proposer, local_selectors=lookup_in([selector] if selector else [], "v" if selector else "")
+    )
     watched = replace(request(GREEDY, (6, 7, 8), 8), keep_support=True)
     first, beside = run(engine, watched, request(policy, (9, 10, 11), 8))
     assert len(first.steps) == len(beside.steps) == 8, "choose prompts that do not meet eos"
@@ -715,38 +1050,47 @@ def supports_beside(models: Models, second: Callable[[Proposer], tuple[Policy, L
 
 
 @pytest.mark.parametrize("kind, reads", KINDS)
-def test_base_proposals_do_not_feel_the_adapter(models: Models, kind: SelectorKind, reads: Reading) -> None:
-    """Law 4: no adapter in the process == one loaded, bit for bit, else published greedy numbers move when a version
-    goes live. Another sequence that is scored with it beside changes the order and shape of the products, and nothing
-    else: rounding, by how much depends on the machine's matrix kernels."""
+def test_base_proposals_do_not_feel_the_adapter(
+    models: Models, kind: SelectorKind, reads: Reading
+) -> None:
+    """Law 4: no adapter in the process == one loaded, bit for bit, else published greedy numbers
+    move when a version goes live. Another sequence that is scored with it beside changes the order
+    and shape of the products, and nothing else: rounding, by how much depends on the machine's
+    matrix kernels."""
     plain = supports_beside(models, lambda _: (GREEDY, None))
     loaded = supports_beside(models, lambda p: (GREEDY, make_selector(p, "v", kind, reads)))
-    always = Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=CandidateRule(4))
+    always = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
     scored = supports_beside(models, lambda p: (always, make_selector(p, "v", kind, reads)))
     assert plain == loaded
     assert [s.ids[0] for s in plain] == [s.ids[0] for s in scored]
     for a, b in zip(plain, scored, strict=True):
         assert dict(zip(a.ids, a.log_probs, strict=True)) == pytest.approx(
-            dict(zip(b.ids, b.log_probs, strict=True)), abs=2e-5)
+            dict(zip(b.ids, b.log_probs, strict=True)), abs=2e-5
+        )
 
 
 def test_a_scored_sequence_keeps_base_proposals_itself(models: Models) -> None:
-    """Scoring at every step must leave no adapted KV behind: its own next supports are the base model's."""
+    """Scoring at every step must leave no adapted KV behind: its own next supports are the base
+    model's."""
     proposer = make_proposer(models)
     engine = Engine(proposer, local_selectors=lookup_in(all_selectors(proposer)))
     model = AutoModelForCausalLM.from_pretrained(models["slm"], dtype=torch.float32).eval()
     for kind, reads in KINDS:
-        policy = Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=CandidateRule(4))
-        (sequence,) = run(engine, request(policy, PROMPTS[2], 10, version=f"{kind.value}-{reads.value}"))
+        policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
+        (sequence,) = run(
+            engine, request(policy, PROMPTS[2], 10, version=f"{kind.value}-{reads.value}")
+        )
         with torch.no_grad():
             log_probs = model(torch.tensor([sequence.token_ids])).logits[0, :, :48].log_softmax(-1)
         for step in sequence.steps:
             assert step.support is not None
             row = log_probs[len(PROMPTS[2]) - 1 + step.index]
-            assert step.support.log_probs == pytest.approx(row[list(step.support.ids)].tolist(), abs=5e-5)
+            assert step.support.log_probs == pytest.approx(
+                row[list(step.support.ids)].tolist(), abs=5e-5
+            )
 
 
-# -- law 5: a dead or late selector -----------------------------------------------------------------------------------
+# -- law 5: a dead or late selector ---------------------------------------------------------------
 
 
 class FailingSelector:
@@ -781,26 +1125,47 @@ class FailingSelector:
         self.unanswered.clear()
 
 
-FAILURES = {"unavailable": SelectorUnavailableError("no selector"), "refused": InvalidRequestError("no such id"),
-            "wordless": SelectorUnavailableError(), "late": None}
-ASKING = [ALL, Policy(Mode.LLM), replace(ALL, mode=Mode.TAKEOVER), Policy(Mode.S2T, Trigger.KL, 0.0),
-          Policy(Mode.S2T, Trigger.ENTROPY, 0.5)]
+FAILURES = {
+    "unavailable": SelectorUnavailableError("no selector"),
+    "refused": InvalidRequestError("no such id"),
+    "wordless": SelectorUnavailableError(),
+    "late": None,
+}
+ASKING = [
+    ALL,
+    Policy(mode=Mode.LLM),
+    replace(ALL, mode=Mode.TAKEOVER),
+    Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=0.0),
+    Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=0.5),
+]
 
 
-def failing_engine(models: Models, healthy: int, failure: str,
-                   selectors: Callable[[Proposer], list[LocalSelector]] = lambda _: []) -> Engine:
+def failing_engine(
+    models: Models,
+    healthy: int,
+    failure: str,
+    selectors: Callable[[Proposer], list[LocalSelector]] = lambda _: [],
+) -> Engine:
     proposer = make_proposer(models)
     made = selectors(proposer)
     client = FailingSelector(InProcessSelector(make_llm(models)), healthy, FAILURES[failure])
-    return Engine(proposer, client, lookup_in(made, made[0].version if made else ""), selection_timeout_s=0.01,
-                  longest_draft=1)
+    return Engine(
+        proposer,
+        client,
+        lookup_in(made, made[0].version if made else ""),
+        selection_timeout_s=0.01,
+        max_draft_tokens=1,
+    )
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("policy", ASKING, ids=lambda p: f"{p.mode.value}-{p.trigger.value}")
 @pytest.mark.parametrize("healthy", [0, 4])
-def test_a_dead_llm_means_greedy_from_there_on(models: Models, policy: Policy, failure: str, healthy: int) -> None:
-    """Law 5: no error, the SLM's tokens from the first failure on, every step that wanted the LLM marked, no other."""
+def test_a_dead_llm_means_greedy_from_there_on(
+    models: Models, policy: Policy, failure: str, healthy: int
+) -> None:
+    """Law 5: no error, the SLM's tokens from the first failure on, every step that wanted the LLM
+    marked, no other."""
     (sequence,) = run(failing_engine(models, healthy, failure), request(policy, PROMPTS[0], 12))
     steps = sequence.steps
     asked = [s for s in steps if s.llm or s.degraded]
@@ -809,7 +1174,10 @@ def test_a_dead_llm_means_greedy_from_there_on(models: Models, policy: Policy, f
     first = next(s.index for s in steps if s.degraded)
     prompt = [*PROMPTS[0], *(s.token_id for s in steps[:first])]
     assert sequence.output_ids[first:] == greedy_from(models, prompt, 12 - first)
-    assert sequence.usage.degraded_steps == len(asked) - healthy and sequence.usage.llm_forwards == healthy
+    assert (
+        sequence.usage.degraded_steps == len(asked) - healthy
+        and sequence.usage.llm_forwards == healthy
+    )
     for step in steps:
         wanted = policy.mode is Mode.LLM or policy.trigger is Trigger.ALWAYS or step.triggered
         if policy.trigger is Trigger.KL:  # the signal itself is the LLM's
@@ -819,7 +1187,7 @@ def test_a_dead_llm_means_greedy_from_there_on(models: Models, policy: Policy, f
     assert healthy == 0 or sequence.output_ids != greedy_from(models, PROMPTS[0], 12)
 
 
-@pytest.mark.parametrize("policy", [ALL, Policy(Mode.LLM)], ids=lambda p: p.mode.value)
+@pytest.mark.parametrize("policy", [ALL, Policy(mode=Mode.LLM)], ids=lambda p: p.mode.value)
 def test_a_selector_that_comes_back_is_used_again(models: Models, policy: Policy) -> None:
     """Degrading is per step: when the LLM answers again the answer is selected again."""
     engine = failing_engine(models, 0, "unavailable")
@@ -834,7 +1202,8 @@ def test_a_selector_that_comes_back_is_used_again(models: Models, policy: Policy
 
 
 def test_a_late_reply_changes_nothing(models: Models) -> None:
-    """A reply that comes after its step was given up must not be taken for the answer to a later one."""
+    """A reply that comes after its step was given up must not be taken for the answer to a later
+    one."""
     engine = failing_engine(models, 0, "late")
     client = engine._asker._client
     assert isinstance(client, FailingSelector)
@@ -854,7 +1223,10 @@ def test_others_go_on_while_a_late_sequence_is_parked(models: Models) -> None:
     proposer = make_proposer(models)
     client = FailingSelector(InProcessSelector(make_llm(models)), 0, None)
     engine = Engine(proposer, client, selection_timeout_s=60.0)
-    parked, free = engine.add(request(ALL, PROMPTS[2], 4)), engine.add(request(GREEDY, PROMPTS[0], 10))
+    parked, free = (
+        engine.add(request(ALL, PROMPTS[2], 4)),
+        engine.add(request(GREEDY, PROMPTS[0], 10)),
+    )
     for _ in range(12):
         engine.step()
     assert free.finish_reason is not None and free.output_ids == greedy_from(models, PROMPTS[0], 10)
@@ -866,14 +1238,21 @@ def test_others_go_on_while_a_late_sequence_is_parked(models: Models) -> None:
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("reads", Reading)
-def test_a_live_local_version_takes_over_from_a_dead_llm(models: Models, failure: str, reads: Reading) -> None:
-    """With a version live the triggered steps are the local selector's, not greedy's: tokens equal `s2t_local`."""
-    policy = Policy(Mode.S2T, Trigger.ENTROPY, 1.5, CandidateRule(4))
+def test_a_live_local_version_takes_over_from_a_dead_llm(
+    models: Models, failure: str, reads: Reading
+) -> None:
+    """With a version live the triggered steps are the local selector's, not greedy's: tokens equal
+    `s2t_local`."""
+    policy = Policy(
+        mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=1.5, candidates=CandidateRule(4)
+    )
 
     def selectors(proposer: Proposer) -> list[LocalSelector]:
         return [make_selector(proposer, "v", SelectorKind.JOINT, reads)]
 
-    (sequence,) = run(failing_engine(models, 0, failure, selectors), request(policy, PROMPTS[2], 14))
+    (sequence,) = run(
+        failing_engine(models, 0, failure, selectors), request(policy, PROMPTS[2], 14)
+    )
     proposer = make_proposer(models)
     local = Engine(proposer, local_selectors=lookup_in(selectors(proposer), "v"))
     (expected,) = run(local, request(replace(policy, mode=Mode.S2T_LOCAL), PROMPTS[2], 14))
@@ -890,65 +1269,80 @@ def test_a_rollout_that_cannot_be_scored_still_ends(models: Models, failure: str
     rollout = replace(request(GREEDY, PROMPTS[2], 6), score_rollout=True)
     (sequence,) = run(failing_engine(models, 0, failure), rollout)
     assert sequence.output_ids == greedy_from(models, PROMPTS[2], 6)
-    assert all(s.degraded and s.llm is None for s in sequence.steps) and sequence.usage.llm_forwards == 0
+    assert (
+        all(s.degraded and s.llm is None for s in sequence.steps)
+        and sequence.usage.llm_forwards == 0
+    )
 
 
 def test_llm_mode_with_a_dead_llm_stops_where_greedy_stops(models: Models) -> None:
-    """SLM and LLM of a family may have other eos ids (base and instruct): when the SLM's eos falls on a degraded
-    step the answer is over, as greedy's is; running on makes text after the end."""
+    """SLM and LLM of a family may have other eos ids (base and instruct): when the SLM's eos falls
+    on a degraded step the answer is over, as greedy's is; running on makes text after the end."""
     prompt = next((n, 45) for n in range(5, 45) if EOS in greedy_from(models, (n, 45), 40))
     engine = failing_engine(models, 0, "unavailable")
     assert isinstance(engine._asker._client, FailingSelector)
     scorer = make_llm(models)
     scorer.info = replace(scorer.info, eos_ids=frozenset({1}))
     engine._asker._client._real = InProcessSelector(scorer)
-    (sequence,) = run(engine, request(Policy(Mode.LLM), prompt, 40))
+    (sequence,) = run(engine, request(Policy(mode=Mode.LLM), prompt, 40))
     assert sequence.output_ids == greedy_from(models, prompt, 40)
 
 
-# -- law 6: one version per answer ------------------------------------------------------------------------------------
+# -- law 6: one version per answer ----------------------------------------------------------------
 
 
-LOCAL = Policy(Mode.S2T_LOCAL, Trigger.ENTROPY, 1.0, CandidateRule(6))
+LOCAL = Policy(
+    mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY, threshold=1.0, candidates=CandidateRule(6)
+)
 
 
-def swapping(first: LocalSelector, second: LocalSelector, ask_first: int = 1) -> Callable[[str | None], LocalSelector]:
+def swapping(
+    first: LocalSelector, second: LocalSelector, ask_first: int = 1
+) -> Callable[[str | None], LocalSelector]:
     """A live version that changes from `first` to `second` after so many sequences have started."""
     versions: Iterator[LocalSelector] = iter([first] * ask_first + [second] * 100)
     return lambda _: next(versions)
 
 
 @pytest.mark.parametrize("kind, reads", KINDS)
-def test_a_sequence_keeps_the_version_it_began_with(models: Models, kind: SelectorKind, reads: Reading) -> None:
+def test_a_sequence_keeps_the_version_it_began_with(
+    models: Models, kind: SelectorKind, reads: Reading
+) -> None:
     """Two versions live in one batch: each answer is wholly its own version's, and says which."""
+
     def answer(seed: int) -> tuple[int, ...]:
         proposer = make_proposer(models)
         one = make_selector(proposer, "x", kind, reads, seed)
-        (sequence,) = run(Engine(proposer, local_selectors=lookup_in([one], "x")), request(LOCAL, PROMPTS[2], 20))
+        (sequence,) = run(
+            Engine(proposer, local_selectors=lookup_in([one], "x")), request(LOCAL, PROMPTS[2], 20)
+        )
         return sequence.output_ids
 
     proposer = make_proposer(models)
-    a, b = (make_selector(proposer, name, kind, reads, seed) for name, seed in (("a", 21), ("b", 22)))
+    a, b = (
+        make_selector(proposer, name, kind, reads, seed) for name, seed in (("a", 21), ("b", 22))
+    )
     engine = Engine(proposer, local_selectors=swapping(a, b))
     old = engine.add(request(LOCAL, PROMPTS[2], 20))
     for _ in range(4):
         engine.step()
     new = engine.add(request(LOCAL, PROMPTS[2], 20))
     finish(engine)
-    assert (old.selector_version, new.selector_version) == ("a", "b")
+    assert (old.version, new.version) == ("a", "b")
     assert (old.output_ids, new.output_ids) == (answer(21), answer(22)) and answer(21) != answer(22)
 
 
 @pytest.mark.parametrize("reads", Reading)
 def test_a_swap_to_the_same_weights_changes_nothing(models: Models, reads: Reading) -> None:
-    """Republishing identical weights mid-stream splits the batch by version, and must change no token in it."""
+    """Republishing identical weights mid-stream splits the batch by version, and must change no
+    token in it."""
     proposer = make_proposer(models)
     a = make_selector(proposer, "a", SelectorKind.JOINT, reads)
     b = replace(a, version="b", adapter=copy.deepcopy(a.adapter), bin_deltas=a.bin_deltas.clone())  # type: ignore
     requests = [request(LOCAL, prompt, 12) for prompt in PROMPTS]
     swapped = run(Engine(proposer, local_selectors=swapping(a, b, 3)), *requests)
     steady = run(Engine(proposer, local_selectors=swapping(a, a)), *requests)
-    assert [s.selector_version for s in swapped] == ["a"] * 3 + ["b"] * 3
+    assert [s.version for s in swapped] == ["a"] * 3 + ["b"] * 3
     for x, y in zip(swapped, steady, strict=True):
         assert x.output_ids == y.output_ids
         assert_same(x.steps, y.steps)
@@ -960,25 +1354,31 @@ def test_asking_for_a_version_and_for_none(models: Models) -> None:
     proposer = make_proposer(models)
     engine = Engine(proposer, local_selectors=lookup_in(all_selectors(proposer), "joint-base"))
     requests = [request(LOCAL, version=version) for version in (None, "prefix-base", "")]
-    assert [s.selector_version for s in run(engine, *requests)] == ["joint-base", "prefix-base", ""]
+    assert [s.version for s in run(engine, *requests)] == ["joint-base", "prefix-base", ""]
 
 
 def test_a_version_unloaded_while_a_request_waits_still_serves_it(models: Models) -> None:
-    """A request keeps the version it was accepted with, whether the engine or its caller has looked it up."""
+    """A request keeps the version it was accepted with, whether the engine or its caller has looked
+    it up."""
     proposer = make_proposer(models)
     pinned = make_selector(proposer, "pinned", SelectorKind.JOINT, Reading.BASE, 21)
     live = make_selector(proposer, "live", SelectorKind.JOINT, Reading.BASE, 22)
     loaded = [pinned, live]
-    engine = Engine(proposer, local_selectors=lambda name: lookup_in(loaded, "live")(name), max_running=1)
+    engine = Engine(
+        proposer, local_selectors=lambda name: lookup_in(loaded, "live")(name), max_num_seqs=1
+    )
     engine.add(request(GREEDY))
     waiting = engine.add(request(LOCAL, PROMPTS[2], 20, version="pinned"))
     loaded.remove(pinned)
     given = engine.add(request(LOCAL, PROMPTS[2], 20, version="pinned"), pinned)
     finish(engine)
-    alone = run(Engine(proposer, local_selectors=lookup_in([pinned])), request(LOCAL, PROMPTS[2], 20, version="pinned"))
+    alone = run(
+        Engine(proposer, local_selectors=lookup_in([pinned])),
+        request(LOCAL, PROMPTS[2], 20, version="pinned"),
+    )
     replaced = run(engine, request(LOCAL, PROMPTS[2], 20))
     assert waiting.output_ids == given.output_ids == alone[0].output_ids != replaced[0].output_ids
-    assert waiting.selector_version == given.selector_version == "pinned"
+    assert waiting.version == given.version == "pinned"
 
 
 def test_an_unknown_version_is_refused(models: Models) -> None:
@@ -991,6 +1391,7 @@ def test_an_unknown_version_is_refused(models: Models) -> None:
 
 
 def test_steps_are_frozen_values() -> None:
-    """Everything downstream folds Steps: one that could change later would rewrite metrics and labels."""
+    """Everything downstream folds Steps: one that could change later would rewrite metrics and
+    labels."""
     with pytest.raises(AttributeError):
-        Step(0, 5, ChosenBy.SLM).token_id = 6  # type: ignore[misc]
+        Step(index=0, token_id=5, chosen_by=ChosenBy.SLM).token_id = 6  # type: ignore[misc]

@@ -1,4 +1,5 @@
-"""No token and no score changes: the engine of today against recorded Step traces (law: a refactor proves itself)."""
+"""No token and no score changes: the engine of today against recorded Step traces (law: a refactor
+proves itself)."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def test_a_random_pair_decodes_as_recorded(tmp_path: Path) -> None:
 
 
 def test_the_recording_covers_what_it_says() -> None:
-    """Guards the two tests above: triggers fire, local selectors flip tokens, drafts are rejected."""
+    """Guards the two tests above: triggers fire, local selectors flip tokens, drafts are
+    rejected."""
     recorded = json.loads((traces.FOLDER / "random_pair.json").read_text(encoding="utf-8"))
     assert set(recorded) == {case.name for case in traces.cases()}
     steps = [step for answers in recorded.values() for answer in answers for step in answer]

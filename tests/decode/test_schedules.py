@@ -1,7 +1,9 @@
-"""The engine under random schedules: arrivals, departures, late and lost replies, small pools, chunks and drafts.
+"""The engine under random schedules: arrivals, departures, late and lost replies, small pools,
+chunks and drafts.
 
-None of them may change what an answer says: every sequence is compared with itself alone, asked token by token
-(`longest_draft=1`) in a large pool. Time is counted in engine steps, so that a run repeats exactly.
+None of them may change what an answer says: every sequence is compared with itself alone, asked
+token by token (`max_draft_tokens=1`) in a large pool. Time is counted in engine steps, so that a
+run repeats exactly.
 """
 
 from __future__ import annotations
@@ -21,29 +23,64 @@ from s2t_shared import types
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import GenerateRequest, Generator
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMScorer, SelectorClient
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMSelector, SelectorClient
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
-from s2t_shared.model.kv_pool import SHORTEST_REUSE
+from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
-from s2t_shared.types import CandidateRule, ChosenBy, DecodeRequest, FinishReason, Mode, Policy, Proposals, Trigger
+from s2t_shared.types import (
+    CandidateRule,
+    ChosenBy,
+    DecodeOptions,
+    DecodeRequest,
+    FinishReason,
+    Mode,
+    Policy,
+    Proposals,
+    Trigger,
+)
 from tests.decode import test_engine_laws as laws
-from tests.decode.test_engine_laws import GREEDY, assert_same, finish, lookup_in, query, request, run, with_small_pool
+from tests.decode.test_engine_laws import (
+    GREEDY,
+    assert_same,
+    finish,
+    lookup_in,
+    query,
+    request,
+    run,
+    with_small_pool,
+)
 
 SHARED = tuple(int(x) for x in np.random.default_rng(7).integers(5, 48, 130))
-PROMPTS = ((*SHARED[:50], 6), (*SHARED[:50], 9, 10), (*SHARED[:20], 7), (9,), SHARED[:110], SHARED[:50], (44, 44, 10))
-LOCAL = Policy(Mode.S2T_LOCAL, Trigger.ALWAYS, candidates=CandidateRule(4))
+PROMPTS = (
+    (*SHARED[:50], 6),
+    (*SHARED[:50], 9, 10),
+    (*SHARED[:20], 7),
+    (9,),
+    SHARED[:110],
+    SHARED[:50],
+    (44, 44, 10),
+)
+LOCAL = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
 LONG = [SHARED[:120], SHARED[::-1][:100], (*SHARED[:60], *SHARED[:40])]
 LATE = "the network is down"
 
 
 class DelayedSelector:
-    """A real selector whose replies come up to `patience` engine steps later, or (a share of `lost`) not at all."""
+    """A real selector whose replies come up to `patience` engine steps later, or (a share of
+    `lost`) not at all."""
 
-    def __init__(self, real: SelectorClient, seed: int = 0, patience: int = 0, lost: float = 0.0) -> None:
-        self._real, self._dice, self._patience, self._lost = real, random.Random(seed), patience, lost
+    def __init__(
+        self, real: SelectorClient, seed: int = 0, patience: int = 0, lost: float = 0.0
+    ) -> None:
+        self._real, self._dice, self._patience, self._lost = (
+            real,
+            random.Random(seed),
+            patience,
+            lost,
+        )
         self._waiting: list[tuple[int, types.ScoreQuery, Future[types.ScoreReply]]] = []
         self._now = 0
 
@@ -53,8 +90,10 @@ class DelayedSelector:
 
     def submit(self, queries: Sequence[types.ScoreQuery]) -> list[Future[types.ScoreReply]]:
         futures: list[Future[types.ScoreReply]] = [Future() for _ in queries]
-        self._waiting += [(self._now + self._dice.randint(0, self._patience), q, f)
-                          for q, f in zip(queries, futures, strict=True)]
+        self._waiting += [
+            (self._now + self._dice.randint(0, self._patience), q, f)
+            for q, f in zip(queries, futures, strict=True)
+        ]
         self._answer()
         return futures
 
@@ -63,7 +102,11 @@ class DelayedSelector:
         self._answer()
 
     def _answer(self) -> None:
-        due = [(q, f) for at, q, f in self._waiting if at <= self._now and f.set_running_or_notify_cancel()]
+        due = [
+            (q, f)
+            for at, q, f in self._waiting
+            if at <= self._now and f.set_running_or_notify_cancel()
+        ]
         self._waiting = [entry for entry in self._waiting if entry[0] > self._now]
         for (_, future), real in zip(due, self._real.submit([q for q, _ in due]), strict=True):
             if self._dice.random() < self._lost:
@@ -91,10 +134,24 @@ class Lab:
         self.reserved, self.selectors = proposer.reserved_ids, laws.all_selectors(proposer)
         self.known: dict[DecodeRequest, LiveSequence] = {}
 
-    def engine(self, rows: int = 64, chunk: int = 256, longest: int = 1, llm_rows: int = 64, llm_step: int = 1024,
-               running: int = 32, wrap: Callable[[SelectorClient], SelectorClient] = lambda client: client) -> Engine:
-        proposer = Proposer(with_small_pool(self.slm, rows), self.reserved, chunk_tokens=chunk)
-        client = wrap(InProcessSelector(LLMScorer(with_small_pool(self.llm, llm_rows), "tokenizer", llm_step)))
+    def engine(
+        self,
+        rows: int = 64,
+        chunk: int = 256,
+        longest: int = 1,
+        llm_rows: int = 64,
+        llm_step: int = 1024,
+        running: int = 32,
+        wrap: Callable[[SelectorClient], SelectorClient] = lambda client: client,
+    ) -> Engine:
+        proposer = Proposer(
+            with_small_pool(self.slm, rows), self.reserved, prefill_chunk_tokens=chunk
+        )
+        client = wrap(
+            InProcessSelector(
+                LLMSelector(with_small_pool(self.llm, llm_rows), "tokenizer", llm_step)
+            )
+        )
         return Engine(proposer, client, lookup_in(self.selectors), running, 1000.0, longest)
 
     def alone(self, wanted: DecodeRequest) -> LiveSequence:
@@ -111,32 +168,47 @@ def lab(models: laws.Models) -> Lab:
 def counting(runtime: ModelRuntime, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records how many tokens each forward reads."""
     read, forward = [], runtime.forward
-    monkeypatch.setattr(runtime, "forward", lambda segments: (read.append(sum(s.length for s in segments)),
-                                                              forward(segments))[1])
+    monkeypatch.setattr(
+        runtime,
+        "forward",
+        lambda segments: (read.append(sum(s.length for s in segments)), forward(segments))[1],
+    )
     return read
 
 
 def alike(a: Sequence[types.Step], b: Sequence[types.Step], where: object = "") -> None:
     """Equal, but for the order of ids whose probabilities are equal up to rounding."""
+
     def ordered(step: types.Step) -> types.Step:
         llm, support = step.llm, step.support
-        return replace(step, llm=llm and replace(llm, log_probs=tuple(sorted(llm.log_probs))),
-                       support=support and replace(support, ids=tuple(sorted(support.ids))))
+        return replace(
+            step,
+            llm=llm and replace(llm, log_probs=tuple(sorted(llm.log_probs))),
+            support=support and replace(support, ids=tuple(sorted(support.ids))),
+        )
+
     assert_same([ordered(x) for x in a], [ordered(x) for x in b], str(where))
 
 
 def drive(engine: Engine, plans: Sequence[Plan]) -> list[LiveSequence]:
-    """Run the plans to their end and check, after every step, everything that must hold at any time."""
+    """Run the plans to their end and check, after every step, everything that must hold at any
+    time."""
     live: dict[int, LiveSequence] = {}
     told: dict[int, list[int]] = {}
     pool, client = engine.proposer.runtime.pool, engine._asker._client  # type: ignore[union-attr]
     assert isinstance(client, DelayedSelector)
     for tick in range(1500):
         live |= {i: engine.add(p.request) for i, p in enumerate(plans) if p.arrival == tick}
-        leaving = [s for i, s in live.items() if plans[i].leaves_at == tick and s.finish_reason is None]
-        waiting = [f for s in leaving for f in [*(c.future for c in s.checks), *([s.parked.future] if s.parked else [])]
-                   if not f.done()]
-        rows = [r for s in leaving if s.track for r in (s.track.row, s.track.adapted_row) if r]
+        leaving = [
+            s for i, s in live.items() if plans[i].leaves_at == tick and s.finish_reason is None
+        ]
+        waiting = [
+            f
+            for s in leaving
+            for f in [*(c.future for c in s.checks), *([s.parked.future] if s.parked else [])]
+            if not f.done()
+        ]
+        rows = [r for s in leaving if s.track for r in (s.track.slot, s.track.adapted_row) if r]
         for s in leaving:
             if any(live.get(i) is s and plan.by_deadline for i, plan in enumerate(plans)):
                 s.request = replace(s.request, deadline=0.0)
@@ -146,78 +218,142 @@ def drive(engine: Engine, plans: Sequence[Plan]) -> list[LiveSequence]:
             told.setdefault(id(s), []).extend(step.token_id for step in steps)
         pool.check()
         tracks = [s.track for s in engine._running if s.track is not None]
-        assert pool.live_rows == sum(1 + (t.adapted_row is not None) for t in tracks), "rows of no one"
+        assert pool.live_slots == sum(1 + (t.adapted_row is not None) for t in tracks), (
+            "rows of no one"
+        )
         for s in leaving:
-            assert s.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE) and s.track is None
+            assert (
+                s.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE)
+                and s.track is None
+            )
             assert s not in engine._running and s not in engine._waiting
         assert not any(row.live for row in rows), "KV in use one step after its client left"
         assert all(f.cancelled() for f in waiting), "the LLM still works for someone who left"
         client.tick()
         if engine.idle and all(p.arrival <= tick for p in plans):
             break
-    assert engine.idle, f"it stands still: {[s.request.policy for s in live.values() if s.finish_reason is None]}"
-    assert pool.live_rows == 0
+    assert engine.idle, (
+        f"it stands still: {[s.request.policy for s in live.values() if s.finish_reason is None]}"
+    )
+    assert pool.live_slots == 0
     for s in live.values():
         assert tuple(told.get(id(s), ())) == s.output_ids, "told otherwise than decided"
     return [live[i] for i in range(len(plans))]
 
 
-def make_plan(mode: tuple[Mode, Trigger, float, str], k: int, ratio: float, prompt: tuple[int, ...], new: int,
-              seed: int, arrival: int, stay: int | None, flags: int) -> Plan:
+def make_plan(
+    mode: tuple[Mode, Trigger, float, str],
+    k: int,
+    ratio: float,
+    prompt: tuple[int, ...],
+    new: int,
+    seed: int,
+    arrival: int,
+    stay: int | None,
+    flags: int,
+) -> Plan:
     kind, trigger, threshold, version = mode
     proposals = Proposals.ADAPTED if flags & 1 and kind is Mode.S2T_LOCAL else Proposals.BASE
-    policy = Policy(kind, trigger, threshold, CandidateRule(k, ratio), proposals)
-    made = replace(request(policy, prompt, new, "r", version, seed),
-                   score_rollout=flags & 4 > 0 and kind in (Mode.GREEDY, Mode.SAMPLE))
+    policy = Policy(
+        mode=kind,
+        trigger=trigger,
+        threshold=threshold,
+        candidates=CandidateRule(k, ratio),
+        proposals=proposals,
+    )
+    made = replace(
+        request(policy, prompt, new, "r", version, seed),
+        score_rollout=flags & 4 > 0 and kind in (Mode.GREEDY, Mode.SAMPLE),
+    )
     return Plan(made, arrival, None if stay is None else arrival + stay, flags & 2 > 0)
 
 
 MODES = [
-    (Mode.GREEDY, Trigger.NEVER, 0.0, ""), (Mode.SAMPLE, Trigger.NEVER, 0.0, ""), (Mode.LLM, Trigger.NEVER, 0.0, ""),
-    (Mode.S2T, Trigger.ENTROPY, 2.0, ""), (Mode.TAKEOVER, Trigger.MARGIN, 0.8, ""), (Mode.S2T, Trigger.ALWAYS, 0.0, ""),
-    (Mode.S2T, Trigger.KL, 2.0, ""), (Mode.S2T, Trigger.KL, 6.0, ""), (Mode.TAKEOVER, Trigger.KL_REVERSE, 4.0, ""),
-    (Mode.S2T_LOCAL, Trigger.KL, 3.0, "joint-base"), (Mode.S2T_LOCAL, Trigger.KL_REVERSE, 3.0, "reserved-adapted"),
-    (Mode.S2T_LOCAL, Trigger.ALWAYS, 0.0, "joint-adapted"), (Mode.S2T_LOCAL, Trigger.ENTROPY, 1.8, "prefix-base"),
-    (Mode.S2T_LOCAL, Trigger.RANDOM, 0.5, "prefix-adapted")]
-PLANS = st.lists(st.builds(make_plan, st.sampled_from(MODES), st.sampled_from([1, 4, 8]), st.sampled_from([0.0, 0.1]),
-                           st.sampled_from(PROMPTS), st.sampled_from([1, 4, 13, 30]), st.integers(0, 2),
-                           st.integers(0, 12), st.none() | st.none() | st.integers(0, 20), st.integers(0, 7)),
-                 min_size=3, max_size=10)
-ENGINES = st.fixed_dictionaries({
-    "rows": st.sampled_from([4, 5, 8, 64]), "chunk": st.sampled_from([16, 40, 256]),
-    "running": st.sampled_from([2, 5, 32]), "longest": st.sampled_from([1, 2, 5, 32]),
-    "llm_rows": st.sampled_from([2, 5, 64]), "llm_step": st.sampled_from([32, 1024])})
+    (Mode.GREEDY, Trigger.NEVER, 0.0, ""),
+    (Mode.SAMPLE, Trigger.NEVER, 0.0, ""),
+    (Mode.LLM, Trigger.NEVER, 0.0, ""),
+    (Mode.S2T, Trigger.ENTROPY, 2.0, ""),
+    (Mode.TAKEOVER, Trigger.MARGIN, 0.8, ""),
+    (Mode.S2T, Trigger.ALWAYS, 0.0, ""),
+    (Mode.S2T, Trigger.KL, 2.0, ""),
+    (Mode.S2T, Trigger.KL, 6.0, ""),
+    (Mode.TAKEOVER, Trigger.KL_REVERSE, 4.0, ""),
+    (Mode.S2T_LOCAL, Trigger.KL, 3.0, "joint-base"),
+    (Mode.S2T_LOCAL, Trigger.KL_REVERSE, 3.0, "reserved-adapted"),
+    (Mode.S2T_LOCAL, Trigger.ALWAYS, 0.0, "joint-adapted"),
+    (Mode.S2T_LOCAL, Trigger.ENTROPY, 1.8, "prefix-base"),
+    (Mode.S2T_LOCAL, Trigger.RANDOM, 0.5, "prefix-adapted"),
+]
+PLANS = st.lists(
+    st.builds(
+        make_plan,
+        st.sampled_from(MODES),
+        st.sampled_from([1, 4, 8]),
+        st.sampled_from([0.0, 0.1]),
+        st.sampled_from(PROMPTS),
+        st.sampled_from([1, 4, 13, 30]),
+        st.integers(0, 2),
+        st.integers(0, 12),
+        st.none() | st.none() | st.integers(0, 20),
+        st.integers(0, 7),
+    ),
+    min_size=3,
+    max_size=10,
+)
+ENGINES = st.fixed_dictionaries(
+    {
+        "rows": st.sampled_from([4, 5, 8, 64]),
+        "chunk": st.sampled_from([16, 40, 256]),
+        "running": st.sampled_from([2, 5, 32]),
+        "longest": st.sampled_from([1, 2, 5, 32]),
+        "llm_rows": st.sampled_from([2, 5, 64]),
+        "llm_step": st.sampled_from([32, 1024]),
+    }
+)
 
-# -- any schedule -----------------------------------------------------------------------------------------------------
+# -- any schedule ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=70, suppress_health_check=list(HealthCheck))
 @given(PLANS, ENGINES, st.integers(0, 10**6), st.sampled_from([0, 2, 6]))
-def test_no_schedule_changes_an_answer(lab: Lab, plans: list[Plan], options: dict[str, int], seed: int, patience: int
-                                       ) -> None:
-    """Who else is served, how prompts are chunked, how full the pool is, how late the LLM and how far one drafts are
-    matters of speed: where they leak into an answer, the same question has another answer under load."""
+def test_no_schedule_changes_an_answer(
+    lab: Lab, plans: list[Plan], options: dict[str, int], seed: int, patience: int
+) -> None:
+    """Who else is served, how prompts are chunked, how full the pool is, how late the LLM and how
+    far one drafts are matters of speed: where they leak into an answer, the same question has
+    another answer under load."""
     expected = [lab.alone(p.request) for p in plans]
     wrap = partial(DelayedSelector, seed=seed, patience=patience)
     together = drive(lab.engine(wrap=wrap, **options), plans)
     for plan, a, b in zip(plans, expected, together, strict=True):
         left = b.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE)
-        assert b.output_ids == a.output_ids[: len(b.steps)] and (plan.leaves_at is not None or not left), plan.request
+        assert b.output_ids == a.output_ids[: len(b.steps)] and (
+            plan.leaves_at is not None or not left
+        ), plan.request
         if not (left and plan.request.score_rollout):
             alike(a.steps[: len(b.steps)] if left else a.steps, b.steps, plan.request.policy)
         if left:
             continue
-        assert (a.finish_reason, a.selector_version) == (b.finish_reason, b.selector_version)
-        assert b.usage == (a.usage if options["longest"] == 1 else replace(a.usage, llm_forwards=b.usage.llm_forwards))
+        assert (a.finish_reason, a.version) == (b.finish_reason, b.version)
+        assert b.usage == (
+            a.usage
+            if options["longest"] == 1
+            else replace(a.usage, llm_forwards=b.usage.llm_forwards)
+        )
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(PLANS, ENGINES, st.integers(0, 10**6), st.sampled_from([0.1, 0.5, 1.0]))
-def test_lost_replies_are_marked_and_stop_no_one(lab: Lab, plans: list[Plan], options: dict[str, int], seed: int,
-                                                 lost: float) -> None:
-    """A flaky network must cost quality where it happened, say so, and nothing else: an unmarked fallback poisons
-    labels and measurements, a sequence that waits for ever blocks its client and its KV."""
-    together = drive(lab.engine(wrap=partial(DelayedSelector, seed=seed, patience=4, lost=lost), **options), plans)
+def test_lost_replies_are_marked_and_stop_no_one(
+    lab: Lab, plans: list[Plan], options: dict[str, int], seed: int, lost: float
+) -> None:
+    """A flaky network must cost quality where it happened, say so, and nothing else: an unmarked
+    fallback poisons labels and measurements, a sequence that waits for ever blocks its client and
+    its KV."""
+    together = drive(
+        lab.engine(wrap=partial(DelayedSelector, seed=seed, patience=4, lost=lost), **options),
+        plans,
+    )
     for plan, b in zip(plans, together, strict=True):
         a, policy = lab.alone(plan.request), plan.request.policy
         first = next((s.index for s in b.steps if s.degraded), len(b.steps))
@@ -226,19 +362,30 @@ def test_lost_replies_are_marked_and_stop_no_one(lab: Lab, plans: list[Plan], op
         if not plan.request.score_rollout:
             alike(a.steps[:first], b.steps[:first])
         for step in b.steps:
-            assert step.degraded in ("", "the LLM did not answer" if policy.mode is Mode.LLM else LATE)
+            assert step.degraded in (
+                "",
+                "the LLM did not answer" if policy.mode is Mode.LLM else LATE,
+            )
             assert not step.degraded or step.chosen_by is not ChosenBy.LLM and step.llm is None
             if policy.mode is Mode.LLM or policy.trigger.needs_llm and step.index >= 3:
-                assert (step.llm is None) == bool(step.degraded), "a step without the LLM that does not say so"
+                assert (step.llm is None) == bool(step.degraded), (
+                    "a step without the LLM that does not say so"
+                )
             if step.triggered and policy.mode.asks_llm:
                 assert (step.chosen_by is ChosenBy.LLM) == (not step.degraded)
-        assert plan.leaves_at is not None or b.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        assert plan.leaves_at is not None or b.finish_reason in (
+            FinishReason.STOP,
+            FinishReason.LENGTH,
+        )
 
 
 def test_what_can_never_fit_is_refused_and_names_the_setting(lab: Lab) -> None:
     """Such a request at the head of the queue would block everyone behind it for ever."""
     engine = lab.engine(rows=1)
-    for never in (request(GREEDY, SHARED[:100], 60), request(LOCAL, SHARED[:20], 10, version="joint-adapted")):
+    for never in (
+        request(GREEDY, SHARED[:100], 60),
+        request(LOCAL, SHARED[:20], 10, version="joint-adapted"),
+    ):
         with pytest.raises(InvalidRequestError, match="kv_gib"):  # (the second needs two rows)
             engine.add(never)
     assert engine.idle
@@ -246,12 +393,17 @@ def test_what_can_never_fit_is_refused_and_names_the_setting(lab: Lab) -> None:
     alike(served.steps, lab.alone(served.request).steps)
 
 
-@pytest.mark.parametrize("prompt", [SHARED[:110], SHARED[19::-1] * 5 + SHARED[:10]], ids=["shared prefix", "its own"])
+@pytest.mark.parametrize(
+    "prompt", [SHARED[:110], SHARED[19::-1] * 5 + SHARED[:10]], ids=["shared prefix", "its own"]
+)
 def test_what_fits_only_alone_waits_and_is_served(lab: Lab, prompt: tuple[int, ...]) -> None:
-    """The largest request a pool was configured for: it waits for those in its way, not for ever, and kept rows
-    (whether or not they hold its own beginning) give way to it."""
+    """The largest request a pool was configured for: it waits for those in its way, not for ever,
+    and kept rows (whether or not they hold its own beginning) give way to it."""
     engine = lab.engine(rows=2, chunk=16)
-    sequences = [engine.add(request(GREEDY, ids, new)) for ids, new in ((PROMPTS[0], 6), (PROMPTS[1], 6), (prompt, 40))]
+    sequences = [
+        engine.add(request(GREEDY, ids, new))
+        for ids, new in ((PROMPTS[0], 6), (PROMPTS[1], 6), (prompt, 40))
+    ]
     engine.step()
     assert sequences[2].track is None and sequences[0].track is not None, "it should have to wait"
     finish(engine, 200)
@@ -260,8 +412,9 @@ def test_what_fits_only_alone_waits_and_is_served(lab: Lab, prompt: tuple[int, .
 
 
 def test_a_request_of_two_rows_does_not_lock_itself_out(lab: Lab) -> None:
-    """`reads: adapted` needs two rows; when the first is taken over from a kept one that fills the whole pool, there
-    is never room for the second, and the engine stands still with nothing running."""
+    """`reads: adapted` needs two rows; when the first is taken over from a kept one that fills the
+    whole pool, there is never room for the second, and the engine stands still with nothing
+    running."""
     engine = lab.engine(rows=2)
     run(engine, request(GREEDY, SHARED[:60], 100))
     (sequence,) = run(engine, request(LOCAL, SHARED[:61], 5, version="joint-adapted"))
@@ -269,10 +422,17 @@ def test_a_request_of_two_rows_does_not_lock_itself_out(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 64])
-@pytest.mark.parametrize("policy, version", [
-    (GREEDY, ""), (LOCAL, "joint-adapted"), (replace(LOCAL, proposals=Proposals.ADAPTED), "prefix-base")])
-def test_a_prompt_that_many_ask_is_read_once(lab: Lab, policy: Policy, version: str, rows: int,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "policy, version",
+    [
+        (GREEDY, ""),
+        (LOCAL, "joint-adapted"),
+        (replace(LOCAL, proposals=Proposals.ADAPTED), "prefix-base"),
+    ],
+)
+def test_a_prompt_that_many_ask_is_read_once(
+    lab: Lab, policy: Policy, version: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A long system prompt read once per request is most of a service's work, done for nothing."""
     engine = lab.engine(rows=rows, chunk=16)
     read = counting(lab.slm, monkeypatch)
@@ -283,45 +443,77 @@ def test_a_prompt_that_many_ask_is_read_once(lab: Lab, policy: Policy, version: 
         alike(sequence.steps, lab.alone(sequence.request).steps)
     readings = 2 if version and policy.proposals is Proposals.BASE else 1
     looked_at = sum(len(s.steps) * (5 if policy.can_trigger else 0) for s in together)
-    own = 5 * readings * (SHORTEST_REUSE + 1 + 6)  # what follows the common part, and the least worth copying
+    own = (
+        5 * readings * (MIN_PREFIX_MATCH + 1 + 6)
+    )  # what follows the common part, and the least worth copying
     assert 90 * readings <= total <= 91 * readings + own + looked_at
-    assert longest <= 16 + 5 * (SHORTEST_REUSE + 1 + 5), "a long prompt held up the others"
+    assert longest <= 16 + 5 * (MIN_PREFIX_MATCH + 1 + 5), "a long prompt held up the others"
 
 
 @pytest.mark.parametrize("trigger", [Trigger.KL, Trigger.KL_REVERSE])
-@pytest.mark.parametrize("mode, version", [(Mode.S2T, ""), (Mode.TAKEOVER, ""), (Mode.S2T_LOCAL, "joint-base"),
-                                           (Mode.S2T_LOCAL, "reserved-adapted")])
-def test_drafts_are_lockstep_with_fewer_questions(lab: Lab, mode: Mode, version: str, trigger: Trigger) -> None:
-    """Drafting is speed: a token that lockstep would have rejected, or a KV that keeps rejected tokens, changes the
-    answer; and a draft that costs as many LLM forwards as lockstep is for nothing."""
+@pytest.mark.parametrize(
+    "mode, version",
+    [
+        (Mode.S2T, ""),
+        (Mode.TAKEOVER, ""),
+        (Mode.S2T_LOCAL, "joint-base"),
+        (Mode.S2T_LOCAL, "reserved-adapted"),
+    ],
+)
+def test_drafts_are_lockstep_with_fewer_questions(
+    lab: Lab, mode: Mode, version: str, trigger: Trigger
+) -> None:
+    """Drafting is speed: a token that lockstep would have rejected, or a KV that keeps rejected
+    tokens, changes the answer; and a draft that costs as many LLM forwards as lockstep is for
+    nothing."""
     flips = stops = 0
     for threshold in (1.0, 4.0, 1e9):
-        policy = Policy(mode, trigger, threshold, CandidateRule(4))
-        requests = [request(policy, prompt, new, "d", version)
-                    for prompt, new in ((PROMPTS[0], 29), (PROMPTS[3], 23), ((5, 45), 18), ((14, 45), 30))]
+        policy = Policy(
+            mode=mode, trigger=trigger, threshold=threshold, candidates=CandidateRule(4)
+        )
+        requests = [
+            request(policy, prompt, new, "d", version)
+            for prompt, new in ((PROMPTS[0], 29), (PROMPTS[3], 23), ((5, 45), 18), ((14, 45), 30))
+        ]
         lockstep = run(lab.engine(), *requests)
         flips += sum(s.usage.flips for s in lockstep)
         stops += sum(s.finish_reason is FinishReason.STOP and len(s.steps) > 4 for s in lockstep)
         for longest in (2, 5, 32):
-            full = min(longest, 22)  # the longest draft at the rate of rejection that is assumed at first
-            for a, b in zip(lockstep, run(lab.engine(longest=longest, chunk=16), *requests), strict=True):
+            full = min(
+                longest, 22
+            )  # the longest draft at the rate of rejection that is assumed at first
+            for a, b in zip(
+                lockstep, run(lab.engine(longest=longest, chunk=16), *requests), strict=True
+            ):
                 alike(a.steps, b.steps, f"{threshold} {longest}")
                 assert a.finish_reason is b.finish_reason
                 assert (asked := a.usage.llm_forwards) == max(0, len(a.steps) - 3)
-                if threshold == 1e9:  # nothing is rejected; half a draft goes along where another's is full
+                if (
+                    threshold == 1e9
+                ):  # nothing is rejected; half a draft goes along where another's is full
                     assert b.usage.llm_forwards <= -(-asked // -(-full // 2)) + 1
         if threshold == 1e9:
             (b,) = run(lab.engine(longest=5), requests[0])
             assert b.usage.llm_forwards <= -(-lockstep[0].usage.llm_forwards // 5)
-    assert flips > 10 and stops >= 2, "nothing was rejected, or nothing ended inside a draft: nothing was tested"
+    assert flips > 10 and stops >= 2, (
+        "nothing was rejected, or nothing ended inside a draft: nothing was tested"
+    )
 
 
 @pytest.mark.parametrize("longest", [1, 2, 5, 32])
-@pytest.mark.parametrize("mode, threshold", [(Mode.S2T, 1e9), (Mode.S2T, 3.0), (Mode.TAKEOVER, 5.0)])
-def test_an_llm_that_dies_in_a_draft_leaves_the_slms_tokens_marked(lab: Lab, mode: Mode, threshold: float, longest: int
-                                                                   ) -> None:
-    """What was confirmed stands, what was not is the SLM's and says so: an unmarked token counts as the LLM's word."""
-    wanted = request(Policy(mode, Trigger.KL, threshold, CandidateRule(4)), PROMPTS[3], 21)
+@pytest.mark.parametrize(
+    "mode, threshold", [(Mode.S2T, 1e9), (Mode.S2T, 3.0), (Mode.TAKEOVER, 5.0)]
+)
+def test_an_llm_that_dies_in_a_draft_leaves_the_slms_tokens_marked(
+    lab: Lab, mode: Mode, threshold: float, longest: int
+) -> None:
+    """What was confirmed stands, what was not is the SLM's and says so: an unmarked token counts as
+    the LLM's word."""
+    wanted = request(
+        Policy(mode=mode, trigger=Trigger.KL, threshold=threshold, candidates=CandidateRule(4)),
+        PROMPTS[3],
+        21,
+    )
     reference, firsts = lab.alone(wanted), set()
     for healthy in range(4):
         dead = partial(laws.FailingSelector, healthy=healthy, error=SelectorUnavailableError(LATE))
@@ -330,26 +522,46 @@ def test_an_llm_that_dies_in_a_draft_leaves_the_slms_tokens_marked(lab: Lab, mod
         firsts.add(first)
         alike(b.steps[:first], reference.steps[:first])
         for step in b.steps[first:]:
-            assert (step.degraded, step.chosen_by, step.triggered, step.llm) == (LATE, ChosenBy.SLM, False, None)
+            assert (step.degraded, step.chosen_by, step.triggered, step.llm) == (
+                LATE,
+                ChosenBy.SLM,
+                False,
+                None,
+            )
         context = (*wanted.token_ids, *b.output_ids[:first])
-        greedy = run(lab.engine(), request(GREEDY, context, 21 - first))[0].output_ids if first < 21 else ()
+        greedy = (
+            run(lab.engine(), request(GREEDY, context, 21 - first))[0].output_ids
+            if first < 21
+            else ()
+        )
         assert b.output_ids[first:] == greedy[: len(b.steps) - first] and b.steps
     assert min(firsts) == 3 and len(firsts) > 1
 
 
 def test_stop_strings_cut_drafts_where_they_cut_lockstep() -> None:
-    """A draft is confirmed in one go: tokens behind the stop string must not become part of the answer."""
+    """A draft is confirmed in one go: tokens behind the stop string must not become part of the
+    answer."""
     tokenizer = Tokenizer.load(SLM_DIR)
     slm, llm = ModelRuntime.load(str(SLM_DIR)), ModelRuntime.load(str(LLM_DIR))
     inside = 0
 
     def answer(longest: int, text: str, threshold: float, stop: str) -> types.Answer:
-        engine = Engine(Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)),
-                        InProcessSelector(LLMScorer(llm, "t")), longest_draft=longest)
-        asked = GenerateRequest("s", types.Prompt(text=text), Policy(Mode.S2T, Trigger.KL, threshold),
-                                max_new_tokens=37, stop=(stop,) if stop else ())
+        engine = Engine(
+            Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)),
+            InProcessSelector(LLMSelector(llm, "t")),
+            max_draft_tokens=longest,
+        )
+        asked = GenerateRequest(
+            request_id="s",
+            prompt=types.Prompt(text=text),
+            stop=(stop,) if stop else (),
+            options=DecodeOptions(
+                policy=Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=threshold),
+                max_new_tokens=37,
+            ),
+        )
         ((_, answer),) = Generator(tokenizer, engine).generate([asked])
-        assert isinstance(answer, types.Answer) and engine.idle and slm.pool.live_rows == 0
+        assert isinstance(answer, types.Answer) and engine.idle and slm.pool.live_slots == 0
         return answer
 
     for problem in problems.problems("test", 2):
@@ -362,38 +574,53 @@ def test_stop_strings_cut_drafts_where_they_cut_lockstep() -> None:
                 for longest in (5, 32):
                     drafted = answer(longest, problem.prompt, threshold, stop)
                     alike(drafted.steps, lockstep.steps)
-                    assert replace(drafted, steps=(), usage=lockstep.usage) == replace(lockstep, steps=())
-                    assert replace(drafted.usage, llm_forwards=0) == replace(lockstep.usage, llm_forwards=0)
+                    assert replace(drafted, steps=(), usage=lockstep.usage) == replace(
+                        lockstep, steps=()
+                    )
+                    assert replace(drafted.usage, llm_forwards=0) == replace(
+                        lockstep.usage, llm_forwards=0
+                    )
     assert inside > 5, "no stop string ended an answer early"
 
 
-# -- the LLM's side ---------------------------------------------------------------------------------------------------
+# -- the LLM's side -------------------------------------------------------------------------------
 
 
-def test_short_queries_are_not_held_up_by_long_ones(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One new long conversation must not stop the gaps of all others for its whole prefill; and what is read in
-    pieces, in any company, must score as it does alone."""
-    queries = [*(query(ids, [len(ids) - 3, len(ids) - 1]) for ids in LONG), query((7, 8, 9)), query((9, 10, 11, 12))]
-    scorer = LLMScorer(with_small_pool(lab.llm, 64), "t", step_tokens=16)
+def test_short_queries_are_not_held_up_by_long_ones(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One new long conversation must not stop the gaps of all others for its whole prefill; and
+    what is read in pieces, in any company, must score as it does alone."""
+    queries = [
+        *(query(ids, [len(ids) - 3, len(ids) - 1]) for ids in LONG),
+        query((7, 8, 9)),
+        query((9, 10, 11, 12)),
+    ]
+    scorer = LLMSelector(with_small_pool(lab.llm, 64), "t", step_tokens=16)
     read = counting(lab.llm, monkeypatch)
     pending = [scorer.add(q) for q in queries]
     done = [(p, step, reply) for step in range(30) for p, reply in scorer.step()]
     ended = {p: step for p, step, _ in done}
-    assert len(done) == 5 and scorer.idle and lab.llm.pool.live_rows == 0
-    assert [ended[p] for p in pending[3:]] == [0, 0] and 7 <= ended[pending[0]] < 20, "a long one first, or starved"
-    assert max(read) <= 16 and sum(read) <= 120 + 100 + 40 + SHORTEST_REUSE + 7
+    assert len(done) == 5 and scorer.idle and lab.llm.pool.live_slots == 0
+    assert [ended[p] for p in pending[3:]] == [0, 0] and 7 <= ended[pending[0]] < 20, (
+        "a long one first, or starved"
+    )
+    assert max(read) <= 16 and sum(read) <= 120 + 100 + 40 + MIN_PREFIX_MATCH + 7
     for p, _, reply in done:
-        assert_same([reply], LLMScorer(with_small_pool(lab.llm, 64), "t").score([p.query]))
+        assert_same([reply], LLMSelector(with_small_pool(lab.llm, 64), "t").score([p.query]))
 
 
 def test_queries_nobody_waits_for_are_dropped_before_a_forward(lab: Lab) -> None:
-    """After a time-out storm the LLM would spend minutes on answers that nobody reads, before the first one wanted."""
-    scorer = LLMScorer(with_small_pool(lab.llm, 64), "t", step_tokens=16)
+    """After a time-out storm the LLM would spend minutes on answers that nobody reads, before the
+    first one wanted."""
+    scorer = LLMSelector(with_small_pool(lab.llm, 64), "t", step_tokens=16)
     wanted = [True, False, True]
     pending = [scorer.add(query(ids), lambda i=i: wanted[i]) for i, ids in enumerate(LONG)]  # type: ignore[misc]
-    assert scorer.step() == [(pending[1], None)] and pending[1].row is None, "dropped, and never opened"
+    assert scorer.step() == [(pending[1], None)] and pending[1].slot is None, (
+        "dropped, and never opened"
+    )
     wanted[0] = False  # in the middle of its reading
-    assert (pending[0], None) in scorer.step() and lab.llm.pool.live_rows == 1
+    assert (pending[0], None) in scorer.step() and lab.llm.pool.live_slots == 1
     replies = [r for _ in range(20) for p, r in scorer.step() if p is pending[2]]
-    assert scorer.idle and lab.llm.pool.live_rows == 0 and scorer.step() == []
-    assert_same(replies, LLMScorer(with_small_pool(lab.llm, 64), "t").score([query(LONG[2])]))
+    assert scorer.idle and lab.llm.pool.live_slots == 0 and scorer.step() == []
+    assert_same(replies, LLMSelector(with_small_pool(lab.llm, 64), "t").score([query(LONG[2])]))

@@ -1,7 +1,9 @@
-"""Tiny random models for tests: Hugging Face folders with a word-level tokenizer, written in about a second.
+"""Tiny random models for tests: Hugging Face folders with a word-level tokenizer, written in about
+a second.
 
-Distributions are peaked (large `initializer_range`), so that argmaxes are well separated and a wrong mask or cache
-shows in the tokens. Every folder is loaded by the product's own loaders; nothing here imports the product.
+Distributions are peaked (large `initializer_range`), so that argmaxes are well separated and a
+wrong mask or cache shows in the tokens. Every folder is loaded by the product's own loaders;
+nothing here imports the product.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from transformers import (
 
 RESERVED = 16
 SPECIAL = ("<unk>", "<pad>", "<eos>", "<user>", "<assistant>")
-WORDS = tuple(f"w{i}" for i in range(33)) + tuple("0123456789")  # 43 words + 5 special = 48 ids of text
+WORDS = tuple(f"w{i}" for i in range(33)) + tuple(
+    "0123456789"
+)  # 43 words + 5 special = 48 ids of text
 TEXT_IDS = len(SPECIAL) + len(WORDS)
 EOS = SPECIAL.index("<eos>")
 CHAT_TEMPLATE = (
@@ -42,15 +46,21 @@ def word_tokenizer(named_reserved: bool = True) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
-        additional_special_tokens=["<user>", "<assistant>", *names], chat_template=CHAT_TEMPLATE)
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>", *names],
+        chat_template=CHAT_TEMPLATE,
+    )
     assert len(tokenizer) == len(vocabulary)
     return tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One model: architecture, rows of its vocabulary, whether its tokenizer names the reserved tokens."""
+    """One model: architecture, rows of its vocabulary, whether its tokenizer names the reserved
+    tokens."""
 
     config: Callable[..., PreTrainedConfig]
     rows: int
@@ -61,22 +71,41 @@ class Spec:
 
 
 HEAD_DIM_8 = (("head_dim", 8),)
-# `*llm` differ in width and seed from their SLM and share its tokenizer. Transformers gives every `qwen2` folder its
-# own Qwen2Tokenizer, whatever the folder says: use that one with token ids only.
+# `*llm` differ in width and seed from their SLM and share its tokenizer. Transformers gives every
+# `qwen2` folder its own Qwen2Tokenizer, whatever the folder says: use that one with token ids only.
 SPECS = {
-    "slm": Spec(Qwen3Config, 64, 20, options=HEAD_DIM_8),
-    "llm": Spec(Qwen3Config, 64, 2, hidden=48, options=HEAD_DIM_8),
-    "wide_llm": Spec(Qwen3Config, 80, 3, hidden=48, options=HEAD_DIM_8),  # more vocabulary rows than the SLM
-    "qwen2": Spec(Qwen2Config, 64, 20),
-    "qwen2_tied": Spec(Qwen2Config, 64, 5, options=(("tie_word_embeddings", True),)),
-    "padding": Spec(LlamaConfig, 72, 6, named_reserved=False),  # spare rows 48..71, reserved 56..71
-    "padding_llm": Spec(LlamaConfig, 72, 7, named_reserved=False, hidden=48),
-    "virtual": Spec(LlamaConfig, 48, 8, named_reserved=False),  # no spare row at all: reserved 48..63
-    "virtual_llm": Spec(LlamaConfig, 48, 9, named_reserved=False, hidden=48),
-    "gemma2": Spec(Gemma2Config, 64, 20, options=(  # sliding and full layers, soft caps: the eager path
-        *HEAD_DIM_8, ("query_pre_attn_scalar", 8), ("sliding_window", 5), ("attn_logit_softcapping", 20.0),
-        ("final_logit_softcapping", 8.0))),
-    "mistral": Spec(MistralConfig, 64, 11, options=(*HEAD_DIM_8, ("sliding_window", 5))),  # every layer slides
+    "slm": Spec(config=Qwen3Config, rows=64, seed=20, options=HEAD_DIM_8),
+    "llm": Spec(config=Qwen3Config, rows=64, seed=2, hidden=48, options=HEAD_DIM_8),
+    "wide_llm": Spec(
+        config=Qwen3Config, rows=80, seed=3, hidden=48, options=HEAD_DIM_8
+    ),  # more vocabulary rows than the SLM
+    "qwen2": Spec(config=Qwen2Config, rows=64, seed=20),
+    "qwen2_tied": Spec(
+        config=Qwen2Config, rows=64, seed=5, options=(("tie_word_embeddings", True),)
+    ),
+    "padding": Spec(
+        config=LlamaConfig, rows=72, seed=6, named_reserved=False
+    ),  # spare rows 48..71, reserved 56..71
+    "padding_llm": Spec(config=LlamaConfig, rows=72, seed=7, named_reserved=False, hidden=48),
+    "virtual": Spec(
+        config=LlamaConfig, rows=48, seed=8, named_reserved=False
+    ),  # no spare row at all: reserved 48..63
+    "virtual_llm": Spec(config=LlamaConfig, rows=48, seed=9, named_reserved=False, hidden=48),
+    "gemma2": Spec(
+        config=Gemma2Config,
+        rows=64,
+        seed=20,
+        options=(  # sliding and full layers, soft caps: the eager path
+            *HEAD_DIM_8,
+            ("query_pre_attn_scalar", 8),
+            ("sliding_window", 5),
+            ("attn_logit_softcapping", 20.0),
+            ("final_logit_softcapping", 8.0),
+        ),
+    ),
+    "mistral": Spec(
+        config=MistralConfig, rows=64, seed=11, options=(*HEAD_DIM_8, ("sliding_window", 5))
+    ),  # every layer slides
 }
 
 
@@ -84,9 +113,19 @@ def build_model(folder: Path, spec: Spec) -> Path:
     """Write the model and its tokenizer to `folder`."""
     options: dict[str, object] = {"tie_word_embeddings": False, **dict(spec.options)}
     config = spec.config(
-        vocab_size=spec.rows, hidden_size=spec.hidden, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=MAX_LENGTH, initializer_range=0.4,
-        eos_token_id=EOS, pad_token_id=SPECIAL.index("<pad>"), bos_token_id=None, **options)
+        vocab_size=spec.rows,
+        hidden_size=spec.hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.4,
+        eos_token_id=EOS,
+        pad_token_id=SPECIAL.index("<pad>"),
+        bos_token_id=None,
+        **options,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

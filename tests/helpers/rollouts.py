@@ -16,15 +16,47 @@ def make_label(name: str, position: int, seed: int, k: int = 4) -> Label:
     raw = torch.tensor([rng.uniform(-3, 0) for _ in range(2 * k)])
     slm = sorted(raw[:k].log_softmax(0).tolist(), reverse=True)
     llm = (raw[k:].log_softmax(0) - 0.1).tolist()  # some mass is elsewhere
-    return Label(name, position, ids, tuple(slm), tuple(llm), ids[1], 1, 0.9, 0.5, 0.7)
+    return Label(
+        label_id=name,
+        position=position,
+        candidate_ids=ids,
+        slm_log_probs=tuple(slm),
+        llm_log_probs=tuple(llm),
+        llm_top_id=ids[1],
+        llm_top_rank=1,
+        mass=0.9,
+        kl=0.5,
+        entropy=0.7,
+    )
 
 
-def make_rollout(number: int, positions: tuple[int, ...] = (5, 9, 14), slm: str = "slm", **changes: object) -> Rollout:
+def make_rollout(
+    number: int, positions: tuple[int, ...] = (5, 9, 14), slm: str = "slm", **changes: object
+) -> Rollout:
     rng = random.Random(number)
     tokens = tuple(rng.randrange(20, 45) for _ in range(max(positions) + number % 3))
-    labels = tuple(make_label(f"l{number}-{n}", n, 100 * number + n, k=3 + n % 3) for n in positions)
-    rollout = Rollout(f"r{number:05d}", f"q{number}", f"p{number}", "t", "train", "plain", tokens, 4, (), (), (),
-                      labels, slm, "llm", "tok", "template", 1.0 + number)
+    labels = tuple(
+        make_label(f"l{number}-{n}", n, 100 * number + n, k=3 + n % 3) for n in positions
+    )
+    rollout = Rollout(
+        rollout_id=f"r{number:05d}",
+        request_id=f"q{number}",
+        problem_id=f"p{number}",
+        task="t",
+        split="train",
+        source="plain",
+        token_ids=tokens,
+        prompt_length=4,
+        entropy=(),
+        kl=(),
+        llm_top_rank=(),
+        labels=labels,
+        slm_digest=slm,
+        llm_digest="llm",
+        tokenizer_digest="tok",
+        template_digest="template",
+        created_at=1.0 + number,
+    )
     return replace(rollout, **changes)  # type: ignore[arg-type]
 
 
@@ -38,7 +70,11 @@ def learnable(rollouts: list[Rollout]) -> list[Rollout]:
 
     def ruled(label: Label) -> Label:
         order = sorted(label.candidate_ids)
-        scores = torch.tensor([-2.0 * order.index(i) for i in label.candidate_ids]).log_softmax(0).tolist()
+        scores = (
+            torch.tensor([-2.0 * order.index(i) for i in label.candidate_ids])
+            .log_softmax(0)
+            .tolist()
+        )
         return replace(label, llm_log_probs=tuple(scores), mass=1.0)
 
     return [replace(r, labels=tuple(ruled(label) for label in r.labels)) for r in rollouts]

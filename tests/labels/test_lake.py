@@ -1,4 +1,5 @@
-"""The lake: what was acknowledged is there once, whatever was killed when; what was deleted is nowhere."""
+"""The lake: what was acknowledged is there once, whatever was killed when; what was deleted is
+nowhere."""
 
 from __future__ import annotations
 
@@ -24,24 +25,50 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2t_shared.errors import EvaluationSplitError, S2TError, StoreError
-from s2t_shared.labels.label import Label, Rollout
 from s2t_shared.labels import lake as lake_module
 from s2t_shared.labels import shards as shards_module
+from s2t_shared.labels.label import Label, Rollout
 from s2t_shared.labels.lake import Lake
 
 ROOT = Path(__file__).parent.parent
 
 
 def label(identity: str, position: int = 2) -> Label:
-    return Label(identity, position, (5, 6), (-0.125, -2.5), (-1.5, -0.5), 6, 1, 0.75, 0.25, 0.5)
+    return Label(
+        label_id=identity,
+        position=position,
+        candidate_ids=(5, 6),
+        slm_log_probs=(-0.125, -2.5),
+        llm_log_probs=(-1.5, -0.5),
+        llm_top_id=6,
+        llm_top_rank=1,
+        mass=0.75,
+        kl=0.25,
+        entropy=0.5,
+    )
 
 
 def rollout(number: int, problem: str = "", labels: int = 2) -> Rollout:
     """With numbers that float32 holds exactly."""
     return Rollout(
-        f"rollout-{number}", f"request-{number}", problem or f"p{number}", "sums", "train", "plain", (1, 2, number, 4),
-        2, (0.5, 0.25), (0.0, 1.0), (0, -1), tuple(label(f"{number}-{i}", 2 + i) for i in range(labels)), "slm", "llm",
-        "tok", "template", time.time())
+        rollout_id=f"rollout-{number}",
+        request_id=f"request-{number}",
+        problem_id=problem or f"p{number}",
+        task="sums",
+        split="train",
+        source="plain",
+        token_ids=(1, 2, number, 4),
+        prompt_length=2,
+        entropy=(0.5, 0.25),
+        kl=(0.0, 1.0),
+        llm_top_rank=(0, -1),
+        labels=tuple(label(f"{number}-{i}", 2 + i) for i in range(labels)),
+        slm_digest="slm",
+        llm_digest="llm",
+        tokenizer_digest="tok",
+        template_digest="template",
+        created_at=time.time(),
+    )
 
 
 @pytest.fixture
@@ -57,7 +84,7 @@ def names(*numbers: int) -> set[str]:
     return {f"rollout-{n}" for n in numbers}
 
 
-# -- what a rollout may hold ------------------------------------------------------------------------------------------
+# -- what a rollout may hold ----------------------------------------------------------------------
 
 WORDS = st.text(max_size=8)
 WHOLE = st.integers(0, 2**31 - 1)
@@ -76,17 +103,46 @@ def rollouts(draw: st.DrawFn) -> Rollout:
 
     def a_label() -> Label:
         k = draw(st.integers(1, 3))
-        ids, slm, llm = (tuple(draw(st.lists(one, min_size=k, max_size=k))) for one in (WHOLE, REAL, REAL))
-        return Label(draw(WORDS), draw(st.integers(1, prompt + answer)), ids, slm, llm, draw(WHOLE), draw(RANK),
-                     draw(REAL), draw(REAL), draw(REAL))
+        ids, slm, llm = (
+            tuple(draw(st.lists(one, min_size=k, max_size=k))) for one in (WHOLE, REAL, REAL)
+        )
+        return Label(
+            label_id=draw(WORDS),
+            position=draw(st.integers(1, prompt + answer)),
+            candidate_ids=ids,
+            slm_log_probs=slm,
+            llm_log_probs=llm,
+            llm_top_id=draw(WHOLE),
+            llm_top_rank=draw(RANK),
+            mass=draw(REAL),
+            kl=draw(REAL),
+            entropy=draw(REAL),
+        )
 
     return Rollout(
-        draw(WORDS), draw(WORDS), draw(WORDS), draw(WORDS), "train", draw(WORDS), tokens, prompt, values(REAL),
-        values(REAL), values(RANK), tuple(a_label() for _ in range(draw(st.integers(0, 2)))), draw(WORDS), draw(WORDS),
-        draw(WORDS), draw(WORDS), draw(st.floats(0, 1e10)))
+        rollout_id=draw(WORDS),
+        request_id=draw(WORDS),
+        problem_id=draw(WORDS),
+        task=draw(WORDS),
+        split="train",
+        source=draw(WORDS),
+        token_ids=tokens,
+        prompt_length=prompt,
+        entropy=values(REAL),
+        kl=values(REAL),
+        llm_top_rank=values(RANK),
+        labels=tuple(a_label() for _ in range(draw(st.integers(0, 2)))),
+        slm_digest=draw(WORDS),
+        llm_digest=draw(WORDS),
+        tokenizer_digest=draw(WORDS),
+        template_digest=draw(WORDS),
+        created_at=draw(st.floats(0, 1e10)),
+    )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(original=rollouts())
 def test_what_json_accepts_the_lake_gives_back(original: Rollout, tmp_path: Path) -> None:
     sent = Rollout.from_json(original.to_json())
@@ -95,19 +151,47 @@ def test_what_json_accepts_the_lake_gives_back(original: Rollout, tmp_path: Path
     lake.write([sent])
     [found] = lake.rollouts()
     assert found == replace(sent, labels=found.labels)
-    assert found.labels == tuple({x.label_id: x for x in reversed(sent.labels)}[i]
-                                 for i in dict.fromkeys(x.label_id for x in sent.labels))
+    assert found.labels == tuple(
+        {x.label_id: x for x in reversed(sent.labels)}[i]
+        for i in dict.fromkeys(x.label_id for x in sent.labels)
+    )
 
 
-BAD: st.SearchStrategy[object] = st.sampled_from([
-    None, True, "x", "\ud800", -2, 64, 1 << 40, 10**400, 1.5, 1e300, float("nan"), [], [1.5], ["x"], [None], {}, [[1]]])
+BAD: st.SearchStrategy[object] = st.sampled_from(
+    [
+        None,
+        True,
+        "x",
+        "\ud800",
+        -2,
+        64,
+        1 << 40,
+        10**400,
+        1.5,
+        1e300,
+        float("nan"),
+        [],
+        [1.5],
+        ["x"],
+        [None],
+        {},
+        [[1]],
+    ]
+)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(field=st.sampled_from(sorted(set(json.loads(rollout(1).to_json())))), value=BAD, inside=st.booleans(),
-       inner=st.sampled_from(sorted(json.loads(rollout(1).to_json())["labels"][0])))
-def test_any_value_is_refused_or_can_be_written(field: str, value: object, inside: bool, inner: str,
-                                                tmp_path: Path) -> None:
+@settings(
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    field=st.sampled_from(sorted(set(json.loads(rollout(1).to_json())))),
+    value=BAD,
+    inside=st.booleans(),
+    inner=st.sampled_from(sorted(json.loads(rollout(1).to_json())["labels"][0])),
+)
+def test_any_value_is_refused_or_can_be_written(
+    field: str, value: object, inside: bool, inner: str, tmp_path: Path
+) -> None:
     """One that is neither would block the drain for ever."""
     row = json.loads(rollout(1).to_json())
     if inside:
@@ -138,7 +222,7 @@ def test_a_rollout_without_a_problem_is_split_by_its_prompt() -> None:
     assert 0.07 < share < 0.13
 
 
-# -- reading and writing ----------------------------------------------------------------------------------------------
+# -- reading and writing --------------------------------------------------------------------------
 
 
 def test_each_rollout_and_each_label_once(lake: Lake) -> None:
@@ -147,12 +231,20 @@ def test_each_rollout_and_each_label_once(lake: Lake) -> None:
     found = list(lake.rollouts())
     assert [r.rollout_id for r in found] == ["rollout-1", "rollout-2", "rollout-3"]
     assert [x.label_id for r in found for x in r.labels] == ["1-0", "1-1", "2-0", "2-1", "new"]
-    assert found[0].token_ids == (1, 2, 1, 4) and found[0].llm_top_rank == (0, -1) and found[0].entropy == (0.5, 0.25)
-    assert sum(s.labels for s in lake.shards()) == 10 and sum(s.rollouts for s in lake.shards()) == 5
+    assert (
+        found[0].token_ids == (1, 2, 1, 4)
+        and found[0].llm_top_rank == (0, -1)
+        and found[0].entropy == (0.5, 0.25)
+    )
+    assert (
+        sum(s.labels for s in lake.shards()) == 10 and sum(s.rollouts for s in lake.shards()) == 5
+    )
 
 
 def test_an_empty_lake_and_empty_writes(lake: Lake) -> None:
-    assert ids(lake) == [] and lake.shards() == [] and lake.deletions() == [] and lake.verify() == {}
+    assert (
+        ids(lake) == [] and lake.shards() == [] and lake.deletions() == [] and lake.verify() == {}
+    )
     lake.write([])
     assert lake.shards() == []
     with pytest.raises(StoreError, match="no labels"):
@@ -165,7 +257,9 @@ def test_a_name_makes_writing_repeatable(lake: Lake) -> None:
     lake.write([rollout(1)], "part")
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in lake.root.glob("shard-*"))
     lake.delete("request_id", "request-1")
-    lake.write([replace(rollout(1), created_at=0.0), rollout(2)], "part")  # the deleted one does not come back
+    lake.write(
+        [replace(rollout(1), created_at=0.0), rollout(2)], "part"
+    )  # the deleted one does not come back
     assert set(ids(lake)) == names(2)
 
 
@@ -178,8 +272,11 @@ def test_shards_stay_small(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(ids(lake)) == names(*range(25))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drain tries again and again; what it leaves each time would fill the disk that is already full."""
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drain tries again and again; what it leaves each time would fill the disk that is already
+    full."""
     lake.write([rollout(1)])
 
     def full(*_: object) -> None:
@@ -203,15 +300,25 @@ def test_a_file_size_limit_in_the_middle_of_a_shard(lake: Lake) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(StoreError, match="cannot be used"):
-            lake.write([replace(rollout(n), token_ids=tuple(range(n, n + 2000)), entropy=(), kl=(), llm_top_rank=())
-                        for n in range(50)])
+            lake.write(
+                [
+                    replace(
+                        rollout(n),
+                        token_ids=tuple(range(n, n + 2000)),
+                        entropy=(),
+                        kl=(),
+                        llm_top_rank=(),
+                    )
+                    for n in range(50)
+                ]
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert ids(lake) == ["rollout-1"] and not list(lake.root.glob(".shard-*"))
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage ---------------------------------------------------------------------------------------
 
 
 def test_damage_is_found_named_and_can_be_put_aside(lake: Lake) -> None:
@@ -219,7 +326,9 @@ def test_damage_is_found_named_and_can_be_put_aside(lake: Lake) -> None:
         lake.write([rollout(n)], f"{n}")
     first, second, _ = (lake.root / s.name for s in lake.shards())
     content = first.with_suffix(".parquet").read_bytes()
-    first.with_suffix(".parquet").write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    first.with_suffix(".parquet").write_bytes(
+        content[:50] + bytes([content[50] ^ 1]) + content[51:]
+    )
     second.with_suffix(".parquet").unlink()
     with pytest.raises(StoreError, match="does not match its manifest.*quarantine"):
         ids(lake)
@@ -240,7 +349,7 @@ def test_another_schema_is_refused_with_the_way_out(lake: Lake) -> None:
         ids(lake)
 
 
-# -- rewriting --------------------------------------------------------------------------------------------------------
+# -- rewriting ------------------------------------------------------------------------------------
 
 
 def test_compaction_keeps_everything_once(lake: Lake) -> None:
@@ -263,7 +372,9 @@ def test_deleting_one_rollout_leaves_anothers_copy_of_a_label(lake: Lake) -> Non
     assert [x.label_id for r in lake.rollouts() for x in r.labels] == ["shared"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("problem_id", "p1"), ("request_id", "request-1"), ("task", "other")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("problem_id", "p1"), ("request_id", "request-1"), ("task", "other")]
+)
 def test_deleted_here_in_snapshots_and_on_its_way(field: str, value: str, lake: Lake) -> None:
     doomed = replace(rollout(1), task="other")
     lake.write([doomed, rollout(2)])
@@ -277,7 +388,9 @@ def test_deleted_here_in_snapshots_and_on_its_way(field: str, value: str, lake: 
             lake.snapshot(snapshot.id)
     lake.write([doomed])  # was on its way
     assert set(ids(lake)) == names(2, 3)
-    lake.write([replace(doomed, created_at=time.time())])  # asked again afterwards: not what was deleted
+    lake.write(
+        [replace(doomed, created_at=time.time())]
+    )  # asked again afterwards: not what was deleted
     assert set(ids(lake)) == names(1, 2, 3)
     assert value not in (lake.root / "deleted.jsonl").read_text()
     assert lake.delete(field, "nobody") == 0
@@ -318,7 +431,7 @@ def test_a_snapshot_stays_whatever_the_lake_does(lake: Lake) -> None:
     assert lake.freeze().id != snapshot.id
 
 
-# -- kill -9 ----------------------------------------------------------------------------------------------------------
+# -- kill -9 --------------------------------------------------------------------------------------
 
 WORKER = """
 import random, sys, tempfile
@@ -346,8 +459,11 @@ for n in range(first, first + 100000):
 
 
 def killed(command: list[str], alive_s: Callable[[], float]) -> list[str]:
-    """Run a process, SIGKILL it some time after it says it is ready; the whole lines it had printed."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as p:
+    """Run a process, SIGKILL it some time after it says it is ready; the whole lines it had
+    printed."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as p:
         assert p.stdout is not None and p.stdout.readline() == "ready\n"
         timer = threading.Timer(alive_s(), p.kill)
         timer.start()
@@ -358,8 +474,8 @@ def killed(command: list[str], alive_s: Callable[[], float]) -> list[str]:
 
 
 def test_killed_at_random_moments(lake: Lake) -> None:
-    """Two processes write, compact, delete, prune and freeze; each is killed again and again. What either of them
-    acknowledged is there once; what was deleted is not; nothing needs repair."""
+    """Two processes write, compact, delete, prune and freeze; each is killed again and again. What
+    either of them acknowledged is there once; what was deleted is not; nothing needs repair."""
     written: set[str] = set()
     doomed: set[str] = set()
     lock = threading.Lock()
@@ -368,12 +484,17 @@ def test_killed_at_random_moments(lake: Lake) -> None:
         random.seed(base)
         for life in range(8):
             first = base + life * 100_000
-            said = killed([sys.executable, "-c", WORKER.format(root=str(ROOT)), str(lake.root), str(first)],
-                          lambda: random.uniform(0.05, 0.6))
+            said = killed(
+                [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(lake.root), str(first)],
+                lambda: random.uniform(0.05, 0.6),
+            )
             with lock:
                 mine = [int(line.split()[1]) for line in said if line.startswith("wrote")]
                 written.update(names(*(n for n in mine if n % 5)))
-                last = max((int(line.split()[1]) for line in said if line.startswith("deleted")), default=-1)
+                last = max(
+                    (int(line.split()[1]) for line in said if line.startswith("deleted")),
+                    default=-1,
+                )
                 doomed.update(names(*(n for n in mine if n % 5 == 0 and n <= last)))
             lake.shards()  # readable right after a crash
             for snapshot in (lake.root / "snapshots").glob("[!.]*"):

@@ -1,4 +1,5 @@
-"""What deletion, retention and freezing promise, also after a crash in the middle and beside damaged files."""
+"""What deletion, retention and freezing promise, also after a crash in the middle and beside
+damaged files."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import DAY_S, Lake, Snapshot
-from s2t_shared.labels.stream import LabelStore
+from s2t_shared.labels.stream import LabelStream
 from services.launch.redis_server import open_redis
 from tests.labels.test_lake import ids, label, names, rollout
 
@@ -60,20 +61,29 @@ def test_orphans_go_with_the_next_rewriting(lake: Lake) -> None:
     for name in ("shard-x-0.parquet", ".shard-y-0.1234.tmp", ".shard-y-0.json.77.tmp"):
         (lake.root / name).write_bytes(b"half")
     lake.compact()
-    assert len(list(lake.root.glob("*shard-*"))) == len(list(lake.root.glob("shard-*"))) == 2 and len(ids(lake)) == 1
+    assert (
+        len(list(lake.root.glob("*shard-*"))) == len(list(lake.root.glob("shard-*"))) == 2
+        and len(ids(lake)) == 1
+    )
 
 
-# -- snapshots --------------------------------------------------------------------------------------------------------
+# -- snapshots ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lost", ["everything", "one shard", "a manifest", "a file", "half a file", "manifest text"])
+@pytest.mark.parametrize(
+    "lost", ["everything", "one shard", "a manifest", "a file", "half a file", "manifest text"]
+)
 def test_a_snapshot_that_lost_a_part_is_an_error_until_frozen_anew(lost: str, lake: Lake) -> None:
     for n in range(3):
         lake.write([rollout(n)], f"{n}")
     snapshot = lake.freeze()
     paths = sorted(snapshot.folder.iterdir())  # .json, .parquet, ...
-    for path in {"everything": paths, "one shard": paths[:2], "a manifest": paths[:1], "a file": paths[1:2]}.get(
-            lost, []):
+    for path in {
+        "everything": paths,
+        "one shard": paths[:2],
+        "a manifest": paths[:1],
+        "a file": paths[1:2],
+    }.get(lost, []):
         path.unlink()
     if lost == "half a file":
         content = paths[1].read_bytes()
@@ -84,8 +94,12 @@ def test_a_snapshot_that_lost_a_part_is_an_error_until_frozen_anew(lost: str, la
         paths[0].write_text("{")
     if lost == "everything":
         snapshot.folder.rmdir()
-    for read in (lambda: lake.snapshot(snapshot.id), lambda: list(snapshot.rollouts()), lambda: snapshot.labels,
-                 snapshot.pairs):
+    for read in (
+        lambda: lake.snapshot(snapshot.id),
+        lambda: list(snapshot.rollouts()),
+        lambda: snapshot.labels,
+        snapshot.pairs,
+    ):
         with pytest.raises(StoreError, match="gone or incomplete.*train on a new one"):
             read()
     again = lake.freeze()
@@ -127,11 +141,16 @@ def test_a_damaged_snapshot_holds_nothing_up(verb: str, damage: str, lake: Lake)
     path = next(snapshot.folder.glob("*.json" if damage == "manifest" else "*.parquet"))
     path.unlink()
     path.write_text("{")
-    assert (lake.delete("problem_id", "p1") if verb == "delete" else lake.prune(max_age_s=DAY_S)) == (verb == "delete")
-    assert set(ids(lake)) == (names(2) if verb == "delete" else names(1, 2)) and not snapshot.folder.exists()
+    assert (
+        lake.delete("problem_id", "p1") if verb == "delete" else lake.prune(max_age_s=DAY_S)
+    ) == (verb == "delete")
+    assert (
+        set(ids(lake)) == (names(2) if verb == "delete" else names(1, 2))
+        and not snapshot.folder.exists()
+    )
 
 
-# -- deletion ---------------------------------------------------------------------------------------------------------
+# -- deletion -------------------------------------------------------------------------------------
 
 
 def test_deletion_reaches_into_quarantine(lake: Lake) -> None:
@@ -145,9 +164,20 @@ def test_deletion_reaches_into_quarantine(lake: Lake) -> None:
     assert set(ids(left)) == names(2)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"field": "task"}', "\xff", '{"field": "split", "sha256": "", "at": 1.0}',
-                                  '{"field": "task", "sha256": "", "at": "now"}'])
-def test_a_damaged_deletion_is_told_and_buries_nothing(line: str, lake: Lake, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"field": "task"}',
+        "\xff",
+        '{"field": "split", "sha256": "", "at": 1.0}',
+        '{"field": "task", "sha256": "", "at": "now"}',
+    ],
+)
+def test_a_damaged_deletion_is_told_and_buries_nothing(
+    line: str, lake: Lake, tmp_path: Path
+) -> None:
     lake.write([rollout(1)])
     lake.delete("request_id", "nobody")
     path = lake.root / "deleted.jsonl"
@@ -156,7 +186,7 @@ def test_a_damaged_deletion_is_told_and_buries_nothing(line: str, lake: Lake, tm
     with pytest.raises(StoreError, match="line 1 of deleted.jsonl.*remove the line"):
         lake.deletions()
     with open_redis(None, tmp_path / "redis") as server:
-        store = LabelStore(server.url)
+        store = LabelStream(server.url)
         store.append([rollout(2).to_json().encode()])
         drain = Drain(store, lake)
         with pytest.raises(StoreError, match="deleted.jsonl"):
@@ -167,10 +197,11 @@ def test_a_damaged_deletion_is_told_and_buries_nothing(line: str, lake: Lake, tm
         assert set(ids(lake)) == names(1, 2) and store.counts().rollouts == 0
 
 
-def test_the_drain_blames_no_rollout_for_a_fault_of_the_lake(lake: Lake, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drain_blames_no_rollout_for_a_fault_of_the_lake(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_redis(None, tmp_path / "redis") as server:
-        store = LabelStore(server.url)
+        store = LabelStream(server.url)
         store.append([rollout(2).to_json().encode()])
         drain = Drain(store, lake)
         with monkeypatch.context() as patch:
@@ -182,30 +213,48 @@ def test_the_drain_blames_no_rollout_for_a_fault_of_the_lake(lake: Lake, tmp_pat
         assert ids(lake) == ["rollout-2"]
 
 
-# -- retention and counts ---------------------------------------------------------------------------------------------
+# -- retention and counts -------------------------------------------------------------------------
 
 
 def test_compaction_joins_within_a_day_only(lake: Lake) -> None:
     for n in range(8):
         lake.write([replace(rollout(n), created_at=NOON - n % 2 * DAY_S)])
     assert lake.compact(4) == 8
-    assert sorted((s.rollouts, s.first, s.last) for s in lake.shards()) == [(4, NOON - DAY_S, NOON - DAY_S),
-                                                                            (4, NOON, NOON)]
-    assert lake.prune(max_age_s=time.time() - NOON + DAY_S / 2) == 4 and set(ids(lake)) == names(0, 2, 4, 6)
+    assert sorted((s.rollouts, s.first, s.last) for s in lake.shards()) == [
+        (4, NOON - DAY_S, NOON - DAY_S),
+        (4, NOON, NOON),
+    ]
+    assert lake.prune(max_age_s=time.time() - NOON + DAY_S / 2) == 4 and set(ids(lake)) == names(
+        0, 2, 4, 6
+    )
 
 
 def test_labels_since(lake: Lake) -> None:
     assert lake.labels_since(0.0) == 0
     lake.write([replace(rollout(n, labels=n), created_at=100.0 + n) for n in range(4)], "a")
     lake.write([replace(rollout(9, labels=2), created_at=200.0)], "b")
-    assert [lake.labels_since(t) for t in (0.0, 100.0, 101.0, 102.5, 103.0, 199.0, 200.0)] == [8, 8, 7, 5, 2, 2, 0]
+    assert [lake.labels_since(t) for t in (0.0, 100.0, 101.0, 102.5, 103.0, 199.0, 200.0)] == [
+        8,
+        8,
+        7,
+        5,
+        2,
+        2,
+        0,
+    ]
     (lake.root / "shard-b-0.parquet").unlink()  # the manifest says enough
     assert lake.labels_since(102.5) == 5
 
 
 def test_pairs_of_a_snapshot(lake: Lake) -> None:
     lake.write([rollout(1), replace(rollout(2, labels=1), llm_digest="other"), rollout(3)], "a")
-    lake.write([replace(rollout(4, labels=0), slm_digest="unlabelled"), replace(rollout(5), labels=(label("x"),))], "b")
+    lake.write(
+        [
+            replace(rollout(4, labels=0), slm_digest="unlabelled"),
+            replace(rollout(5), labels=(label("x"),)),
+        ],
+        "b",
+    )
     assert lake.freeze().pairs() == {("slm", "llm"): 5, ("slm", "other"): 1}
 
 
@@ -213,4 +262,6 @@ def test_the_file_of_deletions_is_written_whole(lake: Lake) -> None:
     for n in range(3):
         lake.delete("request_id", f"{n}")
     lines = (lake.root / "deleted.jsonl").read_text().splitlines()
-    assert len(lines) == 3 == len(lake.deletions()) and all(json.loads(line)["field"] == "request_id" for line in lines)
+    assert len(lines) == 3 == len(lake.deletions()) and all(
+        json.loads(line)["field"] == "request_id" for line in lines
+    )

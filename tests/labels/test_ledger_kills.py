@@ -1,5 +1,6 @@
-"""Kill -9 anywhere between a proposer and the lake: whatever was acknowledged is in the lake once, and nothing needs
-repair. The server, the drain and the writer are real processes; only the models are missing."""
+"""Kill -9 anywhere between a proposer and the lake: whatever was acknowledged is in the lake once,
+and nothing needs repair. The server, the drain and the writer are real processes; only the models
+are missing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import redis
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.stream import LabelStore, open_client
+from s2t_shared.labels.stream import LabelStream, open_client
 from s2t_shared.labels.writer import LabelWriter
 from services.launch.redis_server import _free_port, find_program
 from tests.labels.test_lake import rollout
@@ -35,8 +36,18 @@ class Server:
         folder.mkdir()
         self.port = _free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._command = [find_program(), "--port", str(self.port), "--dir", str(folder), "--save", "", "--appendonly",
-                         "yes", *arguments]
+        self._command = [
+            find_program(),
+            "--port",
+            str(self.port),
+            "--dir",
+            str(folder),
+            "--save",
+            "",
+            "--appendonly",
+            "yes",
+            *arguments,
+        ]
         self.start()
 
     def start(self) -> None:
@@ -68,14 +79,17 @@ def serving(folder: Path, *arguments: str) -> Iterator[Server]:
 
 
 class Acknowledged:
-    """Threads that write until they are told to stop; the numbers whose future was done without an error."""
+    """Threads that write until they are told to stop; the numbers whose future was done without an
+    error."""
 
     def __init__(self, writer: LabelWriter, threads: int = 2, pause_s: float = 0.002) -> None:
         self._writer, self._pause_s = writer, pause_s
         self.numbers: set[int] = set()
         self.sent = 0
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._threads = [threading.Thread(target=self._write, args=(i, threads)) for i in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._write, args=(i, threads)) for i in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -98,7 +112,10 @@ class Acknowledged:
         for thread in self._threads:
             thread.join()
         give_up = time.monotonic() + 20
-        while len(self.numbers) + self._writer.dropped.total() // 2 < self.sent and time.monotonic() < give_up:
+        while (
+            len(self.numbers) + self._writer.dropped.total() // 2 < self.sent
+            and time.monotonic() < give_up
+        ):
             time.sleep(0.01)
         return self.numbers
 
@@ -107,7 +124,9 @@ def check(lake: Lake, acknowledged: set[int]) -> None:
     """Everything that was promised, once; statistics count each once."""
     found = [int(r.rollout_id.split("-")[1]) for r in lake.rollouts()]
     assert len(found) == len(set(found)), "counted twice"
-    assert acknowledged <= set(found), f"{len(acknowledged - set(found))} of {len(acknowledged)} lost"
+    assert acknowledged <= set(found), (
+        f"{len(acknowledged - set(found))} of {len(acknowledged)} lost"
+    )
     labels = [label.label_id for r in lake.rollouts() for label in r.labels]
     assert len(labels) == len(set(labels)) == 2 * len(found)
     assert lake.verify() == {}
@@ -119,11 +138,13 @@ def empty(spool: Path) -> bool:
 
 def drain_all(url: str, lake: Lake, spool: Path) -> None:
     """Until the spool and the stream are empty, whatever the killed have left."""
-    store = LabelStore(url)
+    store = LabelStream(url)
     drain = Drain(store, lake, shard_age_s=0.2, reclaim_idle_s=0.3)
     give_up = time.monotonic() + 30
     while not (empty(spool) and store.counts().rollouts == 0):
-        assert time.monotonic() < give_up, f"{store.counts()} and {list(spool.glob('*/*'))} are left"
+        assert time.monotonic() < give_up, (
+            f"{store.counts()} and {list(spool.glob('*/*'))} are left"
+        )
         drain.run_once(block_ms=50)
     assert store.counts().dead_letters == 0
 
@@ -133,8 +154,10 @@ def test_redis_killed_while_writers_write(policy: str, kills: int, tmp_path: Pat
     random.seed(policy)
     lake, spool = Lake(tmp_path / "lake"), tmp_path / "spool"
     with serving(tmp_path / "redis", "--appendfsync", policy) as server:
-        writer = LabelWriter(LabelStore(server.url), spool)
-        drain = Drain(LabelStore(server.url), lake, shard_rows=200, shard_age_s=0.5, reclaim_idle_s=1.0)
+        writer = LabelWriter(LabelStream(server.url), spool)
+        drain = Drain(
+            LabelStream(server.url), lake, shard_rows=200, shard_age_s=0.5, reclaim_idle_s=1.0
+        )
         drain.start()
         writing = Acknowledged(writer)
         direct = 0
@@ -154,12 +177,16 @@ def test_redis_killed_while_writers_write(policy: str, kills: int, tmp_path: Pat
     check(lake, acknowledged)
 
 
-def test_redis_without_waitaof_killed_and_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_without_waitaof_killed_and_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("s2t_shared.labels.writer.WRITE_TIMEOUT_S", 0.5)
     lake, spool = Lake(tmp_path / "lake"), tmp_path / "spool"
     random.seed(3)
-    with serving(tmp_path / "redis", "--appendfsync", "everysec", "--rename-command", "WAITAOF", "") as server:
-        writer = LabelWriter(LabelStore(server.url), spool)
+    with serving(
+        tmp_path / "redis", "--appendfsync", "everysec", "--rename-command", "WAITAOF", ""
+    ) as server:
+        writer = LabelWriter(LabelStream(server.url), spool)
         writing = Acknowledged(writer, threads=1, pause_s=0.01)
         for _ in range(4):
             time.sleep(random.uniform(0.1, 0.6))
@@ -183,8 +210,8 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.stream import LabelStore
-drain = Drain(LabelStore({url!r}), Lake(Path({lake!r})), shard_rows=40, shard_age_s=0.15, reclaim_idle_s=0.2)
+from s2t_shared.labels.stream import LabelStream
+drain = Drain(LabelStream({url!r}), Lake(Path({lake!r})), shard_rows=40, shard_age_s=0.15, reclaim_idle_s=0.2)
 drain._store.remove, remove = (lambda ids: (time.sleep(0.05 * bool(ids)), remove(ids))), drain._store.remove
 drain._lake.compact, compact = (lambda: compact(4)), drain._lake.compact
 print("ready", flush=True)
@@ -200,10 +227,10 @@ PROPOSER = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
-from s2t_shared.labels.stream import LabelStore
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from test_lake import rollout
-writer = LabelWriter(LabelStore({url!r}), Path({spool!r}))
+writer = LabelWriter(LabelStream({url!r}), Path({spool!r}))
 def told(number):
     def tell(future):
         if future.exception() is None:
@@ -218,8 +245,12 @@ for number in range({first}, {first} + 10**6):
 
 
 def launch(program: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
@@ -229,7 +260,7 @@ def test_the_reader_killed_twenty_times(tmp_path: Path) -> None:
     lake, spool = Lake(tmp_path / "lake"), tmp_path / "spool"
     with serving(tmp_path / "redis") as server:
         server.wait()
-        writer = LabelWriter(LabelStore(server.url), spool)
+        writer = LabelWriter(LabelStream(server.url), spool)
         writing = Acknowledged(writer, pause_s=0.01)
         for _ in range(20):
             reader = launch(READER.format(root=str(ROOT), url=server.url, lake=str(lake.root)))
@@ -242,7 +273,9 @@ def test_the_reader_killed_twenty_times(tmp_path: Path) -> None:
         writer.close()
     assert len(acknowledged) == writing.sent > 500
     check(lake, acknowledged)
-    assert sum(s.rollouts for s in lake.shards()) > len(acknowledged)  # some were killed between the lake and the ack
+    assert sum(s.rollouts for s in lake.shards()) > len(
+        acknowledged
+    )  # some were killed between the lake and the ack
 
 
 def test_the_proposer_killed_ten_times_and_redis_now_and_then(tmp_path: Path) -> None:
@@ -253,21 +286,29 @@ def test_the_proposer_killed_ten_times_and_redis_now_and_then(tmp_path: Path) ->
     with serving(tmp_path / "redis") as server:
         server.wait()
         for life in range(10):
-            process = launch(PROPOSER.format(root=str(ROOT), url=server.url, spool=str(spool), first=life * 10**6))
+            process = launch(
+                PROPOSER.format(
+                    root=str(ROOT), url=server.url, spool=str(spool), first=life * 10**6
+                )
+            )
             time.sleep(random.uniform(0.05, 0.4))
             if life % 2:
                 server.kill()
-                time.sleep(random.uniform(0.1, 0.4))  # what it acknowledges now is in its spool only
+                time.sleep(
+                    random.uniform(0.1, 0.4)
+                )  # what it acknowledges now is in its spool only
             process.kill()
             assert process.stdout is not None
             text = process.stdout.read()
             process.wait()
-            acknowledged |= {int(line) for line in text.splitlines(keepends=True) if line.endswith("\n")}
+            acknowledged |= {
+                int(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
+            }
             if life % 2:
                 assert not empty(spool)
                 server.start()
                 server.wait()
-        last = LabelWriter(LabelStore(server.url), spool)
+        last = LabelWriter(LabelStream(server.url), spool)
         drain_all(server.url, lake, spool)
         last.close()
     assert len(acknowledged) > 200
@@ -277,7 +318,9 @@ def test_the_proposer_killed_ten_times_and_redis_now_and_then(tmp_path: Path) ->
 
 def test_nothing_is_acknowledged_that_nobody_keeps(tmp_path: Path) -> None:
     """No Redis, and a spool without room: the future says so."""
-    writer = LabelWriter(LabelStore(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool", spool_bytes=100)
+    writer = LabelWriter(
+        LabelStream(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool", spool_bytes=100
+    )
     with pytest.raises(StoreError, match="labels dropped"):
         writer.write([rollout(1)]).result(10.0)
     writer.close()

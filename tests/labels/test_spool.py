@@ -1,4 +1,5 @@
-"""The spool: what was acknowledged is read back, whatever was cut short; the living take over from the dead."""
+"""The spool: what was acknowledged is read back, whatever was cut short; the living take over from
+the dead."""
 
 from __future__ import annotations
 
@@ -25,11 +26,21 @@ def everything(spool: Spool) -> list[bytes]:
     return [entry for segment in spool.segments() for entry in spool.read(segment)]
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(batches=st.lists(st.lists(st.binary(max_size=50), max_size=4), max_size=6), limit=st.integers(1, 100),
-       seal=st.booleans())
-def test_reads_back_what_was_appended_in_order(batches: list[list[bytes]], limit: int, seal: bool, tmp_path: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(
+    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    batches=st.lists(st.lists(st.binary(max_size=50), max_size=4), max_size=6),
+    limit=st.integers(1, 100),
+    seal=st.booleans(),
+)
+def test_reads_back_what_was_appended_in_order(
+    batches: list[list[bytes]],
+    limit: int,
+    seal: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(spool_module, "SEGMENT_BYTES", limit)
     spool = Spool(tmp_path, MIB)
     for batch in batches:
@@ -44,8 +55,12 @@ def test_reads_back_what_was_appended_in_order(batches: list[list[bytes]], limit
 
 
 @given(cut=st.integers(1, 60), flip=st.booleans())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_a_record_cut_short_or_changed_ends_the_reading(cut: int, flip: bool, tmp_path: Path) -> None:
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+def test_a_record_cut_short_or_changed_ends_the_reading(
+    cut: int, flip: bool, tmp_path: Path
+) -> None:
     """A crash in the middle of a write leaves any part of it, and any bytes."""
     spool = Spool(tmp_path, MIB)
     spool.append([b"first" * 3, b"second" * 3, b"third" * 3])
@@ -60,7 +75,9 @@ def test_a_record_cut_short_or_changed_ends_the_reading(cut: int, flip: bool, tm
     whole = [b"first" * 3, b"second" * 3, b"third" * 3]
     damaged = len(content) - cut
     ends = [23, 49, 72]
-    assert spool.read(segment) == [entry for entry, end in zip(whole, ends, strict=True) if end <= damaged]
+    assert spool.read(segment) == [
+        entry for entry, end in zip(whole, ends, strict=True) if end <= damaged
+    ]
     spool.remove(segment)
     spool.close()
 
@@ -128,8 +145,12 @@ sys.stdin.readline()
 
 
 def test_the_dead_are_adopted_and_the_living_are_not(tmp_path: Path) -> None:
-    worker = subprocess.Popen([sys.executable, "-c", WORKER.format(root=str(ROOT), folder=str(tmp_path))], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER.format(root=str(ROOT), folder=str(tmp_path))],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert worker.stdout is not None and worker.stdout.readline() == "there\n"
     one, two = Spool(tmp_path, MIB), Spool(tmp_path, MIB)
     one.adopt()

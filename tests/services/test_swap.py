@@ -15,7 +15,7 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.types import DecodeRequest, Mode, Policy, Trigger
+from s2t_shared.types import DecodeOptions, DecodeRequest, Mode, Policy, Trigger
 from services.bench.swap import (
     PROMPTS,
     SIDES,
@@ -32,7 +32,9 @@ from services.client import Client
 from services.launch.local import running_service
 
 OLD, NEW = "v0001", "v0002"
-REPLAYS = {(OLD, i): (1, 2, i) for i in range(PROMPTS)} | {(NEW, i): (1, 3, i) for i in range(PROMPTS)}
+REPLAYS = {(OLD, i): (1, 2, i) for i in range(PROMPTS)} | {
+    (NEW, i): (1, 3, i) for i in range(PROMPTS)
+}
 SOUND = _Asked(0, 10.0, (10.1, 10.2), (1, 2, 0), OLD)
 
 
@@ -41,7 +43,8 @@ def report(*asked: _Asked, swaps: tuple[tuple[float, float], ...] = ()):  # noqa
 
 
 def test_mixed_answers_are_counted() -> None:
-    """Tokens that are not those of the version the answer claims, or a version that was never published."""
+    """Tokens that are not those of the version the answer claims, or a version that was never
+    published."""
     half = replace(SOUND, token_ids=(1, 2, 9))
     swapped = replace(SOUND, version=NEW)
     stranger = replace(SOUND, version="v0009")
@@ -60,16 +63,25 @@ def test_failed_requests_are_counted_and_give_no_times() -> None:
 def test_requests_at_a_swap_are_told_from_the_others() -> None:
     """From the promotion to half a second after it was taken up."""
     slow = [replace(SOUND, began=t, pieces=(t + 0.3, t + 0.5)) for t in (20.0, 20.2, 20.4)]
-    found = report(*[replace(SOUND, began=t, pieces=(t + 0.1, t + 0.2)) for t in (10.0, 19.9, 21.0)], *slow,
-                   swaps=((20.0, 20.4),))
+    found = report(
+        *[replace(SOUND, began=t, pieces=(t + 0.1, t + 0.2)) for t in (10.0, 19.9, 21.0)],
+        *slow,
+        swaps=((20.0, 20.4),),
+    )
     assert found.requests_at_swap == 3 and found.first_piece_at_swap["p50"] == pytest.approx(300.0)
-    assert found.stall_p99 == pytest.approx(200.0) and found.stall_p99_elsewhere == pytest.approx(0.0)
-    assert found.longest_gap_at_swap == pytest.approx(200.0) and found.longest_gap_elsewhere == pytest.approx(100.0)
+    assert found.stall_p99 == pytest.approx(200.0) and found.stall_p99_elsewhere == pytest.approx(
+        0.0
+    )
+    assert found.longest_gap_at_swap == pytest.approx(
+        200.0
+    ) and found.longest_gap_elsewhere == pytest.approx(100.0)
     assert found.take_up["max"] == pytest.approx(400.0)
     json.dumps(found.as_json())
 
 
-@pytest.mark.parametrize(("swaps", "minutes", "concurrency"), [(0, 1.0, 1), (10, 0.1, 1), (1, 1.0, 0)])
+@pytest.mark.parametrize(
+    ("swaps", "minutes", "concurrency"), [(0, 1.0, 1), (10, 0.1, 1), (1, 1.0, 0)]
+)
 def test_impossible_settings_are_refused(swaps: int, minutes: float, concurrency: int) -> None:
     with pytest.raises(InvalidRequestError, match="--swaps"):
         bench_swap(swaps, minutes, concurrency)
@@ -83,7 +95,15 @@ def test_the_two_versions_select_differently(models: dict[str, Path]) -> None:
     for seed, (kind, reads) in enumerate(SIDES):
         selector = random_selector(runtime, reserved, kind, reads, seed)
         engine = Engine(Proposer(runtime, reserved), None, lambda version, s=selector: s, 1)
-        sequence = engine.add(DecodeRequest("x", (5, 9, 30), Policy(Mode.S2T_LOCAL, Trigger.ALWAYS), max_new_tokens=12))
+        sequence = engine.add(
+            DecodeRequest(
+                request_id="x",
+                token_ids=(5, 9, 30),
+                options=DecodeOptions(
+                    policy=Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS), max_new_tokens=12
+                ),
+            )
+        )
         while not engine.idle:
             engine.step()
         answers.append(sequence.output_ids)
@@ -94,32 +114,44 @@ def test_swaps_under_load_fail_and_mix_nothing() -> None:
     """The bench on a real service: Ray, gateway, streams, three swaps."""
     found = bench_swap(3, 0.1, 3)
     assert found.swaps == 3 and found.failed == 0 and found.mixed == 0 and found.requests > 20
-    assert found.told_apart > PROMPTS // 2 and min(found.answers.values()) > 0 and found.requests_at_swap > 0
+    assert (
+        found.told_apart > PROMPTS // 2
+        and min(found.answers.values()) > 0
+        and found.requests_at_swap > 0
+    )
 
 
 def test_canary_through_the_service(tmp_path: Path) -> None:
-    """Promoted by the client with a share: so many requests get it, a retry the same one, a named version is kept;
-    rolling back ends it."""
+    """Promoted by the client with a share: so many requests get it, a retry the same one, a named
+    version is kept; rolling back ends it."""
     config = _config(str(tmp_path), str(SLM_DIR), 1, 4)
     old, new = _publish_two(config)
     ask = {"mode": "s2t_local", "trigger": "entropy", "budget": 0.2, "max_new_tokens": 8}
     with running_service(config) as service, Client(service.address) as client:
         _swap_to(client, old)
         assert client.promote(new, share=0.3) == old
-        wait_for(lambda: client.describe().canary_selector == new)
+        wait_for(lambda: client.describe().canary_version == new)
         described = client.describe()
-        assert (described.live_selector, described.canary_share) == (old, pytest.approx(0.3))
-        assert {v.name: (v.live, round(v.share, 6)) for v in client.versions()} == {old: (True, 0.7), new: (False, 0.3)}
+        assert (described.live_version, described.canary_share) == (old, pytest.approx(0.3))
+        assert {v.name: (v.live, round(v.share, 6)) for v in client.versions()} == {
+            old: (True, 0.7),
+            new: (False, 0.3),
+        }
 
         def versions() -> list[str]:
-            return [client.generate("Eva has 20 coins .", f"r{i}", **ask).versions.selector for i in range(60)]
+            return [
+                client.generate("Eva has 20 coins .", f"r{i}", **ask).versions.selector
+                for i in range(60)
+            ]
 
         first = versions()
         assert set(first) == {old, new} and 8 <= first.count(new) <= 30 and versions() == first
-        assert {client.generate("Eva has", f"r{i}", selector_version=old, **ask).versions.selector
-                for i in range(60)} == {old}
+        assert {
+            client.generate("Eva has", f"r{i}", version=old, **ask).versions.selector
+            for i in range(60)
+        } == {old}
         assert client.roll_back() == old
-        wait_for(lambda: client.describe().canary_selector == "")
+        wait_for(lambda: client.describe().canary_version == "")
         assert set(versions()) == {old}
 
 

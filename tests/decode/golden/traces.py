@@ -1,7 +1,7 @@
 """Golden Step traces: every mode, trigger, local selector kind and reading.
 
-A change of the engine that changes no token proves itself against them (`tests/test_golden.py`). To record them anew,
-after a change that is meant to change tokens: `python -m tests.golden.traces`.
+A change of the engine that changes no token proves itself against them (`tests/test_golden.py`). To
+record them anew, after a change that is meant to change tokens: `python -m tests.golden.traces`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,23 @@ import torch
 from s2t_shared.bundled import LLM_DIR, SLM_DIR
 from s2t_shared.bundled import problems as bundled_problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
-from s2t_shared.types import CandidateRule, DecodeRequest, Mode, Policy, Proposals, Sampling, Step, Trigger
+from s2t_shared.types import (
+    CandidateRule,
+    DecodeOptions,
+    DecodeRequest,
+    Mode,
+    Policy,
+    Proposals,
+    Sampling,
+    Step,
+    Trigger,
+)
 
 FOLDER = Path(__file__).parent
 NEW_TOKENS = 24
@@ -42,7 +52,7 @@ RANDOM_PROMPTS = ((6, 7, 8, 45), (20, 3, 31, 30, 12, 11, 40, 41, 22), tuple(rang
 BIN_COUNT = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One way to decode a prompt."""
 
@@ -54,26 +64,38 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    yield Case("greedy", Policy(Mode.GREEDY))
-    yield Case("greedy, scored", Policy(Mode.GREEDY), score_rollout=True)
-    yield Case("sample", Policy(Mode.SAMPLE), sampling=Sampling(temperature=0.9, seed=3))
+    yield Case(name="greedy", policy=Policy(mode=Mode.GREEDY))
+    yield Case(name="greedy, scored", policy=Policy(mode=Mode.GREEDY), score_rollout=True)
+    yield Case(
+        name="sample", policy=Policy(mode=Mode.SAMPLE), sampling=Sampling(temperature=0.9, seed=3)
+    )
     cut = Sampling(temperature=1.1, top_p=0.9, top_k=20, seed=4)
-    yield Case("sample, top_p, top_k", Policy(Mode.SAMPLE), sampling=cut)
-    yield Case("llm", Policy(Mode.LLM))
+    yield Case(name="sample, top_p, top_k", policy=Policy(mode=Mode.SAMPLE), sampling=cut)
+    yield Case(name="llm", policy=Policy(mode=Mode.LLM))
     for trigger in Trigger:
-        yield Case(f"s2t {trigger.value}", _policy(Mode.S2T, trigger))
-        yield Case(f"takeover {trigger.value}", _policy(Mode.TAKEOVER, trigger))
+        yield Case(name=f"s2t {trigger.value}", policy=_policy(Mode.S2T, trigger))
+        yield Case(name=f"takeover {trigger.value}", policy=_policy(Mode.TAKEOVER, trigger))
     adaptive = _policy(Mode.S2T, Trigger.ENTROPY, CandidateRule(16, 0.1))
-    yield Case("s2t entropy, adaptive K", adaptive)
-    yield Case("s2t entropy, scored", _policy(Mode.S2T, Trigger.ENTROPY), score_rollout=True)
-    yield Case("s2t_local untrained", _policy(Mode.S2T_LOCAL, Trigger.ENTROPY))
+    yield Case(name="s2t entropy, adaptive K", policy=adaptive)
+    yield Case(
+        name="s2t entropy, scored", policy=_policy(Mode.S2T, Trigger.ENTROPY), score_rollout=True
+    )
+    yield Case(name="s2t_local untrained", policy=_policy(Mode.S2T_LOCAL, Trigger.ENTROPY))
     for trigger in (Trigger.ENTROPY, Trigger.KL, Trigger.ALWAYS):
         for kind in SelectorKind:
             for reads in Reading:
                 name = f"{kind.value}-{reads.value}"
-                yield Case(f"s2t_local {trigger.value} {name}", _policy(Mode.S2T_LOCAL, trigger), name)
+                yield Case(
+                    name=f"s2t_local {trigger.value} {name}",
+                    policy=_policy(Mode.S2T_LOCAL, trigger),
+                    version=name,
+                )
     adapted = _policy(Mode.S2T_LOCAL, Trigger.ENTROPY, proposals=Proposals.ADAPTED)
-    yield Case("s2t_local entropy joint-adapted, proposals adapted", adapted, "joint-adapted")
+    yield Case(
+        name="s2t_local entropy joint-adapted, proposals adapted",
+        policy=adapted,
+        version="joint-adapted",
+    )
 
 
 def _policy(
@@ -91,7 +113,9 @@ def _policy(
     )
 
 
-def random_local_selector(proposer: Proposer, kind: SelectorKind, reads: Reading, seed: int) -> LocalSelector:
+def random_local_selector(
+    proposer: Proposer, kind: SelectorKind, reads: Reading, seed: int
+) -> LocalSelector:
     """A local selector that disagrees with the SLM. Its weights depend on `seed` only."""
     adapter = new_adapter(proposer.runtime.model, 3, 6.0, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -106,23 +130,27 @@ def random_local_selector(proposer: Proposer, kind: SelectorKind, reads: Reading
         kind=kind,
         reads=reads,
         reserved_ids=proposer.reserved_ids,
-        adapter=Adapter(3, 6.0, weights),
+        adapter=Adapter(rank=3, alpha=6.0, weights=weights),
         bin_deltas=deltas,
         temperature=0.2,
     )
 
 
-def decode(slm: Path, llm: Path, prompts: Sequence[Sequence[int]]) -> dict[str, list[list[dict[str, Any]]]]:
+def decode(
+    slm: Path, llm: Path, prompts: Sequence[Sequence[int]]
+) -> dict[str, list[list[dict[str, Any]]]]:
     """Case name -> per prompt the trace of every Step, each decoded alone."""
     runtime = ModelRuntime.load(str(slm))
     proposer = Proposer(runtime, reserved_ids(Tokenizer.load(slm), runtime.vocab_rows))
-    scorer = LLMScorer(ModelRuntime.load(str(llm)), "tokenizer")
+    scorer = LLMSelector(ModelRuntime.load(str(llm)), "tokenizer")
     local_selectors: dict[str, LocalSelector] = {}
     for kind in SelectorKind:
         for reads in Reading:
             made = random_local_selector(proposer, kind, reads, seed=len(local_selectors))
             local_selectors[made.version] = made
-    engine = Engine(proposer, InProcessSelector(scorer), lambda version: local_selectors.get(version or ""))
+    engine = Engine(
+        proposer, InProcessSelector(scorer), lambda version: local_selectors.get(version or "")
+    )
     traces: dict[str, list[list[dict[str, Any]]]] = {}
     for case in cases():
         traces[case.name] = []
@@ -130,11 +158,13 @@ def decode(slm: Path, llm: Path, prompts: Sequence[Sequence[int]]) -> dict[str, 
             request = DecodeRequest(
                 request_id=f"{case.name}/{i}",
                 token_ids=tuple(prompt),
-                policy=case.policy,
-                sampling=case.sampling,
-                max_new_tokens=NEW_TOKENS,
-                score_rollout=case.score_rollout,
-                selector_version=case.version,
+                options=DecodeOptions(
+                    policy=case.policy,
+                    sampling=case.sampling,
+                    max_new_tokens=NEW_TOKENS,
+                    score_rollout=case.score_rollout,
+                    version=case.version,
+                ),
             )
             steps = run_alone(engine, request)
             traces[case.name].append([trace(step) for step in steps])
@@ -142,7 +172,8 @@ def decode(slm: Path, llm: Path, prompts: Sequence[Sequence[int]]) -> dict[str, 
 
 
 def run_alone(engine: Engine, request: DecodeRequest) -> list[Step]:
-    """Alone, because rounding depends on what else is in a forward (the laws say that nothing more does)."""
+    """Alone, because rounding depends on what else is in a forward (the laws say that nothing more
+    does)."""
     sequence = engine.add(request)
     while not engine.idle:
         engine.step()

@@ -35,7 +35,14 @@ from services.bench.kl import bench_kl
 from services.bench.measure import figure, ratios, take_turns
 from services.bench.plot import draw
 from services.bench.score import bench_score
-from services.bench.train import SIDES, PeakMemory, Work, _peak_memory, bench_train, synthetic_rollouts
+from services.bench.train import (
+    SIDES,
+    ModelInput,
+    PeakMemory,
+    _peak_memory,
+    bench_train,
+    synthetic_rollouts,
+)
 from services.bench.workload import Settings
 from services.cli.app import app
 from services.evaluation import Problem
@@ -45,7 +52,16 @@ from services.harvest.rollouts import HarvestOptions, InProcess
 
 @pytest.fixture
 def small(models: dict[str, Path]) -> Settings:
-    return Settings(str(models["slm"]), str(models["llm"]), prefix=40, new=60, k=4, budget=0.05, repeats=1, threads=1)
+    return Settings(
+        slm=str(models["slm"]),
+        llm=str(models["llm"]),
+        prefix=40,
+        new=60,
+        k=4,
+        budget=0.05,
+        repeats=1,
+        threads=1,
+    )
 
 
 def test_sides_take_turns() -> None:
@@ -57,16 +73,25 @@ def test_sides_take_turns() -> None:
         return 1.0
 
     seconds = take_turns({name: lambda name=name: side(name) for name in "abc"}, 3)  # type: ignore[misc]
-    assert "".join(order) == "abcbcacab" and {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert "".join(order) == "abcbcacab" and {k: len(v) for k, v in seconds.items()} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
     assert figure("x", [3.0, 1.0, 2.0]).median == 2.0
 
 
 def test_workload_is_what_it_says(small: Settings) -> None:
-    """Lengths, mean and the number of triggers are conditions that are printed beside every figure."""
+    """Lengths, mean and the number of triggers are conditions that are printed beside every
+    figure."""
     for batch in (2, 7, 14, 16):
         lengths = workload.ragged_lengths(batch, 256)
-        assert len(lengths) == batch and len(set(lengths)) == batch and abs(sum(lengths) / batch - 256) < 2
+        assert (
+            len(lengths) == batch
+            and len(set(lengths)) == batch
+            and abs(sum(lengths) / batch - 256) < 2
+        )
     models = workload.load(small)
     assert [len(p) for p in workload.prompts(models.tokenizer, [10, 33])] == [10, 33]
     seed = workload.seed_with(0.05, 60, 3)
@@ -79,7 +104,10 @@ def test_decode_compares_equal_work(small: Settings) -> None:
     figures = {(f.name, f.conditions): f for f in report.figures}
     assert len(figures) == 2 * (3 + len(CONFIGURATIONS)) and all(f.low > 0 for f in report.figures)
     equal = [c for name, c in figures if name == "greedy / generate"]
-    assert equal == ["batch 1; 1 of 1 answers token for token equal", "batch 3; 3 of 3 answers token for token equal"]
+    assert equal == [
+        "batch 1; 1 of 1 answers token for token equal",
+        "batch 3; 3 of 3 answers token for token equal",
+    ]
 
 
 def test_score_and_kl_run(small: Settings) -> None:
@@ -95,8 +123,25 @@ def test_score_and_kl_run(small: Settings) -> None:
 
 def test_the_command_prints_json_and_refuses_nonsense(small: Settings) -> None:
     runner = CliRunner()
-    command = ["bench", "decode", "--slm", small.slm, "--prefix", "20", "--new", "8", "--kinds", "none", "--batches",
-               "1", "--repeats", "1", "--threads", "1", "--json"]
+    command = [
+        "bench",
+        "decode",
+        "--slm",
+        small.slm,
+        "--prefix",
+        "20",
+        "--new",
+        "8",
+        "--kinds",
+        "none",
+        "--batches",
+        "1",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
     result = runner.invoke(app.app, command)
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and len(report["figures"]) == 3 and "torch" in report["machine"]
@@ -106,14 +151,21 @@ def test_the_command_prints_json_and_refuses_nonsense(small: Settings) -> None:
 
 def test_plots_are_drawn(small: Settings, tmp_path: Path) -> None:
     curves = {"prefix": [(1.0, 1.1, 1.0, 1.2), (2.0, 1.2, 1.1, 1.3)]}
-    draw({"batch": curves, "budget": curves, "prefix": curves, "K": curves}, small, tmp_path / "cost.svg")
+    draw(
+        {"batch": curves, "budget": curves, "prefix": curves, "K": curves},
+        small,
+        tmp_path / "cost.svg",
+    )
     assert "<svg" in (tmp_path / "cost.svg").read_text()
     assert json.loads((tmp_path / "cost.json").read_text())["plots"]["K"]["prefix"][1][1] == 1.2
 
 
 def test_tree_packing_trains_what_the_published_way_trains(small: Settings) -> None:
-    """The baseline is plain Hugging Face code: the same loss and gradients mean that both do the same work."""
-    report = bench_train(Work(replace(small, prefix=10, new=40), rollouts=2, groups=3), list(SIDES), False)
+    """The baseline is plain Hugging Face code: the same loss and gradients mean that both do the
+    same work."""
+    report = bench_train(
+        ModelInput(replace(small, prefix=10, new=40), rollouts=2, groups=3), list(SIDES), False
+    )
     figures = {f.name: f for f in report.figures}
     assert all(f"published way / {name}: time per label" in figures for name in SIDES)
     equal = [f for name, f in figures.items() if name.endswith("relative difference")]
@@ -123,18 +175,27 @@ def test_tree_packing_trains_what_the_published_way_trains(small: Settings) -> N
 
 def test_a_wrong_loss_is_seen(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training, "training_loss", lambda *work: 1.001 * training_loss(*work))
-    report = bench_train(Work(replace(small, prefix=10, new=20), rollouts=1), [], False)
+    report = bench_train(ModelInput(replace(small, prefix=10, new=20), rollouts=1), [], False)
     assert min(f.median for f in report.figures if f.name.endswith("relative difference")) > 9e-4
 
 
 def test_synthetic_rollouts_are_what_they_say(small: Settings) -> None:
     reserved = range(48, 64)
-    rollouts = synthetic_rollouts(Work(replace(small, prefix=50, new=200), rollouts=3, share=0.1), 64, reserved)
-    assert [(len(r.token_ids), r.prompt_length, len(r.labels)) for r in rollouts] == [(250, 50, 20)] * 3
+    rollouts = synthetic_rollouts(
+        ModelInput(replace(small, prefix=50, new=200), rollouts=3, share=0.1), 64, reserved
+    )
+    assert [(len(r.token_ids), r.prompt_length, len(r.labels)) for r in rollouts] == [
+        (250, 50, 20)
+    ] * 3
     for rollout in rollouts:
         check_rollout(rollout)
-        assert len({label.position for label in rollout.labels}) == 20 and not set(rollout.token_ids) & set(reserved)
-        assert all(label.position > 50 and len(set(label.candidate_ids)) == small.k for label in rollout.labels)
+        assert len({label.position for label in rollout.labels}) == 20 and not set(
+            rollout.token_ids
+        ) & set(reserved)
+        assert all(
+            label.position > 50 and len(set(label.candidate_ids)) == small.k
+            for label in rollout.labels
+        )
     assert len({label.label_id for r in rollouts for label in r.labels}) == 60
 
 
@@ -144,64 +205,108 @@ def test_peak_memory_is_that_of_the_work(small: Settings) -> None:
         time.sleep(0.05)
         del block
     assert (64 << 20) * 0.9 < memory.peak - memory.before < (64 << 20) * 1.5
-    work = Work(replace(small, prefix=10, new=40), rollouts=1)
+    work = ModelInput(replace(small, prefix=10, new=40), rollouts=1)
     measured = _peak_memory(work, "prefix, base")
     assert measured.labels == 4 and 0 < measured.growth < measured.peak
 
 
 def test_harvest_sides_collect_the_same_labels(small: Settings) -> None:
-    """Intervened answers are token for token those of the lockstep collector, so their labels are too."""
-    report = bench_harvest(replace(small, new=30, budget=0.2), Load(prompts=4, lockstep_prompts=4, batch=3))
+    """Intervened answers are token for token those of the lockstep collector, so their labels are
+    too."""
+    report = bench_harvest(
+        replace(small, new=30, budget=0.2), Load(prompts=4, lockstep_prompts=4, batch=3)
+    )
     found = {f.name: f for f in report.figures}
-    labels = [re.search(r"(\d+) prompts.* (\d+) labels", found[f"{name}: labels per second"].conditions)
-              for name in ("token by token", "intervened")]
-    assert labels[0] and labels[1] and labels[0].groups() == labels[1].groups() and labels[0].group(1) == "4"
+    labels = [
+        re.search(r"(\d+) prompts.* (\d+) labels", found[f"{name}: labels per second"].conditions)
+        for name in ("token by token", "intervened")
+    ]
+    assert (
+        labels[0]
+        and labels[1]
+        and labels[0].groups() == labels[1].groups()
+        and labels[0].group(1) == "4"
+    )
     assert "1 at once" in found["token by token: labels per second"].conditions
-    assert all(0 < found[f"{name}: the LLM's share of the time"].median < 1
-               for name in ("token by token", "plain", "intervened"))
-    assert {"plain / token by token: labels per second", "intervened / token by token: labels per second"} <= set(found)
+    assert all(
+        0 < found[f"{name}: the LLM's share of the time"].median < 1
+        for name in ("token by token", "plain", "intervened")
+    )
+    assert {
+        "plain / token by token: labels per second",
+        "intervened / token by token: labels per second",
+    } <= set(found)
 
 
 @pytest.fixture(scope="module")
 def harvested(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lake of 120 problems, harvested with the tiny pair."""
     lake = tmp_path_factory.mktemp("lake")
-    pair = workload.load(Settings(str(models["slm"]), str(models["llm"]), threads=1), needs_llm=True)
+    pair = workload.load(
+        Settings(slm=str(models["slm"]), llm=str(models["llm"]), threads=1), needs_llm=True
+    )
     assert pair.scorer is not None
-    engine = Engine(pair.proposer, InProcessSelector(pair.scorer), max_running=16)
+    engine = Engine(pair.proposer, InProcessSelector(pair.scorer), max_num_seqs=16)
     prompts = [Prompt(token_ids=(5 + i % 43, 5 + i // 43, 6 + i % 7, 9)) for i in range(120)]
-    harvest(InProcess(Generator(pair.tokenizer, engine, pair.scorer.info.digest)),
-            Prompts(lambda: (({"id": f"p{i}"}, p) for i, p in enumerate(prompts)), "test", 120), Lake(lake),
-            HarvestOptions(task="curve", candidates=4, max_new_tokens=10))
+    harvest(
+        InProcess(Generator(pair.tokenizer, engine, pair.scorer.info.digest)),
+        Prompts(lambda: (({"id": f"p{i}"}, p) for i, p in enumerate(prompts)), "test", 120),
+        Lake(lake),
+        HarvestOptions(task="curve", candidates=4, max_new_tokens=10),
+    )
     return lake
 
 
 @pytest.fixture
 def curve(harvested: Path) -> CurveSettings:
-    return CurveSettings(harvested, counts=(20, 60), names=("prefix, base", PLAIN), steps=6, budgets=(0.5,),
-                         accuracy_at=(60,))
+    return CurveSettings(
+        lake=harvested,
+        counts=(20, 60),
+        names=("prefix, base", PLAIN),
+        steps=6,
+        budgets=(0.5,),
+        accuracy_at=(60,),
+    )
 
 
-PROBLEMS = [Problem(str(i), Prompt(token_ids=(6 + i, 7)), lambda text, i=i: f"w{i}" in text) for i in range(6)]
+PROBLEMS = [
+    Problem(str(i), Prompt(token_ids=(6 + i, 7)), lambda text, i=i: f"w{i}" in text)
+    for i in range(6)
+]
 
 
-def test_curve_goes_on_where_it_was_killed(small: Settings, curve: CurveSettings, tmp_path: Path) -> None:
+def test_curve_goes_on_where_it_was_killed(
+    small: Settings, curve: CurveSettings, tmp_path: Path
+) -> None:
     out = tmp_path / "curve.jsonl"
     made = []
     points = bench_curve(replace(small, new=12), curve, PROBLEMS, out, made.append)
     assert made == points and [(p.name, p.count) for p in points] == [
-        (SLM, 0), (UNTRAINED, 0), ("prefix, base", 20), (PLAIN, 20), ("prefix, base", 60), (PLAIN, 60)]
+        (SLM, 0),
+        (UNTRAINED, 0),
+        ("prefix, base", 20),
+        (PLAIN, 20),
+        ("prefix, base", 60),
+        (PLAIN, 60),
+    ]
     assert [sorted(p.correct) for p in points] == [[""], ["0.5"], [], [], ["0.5"], [""]]
     assert all(len(digits) == 6 for p in points for digits in p.correct.values())
-    assert all(20 <= p.labels < 60 for p in points if p.count == 20) and len({p.test_labels for p in points}) == 1
+    assert (
+        all(20 <= p.labels < 60 for p in points if p.count == 20)
+        and len({p.test_labels for p in points}) == 1
+    )
 
     lines = out.read_text().splitlines()
-    out.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # killed while it wrote the last point
+    out.write_text(
+        "\n".join(lines[:-1]) + "\n" + lines[-1][:40]
+    )  # killed while it wrote the last point
     made.clear()
     again = bench_curve(replace(small, new=12), curve, PROBLEMS, out, made.append)
     assert [p.key for p in made] == [points[-1].key]
     assert [replace(p, seconds=0.0) for p in again] == [replace(p, seconds=0.0) for p in points]
-    more = bench_curve(replace(small, new=12), replace(curve, accuracy_at=(20, 60)), PROBLEMS, out, made.append)
+    more = bench_curve(
+        replace(small, new=12), replace(curve, accuracy_at=(20, 60)), PROBLEMS, out, made.append
+    )
     assert [p.count for p in made[1:]] == [20, 20] and all(p.correct for p in more)
 
     with pytest.raises(ConfigError, match="--out"):
@@ -216,10 +321,12 @@ def test_subsets_are_nested_and_hold_whole_problems(small: Settings, curve: Curv
     work = Curve(small, curve, PROBLEMS)
     fewer, more = work.subset(20), work.subset(60)
     assert fewer == more[: len(fewer)] and len(more) > len(fewer)
-    assert not {r.problem for r in fewer} & {r.problem for r in more[len(fewer):]}
+    assert not {r.problem for r in fewer} & {r.problem for r in more[len(fewer) :]}
     assert all(part_of(r) is Part.TRAINING for r in more)
     answers = [r.entropy for r in Lake(curve.lake).rollouts() if part_of(r) is Part.TRAINING]
-    allowed = 0.2 * sum(map(len, answers))  # a share of all steps, of which the first three never trigger
+    allowed = 0.2 * sum(
+        map(len, answers)
+    )  # a share of all steps, of which the first three never trigger
     assert 0.95 * allowed < sum(x > work._threshold(0.2) for a in answers for x in a[3:]) <= allowed
     with pytest.raises(ConfigError, match="--counts"):
         Curve(small, replace(curve, counts=(10**6,)), PROBLEMS)
@@ -227,23 +334,35 @@ def test_subsets_are_nested_and_hold_whole_problems(small: Settings, curve: Curv
         Curve(small, curve, [])
 
 
-def test_plain_distillation_decodes_with_the_adapter_on(small: Settings, curve: CurveSettings) -> None:
+def test_plain_distillation_decodes_with_the_adapter_on(
+    small: Settings, curve: CurveSettings
+) -> None:
     """The control would be the SLM itself if its adapter were off."""
     answers: list[str] = []
     spied = [Problem(p.id, p.prompt, lambda text: bool(answers.append(text))) for p in PROBLEMS]
     work = Curve(replace(small, new=12), curve, spied)
-    selector = workload.random_selector(work.models.slm, work.models.proposer.reserved_ids, SelectorKind.PREFIX,
-                                        Reading.ADAPTED)
+    selector = workload.random_selector(
+        work.models.slm, work.models.proposer.reserved_ids, SelectorKind.PREFIX, Reading.ADAPTED
+    )
     work._answers(PLAIN, selector, None)
     work._answers(SLM, None, None)
     assert len(answers) == 12 and sorted(answers[:6]) != sorted(answers[6:])
 
 
-@pytest.mark.parametrize("arguments", [
-    ["train", "--kinds", "magic"], ["train", "--groups", "0"], ["train", "--share", "2"],
-    ["harvest", "--lockstep", "0"], ["curve", "--lake", "x", "--budgets", "0.01,2"],
-    ["curve", "--lake", "x", "--counts", "9", "--accuracy-at", "7"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--kinds", "magic"],
+        ["train", "--groups", "0"],
+        ["train", "--share", "2"],
+        ["harvest", "--lockstep", "0"],
+        ["curve", "--lake", "x", "--budgets", "0.01,2"],
+        ["curve", "--lake", "x", "--counts", "9", "--accuracy-at", "7"],
+    ],
+)
 def test_nonsense_is_refused(small: Settings, arguments: list[str]) -> None:
     name, *options = arguments
     outcome = CliRunner().invoke(app.app, ["bench", name, "--slm", small.slm, *options])
-    assert "InvalidRequestError" in repr(outcome.exception) and options[-2] in str(outcome.exception)
+    assert "InvalidRequestError" in repr(outcome.exception) and options[-2] in str(
+        outcome.exception
+    )

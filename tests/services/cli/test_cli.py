@@ -1,4 +1,5 @@
-"""The command line: the fixed form of `s2t generate`, exit status and text of every kind of bad input."""
+"""The command line: the fixed form of `s2t generate`, exit status and text of every kind of bad
+input."""
 
 from __future__ import annotations
 
@@ -15,7 +16,19 @@ from s2t_shared.labels.lake import Lake
 from services.cli import generate as generate_command
 from services.cli.app import app
 
-VERBS = {"demo", "serve", "generate", "harvest", "train", "versions", "eval", "doctor", "config", "bench", "labels"}
+VERBS = {
+    "demo",
+    "serve",
+    "generate",
+    "harvest",
+    "train",
+    "versions",
+    "eval",
+    "doctor",
+    "config",
+    "bench",
+    "labels",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +47,31 @@ def s2t(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return int(done.value.code or 0)
 
 
-def generate(monkeypatch: pytest.MonkeyPatch, lines: list[str], *options: str | Path) -> tuple[int, list[dict]]:
+def generate(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], *options: str | Path
+) -> tuple[int, list[dict]]:
     Path("in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    status = s2t(monkeypatch, "generate", "--slm", SLM_DIR, "--llm", LLM_DIR, "--max-new-tokens", "40", "--input",
-                 "in.jsonl", "--output", "out.jsonl", "--threads", "1", *options)
+    status = s2t(
+        monkeypatch,
+        "generate",
+        "--slm",
+        SLM_DIR,
+        "--llm",
+        LLM_DIR,
+        "--max-new-tokens",
+        "40",
+        "--input",
+        "in.jsonl",
+        "--output",
+        "out.jsonl",
+        "--threads",
+        "1",
+        *options,
+    )
     out = Path("out.jsonl")
-    return status, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    return status, [
+        json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()
+    ] if out.exists() else []
 
 
 LINES = [json.dumps({"id": p.id, "prompt": p.prompt}) for p in problems.problems("test", 6)]
@@ -51,18 +83,36 @@ def test_verbs_are_frozen() -> None:
     assert names | {g.name for g in app.app.registered_groups} == VERBS
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sample", "s2t", "s2t_local", "takeover", "llm", "majority@4"])
+@pytest.mark.parametrize(
+    "mode", ["greedy", "sample", "s2t", "s2t_local", "takeover", "llm", "majority@4"]
+)
 def test_generate_in_every_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """The documented fields, in input order, for every mode."""
     status, rows = generate(monkeypatch, LINES, "--mode", mode, "--threshold", "0.5", "--steps")
     assert status == 0 and [r["id"] for r in rows] == [json.loads(line)["id"] for line in LINES]
     for row in rows:
-        assert set(row) == {"id", "token_ids", "text", "finish_reason", "usage", "versions", "steps"}
+        assert set(row) == {
+            "id",
+            "token_ids",
+            "text",
+            "finish_reason",
+            "usage",
+            "versions",
+            "steps",
+        }
         assert row["finish_reason"] in ("stop", "length") and row["token_ids"] and row["text"]
         assert len(row["steps"]) == row["usage"]["triggers"] or mode.startswith("majority")
         for step in row["steps"]:
-            assert set(step) == {"index", "token_id", "signal", "candidate_ids", "scores", "chosen_by", "slm_top_id",
-                                 "llm_top_id"}
+            assert set(step) == {
+                "index",
+                "token_id",
+                "signal",
+                "candidate_ids",
+                "scores",
+                "chosen_by",
+                "slm_top_id",
+                "llm_top_id",
+            }
             assert row["token_ids"][step["index"]] == step["token_id"]
     assert (sum(len(r["steps"]) for r in rows) > 0) == (mode in ("s2t", "s2t_local", "takeover"))
 
@@ -70,16 +120,28 @@ def test_generate_in_every_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> N
 def test_budget_is_kept_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget of 5 % triggers about 5 % of the steps of other problems of the kind."""
     lines = [json.dumps({"id": p.id, "prompt": p.prompt}) for p in problems.problems("test", 60)]
-    status, rows = generate(monkeypatch, lines, "--mode", "s2t", "--budget", "0.05", "--batch-size", "16")
+    status, rows = generate(
+        monkeypatch, lines, "--mode", "s2t", "--budget", "0.05", "--batch-size", "16"
+    )
     rate = sum(r["usage"]["triggers"] for r in rows) / sum(len(r["token_ids"]) for r in rows)
     assert status == 0 and 0.03 < rate < 0.07
 
 
-def test_broken_lines_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    bad = ["{", "[]", '{"prompt": "x"}', '{"id": "a"}', '{"id": "b", "prompt": ""}',
-           '{"id": "c", "prompt": "x", "token_ids": [1]}', '{"id": "d", "token_ids": [99999]}',
-           '{"id": "e", "token_ids": [1.5]}', '{"id": "f", "messages": [{"role": "user"}]}',
-           json.dumps({"id": "g", "prompt": "coins " * 300})]
+def test_broken_lines_do_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    bad = [
+        "{",
+        "[]",
+        '{"prompt": "x"}',
+        '{"id": "a"}',
+        '{"id": "b", "prompt": ""}',
+        '{"id": "c", "prompt": "x", "token_ids": [1]}',
+        '{"id": "d", "token_ids": [99999]}',
+        '{"id": "e", "token_ids": [1.5]}',
+        '{"id": "f", "messages": [{"role": "user"}]}',
+        json.dumps({"id": "g", "prompt": "coins " * 300}),
+    ]
     status, rows = generate(monkeypatch, [LINES[0], *bad, LINES[1], LINES[0]], "--mode", "greedy")
     assert status == 1 and [r["id"] for r in rows] == [json.loads(line)["id"] for line in LINES[:2]]
     errors = capsys.readouterr().err
@@ -88,31 +150,37 @@ def test_broken_lines_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, ca
     assert f'line {len(bad) + 3}: "id"' in errors and "prompt has 300 tokens" in errors
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--mode", "nope"], "--mode='nope': unknown; choose from greedy"),
-    (["--mode", "greedy@3"], "only majority"),
-    (["--trigger", "nope"], "--trigger='nope'"),
-    (["--candidates", "0"], "candidates=0: must be 1..64"),
-    (["--candidates", "65"], "candidates=65: must be 1..64"),
-    (["--budget", "2"], "budget=2"),
-    (["--budget", "0.1", "--threshold", "1"], "not both"),
-    (["--threshold", "nan"], "threshold=nan"),
-    (["--dtype", "float8"], "dtype 'float8'"),
-    (["--slm", "/nowhere/model"], "'/nowhere/model' does not exist"),
-    (["--selector", "v0001-none"], "no version 'v0001-none'"),
-    (["--input", "/nowhere.jsonl"], "cannot be read"),
-    (["--output", "/nowhere/out.jsonl"], "cannot be written"),
-], ids=lambda o: " ".join(map(str, o))[:40] if isinstance(o, list) else "")
-def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, options: list[str],
-                      message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "nope"], "--mode='nope': unknown; choose from greedy"),
+        (["--mode", "greedy@3"], "only majority"),
+        (["--trigger", "nope"], "--trigger='nope'"),
+        (["--candidates", "0"], "candidates=0: must be 1..64"),
+        (["--candidates", "65"], "candidates=65: must be 1..64"),
+        (["--budget", "2"], "budget=2"),
+        (["--budget", "0.1", "--threshold", "1"], "not both"),
+        (["--threshold", "nan"], "threshold=nan"),
+        (["--dtype", "float8"], "dtype 'float8'"),
+        (["--slm", "/nowhere/model"], "'/nowhere/model' does not exist"),
+        (["--selector", "v0001-none"], "no version 'v0001-none'"),
+        (["--input", "/nowhere.jsonl"], "cannot be read"),
+        (["--output", "/nowhere/out.jsonl"], "cannot be written"),
+    ],
+    ids=lambda o: " ".join(map(str, o))[:40] if isinstance(o, list) else "",
+)
+def test_bad_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, options: list[str], message: str
+) -> None:
     """One line that says what, where and how; exit status 2; no traceback."""
     status, _ = generate(monkeypatch, LINES[:1], *options)
     error = capsys.readouterr().err
     assert status == 2 and message in error and "Traceback" not in error
 
 
-def test_mismatched_tokenizers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-                               tmp_path: Path) -> None:
+def test_mismatched_tokenizers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     """What differs is said."""
     other = tmp_path / "llm"
     shutil.copytree(LLM_DIR, other)
@@ -123,14 +191,20 @@ def test_mismatched_tokenizers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert status == 2 and "share a tokenizer" in error and "'coins'" in error
 
 
-def test_corrupt_version_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_corrupt_version_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     (tmp_path / "v").mkdir()
     (tmp_path / "v/manifest.json").write_text("{", encoding="utf-8")
-    status, _ = generate(monkeypatch, LINES[:1], "--selector", tmp_path / "v", "--mode", "s2t_local")
+    status, _ = generate(
+        monkeypatch, LINES[:1], "--selector", tmp_path / "v", "--mode", "s2t_local"
+    )
     assert status == 2 and "manifest.json is broken" in capsys.readouterr().err
 
 
-def test_broken_model_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_broken_model_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     broken = tmp_path / "slm"
     shutil.copytree(SLM_DIR, broken)
     (broken / "model.safetensors").write_bytes(b"junk")
@@ -139,13 +213,31 @@ def test_broken_model_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert status == 2 and "cannot be loaded" in error and "Traceback" not in error
 
 
-def test_harvest_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_harvest_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     """Prompts in, Parquet labels out; an evaluation split is refused."""
     file = tmp_path / "train.jsonl"
-    file.write_text("\n".join(json.dumps({"id": p.id, "prompt": p.prompt})
-                              for p in problems.problems("train", 40)), encoding="utf-8")
-    arguments = ["harvest", file, "--slm", SLM_DIR, "--llm", LLM_DIR, "--out", tmp_path / "lake",
-                 "--max-new-tokens", "40", "--threads", "1"]
+    file.write_text(
+        "\n".join(
+            json.dumps({"id": p.id, "prompt": p.prompt}) for p in problems.problems("train", 40)
+        ),
+        encoding="utf-8",
+    )
+    arguments = [
+        "harvest",
+        file,
+        "--slm",
+        SLM_DIR,
+        "--llm",
+        LLM_DIR,
+        "--out",
+        tmp_path / "lake",
+        "--max-new-tokens",
+        "40",
+        "--threads",
+        "1",
+    ]
     assert s2t(monkeypatch, *arguments, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     labels = [label for rollout in Lake(tmp_path / "lake").rollouts() for label in rollout.labels]
@@ -167,8 +259,13 @@ def test_port_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "the port is taken" in capsys.readouterr().err
 
 
-def test_unreachable_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert s2t(monkeypatch, "eval", "--address", "127.0.0.1:9", "--count", "2", "--modes", "greedy") == 3
+def test_unreachable_service(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert (
+        s2t(monkeypatch, "eval", "--address", "127.0.0.1:9", "--count", "2", "--modes", "greedy")
+        == 3
+    )
     assert "cannot be reached" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""Text around the engine: extraction of answers, the majority vote, stop strings, deadlines, thresholds."""
+"""Text around the engine: extraction of answers, the majority vote, stop strings, deadlines,
+thresholds."""
 
 from __future__ import annotations
 
@@ -10,8 +11,14 @@ import pytest
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator, check_request, extract_answer, with_thresholds
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
+from s2t_shared.decode.generate import (
+    GenerateRequest,
+    Generator,
+    check_request,
+    extract_answer,
+    with_thresholds,
+)
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import (
     ConfigError,
@@ -26,7 +33,18 @@ from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.statistics import hit_at, paired_difference, spearman, wilson_interval
-from s2t_shared.types import Answer, CandidateRule, LabelOptions, LabelRule, Mode, Policy, Prompt, Sampling, Trigger
+from s2t_shared.types import (
+    Answer,
+    CandidateRule,
+    DecodeOptions,
+    LabelOptions,
+    LabelRule,
+    Mode,
+    Policy,
+    Prompt,
+    Sampling,
+    Trigger,
+)
 from tests.decode import test_engine_laws as laws
 
 PROBLEM = problems.problems("test", 8)
@@ -36,9 +54,12 @@ PROBLEM = problems.problems("test", 8)
 def pair() -> Generator:
     tokenizer = Tokenizer.load(SLM_DIR)
     slm, llm = ModelRuntime.load(str(SLM_DIR)), ModelRuntime.load(str(LLM_DIR))
-    scorer = LLMScorer(llm, tokenizer.digest)
-    return Generator(tokenizer, Engine(Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)),
-                                       InProcessSelector(scorer)), scorer.info.digest)
+    scorer = LLMSelector(llm, tokenizer.digest)
+    return Generator(
+        tokenizer,
+        Engine(Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)), InProcessSelector(scorer)),
+        scorer.info.digest,
+    )
 
 
 def one(generator: Generator, request: GenerateRequest) -> Answer:
@@ -47,22 +68,48 @@ def one(generator: Generator, request: GenerateRequest) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize(("text", "pattern", "expected"), [
-    (r"so \boxed{42} is it, not 7", "", "42"), ("first 3, the answer is 1,234.", "", "1234"),
-    ("Answer: 9 11\nnot 5", "", "9 11"), ("no statement but 12 then 15", "", "15"), ("nothing", "", None),
-    ("the answer is blue.", "", "blue"), ("So Mia buys 4 and 15 .", r"buys (\d+) and (\d+)", "4 15"), ("x", "y", None)])
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        (r"so \boxed{42} is it, not 7", "", "42"),
+        ("first 3, the answer is 1,234.", "", "1234"),
+        ("Answer: 9 11\nnot 5", "", "9 11"),
+        ("no statement but 12 then 15", "", "15"),
+        ("nothing", "", None),
+        ("the answer is blue.", "", "blue"),
+        ("So Mia buys 4 and 15 .", r"buys (\d+) and (\d+)", "4 15"),
+        ("x", "y", None),
+    ],
+)
 def test_extract_answer(text: str, pattern: str, expected: str | None) -> None:
     assert extract_answer(text, pattern) == expected
 
 
 def test_majority_is_the_vote_of_its_samples(pair: Generator) -> None:
-    """The answer of majority@n is the most frequent one among the same n samples drawn alone - never "any right"."""
+    """The answer of majority@n is the most frequent one among the same n samples drawn alone -
+    never "any right"."""
     for problem in PROBLEM:
-        request = GenerateRequest("m", Prompt(text=problem.prompt), Policy(Mode.MAJORITY), samples=7, max_new_tokens=40,
-                                  sampling=Sampling(1.0, seed=5), answer_pattern=problems.ANSWER_PATTERN)
+        request = GenerateRequest(
+            request_id="m",
+            prompt=Prompt(text=problem.prompt),
+            samples=7,
+            answer_pattern=problems.ANSWER_PATTERN,
+            options=DecodeOptions(
+                policy=Policy(mode=Mode.MAJORITY), max_new_tokens=40, sampling=Sampling(1.0, seed=5)
+            ),
+        )
         majority = one(pair, request)
-        alone = [one(pair, replace(request, policy=Policy(Mode.SAMPLE), sampling=Sampling(1.0, seed=5 * 64 + i)))
-                 for i in range(7)]
+        alone = [
+            one(
+                pair,
+                replace(
+                    request,
+                    policy=Policy(mode=Mode.SAMPLE),
+                    sampling=Sampling(1.0, seed=5 * 64 + i),
+                ),
+            )
+            for i in range(7)
+        ]
         votes = Counter(extract_answer(a.text, problems.ANSWER_PATTERN) for a in alone)
         assert votes[extract_answer(majority.text, problems.ANSWER_PATTERN)] == max(votes.values())
         assert majority.usage.completion_tokens == sum(len(a.token_ids) for a in alone)
@@ -70,20 +117,32 @@ def test_majority_is_the_vote_of_its_samples(pair: Generator) -> None:
 
 def test_stop_string_ends_the_answer(pair: Generator) -> None:
     """The text ends before the stop string, the reason is "stop", and the row is free again."""
-    request = GenerateRequest("s", Prompt(text=PROBLEM[0].prompt), max_new_tokens=40)
+    request = GenerateRequest(
+        request_id="s",
+        prompt=Prompt(text=PROBLEM[0].prompt),
+        options=DecodeOptions(max_new_tokens=40),
+    )
     whole = one(pair, request)
     cut = one(pair, replace(request, stop=(" first",)))
     assert cut.text == whole.text.partition(" first")[0] and cut.finish_reason.value == "stop"
     assert len(cut.token_ids) < len(whole.token_ids)
-    assert pair.engine.idle and pair.engine.proposer.runtime.pool.live_rows == 0
+    assert pair.engine.idle and pair.engine.proposer.runtime.pool.live_slots == 0
 
 
-@pytest.mark.parametrize(("stop", "accepted"), [
-    (("x" * 256, "é" * 256, "x" * 256, "y" * 256), True), (("x" * 257,), False), (("x" * 3_000_000,), False),
-    (("x" * 205,) * 5, False), (("x",) * 17, False), (("",), False)])
+@pytest.mark.parametrize(
+    ("stop", "accepted"),
+    [
+        (("x" * 256, "é" * 256, "x" * 256, "y" * 256), True),
+        (("x" * 257,), False),
+        (("x" * 3_000_000,), False),
+        (("x" * 205,) * 5, False),
+        (("x",) * 17, False),
+        (("",), False),
+    ],
+)
 def test_stop_strings_are_bounded(stop: tuple[str, ...], accepted: bool) -> None:
     """Matching runs in the thread that decodes for everybody."""
-    request = GenerateRequest("s", Prompt(text="x"), stop=stop)
+    request = GenerateRequest(request_id="s", prompt=Prompt(text="x"), stop=stop)
     if accepted:
         check_request(request)
     else:
@@ -92,58 +151,100 @@ def test_stop_strings_are_bounded(stop: tuple[str, ...], accepted: bool) -> None
 
 
 def test_length_and_deadline(pair: Generator) -> None:
-    request = GenerateRequest("d", Prompt(text=PROBLEM[0].prompt), max_new_tokens=3)
+    request = GenerateRequest(
+        request_id="d",
+        prompt=Prompt(text=PROBLEM[0].prompt),
+        options=DecodeOptions(max_new_tokens=3),
+    )
     assert one(pair, request).finish_reason.value == "length"
     ((_, late),) = pair.generate([replace(request, max_new_tokens=40, timeout_s=1e-6)])
     assert isinstance(late, DeadlineExceededError) and pair.engine.idle
 
 
 def test_errors_come_in_place_of_their_own_answer_only(pair: Generator) -> None:
-    good = GenerateRequest("good", Prompt(text=PROBLEM[0].prompt), max_new_tokens=5)
-    outcomes = {r.request_id: o for r, o in pair.generate([replace(good, request_id="bad", samples=0), good])}
+    good = GenerateRequest(
+        request_id="good",
+        prompt=Prompt(text=PROBLEM[0].prompt),
+        options=DecodeOptions(max_new_tokens=5),
+    )
+    outcomes = {
+        r.request_id: o
+        for r, o in pair.generate([replace(good, request_id="bad", samples=0), good])
+    }
     assert isinstance(outcomes["bad"], InvalidRequestError) and isinstance(outcomes["good"], Answer)
 
 
 def test_budgets_become_thresholds() -> None:
     calibration = Calibration({Trigger.ENTROPY: {0.01: 2.0, 0.1: 1.0}})
-    request = GenerateRequest("b", Prompt(text="x"), Policy(Mode.S2T), 0.01)
+    request = GenerateRequest(
+        request_id="b",
+        prompt=Prompt(text="x"),
+        budget=0.01,
+        options=DecodeOptions(policy=Policy(mode=Mode.S2T)),
+    )
     assert with_thresholds(request, calibration).policy.threshold == 2.0
     middle = with_thresholds(replace(request, budget=0.0316), calibration).policy.threshold
     assert 1.4 < middle < 1.6  # halfway in log budget
-    random = with_thresholds(replace(request, policy=Policy(Mode.S2T, Trigger.RANDOM)), Calibration({}))
+    random = with_thresholds(
+        replace(request, policy=Policy(mode=Mode.S2T, trigger=Trigger.RANDOM)), Calibration({})
+    )
     assert random.policy.threshold == pytest.approx(0.99)
     with pytest.raises(ConfigError, match="no calibrated"):
-        with_thresholds(replace(request, policy=Policy(Mode.S2T, Trigger.KL)), calibration)
+        with_thresholds(
+            replace(request, policy=Policy(mode=Mode.S2T, trigger=Trigger.KL)), calibration
+        )
     assert Calibration.from_json(calibration.to_json()) == calibration
 
 
 def test_labels_of_a_scored_rollout(pair: Generator) -> None:
-    """Each label repeats what a direct look gives: context, candidates in SLM order, ranks, mass; warm-up left out;
-    the same rollout gives the same ids; an evaluation split gives none."""
-    answer = one(pair, GenerateRequest("r", Prompt(text=PROBLEM[1].prompt), max_new_tokens=40, score_rollout=True))
+    """Each label repeats what a direct look gives: context, candidates in SLM order, ranks, mass;
+    warm-up left out; the same rollout gives the same ids; an evaluation split gives none."""
+    answer = one(
+        pair,
+        GenerateRequest(
+            request_id="r",
+            prompt=Prompt(text=PROBLEM[1].prompt),
+            options=DecodeOptions(max_new_tokens=40, score_rollout=True),
+        ),
+    )
     prompt = pair.tokenizer.encode(Prompt(text=PROBLEM[1].prompt))
-    options = LabelOptions(True, "shop", "p", rules=(LabelRule(Trigger.ENTROPY, -1.0),))
+    options = LabelOptions(
+        store=True, task="shop", problem_id="p", rules=(LabelRule(Trigger.ENTROPY, -1.0),)
+    )
     digests = Digests("slm", "llm", "tok")
     rollout = rollout_of(prompt, answer.steps, CandidateRule(16), options, digests, "r")
     labels = rollout.labels
-    assert rollout.token_ids == (*prompt, *answer.token_ids) and rollout.prompt_length == len(prompt)
-    assert [label.position - len(prompt) for label in labels] == list(range(3, len(answer.token_ids)))
+    assert rollout.token_ids == (*prompt, *answer.token_ids) and rollout.prompt_length == len(
+        prompt
+    )
+    assert [label.position - len(prompt) for label in labels] == list(
+        range(3, len(answer.token_ids))
+    )
     for label in labels:
         step = answer.steps[label.position - len(prompt)]
         assert step.support is not None and step.llm is not None
         assert label.candidate_ids == step.support.ids[:16] and label.llm_top_id == step.llm.top_id
-        assert label.candidate_ids[label.best] == label.llm_top_id or label.llm_top_rank not in range(16)
+        assert label.candidate_ids[
+            label.best
+        ] == label.llm_top_id or label.llm_top_rank not in range(16)
         assert 0.0 < label.mass <= 1.0001 and label.kl >= -1e-6
 
     def ids(**changes: str) -> list[str]:
         changed = replace(digests, **changes)
-        return [a.label_id for a in rollout_of(prompt, answer.steps, CandidateRule(16), options, changed, "x").labels]
+        return [
+            a.label_id
+            for a in rollout_of(
+                prompt, answer.steps, CandidateRule(16), options, changed, "x"
+            ).labels
+        ]
 
     assert ids() == [label.label_id for label in labels]
     for part in ("slm", "llm", "tokenizer", "template"):
         assert not set(ids(**{part: "new"})) & set(ids()), part
     with pytest.raises(EvaluationSplitError):
-        rollout_of(prompt, answer.steps, CandidateRule(16), replace(options, split="Test"), digests, "r")
+        rollout_of(
+            prompt, answer.steps, CandidateRule(16), replace(options, split="Test"), digests, "r"
+        )
 
 
 def test_problem_splits_are_disjoint() -> None:
@@ -163,16 +264,28 @@ def test_metrics() -> None:
 
 
 @pytest.mark.parametrize("failure", laws.FAILURES)
-def test_an_answer_of_mode_llm_has_something_of_the_llm(models: dict[str, Path], failure: str) -> None:
-    """One without any step of the LLM is an error; one that the LLM left half-way is an answer that says so."""
-    request = GenerateRequest("r", Prompt(token_ids=laws.PROMPTS[0]), Policy(Mode.LLM), max_new_tokens=6)
+def test_an_answer_of_mode_llm_has_something_of_the_llm(
+    models: dict[str, Path], failure: str
+) -> None:
+    """One without any step of the LLM is an error; one that the LLM left half-way is an answer that
+    says so."""
+    request = GenerateRequest(
+        request_id="r",
+        prompt=Prompt(token_ids=laws.PROMPTS[0]),
+        options=DecodeOptions(policy=Policy(mode=Mode.LLM), max_new_tokens=6),
+    )
 
     def outcome(healthy: int, policy: Policy) -> Answer | S2TError:
-        generator = Generator(Tokenizer.load(models["slm"]), laws.failing_engine(models, healthy, failure))
+        generator = Generator(
+            Tokenizer.load(models["slm"]), laws.failing_engine(models, healthy, failure)
+        )
         ((_, answer),) = generator.generate([replace(request, policy=policy)])
         return answer
 
-    assert isinstance(outcome(0, Policy(Mode.LLM)), SelectorUnavailableError)
-    for healthy, policy in ((2, Policy(Mode.LLM)), (0, laws.ALL)):
+    assert isinstance(outcome(0, Policy(mode=Mode.LLM)), SelectorUnavailableError)
+    for healthy, policy in ((2, Policy(mode=Mode.LLM)), (0, laws.ALL)):
         answer = outcome(healthy, policy)
-        assert isinstance(answer, Answer) and answer.usage.degraded_steps == len(answer.token_ids) - healthy > 0
+        assert (
+            isinstance(answer, Answer)
+            and answer.usage.degraded_steps == len(answer.token_ids) - healthy > 0
+        )

@@ -1,4 +1,5 @@
-"""`s2t labels` on real lakes: figures that can be recomputed, exports others can read, deletion that is complete."""
+"""`s2t labels` on real lakes: figures that can be recomputed, exports others can read, deletion
+that is complete."""
 
 from __future__ import annotations
 
@@ -30,17 +31,50 @@ from tests.helpers.models import word_tokenizer
 PROMPT, ANSWER = 6, 10
 
 
-def rollout(number: int, task: str = "sums", tokenizer_digest: str = "tok", created_at: float = 1000.0) -> Rollout:
+def rollout(
+    number: int, task: str = "sums", tokenizer_digest: str = "tok", created_at: float = 1000.0
+) -> Rollout:
     """One with two labels; numbers from a seeded generator."""
     rng = np.random.default_rng(number)
     token_ids = tuple(int(i) for i in rng.integers(5, 48, PROMPT + ANSWER))
-    kl, entropy = (tuple(float(np.float32(x)) for x in rng.gamma(0.5, 1.0, ANSWER)) for _ in range(2))
+    kl, entropy = (
+        tuple(float(np.float32(x)) for x in rng.gamma(0.5, 1.0, ANSWER)) for _ in range(2)
+    )
     ranks = tuple(int(r) for r in rng.integers(-1, 12, ANSWER))
     labels = tuple(
-        Label(f"label-{number}-{step}", PROMPT + step, (7, 2, 9), (-0.5, -1.5, -2.5), (-1.5, -0.25, -3.5), 2,
-              ranks[step], 0.75, kl[step], entropy[step]) for step in (3, 8))
-    made = Rollout(f"rollout-{number}", f"request-{number}", f"p{number}", task, "train", "plain", token_ids, PROMPT,
-                   entropy, kl, ranks, labels, "slm", "llm", tokenizer_digest, "template", created_at)
+        Label(
+            label_id=f"label-{number}-{step}",
+            position=PROMPT + step,
+            candidate_ids=(7, 2, 9),
+            slm_log_probs=(-0.5, -1.5, -2.5),
+            llm_log_probs=(-1.5, -0.25, -3.5),
+            llm_top_id=2,
+            llm_top_rank=ranks[step],
+            mass=0.75,
+            kl=kl[step],
+            entropy=entropy[step],
+        )
+        for step in (3, 8)
+    )
+    made = Rollout(
+        rollout_id=f"rollout-{number}",
+        request_id=f"request-{number}",
+        problem_id=f"p{number}",
+        task=task,
+        split="train",
+        source="plain",
+        token_ids=token_ids,
+        prompt_length=PROMPT,
+        entropy=entropy,
+        kl=kl,
+        llm_top_rank=ranks,
+        labels=labels,
+        slm_digest="slm",
+        llm_digest="llm",
+        tokenizer_digest=tokenizer_digest,
+        template_digest="template",
+        created_at=created_at,
+    )
     check_rollout(made)
     return made
 
@@ -73,7 +107,7 @@ def as_json(*arguments: str | Path) -> Any:
     return json.loads(text)
 
 
-# -- stats --------------------------------------------------------------------------------------------------------
+# -- stats ----------------------------------------------------------------------------------------
 
 
 def hit(ranks: Sequence[int], k: int) -> float:
@@ -87,7 +121,8 @@ def test_stats_are_those_of_the_rollouts(lake: Lake) -> None:
     assert told["held_out_labels"] == 2 * sum(r.held_out for r in ROLLOUTS) > 0
     assert told["answer_tokens"] == told["positions"] == 600 and told["label_share"] == 0.2
     assert told["mass"] == pytest.approx(0.75) and told["bytes"] == sum(
-        p.stat().st_size for p in lake.root.glob("*.parquet"))
+        p.stat().st_size for p in lake.root.glob("*.parquet")
+    )
     assert "dead_letters" not in told  # no Redis is configured
     every = [rank for r in ROLLOUTS for rank in r.llm_top_rank]
     labelled = [label.llm_top_rank for r in ROLLOUTS for label in r.labels]
@@ -95,8 +130,14 @@ def test_stats_are_those_of_the_rollouts(lake: Lake) -> None:
         assert told["hits"]["all"][str(k)] == pytest.approx(hit(every, k))
         assert told["hits"]["labelled"][str(k)] == pytest.approx(hit(labelled, k))
     for signal in ("kl", "entropy"):
-        positions = sorted(((getattr(r, signal)[i], r.llm_top_rank[i]) for r in ROLLOUTS for i in range(3, ANSWER)),
-                           reverse=True)
+        positions = sorted(
+            (
+                (getattr(r, signal)[i], r.llm_top_rank[i])
+                for r in ROLLOUTS
+                for i in range(3, ANSWER)
+            ),
+            reverse=True,
+        )
         for share in (0.01, 0.05, 0.10):
             top = [rank for _, rank in positions[: int(share * 600)]]
             for k in (1, 2, 4, 8):  # two signals within 0.3 % of one another may change places
@@ -108,7 +149,11 @@ def test_stats_without_scored_positions_and_of_an_empty_lake(tmp_path: Path) -> 
     online = Lake(tmp_path / "online")
     online.write([replace(rollout(1), entropy=(), kl=(), llm_top_rank=(), source="online")])
     told = as_json("stats", online.root)
-    assert told["positions"] == 0 and told["hits"]["all"]["1"] is None and told["hits"]["labelled"]["8"] is not None
+    assert (
+        told["positions"] == 0
+        and told["hits"]["all"]["1"] is None
+        and told["hits"]["labelled"]["8"] is not None
+    )
     (tmp_path / "empty").mkdir()
     assert as_json("stats", tmp_path / "empty")["labels"] == 0
     for folder in (online.root, tmp_path / "empty"):
@@ -123,7 +168,9 @@ def test_stats_count_dead_letters_or_say_that_redis_is_away(lake: Lake, tmp_path
         told = as_json("stats", lake.root, "--config", config)
         assert (told["in_redis"], told["dead_letters"]) == (0, 0)
     told = as_json("stats", lake.root, "--config", config)
-    assert told["labels"] == 120 and told["dead_letters"] is None and "Redis at" in told["redis_error"]
+    assert (
+        told["labels"] == 120 and told["dead_letters"] is None and "Redis at" in told["redis_error"]
+    )
     assert "unknown" in s2t_labels("stats", lake.root, "--config", config)[1]
 
 
@@ -139,25 +186,49 @@ def test_a_mistyped_lake_is_an_error_and_makes_no_folder(tmp_path: Path, verb: l
     assert not (tmp_path / "nowhere").exists()
 
 
-# -- export -------------------------------------------------------------------------------------------------------
+# -- export ---------------------------------------------------------------------------------------
 
 
 def expected_rows() -> dict[str, dict[str, Any]]:
-    return {label.label_id: {
-        "label_id": label.label_id, "context_ids": list(r.token_ids[: label.position]),
-        "candidate_ids": list(label.candidate_ids), "slm_log_probs": list(label.slm_log_probs),
-        "llm_log_probs": list(label.llm_log_probs), "llm_top_id": 2, "llm_top_rank": label.llm_top_rank,
-        "mass": 0.75, "kl": label.kl, "entropy": label.entropy, "step": label.position - PROMPT,
-        "prompt_length": PROMPT, "split": "heldout" if r.held_out else "train", "task": r.task,
-        "problem_id": r.problem_id, "source": "plain", "rollout_id": r.rollout_id, "slm_digest": "slm",
-        "llm_digest": "llm", "tokenizer_digest": "tok", "template_digest": "template",
-    } for r in ROLLOUTS for label in r.labels}
+    return {
+        label.label_id: {
+            "label_id": label.label_id,
+            "context_ids": list(r.token_ids[: label.position]),
+            "candidate_ids": list(label.candidate_ids),
+            "slm_log_probs": list(label.slm_log_probs),
+            "llm_log_probs": list(label.llm_log_probs),
+            "llm_top_id": 2,
+            "llm_top_rank": label.llm_top_rank,
+            "mass": 0.75,
+            "kl": label.kl,
+            "entropy": label.entropy,
+            "step": label.position - PROMPT,
+            "prompt_length": PROMPT,
+            "split": "heldout" if r.held_out else "train",
+            "task": r.task,
+            "problem_id": r.problem_id,
+            "source": "plain",
+            "rollout_id": r.rollout_id,
+            "slm_digest": "slm",
+            "llm_digest": "llm",
+            "tokenizer_digest": "tok",
+            "template_digest": "template",
+        }
+        for r in ROLLOUTS
+        for label in r.labels
+    }
 
 
 def rows_by_split(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """With pyarrow alone."""
-    return {split: [row for file in sorted((folder / "data").glob(f"{split}-*.parquet"))
-                    for row in pq.read_table(file).to_pylist()] for split in ("train", "heldout")}
+    return {
+        split: [
+            row
+            for file in sorted((folder / "data").glob(f"{split}-*.parquet"))
+            for row in pq.read_table(file).to_pylist()
+        ]
+        for split in ("train", "heldout")
+    }
 
 
 def check_rows(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -171,11 +242,23 @@ def test_export_round_trip_through_datasets(lake: Lake, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     told = as_json("export", lake.root, tmp_path / "out")
     assert told["labels"] == 120 == told["train"] + told["heldout"]
-    script = ("import datasets, json, sys; d = datasets.load_dataset(sys.argv[1]);"
-              "print(json.dumps({s: d[s].to_list() for s in d}))")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True, timeout=120,
-                          env=environment)
+    script = (
+        "import datasets, json, sys; d = datasets.load_dataset(sys.argv[1]);"
+        "print(json.dumps({s: d[s].to_list() for s in d}))"
+    )
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     check_rows(json.loads(done.stdout.splitlines()[-1]))
 
@@ -193,8 +276,16 @@ def test_export_in_shards_of_bounded_size(lake: Lake, tmp_path: Path) -> None:
 
 def test_export_as_jsonl_and_bare_parquet(lake: Lake, tmp_path: Path) -> None:
     as_json("export", lake.root, tmp_path / "lines", "--format", "jsonl")
-    check_rows({split: [json.loads(line) for file in (tmp_path / "lines/data").glob(f"{split}-*.jsonl")
-                        for line in file.read_text("utf-8").splitlines()] for split in ("train", "heldout")})
+    check_rows(
+        {
+            split: [
+                json.loads(line)
+                for file in (tmp_path / "lines/data").glob(f"{split}-*.jsonl")
+                for line in file.read_text("utf-8").splitlines()
+            ]
+            for split in ("train", "heldout")
+        }
+    )
     as_json("export", lake.root, tmp_path / "bare", "--format", "parquet")
     check_rows(rows_by_split(tmp_path / "bare"))
     assert not (tmp_path / "bare/README.md").exists()
@@ -233,10 +324,17 @@ def test_export_with_text(tmp_path: Path) -> None:
     other.write([rollout(1)])
     with pytest.raises(TokenizerMismatchError, match="give the SLM they were made with"):
         export_labels(other, tmp_path / "out2", tokenizer=tokenizer)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lake", "other", "out", "slm"]  # nothing half-done is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "lake",
+        "other",
+        "out",
+        "slm",
+    ]  # nothing half-done is left
 
 
-def test_export_refuses_what_it_would_overwrite_and_what_is_not_there(lake: Lake, tmp_path: Path) -> None:
+def test_export_refuses_what_it_would_overwrite_and_what_is_not_there(
+    lake: Lake, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     as_json("export", lake.root, tmp_path / "out")  # an empty folder is fine
     before = (tmp_path / "out/README.md").read_bytes()
@@ -260,19 +358,35 @@ def test_a_lake_without_held_out_problems_exports(tmp_path: Path) -> None:
     assert "data/train-*" in text and "data/heldout-*" not in text.split("---\n")[1]
 
 
-@pytest.mark.parametrize(("count", "name"), [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"),
-                                             (10**6, "1M<n<10M"), (10**12, "n>1T")])
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [
+        (999, "n<1K"),
+        (1000, "1K<n<10K"),
+        (99_999, "10K<n<100K"),
+        (10**6, "1M<n<10M"),
+        (10**12, "n>1T"),
+    ],
+)
 def test_size_categories_are_the_hub_s(count: int, name: str) -> None:
     assert _size_category(count) == name
 
 
-# -- delete -------------------------------------------------------------------------------------------------------
+# -- delete ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("option", "value", "gone"), [
-    ("--problem-id", "p22", {"rollout-22"}), ("--request-id", "request-7", {"rollout-7"}),
-    ("--task", "words", {f"rollout-{i}" for i in range(0, 60, 4)}), ("--problem-id", "no such", set())])
-def test_delete_is_complete_and_idempotent(lake: Lake, option: str, value: str, gone: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "gone"),
+    [
+        ("--problem-id", "p22", {"rollout-22"}),
+        ("--request-id", "request-7", {"rollout-7"}),
+        ("--task", "words", {f"rollout-{i}" for i in range(0, 60, 4)}),
+        ("--problem-id", "no such", set()),
+    ],
+)
+def test_delete_is_complete_and_idempotent(
+    lake: Lake, option: str, value: str, gone: set[str]
+) -> None:
     """From every shard and snapshot, and what comes again later stays out."""
     frozen = lake.freeze()
     as_json("delete", lake.root, option, value, "--yes")
@@ -291,10 +405,14 @@ def test_delete_says_what_and_asks(lake: Lake, monkeypatch: pytest.MonkeyPatch) 
     app = typer.Typer()
     app.add_typer(labels_app, name="labels")
     monkeypatch.setattr("services.cli.labels._on_terminal", lambda: True)
-    refused = CliRunner().invoke(app, ["labels", "delete", str(lake.root), "--task", "words"], input="n\n")
+    refused = CliRunner().invoke(
+        app, ["labels", "delete", str(lake.root), "--task", "words"], input="n\n"
+    )
     assert refused.exit_code == 1 and "15 rollouts with 30 labels of task 'words'" in refused.stderr
     assert len(list(lake.rollouts())) == 60
-    agreed = CliRunner().invoke(app, ["labels", "delete", str(lake.root), "--task", "words"], input="y\n")
+    agreed = CliRunner().invoke(
+        app, ["labels", "delete", str(lake.root), "--task", "words"], input="y\n"
+    )
     assert agreed.exit_code == 0 and len(list(lake.rollouts())) == 45
 
 
@@ -302,25 +420,35 @@ def test_delete_by_age_and_size(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     now = time.time()
     for age_days in (40, 20, 1):
-        lake.write([rollout(age_days * 10 + i, created_at=now - age_days * 86_400) for i in range(5)])
+        lake.write(
+            [rollout(age_days * 10 + i, created_at=now - age_days * 86_400) for i in range(5)]
+        )
     assert as_json("delete", lake.root, "--older-than", "30", "--yes") == {"deleted rollouts": 5}
     assert as_json("delete", lake.root, "--older-than", "30", "--yes") == {"deleted rollouts": 0}
     newest = max(lake.shards(), key=lambda s: s.last)
-    assert as_json("delete", lake.root, "--keep-gib", str(newest.bytes / (1 << 30)), "--yes") == {"deleted rollouts": 5}
+    assert as_json("delete", lake.root, "--keep-gib", str(newest.bytes / (1 << 30)), "--yes") == {
+        "deleted rollouts": 5
+    }
     assert lake.shards() == [newest]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ([], "say what to delete"), (["--task", "a", "--problem-id", "b"], "say what to delete"),
-    (["--task", "a", "--older-than", "3"], "say what to delete"), (["--older-than", "0"], "above 0"),
-    (["--keep-gib", "nan"], "above 0")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "say what to delete"),
+        (["--task", "a", "--problem-id", "b"], "say what to delete"),
+        (["--task", "a", "--older-than", "3"], "say what to delete"),
+        (["--older-than", "0"], "above 0"),
+        (["--keep-gib", "nan"], "above 0"),
+    ],
+)
 def test_delete_needs_one_clear_wish(lake: Lake, options: list[str], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         s2t_labels("delete", lake.root, *options, "--yes")
     assert len(list(lake.rollouts())) == 60
 
 
-# -- verify -------------------------------------------------------------------------------------------------------
+# -- verify ---------------------------------------------------------------------------------------
 
 
 def test_verify_finds_damage_and_quarantine_makes_the_rest_usable(lake: Lake) -> None:
@@ -340,7 +468,9 @@ def test_verify_finds_damage_and_quarantine_makes_the_rest_usable(lake: Lake) ->
     assert "harvest again with --again" in text
     assert s2t_labels("verify", lake.root)[0] == 0
     assert [s.name for s in lake.shards()] == [third.stem] and len(list(lake.rollouts())) > 0
-    assert (lake.root / "quarantine" / first.name).exists() and as_json("stats", lake.root)["shards"] == 1
+    assert (lake.root / "quarantine" / first.name).exists() and as_json("stats", lake.root)[
+        "shards"
+    ] == 1
 
 
 def test_verify_checks_values_too(lake: Lake) -> None:

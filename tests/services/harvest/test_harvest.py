@@ -1,4 +1,5 @@
-"""Harvesting: what becomes a label, and that a run ends with the same labels however often it was stopped."""
+"""Harvesting: what becomes a label, and that a run ends with the same labels however often it was
+stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import Generator
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMScorer
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import (
     ConfigError,
@@ -41,7 +42,7 @@ from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest.harvest import HarvestOutcome, Prompts, harvest, pair_prompts
 from services.harvest.journal import CHUNK
-from services.harvest.rollouts import Asked, HarvestOptions, InProcess
+from services.harvest.rollouts import HarvestOptions, InProcess, RolloutRequest
 
 OPTIONS = HarvestOptions(task="t", max_new_tokens=40, calibrate_on=CHUNK)
 KILLS = int(os.environ.get("S2T_KILLS", "3"))
@@ -51,8 +52,12 @@ KILLS = int(os.environ.get("S2T_KILLS", "3"))
 def roller() -> InProcess:
     tokenizer = Tokenizer.load(SLM_DIR)
     slm, llm = ModelRuntime.load(str(SLM_DIR)), ModelRuntime.load(str(LLM_DIR))
-    scorer = LLMScorer(llm, tokenizer.digest)
-    engine = Engine(Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)), InProcessSelector(scorer), max_running=16)
+    scorer = LLMSelector(llm, tokenizer.digest)
+    engine = Engine(
+        Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)),
+        InProcessSelector(scorer),
+        max_num_seqs=16,
+    )
     return InProcess(Generator(tokenizer, engine, scorer.info.digest))
 
 
@@ -62,8 +67,11 @@ def prompts(count: int) -> Prompts:
 
 def contents(lake: Path) -> dict[str, tuple]:
     """Label id -> all that a label says."""
-    return {label.label_id: (r.problem_id, label.position, label.candidate_ids, label.llm_top_id)
-            for r in Lake(lake).rollouts() for label in r.labels}
+    return {
+        label.label_id: (r.problem_id, label.position, label.candidate_ids, label.llm_top_id)
+        for r in Lake(lake).rollouts()
+        for label in r.labels
+    }
 
 
 def written(lake: Path) -> int:
@@ -72,27 +80,44 @@ def written(lake: Path) -> int:
 
 
 class Interrupted:
-    """A roller that is stopped after so many rollouts, as Ctrl-C does; or some of whose rollouts fail."""
+    """A roller that is stopped after so many rollouts, as Ctrl-C does; or some of whose rollouts
+    fail."""
 
     keeps = True
 
-    def __init__(self, inner: InProcess, stop_after: int = 10**9, error: S2TError | None = None,
-                 failing: Callable[[Asked], bool] = lambda asked: False) -> None:
-        self.digests, self.precision, self._inner, self._left = inner.digests, inner.precision, inner, stop_after
+    def __init__(
+        self,
+        inner: InProcess,
+        stop_after: int = 10**9,
+        error: S2TError | None = None,
+        failing: Callable[[RolloutRequest], bool] = lambda asked: False,
+    ) -> None:
+        self.digests, self.precision, self._inner, self._left = (
+            inner.digests,
+            inner.precision,
+            inner,
+            stop_after,
+        )
         self._error, self._failing, self.rolled = error, failing, 0
 
-    def roll(self, asked: Iterable[Asked], options: HarvestOptions,
-             hear: Callable[[Asked, Rollout | S2TError], None]) -> None:
-        def heard(a: Asked, result: Rollout | S2TError) -> None:
+    def make_rollouts(
+        self,
+        asked: Iterable[RolloutRequest],
+        options: HarvestOptions,
+        on_rollout: Callable[[RolloutRequest, Rollout | S2TError], None],
+    ) -> None:
+        def heard(a: RolloutRequest, result: Rollout | S2TError) -> None:
             if self._left == 0:
                 raise KeyboardInterrupt
             self._left -= 1
             self.rolled += 1
-            hear(a, self._error if self._error is not None and self._failing(a) else result)
+            on_rollout(a, self._error if self._error is not None and self._failing(a) else result)
 
         try:
-            self._inner.roll(asked, options, heard)
-        except KeyboardInterrupt:  # the process would be gone; this one's engine must be empty again
+            self._inner.make_rollouts(asked, options, heard)
+        except (
+            KeyboardInterrupt
+        ):  # the process would be gone; this one's engine must be empty again
             engine = self._inner._generator.engine
             while not engine.idle:
                 for sequence in [*engine._running, *engine._waiting]:
@@ -110,12 +135,13 @@ def undisturbed(roller: InProcess, tmp_path_factory: pytest.TempPathFactory) -> 
     return found
 
 
-# -- what is a label ------------------------------------------------------------------------------------------------
+# -- what is a label ------------------------------------------------------------------------------
 
 
 def test_labels_are_what_both_models_say(roller: InProcess, tmp_path: Path) -> None:
-    """Against plain Hugging Face forwards: the SLM's top 16 with its log-probabilities, the LLM's of the same ids and
-    its first choice, at every labelled position; and the statistics of every position."""
+    """Against plain Hugging Face forwards: the SLM's top 16 with its log-probabilities, the LLM's
+    of the same ids and its first choice, at every labelled position; and the statistics of every
+    position."""
     harvest(roller, prompts(4), Lake(tmp_path), replace(OPTIONS, budget=0.3))
     slm, llm = (AutoModelForCausalLM.from_pretrained(d) for d in (SLM_DIR, LLM_DIR))
     tokenizer = Tokenizer.load(SLM_DIR)
@@ -134,30 +160,49 @@ def test_labels_are_what_both_models_say(roller: InProcess, tmp_path: Path) -> N
             assert label.candidate_ids == tuple(top.indices.tolist())
             assert label.slm_log_probs == pytest.approx(top.values.tolist(), abs=1e-4)
             assert label.llm_log_probs == pytest.approx(p_llm[at, top.indices].tolist(), abs=1e-4)
-            assert label.llm_top_id == int(p_llm[at].argmax()) and label.position - r.prompt_length >= WARMUP_STEPS
+            assert (
+                label.llm_top_id == int(p_llm[at].argmax())
+                and label.position - r.prompt_length >= WARMUP_STEPS
+            )
             seen += 1
         answer = range(r.prompt_length - 1, len(r.token_ids) - 1)
-        ranks = [p_slm[at].topk(64).indices.tolist().index(int(p_llm[at].argmax())) for at in answer]
+        ranks = [
+            p_slm[at].topk(64).indices.tolist().index(int(p_llm[at].argmax())) for at in answer
+        ]
         assert list(r.llm_top_rank) == ranks and len(r.kl) == len(r.entropy) == len(ranks)
     assert seen > 15
 
 
-@pytest.mark.parametrize(("triggers", "signals"), [
-    ((Trigger.KL,), ("kl",)), ((Trigger.ENTROPY,), ("entropy",)), ((Trigger.ENTROPY, Trigger.KL), ("kl", "entropy"))],
-    ids=["kl", "entropy", "both"])
-def test_the_top_share_becomes_labels(roller: InProcess, tmp_path: Path, triggers: tuple[Trigger, ...],
-                                      signals: tuple[str, ...]) -> None:
-    """Exactly the positions whose signal lies above the run's own thresholds: here 10 % of all, per signal."""
-    outcome = harvest(roller, prompts(60), Lake(tmp_path), replace(OPTIONS, triggers=triggers, calibrate_on=60))
+@pytest.mark.parametrize(
+    ("triggers", "signals"),
+    [
+        ((Trigger.KL,), ("kl",)),
+        ((Trigger.ENTROPY,), ("entropy",)),
+        ((Trigger.ENTROPY, Trigger.KL), ("kl", "entropy")),
+    ],
+    ids=["kl", "entropy", "both"],
+)
+def test_the_top_share_becomes_labels(
+    roller: InProcess, tmp_path: Path, triggers: tuple[Trigger, ...], signals: tuple[str, ...]
+) -> None:
+    """Exactly the positions whose signal lies above the run's own thresholds: here 10 % of all, per
+    signal."""
+    outcome = harvest(
+        roller, prompts(60), Lake(tmp_path), replace(OPTIONS, triggers=triggers, calibrate_on=60)
+    )
     plan = json.loads((tmp_path / "runs" / outcome.run / "plan.json").read_text())
     above = dict(plan["rules"])
     assert set(above) == set(signals)
     rollouts = list(Lake(tmp_path).rollouts())
     positions = sum(len(r.kl) for r in rollouts)
     for signal_name in signals:
-        marked = sum(x > above[signal_name] for r in rollouts for x in getattr(r, signal_name)[WARMUP_STEPS:])
+        marked = sum(
+            x > above[signal_name] for r in rollouts for x in getattr(r, signal_name)[WARMUP_STEPS:]
+        )
         assert marked == pytest.approx(0.1 * positions, abs=0.005 * positions + 1)
-    for r in rollouts:  # a threshold is one position's own value: fp32 on disk may fall on either side of it
+    for r in (
+        rollouts
+    ):  # a threshold is one position's own value: fp32 on disk may fall on either side of it
         found = {label.position - r.prompt_length for label in r.labels}
         for i in range(WARMUP_STEPS, len(r.kl)):
             excess = max(getattr(r, s)[i] - above[s] for s in signals)
@@ -166,15 +211,20 @@ def test_the_top_share_becomes_labels(roller: InProcess, tmp_path: Path, trigger
 
 
 def test_intervened_rollouts_are_the_services_own(roller: InProcess, tmp_path: Path) -> None:
-    """Their tokens are S2T's (here: often the LLM's choice where the SLM's differs), scored at every position too."""
+    """Their tokens are S2T's (here: often the LLM's choice where the SLM's differs), scored at
+    every position too."""
     plain, intervened = tmp_path / "plain", tmp_path / "intervened"
     harvest(roller, prompts(40), Lake(plain), OPTIONS)
     outcome = harvest(roller, prompts(40), Lake(intervened), replace(OPTIONS, intervene=True))
-    threshold = dict(json.loads((intervened / "runs" / outcome.run / "plan.json").read_text())["rules"])["kl"]
+    threshold = dict(
+        json.loads((intervened / "runs" / outcome.run / "plan.json").read_text())["rules"]
+    )["kl"]
     greedy = {r.problem_id: r for r in Lake(plain).rollouts()}
     changed = 0
     for r in Lake(intervened).rollouts():
-        assert r.source == "intervened" and len(r.llm_top_rank) == len(r.token_ids) - r.prompt_length
+        assert (
+            r.source == "intervened" and len(r.llm_top_rank) == len(r.token_ids) - r.prompt_length
+        )
         changed += r.token_ids != greedy[r.problem_id].token_ids
         for label in r.labels:
             if label.kl > threshold and label.position < len(r.token_ids):
@@ -183,21 +233,33 @@ def test_intervened_rollouts_are_the_services_own(roller: InProcess, tmp_path: P
 
 
 def test_given_thresholds(roller: InProcess, tmp_path: Path) -> None:
-    harvest(roller, prompts(8), Lake(tmp_path), replace(
-        OPTIONS, thresholds=(LabelRule(Trigger.ENTROPY, 0.5),), triggers=(Trigger.ENTROPY,)))
+    harvest(
+        roller,
+        prompts(8),
+        Lake(tmp_path),
+        replace(
+            OPTIONS, thresholds=(LabelRule(Trigger.ENTROPY, 0.5),), triggers=(Trigger.ENTROPY,)
+        ),
+    )
     labels = [label for r in Lake(tmp_path).rollouts() for label in r.labels]
     assert labels and all(label.entropy > 0.5 for label in labels)
 
 
-# -- stopping and going on ------------------------------------------------------------------------------------------
+# -- stopping and going on ------------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(stops=st.lists(st.integers(0, 190), min_size=1, max_size=3))
-def test_stopped_and_started_again(roller: InProcess, undisturbed: dict[str, tuple],
-                                   tmp_path_factory: pytest.TempPathFactory, stops: list[int]) -> None:
-    """Law 7: stopped anywhere (while it calibrates, in the middle of a chunk), the labels in the end are the same,
-    each written once."""
+def test_stopped_and_started_again(
+    roller: InProcess,
+    undisturbed: dict[str, tuple],
+    tmp_path_factory: pytest.TempPathFactory,
+    stops: list[int],
+) -> None:
+    """Law 7: stopped anywhere (while it calibrates, in the middle of a chunk), the labels in the
+    end are the same, each written once."""
     lake = tmp_path_factory.mktemp("lake")
     for stop in stops:
         with suppress(KeyboardInterrupt):
@@ -208,8 +270,11 @@ def test_stopped_and_started_again(roller: InProcess, undisturbed: dict[str, tup
     assert harvest(idle, prompts(150), Lake(lake), OPTIONS).resumed == 150 and idle.rolled == 0
 
 
-def test_again_mends_a_lake_that_lost_labels(roller: InProcess, undisturbed: dict[str, tuple], tmp_path: Path) -> None:
-    """A shard that is gone (quarantined, say) comes back with `again`, and nothing is there twice."""
+def test_again_mends_a_lake_that_lost_labels(
+    roller: InProcess, undisturbed: dict[str, tuple], tmp_path: Path
+) -> None:
+    """A shard that is gone (quarantined, say) comes back with `again`, and nothing is there
+    twice."""
     harvest(roller, prompts(150), Lake(tmp_path), OPTIONS)
     lost = Lake(tmp_path).shards()[2].name
     for suffix in (".json", ".parquet"):
@@ -231,13 +296,38 @@ def is_working(lake: Path) -> bool:
 
 
 def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path) -> None:
-    """The same through the command line with kill -9 at random moments (20 of them with S2T_KILLS=20)."""
+    """The same through the command line with kill -9 at random moments (20 of them with
+    S2T_KILLS=20)."""
     file, lake = tmp_path / "train.jsonl", tmp_path / "lake"
-    file.write_text("".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n"
-                            for p in problems.problems("train", 150)), encoding="utf-8")
-    command = [sys.executable, "-m", "services.main", "harvest", str(file), "--out", str(lake), "--slm", str(SLM_DIR),
-               "--llm", str(LLM_DIR), "--task", "t", "--max-new-tokens", "40", "--calibrate-on", str(CHUNK),
-               "--threads", "1", "--json"]
+    file.write_text(
+        "".join(
+            json.dumps({"id": p.id, "prompt": p.prompt}) + "\n"
+            for p in problems.problems("train", 150)
+        ),
+        encoding="utf-8",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "services.main",
+        "harvest",
+        str(file),
+        "--out",
+        str(lake),
+        "--slm",
+        str(SLM_DIR),
+        "--llm",
+        str(LLM_DIR),
+        "--task",
+        "t",
+        "--max-new-tokens",
+        "40",
+        "--calibrate-on",
+        str(CHUNK),
+        "--threads",
+        "1",
+        "--json",
+    ]
     rng = random.Random(1)
     killed = 0
     while killed < KILLS:
@@ -258,21 +348,47 @@ def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path)
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
-    file.write_text("".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n"
-                            for p in problems.problems("train", 2000)), encoding="utf-8")
+    file.write_text(
+        "".join(
+            json.dumps({"id": p.id, "prompt": p.prompt}) + "\n"
+            for p in problems.problems("train", 2000)
+        ),
+        encoding="utf-8",
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.main", "harvest", str(file), "--out", str(tmp_path / "lake"), "--slm",
-         str(SLM_DIR), "--llm", str(LLM_DIR), "--threads", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-m",
+            "services.main",
+            "harvest",
+            str(file),
+            "--out",
+            str(tmp_path / "lake"),
+            "--slm",
+            str(SLM_DIR),
+            "--llm",
+            str(LLM_DIR),
+            "--threads",
+            "1",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and not list((tmp_path / "lake").glob("shard-*.json")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    assert (
+        process.returncode == 130
+        and "the same command goes on" in error
+        and "Traceback" not in error
+    )
 
 
 def test_one_process_per_run(roller: InProcess, tmp_path: Path) -> None:
     """A second one is told, rather than doing the same work again."""
+
     def second(outcome: HarvestOutcome) -> None:
         with pytest.raises(ConfigError, match="another process"):
             harvest(Interrupted(roller), prompts(5), Lake(tmp_path), OPTIONS)
@@ -286,17 +402,22 @@ def test_other_options_are_another_run(roller: InProcess, tmp_path: Path) -> Non
     assert first.run != other.run and other.resumed == 0
 
 
-# -- what goes wrong ------------------------------------------------------------------------------------------------
+# -- what goes wrong ------------------------------------------------------------------------------
 
 
 def test_bad_prompts_are_told_and_never_tried_again(roller: InProcess, tmp_path: Path) -> None:
-    rows = [({"id": f"p{i}"}, Prompt(text=p.prompt)) for i, p in enumerate(problems.problems("train", 6))]
+    rows = [
+        ({"id": f"p{i}"}, Prompt(text=p.prompt))
+        for i, p in enumerate(problems.problems("train", 6))
+    ]
     rows[1] = ({"id": "bad"}, InvalidRequestError("line 2: not JSON"))
     rows[2] = ({"id": "long"}, Prompt(text="coins " * 400))
     source = Prompts(lambda: rows, "bad", 6)
     outcome = harvest(roller, source, Lake(tmp_path), OPTIONS)
     assert outcome.rollouts == 4 and len(outcome.errors) == 2 and not outcome.failed
-    assert any("line 2" in e for e in outcome.errors) and any("long: the prompt has" in e for e in outcome.errors)
+    assert any("line 2" in e for e in outcome.errors) and any(
+        "long: the prompt has" in e for e in outcome.errors
+    )
     again = harvest(Interrupted(roller), source, Lake(tmp_path), OPTIONS)
     assert again.errors == outcome.errors and again.labels == outcome.labels
 
@@ -304,7 +425,9 @@ def test_bad_prompts_are_told_and_never_tried_again(roller: InProcess, tmp_path:
 def test_what_failed_is_tried_again(roller: InProcess, tmp_path: Path) -> None:
     """An LLM that is away spoils only the chunks it hits, and only for now."""
     given = replace(OPTIONS, thresholds=(LabelRule(Trigger.KL, 0.3),), triggers=(Trigger.KL,))
-    away = Interrupted(roller, error=SelectorUnavailableError("away"), failing=lambda a: a.problem_id.endswith("7"))
+    away = Interrupted(
+        roller, error=SelectorUnavailableError("away"), failing=lambda a: a.problem_id.endswith("7")
+    )
     first = harvest(away, prompts(100), Lake(tmp_path / "a"), given)
     assert first.failed and first.prompts < 100
     second = harvest(roller, prompts(100), Lake(tmp_path / "a"), given)

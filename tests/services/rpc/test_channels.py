@@ -28,17 +28,26 @@ TOKEN = "0123456789abcdef"
 class Servicer(pb_grpc.SelectionServiceServicer):
     """Says that the first candidate has log-probability -1; fails when asked about id 13."""
 
-    async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> pb.ScoreResponse:
+    async def Score(
+        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ScoreResponse:
         if 13 in request.token_ids:
             await wire.abort(context, TokenizerMismatchError("thirteen"))
-        return pb.ScoreResponse(log_probs=[-1.0] * len(request.candidate_ids), top_ids=[7], top_log_probs=[-0.5])
+        return pb.ScoreResponse(
+            log_probs=[-1.0] * len(request.candidate_ids), top_ids=[7], top_log_probs=[-0.5]
+        )
 
-    async def DescribeModel(self, request: pb.DescribeModelRequest,
-                            context: grpc.aio.ServicerContext) -> pb.DescribeModelResponse:
-        return pb.DescribeModelResponse(digest="llm", tokenizer_digest="tok", eos_ids=[1], max_length=99)
+    async def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeModelResponse:
+        return pb.DescribeModelResponse(
+            digest="llm", tokenizer_digest="tok", eos_ids=[1], max_length=99
+        )
 
 
-async def start(security: SecurityConfig, limit: int = channels.MAX_MESSAGE_BYTES) -> tuple[grpc.aio.Server, str]:
+async def start(
+    security: SecurityConfig, limit: int = channels.MAX_MESSAGE_BYTES
+) -> tuple[grpc.aio.Server, str]:
     server = channels.new_server(security, limit)
     pb_grpc.add_SelectionServiceServicer_to_server(Servicer(), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
@@ -56,7 +65,8 @@ async def code_of(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
 
 
 def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
-    """Default deny: no token, a wrong one and a prefix of it are refused; a load balancer may ask for health."""
+    """Default deny: no token, a wrong one and a prefix of it are refused; a load balancer may ask
+    for health."""
     (tmp_path / "token").write_text(f"{TOKEN}\n", encoding="utf-8")
     security = SecurityConfig(token_file=tmp_path / "token")
 
@@ -64,9 +74,19 @@ def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
         server, address = await start(security)
         async with channels.open_channel(address, None) as channel:
             stub = pb_grpc.SelectionServiceStub(channel)
-            codes = [await code_of(stub.DescribeModel(pb.DescribeModelRequest(), metadata=channels.call_metadata(token)))
-                     for token in (None, "wrong", TOKEN[:-1], TOKEN)]
-            codes.append(await code_of(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())))
+            codes = [
+                await code_of(
+                    stub.DescribeModel(
+                        pb.DescribeModelRequest(), metadata=channels.call_metadata(token)
+                    )
+                )
+                for token in (None, "wrong", TOKEN[:-1], TOKEN)
+            ]
+            codes.append(
+                await code_of(
+                    health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+                )
+            )
         await server.stop(0)
         return codes
 
@@ -74,19 +94,37 @@ def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
     assert asyncio.run(main()) == [denied, denied, denied, grpc.StatusCode.OK, grpc.StatusCode.OK]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "0 bytes, at least 16"), (b" \n", "0 bytes"), (b" 123456789012345\n", "15 bytes"),
-    (b"two words, 20 bytes.", "one word"), (b"\xff" * 16, "printable ASCII"), (None, "cannot be read")])
-def test_a_token_file_without_a_token_never_opens_a_server(tmp_path: Path, content: bytes | None, message: str) -> None:
-    """`: > token` switched authentication off. Servers, proposers and commands all read it alike."""
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes, at least 16"),
+        (b" \n", "0 bytes"),
+        (b" 123456789012345\n", "15 bytes"),
+        (b"two words, 20 bytes.", "one word"),
+        (b"\xff" * 16, "printable ASCII"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_token_file_without_a_token_never_opens_a_server(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    """`: > token` switched authentication off. Servers, proposers and commands all read it
+    alike."""
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
     security = SecurityConfig(token_file=file)
-    config = Config(gateway=GatewayConfig(host="0.0.0.0"), data_dir=tmp_path,
-                    security=SecurityConfig(token_file=file, certificate=file, key=file))
-    for start_or_ask in (lambda: channels.new_server(security), lambda: remote([], security=security),
-                         lambda: target("127.0.0.1:1", None, file), lambda: check_security(config)):
+    config = Config(
+        gateway=GatewayConfig(host="0.0.0.0"),
+        data_dir=tmp_path,
+        security=SecurityConfig(token_file=file, certificate=file, key=file),
+    )
+    for start_or_ask in (
+        lambda: channels.new_server(security),
+        lambda: remote([], security=security),
+        lambda: target("127.0.0.1:1", None, file),
+        lambda: check_security(config),
+    ):
         with pytest.raises(ConfigError, match=rf"token'.*{message}"):
             start_or_ask()
 
@@ -102,7 +140,9 @@ def test_large_messages_are_refused_before_they_are_read() -> None:
         server, address = await start(OPEN, limit=2000)
         async with channels.open_channel(address, None) as channel:
             stub = pb_grpc.SelectionServiceStub(channel)
-            codes = [await code_of(stub.Score(pb.ScoreRequest(token_ids=[1] * n))) for n in (100, 5000)]
+            codes = [
+                await code_of(stub.Score(pb.ScoreRequest(token_ids=[1] * n))) for n in (100, 5000)
+            ]
         await server.stop(0)
         return codes
 
@@ -113,7 +153,13 @@ def test_a_taken_port_names_the_setting() -> None:
     async def main() -> None:
         server, address = await start(OPEN)
         try:
-            channels.bind(channels.new_server(OPEN), "127.0.0.1", int(address.rpartition(":")[2]), OPEN, "gateway.port")
+            channels.bind(
+                channels.new_server(OPEN),
+                "127.0.0.1",
+                int(address.rpartition(":")[2]),
+                OPEN,
+                "gateway.port",
+            )
         finally:
             await server.stop(0)
 
@@ -121,7 +167,9 @@ def test_a_taken_port_names_the_setting() -> None:
         asyncio.run(main())
 
 
-def remote(address: list[str], tokenizer: str = "tok", security: SecurityConfig = OPEN) -> RemoteSelector:
+def remote(
+    address: list[str], tokenizer: str = "tok", security: SecurityConfig = OPEN
+) -> RemoteSelector:
     async def addresses() -> list[str]:
         return address
 
@@ -129,13 +177,15 @@ def remote(address: list[str], tokenizer: str = "tok", security: SecurityConfig 
 
 
 def ask(selector: RemoteSelector, *token_ids: int) -> asyncio.Future:
-    (future,) = selector.submit([ScoreQuery(token_ids, (0,), ((4, 5),), sequence_id="s")])
+    (future,) = selector.submit(
+        [ScoreQuery(token_ids=token_ids, positions=(0,), candidate_ids=((4, 5),), sequence_id="s")]
+    )
     return asyncio.wrap_future(future)
 
 
 def test_remote_selector_learns_asks_and_survives_a_loss() -> None:
-    """It takes the LLM's facts from the replica, answers, passes errors on as they were raised, goes to the other
-    replica when one dies, and fails at once when none is left."""
+    """It takes the LLM's facts from the replica, answers, passes errors on as they were raised,
+    goes to the other replica when one dies, and fails at once when none is left."""
 
     async def main() -> None:
         (one, first), (two, second) = await start(OPEN), await start(OPEN)

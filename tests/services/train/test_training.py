@@ -1,4 +1,5 @@
-"""The training job: killed at any moment it loses nothing, workers change nothing, the gate judges on unseen labels."""
+"""The training job: killed at any moment it loses nothing, workers change nothing, the gate judges
+on unseen labels."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.training.checkpoints import load_checkpoint, save_checkpoint
-from s2t_shared.training.objective import DistillConfig
+from s2t_shared.training.objective import DistillSettings
 from s2t_shared.training.trainer import Distilled, distil, trained_tensors
 from s2t_shared.versions.gate import Verdict
 from s2t_shared.versions.registry import Registry
@@ -57,12 +58,20 @@ def config(models: dict[str, Path], tmp_path: Path) -> Config:
     """A tiny SLM, and a lake of labels with a rule to learn."""
     folder = tmp_path / "slm"
     shutil.copytree(models["slm"], folder)
-    made = load_config(overrides={"slm.model": str(folder), "data_dir": str(tmp_path / "data"), "training.steps": 60,
-                                  "training.learning_rate": 1e-2, "training.checkpoint_every": 3,
-                                  "training.batch_labels": 16}, environment={})
+    made = load_config(
+        overrides={
+            "slm.model": str(folder),
+            "data_dir": str(tmp_path / "data"),
+            "training.steps": 60,
+            "training.learning_rate": 1e-2,
+            "training.checkpoint_every": 3,
+            "training.batch_labels": 16,
+        },
+        environment={},
+    )
     rollouts = learnable(make_rollouts(240, ModelRuntime.load(str(folder)).digest))
     for start in (0, 80, 160):
-        Lake(made.lake).write(rollouts[start: start + 80], name=f"part{start}")
+        Lake(made.lake).write(rollouts[start : start + 80], name=f"part{start}")
     return made
 
 
@@ -71,10 +80,12 @@ def job(config: Config) -> Job:
 
 
 def with_training(config: Config, **values: object) -> Config:
-    return Config.model_validate(config.model_dump() | {"training": config.training.model_dump() | values})
+    return Config.model_validate(
+        config.model_dump() | {"training": config.training.model_dump() | values}
+    )
 
 
-# -- checkpoints and resume ---------------------------------------------------------------------------------------
+# -- checkpoints and resume -----------------------------------------------------------------------
 
 CHILD = """
 import json, sys
@@ -89,13 +100,18 @@ print(train_and_publish(config, Job(**json.loads(sys.argv[2])), True).version)
 
 def start(config: Config, task: Job) -> subprocess.Popen[str]:
     arguments = [json.dumps(config.model_dump(mode="json")), json.dumps(vars(task))]
-    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_weights(config: Config, tmp_path: Path) -> None:
-    """kill -9 again and again, at random moments of training and publishing: the version that comes out in the end
-    equals an undisturbed run's bit for bit, there is one of it, and nothing half done is left beside it."""
+    """kill -9 again and again, at random moments of training and publishing: the version that comes
+    out in the end equals an undisturbed run's bit for bit, there is one of it, and nothing half
+    done is left beside it."""
     config = with_training(config, kind="joint", steps=90)
     task = job(config)
     calm = config.model_copy(update={"data_dir": tmp_path / "calm"})
@@ -118,13 +134,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(config: Config, tmp_
     assert kills == 4 and len(steps) >= 3, (kills, steps)
     registry = Registry(config.versions)
     assert len(registry.names()) == 1
-    ours, theirs = registry.root / registry.names()[0], Registry(calm.versions).root / undisturbed.version
+    ours, theirs = (
+        registry.root / registry.names()[0],
+        Registry(calm.versions).root / undisturbed.version,
+    )
     for name in ("adapter_model.safetensors", "bins.safetensors"):
         a, b = load_file(ours / name), load_file(theirs / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert registry.manifest(ours.name).metrics == undisturbed.metrics
     assert (ours / "curve.json").read_bytes() == (theirs / "curve.json").read_bytes()
-    again = train_and_publish(config, task, publishes=True)  # killed after publishing: found, not made again
+    again = train_and_publish(
+        config, task, publishes=True
+    )  # killed after publishing: found, not made again
     assert again is not None and again.version == ours.name and registry.names() == [ours.name]
 
 
@@ -138,7 +159,12 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, step, {"w": torch.full((4,), float(step))}, {"epoch": step})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 3 and found.state == {"epoch": 3} and found.tensors["w"].sum() == 12
+    assert (
+        found is not None
+        and found.step == 3
+        and found.state == {"epoch": 3}
+        and found.tensors["w"].sum() == 12
+    )
     (tmp_path / "step-00000003" / "tensors.safetensors").write_bytes(b"torn")
     found = load_checkpoint(tmp_path)
     assert found is not None and found.step == 2
@@ -155,45 +181,69 @@ def test_a_folder_of_another_run_is_refused(config: Config, tmp_path: Path) -> N
     """Two settings never share a checkpoint."""
     runtime = ModelRuntime.load(config.slm_model)
     rollouts = make_rollouts(60, runtime.digest)
-    distil(runtime, (), rollouts, DistillConfig(steps=2), checkpoints=tmp_path / "c")
+    distil(runtime, (), rollouts, DistillSettings(steps=2), checkpoints=tmp_path / "c")
     with pytest.raises(ConfigError, match="another run"):
-        distil(runtime, (), rollouts, DistillConfig(steps=2, seed=1), checkpoints=tmp_path / "c")
+        distil(runtime, (), rollouts, DistillSettings(steps=2, seed=1), checkpoints=tmp_path / "c")
 
 
-# -- workers ------------------------------------------------------------------------------------------------------
+# -- workers --------------------------------------------------------------------------------------
 
 
-CASES = [(DistillConfig(kind, reads, steps=8, batch_labels=4, max_tokens=40, learning_rate=1e-3, validate_every=4),
-          sharded)
-         for kind, reads in ((SelectorKind.PREFIX, Reading.BASE), (SelectorKind.JOINT, Reading.ADAPTED))
-         for sharded in (False, True)]
+CASES = [
+    (
+        DistillSettings(
+            kind=kind,
+            reads=reads,
+            steps=8,
+            batch_labels=4,
+            max_tokens=40,
+            learning_rate=1e-3,
+            validate_every=4,
+        ),
+        sharded,
+    )
+    for kind, reads in ((SelectorKind.PREFIX, Reading.BASE), (SelectorKind.JOINT, Reading.ADAPTED))
+    for sharded in (False, True)
+]
 
 
 def in_worker(rank: int, world: int, folder: str, model: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
     try:
         for number, (settings, sharded) in enumerate(CASES):
             done = train_here(model, settings, sharded)
-            torch.save([t.detach() for t in trained_tensors(done.selector)], f"{folder}/weights{number}.{rank}")
-            Path(f"{folder}/metrics{number}.{rank}").write_text(json.dumps(done.metrics), encoding="utf-8")
+            torch.save(
+                [t.detach() for t in trained_tensors(done.selector)],
+                f"{folder}/weights{number}.{rank}",
+            )
+            Path(f"{folder}/metrics{number}.{rank}").write_text(
+                json.dumps(done.metrics), encoding="utf-8"
+            )
     finally:
         dist.destroy_process_group()
 
 
-def train_here(model: str, settings: DistillConfig, sharded: bool = False) -> Distilled:
+def train_here(model: str, settings: DistillSettings, sharded: bool = False) -> Distilled:
     runtime = ModelRuntime.load(model)
     rows = tuple(range(runtime.vocab_rows - 16, runtime.vocab_rows))
-    return distil(runtime, rows, learnable(make_rollouts(60, runtime.digest)), settings, sharded=sharded)
+    return distil(
+        runtime, rows, learnable(make_rollouts(60, runtime.digest)), settings, sharded=sharded
+    )
 
 
 def test_two_workers_train_what_one_does(models: dict[str, Path], tmp_path: Path) -> None:
-    """The same batches, the same mean gradient: the same weights and figures, on both workers, whether each holds the
-    whole SLM or half of every layer. Batches of one tree leave a worker without a share."""
+    """The same batches, the same mean gradient: the same weights and figures, on both workers,
+    whether each holds the whole SLM or half of every layer. Batches of one tree leave a worker
+    without a share."""
     mp.spawn(in_worker, (2, str(tmp_path), str(models["slm"])), nprocs=2)
     for number, (settings, _) in enumerate(CASES):
         alone = train_here(str(models["slm"]), settings)
-        ranks = [torch.load(tmp_path / f"weights{number}.{rank}", weights_only=True) for rank in (0, 1)]
+        ranks = [
+            torch.load(tmp_path / f"weights{number}.{rank}", weights_only=True) for rank in (0, 1)
+        ]
         for ours, a, b in zip(trained_tensors(alone.selector), *ranks, strict=True):
             assert torch.equal(a, b) and torch.allclose(a, ours, rtol=1e-3, atol=2e-5)
         for rank in (0, 1):
@@ -204,9 +254,18 @@ def test_two_workers_train_what_one_does(models: dict[str, Path], tmp_path: Path
 def resume_in_worker(rank: int, folder: str, model: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    settings, runtime = DistillConfig(steps=3, checkpoint_every=1, max_tokens=40), ModelRuntime.load(model)
+    settings, runtime = (
+        DistillSettings(steps=3, checkpoint_every=1, max_tokens=40),
+        ModelRuntime.load(model),
+    )
     try:
-        distil(runtime, (), make_rollouts(60, runtime.digest), settings, checkpoints=Path(folder) / str(rank))
+        distil(
+            runtime,
+            (),
+            make_rollouts(60, runtime.digest),
+            settings,
+            checkpoints=Path(folder) / str(rank),
+        )
     except RuntimeError as error:
         Path(f"{folder}/error.{rank}").write_text(str(error), encoding="utf-8")
     finally:
@@ -214,10 +273,16 @@ def resume_in_worker(rank: int, folder: str, model: str) -> None:
 
 
 def test_workers_that_stand_apart_are_told(models: dict[str, Path], tmp_path: Path) -> None:
-    """A node that does not share the folder would train from another step: an error on all, before any step."""
+    """A node that does not share the folder would train from another step: an error on all, before
+    any step."""
     runtime, model = ModelRuntime.load(str(models["slm"])), str(models["slm"])
-    distil(runtime, (), make_rollouts(60, runtime.digest), DistillConfig(steps=3, checkpoint_every=1, max_tokens=40),
-           checkpoints=tmp_path / "0")
+    distil(
+        runtime,
+        (),
+        make_rollouts(60, runtime.digest),
+        DistillSettings(steps=3, checkpoint_every=1, max_tokens=40),
+        checkpoints=tmp_path / "0",
+    )
     mp.spawn(resume_in_worker, (str(tmp_path), model), nprocs=2)
     for rank in (0, 1):
         text = (tmp_path / f"error.{rank}").read_text(encoding="utf-8")
@@ -237,9 +302,11 @@ class Place:
         return self.size
 
 
-def test_an_error_among_workers_stops_them_all_and_is_not_lost(config: Config, monkeypatch: pytest.MonkeyPatch
-                                                               ) -> None:
-    """Alone it is the return value; among several it is raised, and its text and kind are in the job's folder."""
+def test_an_error_among_workers_stops_them_all_and_is_not_lost(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it is the return value; among several it is raised, and its text and kind are in the
+    job's folder."""
     task = job(config)
     shutil.rmtree(config.lake / "snapshots")
     arguments = {"config": config.model_dump(mode="json"), "job": vars(task)}
@@ -252,25 +319,37 @@ def test_an_error_among_workers_stops_them_all_and_is_not_lost(config: Config, m
             with pytest.raises(StoreError, match="is gone"):
                 _worker(arguments)
     noted = json.loads((task.folder(config) / "failure.json").read_text(encoding="utf-8"))
-    assert noted == alone and type(_error_of(noted)) is StoreError and "is gone" in str(_error_of(noted))
+    assert (
+        noted == alone
+        and type(_error_of(noted)) is StoreError
+        and "is gone" in str(_error_of(noted))
+    )
 
 
-# -- publication and the gate -------------------------------------------------------------------------------------
+# -- publication and the gate ---------------------------------------------------------------------
 
 
 def test_the_job_publishes_what_it_trained(config: Config) -> None:
-    """Labels of a lake become a version that loads, with its options, curve, plot and TensorBoard events."""
-    config = with_training(config, kind="joint", steps=6, patience=99, scoring="binary", standardise=True,
-                           fusion=True)
+    """Labels of a lake become a version that loads, with its options, curve, plot and TensorBoard
+    events."""
+    config = with_training(
+        config, kind="joint", steps=6, patience=99, scoring="binary", standardise=True, fusion=True
+    )
     task = job(config)
     manifest = train_and_publish(config, task, publishes=True)
     assert manifest is not None and manifest.job == task.id and manifest.snapshot == task.snapshot
     assert manifest.training["steps"] == 6 == manifest.training["steps_done"]
-    registry, runtime, tokenizer = (Registry(config.versions), ModelRuntime.load(config.slm_model),
-                                    Tokenizer.load(Path(config.slm_model)))
+    registry, runtime, tokenizer = (
+        Registry(config.versions),
+        ModelRuntime.load(config.slm_model),
+        Tokenizer.load(Path(config.slm_model)),
+    )
     selector = registry.load(manifest.version, runtime, tokenizer.digest)
     assert selector.reserved_ids == reserved_ids(tokenizer, runtime.vocab_rows)
-    assert (selector.scoring, selector.standardise) == (Scoring.BINARY, True) and manifest.fusion == selector.fusion
+    assert (selector.scoring, selector.standardise) == (
+        Scoring.BINARY,
+        True,
+    ) and manifest.fusion == selector.fusion
     folder = registry.folder(manifest.version)
     curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
     assert [p["step"] for p in curve] == list(range(7)) and curve[0]["train_loss"] is None
@@ -278,30 +357,41 @@ def test_the_job_publishes_what_it_trained(config: Config) -> None:
     events = EventAccumulator(str(task.folder(config) / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss/training")] == list(range(1, 7))
-    assert events.Scalars("agree_at_1/validation")[-1].value == pytest.approx(curve[-1]["agree_at_1"])
+    assert events.Scalars("agree_at_1/validation")[-1].value == pytest.approx(
+        curve[-1]["agree_at_1"]
+    )
 
 
 def test_a_job_is_what_decides_its_outcome(config: Config) -> None:
-    """Other settings, labels or starting weights are another job; so are what rounds otherwise: workers, sharding,
-    number format. What the gate wants is not."""
+    """Other settings, labels or starting weights are another job; so are what rounds otherwise:
+    workers, sharding, number format. What the gate wants is not."""
     first = job(config)
     assert job(config) == first == job(with_training(config, gate_min_problems=3))
-    others = [with_training(config, **{name: value}) for name, value in
-              (("steps", 61), ("workers", 2), ("sharding", "fsdp"))]
-    others.append(config.model_copy(update={"slm": config.slm.model_copy(update={"dtype": "bfloat16"})}))
+    others = [
+        with_training(config, **{name: value})
+        for name, value in (("steps", 61), ("workers", 2), ("sharding", "fsdp"))
+    ]
+    others.append(
+        config.model_copy(update={"slm": config.slm.model_copy(update={"dtype": "bfloat16"})})
+    )
     assert len({first.id, *(job(other).id for other in others)}) == 5
     assert job_of(config, "another", "slm").id != job_of(config, "snapshot", "slm").id
     with pytest.raises(VersionError, match="v0009"):
         job(with_training(config, init_from="v0009-nothing"))
-    assert job(with_training(config, init_from="live")).id == first.id  # nothing is live: from the beginning
+    assert (
+        job(with_training(config, init_from="live")).id == first.id
+    )  # nothing is live: from the beginning
 
 
 def test_the_gate_lets_the_better_version_pass(config: Config, tmp_path: Path) -> None:
-    """A version that learnt the rule beats the SLM alone; the same one again does not beat itself; one that learnt
-    nothing is refused against it; each says why in numbers of unseen labels. Then training starts from the live one."""
+    """A version that learnt the rule beats the SLM alone; the same one again does not beat itself;
+    one that learnt nothing is refused against it; each says why in numbers of unseen labels. Then
+    training starts from the live one."""
     config = with_training(config, gate_min_problems=5)
     problems = tmp_path / "tasks.jsonl"
-    rows = [{"id": f"t{i}", "prompt": f"w{i} w{i + 1} w{i + 2}", "answer": f"w{i}"} for i in range(6)]
+    rows = [
+        {"id": f"t{i}", "prompt": f"w{i} w{i + 1} w{i + 2}", "answer": f"w{i}"} for i in range(6)
+    ]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     good = train_and_publish(config, job(config), publishes=True)
     assert good is not None
@@ -329,8 +419,11 @@ def judge(config: Config, version: str) -> Any:
 
 
 def test_the_gate_bounds_what_the_adapter_does_to_the_model(config: Config) -> None:
-    """`reads: adapted` changes the language model on the contexts: beyond the bound it does not pass."""
-    config = with_training(config, reads="adapted", steps=40, gate_min_problems=5, reg_weight=0.0, gate_max_lm_kl=1e-6)
+    """`reads: adapted` changes the language model on the contexts: beyond the bound it does not
+    pass."""
+    config = with_training(
+        config, reads="adapted", steps=40, gate_min_problems=5, reg_weight=0.0, gate_max_lm_kl=1e-6
+    )
     manifest = train_and_publish(config, job(config), publishes=True)
     assert manifest is not None
     verdict = judge(config, manifest.version)
@@ -338,18 +431,23 @@ def test_the_gate_bounds_what_the_adapter_does_to_the_model(config: Config) -> N
 
 
 def test_an_unfinished_job_is_found_again(config: Config) -> None:
-    """What a killed command left is what the next one does, though labels came since; with other settings it is not,
-    nor once it is done, nor when its snapshot is gone."""
+    """What a killed command left is what the next one does, though labels came since; with other
+    settings it is not, nor once it is done, nor when its snapshot is gone."""
     config = with_training(config, steps=6)
     task = _open_job(config, print)
     assert unfinished_job(config) is None  # nothing is lost yet
     assert train_and_publish(config, task, publishes=True) is not None  # and killed before the gate
-    Lake(config.lake).write(learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[240:])
+    Lake(config.lake).write(
+        learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[240:]
+    )
     assert unfinished_job(config) == task == _open_job(config, print)
     assert unfinished_job(with_training(config, steps=7)) is None
     _close_job(config, task)
     assert unfinished_job(config) is None and _open_job(config, print) != task
-    assert not list(task.folder(config).glob("step-*")) and (task.folder(config) / "tensorboard").is_dir()
+    assert (
+        not list(task.folder(config).glob("step-*"))
+        and (task.folder(config) / "tensorboard").is_dir()
+    )
     (task.folder(config) / "job.json").write_text(json.dumps(vars(task)), encoding="utf-8")
     assert unfinished_job(config) == task
     shutil.rmtree(config.lake / "snapshots" / task.snapshot)
@@ -357,24 +455,35 @@ def test_an_unfinished_job_is_found_again(config: Config) -> None:
 
 
 def test_what_is_new_is_newer_than_what_was_trained_on(config: Config) -> None:
-    """Neither a pruned or rewritten lake nor a snapshot that is gone makes labels new that were trained on."""
+    """Neither a pruned or rewritten lake nor a snapshot that is gone makes labels new that were
+    trained on."""
     config, lake = with_training(config, steps=3), Lake(config.lake)
     assert trained_until(config) == 0.0 and lake.labels_since(0.0) == 720
     task = job(config)
     assert train_and_publish(config, task, publishes=True) is not None
     assert trained_until(config) == 240.0 and lake.labels_since(trained_until(config)) == 0
-    lake.write(learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[235:])  # five come again
+    lake.write(
+        learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[235:]
+    )  # five come again
     shutil.rmtree(lake.root / "snapshots")
     assert lake.compact(2) and lake.labels_since(trained_until(config)) == 30
 
 
 def test_a_lake_of_several_llms_trains_on_one_and_says_so(config: Config) -> None:
     digest = ModelRuntime.load(config.slm_model).digest
-    Lake(config.lake).write([replace(r, rollout_id=f"other-{r.rollout_id}", llm_digest="other")
-                             for r in make_rollouts(5, digest)])
+    Lake(config.lake).write(
+        [
+            replace(r, rollout_id=f"other-{r.rollout_id}", llm_digest="other")
+            for r in make_rollouts(5, digest)
+        ]
+    )
     config = with_training(config, steps=2)
     manifest = train_and_publish(config, job(config), publishes=True)
-    assert manifest is not None and manifest.llm_digest == "llm" and manifest.training["skipped_labels"] == 15
+    assert (
+        manifest is not None
+        and manifest.llm_digest == "llm"
+        and manifest.training["skipped_labels"] == 15
+    )
 
 
 def test_closing_a_job_clears_what_is_past(config: Config) -> None:
@@ -392,15 +501,27 @@ def test_closing_a_job_clears_what_is_past(config: Config) -> None:
     with (folders["running"] / ".lock").open("w") as stream:
         flock(stream, LOCK_EX)
         _close_job(config, Job("ours", "", ""))
-    assert {name for name, folder in folders.items() if list(folder.glob("step-*"))} == {"running", "later"}
+    assert {name for name, folder in folders.items() if list(folder.glob("step-*"))} == {
+        "running",
+        "later",
+    }
     assert not (folders["ours"] / "job.json").exists() and (folders["later"] / "job.json").exists()
 
 
-@pytest.mark.parametrize(("error", "stays"), [(StoreError("disk full"), True), (S2TError("workers died"), True),
-                                              (ConfigError("another SLM"), False)])
-def test_what_the_surroundings_break_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch, error: S2TError,
-                                             stays: bool) -> None:
-    """The job's note outlives a full disk and dead workers, not what is wrong with the settings or the labels."""
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (StoreError("disk full"), True),
+        (S2TError("workers died"), True),
+        (ConfigError("another SLM"), False),
+    ],
+)
+def test_what_the_surroundings_break_goes_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: S2TError, stays: bool
+) -> None:
+    """The job's note outlives a full disk and dead workers, not what is wrong with the settings or
+    the labels."""
+
     def fail(*_: object) -> None:
         raise error
 
@@ -411,18 +532,28 @@ def test_what_the_surroundings_break_goes_on(config: Config, monkeypatch: pytest
 
 
 def test_automatic_promotion_respects_the_operator(config: Config) -> None:
-    """A version that was taken back stays back, and a canary on trial stays alone, until the operator says so."""
+    """A version that was taken back stays back, and a canary on trial stays alone, until the
+    operator says so."""
     config = with_training(config, steps=2)
-    first, second = (train_and_publish(c, job(c), publishes=True) for c in (config, with_training(config, seed=1)))
+    first, second = (
+        train_and_publish(c, job(c), publishes=True)
+        for c in (config, with_training(config, seed=1))
+    )
     assert first is not None and second is not None
     registry, passed = Registry(config.versions), Verdict(True, ("better",))
-    assert enact(registry, first.version, passed, promote=False) == (False, "better") and registry.live() is None
+    assert (
+        enact(registry, first.version, passed, promote=False) == (False, "better")
+        and registry.live() is None
+    )
     assert enact(registry, first.version, passed) == (True, "better")
     assert enact(registry, second.version, passed)[0] and registry.rollback() == first.version
     registry.record(second.version, passed)
     promoted, reason = enact(registry, second.version, passed)
     assert not promoted and registry.live() == first.version
-    assert reason.startswith("not promoted: it was rolled back") and f"s2t versions promote {second.version}" in reason
+    assert (
+        reason.startswith("not promoted: it was rolled back")
+        and f"s2t versions promote {second.version}" in reason
+    )
     registry.promote(second.version, 0.1)
     state = registry.state()
     for version in (first.version, second.version):
@@ -430,12 +561,20 @@ def test_automatic_promotion_respects_the_operator(config: Config) -> None:
         assert not promoted and "canary" in reason and registry.state() == state
     registry.promote(second.version)  # the operator's last word
     registry.promote(first.version)
-    assert enact(registry, second.version, passed) == (True, "better") and registry.live() == second.version
-    assert enact(registry, first.version, Verdict(False, ("worse",))) == (False, "not promoted: worse")
+    assert (
+        enact(registry, second.version, passed) == (True, "better")
+        and registry.live() == second.version
+    )
+    assert enact(registry, first.version, Verdict(False, ("worse",))) == (
+        False,
+        "not promoted: worse",
+    )
 
 
 @pytest.mark.parametrize(("name", "split"), [("test.jsonl", "train"), ("tasks.jsonl", "test")])
-def test_the_gate_refuses_evaluation_problems(config: Config, tmp_path: Path, name: str, split: str) -> None:
+def test_the_gate_refuses_evaluation_problems(
+    config: Config, tmp_path: Path, name: str, split: str
+) -> None:
     """By file name and by row, and before any training."""
     row = {"id": "t", "prompt": "w1 w2", "answer": "w1", "split": split}
     (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -446,21 +585,22 @@ def test_the_gate_refuses_evaluation_problems(config: Config, tmp_path: Path, na
 
 
 def test_settings_agree_with_the_trainer() -> None:
-    """Every setting of the loss and the loop can be configured, with the same default; contradictions are refused."""
-    assert distill_config(TrainingConfig()) == DistillConfig()
+    """Every setting of the loss and the loop can be configured, with the same default;
+    contradictions are refused."""
+    assert distill_config(TrainingConfig()) == DistillSettings()
     with pytest.raises(ConfigError, match="kind prefix"):
         distill_config(TrainingConfig(standardise=True))
 
 
-
-
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """Loss, Agree@1 and the time left, at the latest with the last step; nothing where the output is for machines."""
+    """Loss, Agree@1 and the time left, at the latest with the last step; nothing where the output
+    is for machines."""
     with training_progress(quiet=False) as advance:
-        advance(TrainProgress(5, 10, 1.25, 1.5, 0.625))
-        advance(TrainProgress(10, 10, 1.0, 1.5, 0.75))
-    assert capsys.readouterr().err == ("s2t: step 10 of 10: loss 1.000, validation loss 1.500, Agree@1 0.750, about "
-                                       "0 s left\n")
+        advance(TrainProgress(step=5, steps=10, loss=1.25, validation_loss=1.5, agree_at_1=0.625))
+        advance(TrainProgress(step=10, steps=10, loss=1.0, validation_loss=1.5, agree_at_1=0.75))
+    assert capsys.readouterr().err == (
+        "s2t: step 10 of 10: loss 1.000, validation loss 1.500, Agree@1 0.750, about 0 s left\n"
+    )
     with training_progress(quiet=True) as advance:
-        advance(TrainProgress(10, 10, 1.0, 1.5, 0.75))
+        advance(TrainProgress(step=10, steps=10, loss=1.0, validation_loss=1.5, agree_at_1=0.75))
     assert capsys.readouterr().err == ""

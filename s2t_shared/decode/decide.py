@@ -1,0 +1,123 @@
+"""Decides what happens to one next token. Pure functions on Steps; runs no model and keeps no
+state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+
+import numpy as np
+
+from s2t_shared import policy as policies
+from s2t_shared.decode.interfaces import Proposal
+from s2t_shared.types import (
+    ChosenBy,
+    DecodeOptions,
+    Mode,
+    PositionScores,
+    Step,
+    Trigger,
+)
+
+
+class Next(Enum):
+    """What a proposed token needs before it is decided."""
+
+    EMIT = "emit"  # nothing
+    DRAFT = "draft"  # the LLM verifies it later (KL triggers)
+    ASK_LLM = "ask_llm"
+    SELECT_LOCALLY = "select_locally"
+
+
+def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tuple[Step, Next]:
+    """The Step that the SLM's proposal makes, and what it needs."""
+    policy = options.policy
+    step = Step(
+        index=index,
+        token_id=proposal.top_id,
+        slm_top_id=proposal.top_id,
+        support=proposal.support,
+    )
+    if proposal.drawn_id is not None:
+        return replace(step, token_id=proposal.drawn_id, chosen_by=ChosenBy.SAMPLER), Next.EMIT
+    if not policies.may_trigger(policy, index):
+        return step, Next.EMIT
+    if policy.trigger.needs_llm:
+        return step, Next.DRAFT
+    assert proposal.support is not None
+    signal = policies.slm_signal(policy.trigger, proposal.support, options.sampling.seed, index)
+    triggered = policies.triggers(policy, signal, index)
+    step = replace(step, signal=signal, triggered=triggered)
+    if not triggered:
+        return step, Next.EMIT
+    return step, Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
+
+
+def after_llm_scores(
+    options: DecodeOptions, step: Step, scores: PositionScores
+) -> tuple[Step, Next]:
+    """The Step with the LLM's view of its position: EMIT, or SELECT_LOCALLY at a KL trigger."""
+    policy = options.policy
+    step = replace(step, llm=scores, llm_top_id=scores.top_id)
+    if step.support is None:  # Mode.LLM: the SLM has proposed nothing
+        return replace(step, token_id=scores.top_id, chosen_by=ChosenBy.LLM), Next.EMIT
+    if policy.trigger.needs_llm:
+        reverse = policy.trigger is Trigger.KL_REVERSE
+        signal = policies.kl(step.support.log_probs, scores.log_probs, reverse=reverse)
+        triggered = policies.triggers(policy, signal, step.index)
+        step = replace(step, signal=signal, triggered=triggered)
+        if not triggered:
+            return step, Next.EMIT
+        if policy.mode is Mode.S2T_LOCAL:
+            return step, Next.SELECT_LOCALLY
+    selected = _select(step, scores.log_probs[: candidate_count(options, step)], ChosenBy.LLM)
+    if policy.mode is Mode.TAKEOVER:
+        selected = replace(selected, token_id=scores.top_id)
+    return selected, Next.EMIT
+
+
+def after_local_scores(step: Step, scores: tuple[float, ...]) -> Step:
+    """The Step with the local selector's choice."""
+    return _select(step, scores, ChosenBy.LOCAL)
+
+
+def candidate_count(options: DecodeOptions, step: Step) -> int:
+    """How many of the support's ids are candidates."""
+    assert step.support is not None
+    return policies.candidate_count(options.policy.candidates, step.support.log_probs)
+
+
+def finished(options: DecodeOptions, step: Step) -> Step:
+    """The Step as it is handed out: support only where it is kept, with the figures over it."""
+    if step.support is None:
+        return step
+    if not (step.triggered or options.score_rollout or options.keep_support):
+        return replace(step, support=None)
+    return with_figures(step)
+
+
+def with_figures(step: Step) -> Step:
+    """The Step with entropy and, where the LLM was asked, KL and the LLM's rank."""
+    assert step.support is not None
+    if step.entropy is None:
+        step = replace(step, entropy=policies.entropy(step.support.log_probs))
+    if step.llm is None:
+        return step
+    return replace(
+        step,
+        kl=policies.kl(step.support.log_probs, step.llm.log_probs),
+        llm_top_id=step.llm.top_id,
+        llm_top_rank=policies.rank(step.llm.top_id, step.support.ids),
+    )
+
+
+def _select(step: Step, scores: tuple[float, ...], chosen_by: ChosenBy) -> Step:
+    """The Step with its best-scored candidate; ties go to the SLM's order."""
+    assert step.support is not None
+    return replace(
+        step,
+        token_id=step.support.ids[int(np.argmax(scores))],
+        chosen_by=chosen_by,
+        candidate_ids=step.support.ids[: len(scores)] if step.triggered else (),
+        scores=scores,
+    )
