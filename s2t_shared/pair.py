@@ -86,9 +86,9 @@ class Pair:
         tokenizer = Tokenizer.load(resolve_model(slm), chat_template)
         selector = None
         if llm is not None:
-            llm_tokenizer = Tokenizer.load(resolve_model(llm, role="llm"))
+            llm_tokenizer = Tokenizer.load(resolve_model(llm))
             check_same_tokenizer(tokenizer, llm_tokenizer)
-            loaded = ModelRuntime.load(str(resolve_model(llm, role="llm")), dtype, device, kv_bytes)
+            loaded = ModelRuntime.load(str(resolve_model(llm)), dtype, device, kv_bytes)
             selector = LLMSelector(loaded, llm_tokenizer.digest)
         runtime = ModelRuntime.load(str(resolve_model(slm)), dtype, device, kv_bytes)
         local = None

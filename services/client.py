@@ -124,9 +124,9 @@ class Client:
             self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version, share=share)
         ).live
 
-    def roll_back(self) -> str:
+    def rollback(self) -> str:
         """End the canary, else go back to the version live before. Returns the live version."""
-        return self._call(self._admin.RollBackVersion, admin_pb2.RollBackVersionRequest()).live
+        return self._call(self._admin.RollbackVersion, admin_pb2.RollbackVersionRequest()).live
 
     def count_labels(self, flush: bool = False) -> admin_pb2.CountLabelsResponse:
         return self._call(self._admin.CountLabels, admin_pb2.CountLabelsRequest(flush=flush))

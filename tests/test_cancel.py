@@ -16,17 +16,16 @@ import grpc.aio
 import pytest
 
 from s2t_shared.config import Config, load_config
-from s2t_shared.decode.engine import Load
-from s2t_shared.decode.generate import GenerateRequest
 from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.types import DecodeOptions, Mode, Policy, Prompt, Sampling, Trigger
+from s2t_shared.types import DecodeOptions, GenerateRequest, Mode, Policy, Prompt, Sampling, Trigger
+from services.bench.harvest import Load
 from services.rpc import channels
 from services.serve.gateway import GenerationServicer
 from services.serve.proposer_replica import ProposerReplica, Reply
 
-NOTHING = Load(running=0, waiting=0, live_kv_rows=0)
+NOTHING = Load(running=0, waiting=0, live_kv_slots=0)
 LONG = GenerateRequest(
     request_id="long",
     prompt=Prompt(token_ids=(6, 7, 8)),

@@ -1,86 +1,23 @@
-"""The commands we send to Redis: `LabelStream`, over a client that never waits long and never
-retries by itself.
+"""The label stream in Redis: entries appended by writers, read and acknowledged by drains.
 
-Knows bytes and keys; what a rollout or a selection is, `store` and `selection_cache` know; servers
-are started in `redis_server`.
+Knows bytes and keys. What a rollout is, `label` knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from s2t_shared.errors import StoreError
+from s2t_shared.redis_connection import open_client, place_of, redis_errors
 
 # stream; field "rollout" = Rollout.to_json(); what it holds else becomes a dead letter
 LABELS = "s2t:labels"
 DEAD_LETTERS = "s2t:labels:dead"  # stream; the entry's own fields and "reason"
 GROUP = "drain"
-CACHE_PREFIX = "s2t:selection:"
 MAX_DEAD_LETTERS = 10_000  # about; poison must not fill Redis
-
-
-# -- clients --------------------------------------------------------------------------------------
-
-
-def open_client(url: str, timeout_s: float) -> redis.Redis:
-    """A client that waits at most `timeout_s` for a connection or an answer and never retries by
-    itself.
-
-    Raises:
-        StoreError: the URL is malformed.
-    """
-    try:
-        # Protocol 2: one answer shape for every Redis and Valkey, and the shortest handshake.
-        return redis.Redis.from_url(
-            url,
-            protocol=2,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except ValueError:
-        # Its text may quote a part of the password: keep it out of ours.
-        raise StoreError(
-            "Redis URL: malformed; write redis://[user:password@]host:port[/db], with reserved "
-            "characters of the password percent-encoded"
-        ) from None
-
-
-def place_of(url: str) -> str:
-    """host:port (or the socket's path) of a Redis URL, never its password."""
-    try:
-        parts = urlsplit(url)
-        return (
-            parts.path
-            if parts.scheme == "unix"
-            else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-        )
-    except ValueError:
-        return "the configured URL"
-
-
-@contextmanager
-def redis_errors(place: str) -> Iterator[None]:
-    """The border: what redis-py raises inside becomes a StoreError that names `place`."""
-    try:
-        yield
-    except (redis.RedisError, OSError) as error:
-        # redis-py quotes the failed command of a pipeline, and Redis the arguments of an unknown
-        # one: label contents.
-        reason = str(error).rsplit("caused error: ", 1)[-1].split(", with args", 1)[0][:200]
-        raise StoreError(
-            f"Redis at {place}: {type(error).__name__}: {reason}; is it running, and is its URL right?"
-            if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError))
-            else f"Redis at {place}: {type(error).__name__}: {reason}"
-        ) from None
 
 
 # -- commands -------------------------------------------------------------------------------------
@@ -124,7 +61,7 @@ class Persistence:
 
 
 class LabelStream:
-    """The commands that labels and cached selections need, over one client. Every method raises
+    """The commands that labels need, over one client. Every method raises
     StoreError where Redis is away, slower than `timeout_s`, or refuses."""
 
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
@@ -249,15 +186,6 @@ class LabelStream:
             pipeline.xack(LABELS, GROUP, entry.entry_id)
             pipeline.xdel(LABELS, entry.entry_id)
             pipeline.execute()
-
-    def get_selections(self, keys: Sequence[str]) -> list[bytes | None]:
-        with redis_errors(self.place):
-            values: Any = self._redis.mget([CACHE_PREFIX + key for key in keys])
-        return list(values)
-
-    def put_selection(self, key: str, value: str, ttl_s: int) -> None:
-        with redis_errors(self.place):
-            self._redis.set(CACHE_PREFIX + key, value, ex=ttl_s)
 
 
 def _numbers(entry_id: Any) -> tuple[int, int]:

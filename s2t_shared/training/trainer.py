@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.lake import Snapshot
+from s2t_shared.labels.shards import Snapshot
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime

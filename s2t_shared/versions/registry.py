@@ -408,6 +408,27 @@ def _number(name: str) -> int:
     return int(match.group(1))
 
 
+def open_version(
+    name: str, versions: Path, runtime: ModelRuntime, tokenizer_digest: str
+) -> LocalSelector:
+    """Load a version by what a person calls it: its name in the registry, "live", or its folder.
+
+    Raises:
+        VersionNotFoundError: there is none of this name.
+        VersionError: damaged, made for another model, or none is live.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return load_version(folder, runtime, tokenizer_digest)
+    registry = Registry(versions)
+    version = registry.live() if name == "live" else name
+    if version is None:
+        raise VersionError(
+            "no version is live in the registry; train one, or name a version or folder"
+        )
+    return registry.load(version, runtime, tokenizer_digest)
+
+
 def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:
     """Read and check the version in `folder` for this SLM.
 

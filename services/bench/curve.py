@@ -26,7 +26,7 @@ from typing import Any
 from rich.table import Table
 
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator
+from s2t_shared.decode.generate import Generator
 from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
@@ -42,6 +42,7 @@ from s2t_shared.types import (
     Answer,
     CandidateRule,
     DecodeOptions,
+    GenerateRequest,
     Mode,
     Policy,
     Proposals,

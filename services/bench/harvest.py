@@ -19,7 +19,8 @@ from s2t_shared.data.prompts import read_prompts
 from s2t_shared.decode.calibrate import measure_calibration
 from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine
 from s2t_shared.decode.generate import Generator
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMSelector, SelectorClient
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.errors import ConfigError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.types import LabelRule, Prompt, ScoreQuery, ScoreReply, Trigger

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from s2t_shared.decode.proposer import NextTokenInput, SelectionInput, SequenceSlots
+from s2t_shared.decode.interfaces import NextTokenInput, SelectionInput
+from s2t_shared.decode.proposer import SequenceSlots
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.runtime import Segment
 from s2t_shared.types import CandidateRule, Mode, Policy, Support

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
-from s2t_shared.decode.tasks import GENERIC_QUESTIONS
 
 from s2t_shared import policy as decide
+from s2t_shared.decode.calibrate import GENERIC_QUESTIONS
 from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine, LocalSelectorLookup
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer

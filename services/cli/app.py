@@ -168,7 +168,7 @@ def generate(
     data_dir: DataDir = None,
 ) -> None:
     """Answer a JSONL file in this process: no Ray, no Redis."""
-    from s2t_shared.decode.generate import GenerateRequest
+    from s2t_shared.types import GenerateRequest
     from services.cli import generate
 
     kind, samples = parse_mode(mode)

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from s2t_shared.decode.tasks import calibration_prompts
 
 from s2t_shared.data.prompts import read_prompts
-from s2t_shared.decode.calibrate import load_calibration, measure_calibration, store_calibration
+from s2t_shared.decode.calibrate import (
+    calibration_prompts,
+    load_calibration,
+    measure_calibration,
+    store_calibration,
+)
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator, check_request, with_thresholds
+from s2t_shared.decode.generate import Generator, check_request, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, VersionError
@@ -24,7 +28,7 @@ from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
 from s2t_shared.policy import CALIBRATED, Calibration, check_policy
-from s2t_shared.types import Answer, Prompt
+from s2t_shared.types import Answer, GenerateRequest, Prompt
 from s2t_shared.versions.manifest import MANIFEST
 from s2t_shared.versions.registry import Registry, load_version
 

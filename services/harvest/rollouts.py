@@ -16,7 +16,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from s2t_shared.decode.generate import GenerateRequest, Generator
+from s2t_shared.decode.generate import Generator
 from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError, StoreError
 from s2t_shared.labels.label import Digests, Label, Rollout, rollout_of
 from s2t_shared.pb.v1 import generation_pb2 as pb
@@ -25,6 +25,7 @@ from s2t_shared.types import (
     Answer,
     CandidateRule,
     DecodeOptions,
+    GenerateRequest,
     LabelOptions,
     LabelRule,
     Mode,

@@ -29,7 +29,7 @@ from typing import IO, Any
 import redis
 
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.stream import open_client, place_of, redis_errors
+from s2t_shared.redis_connection import open_client, place_of, redis_errors
 
 LOOPBACK = "127.0.0.1"
 LOG_NAME = "redis.log"

@@ -39,7 +39,7 @@ from s2t_shared.types import (
 
 if TYPE_CHECKING:
     from s2t_shared.config import DefaultsConfig
-    from s2t_shared.decode.generate import GenerateRequest
+    from s2t_shared.types import GenerateRequest
 
 MODES = {pb.Mode.Value(f"MODE_{m.name}"): m for m in Mode}
 TRIGGERS = {pb.Trigger.Value(f"TRIGGER_{t.name}"): t for t in Trigger}
@@ -120,7 +120,7 @@ def read_request(
     Raises:
         InvalidRequestError: an unknown enum value, or no prompt.
     """
-    from s2t_shared.decode.generate import GenerateRequest  # models' side: not needed by clients
+    from s2t_shared.types import GenerateRequest  # models' side: not needed by clients
 
     mode = _known(p.mode, MODES, "mode") if p.mode else defaults.mode
     trigger = _known(p.trigger, TRIGGERS, "trigger") if p.trigger else defaults.trigger

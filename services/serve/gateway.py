@@ -21,12 +21,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from s2t_shared.config import Config, check_exposure
-from s2t_shared.decode.generate import GenerateRequest
 from s2t_shared.errors import DeadlineExceededError, S2TError, StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from s2t_shared.types import GenerateRequest
 from s2t_shared.versions.registry import Registry
 from services.rpc import channels, wire
 from services.serve.proposer_replica import Description, Reply
@@ -123,7 +123,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             calibrated_triggers=[f"TRIGGER_{t.name}" for t in d.calibrated],
             running_sequences=d.load.running,
             waiting_sequences=d.load.waiting,
-            live_kv_rows=d.load.live_kv_rows,
+            live_kv_slots=d.load.live_kv_slots,
         )
 
 
@@ -202,11 +202,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
         return await _guarded(context, promote)
 
-    async def RollBackVersion(
-        self, request: admin_pb2.RollBackVersionRequest, context: grpc.aio.ServicerContext
-    ) -> admin_pb2.RollBackVersionResponse:
+    async def RollbackVersion(
+        self, request: admin_pb2.RollbackVersionRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.RollbackVersionResponse:
         return await _guarded(
-            context, lambda: admin_pb2.RollBackVersionResponse(live=self._registry.rollback() or "")
+            context, lambda: admin_pb2.RollbackVersionResponse(live=self._registry.rollback() or "")
         )
 
     async def CountLabels(

@@ -17,13 +17,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from s2t_shared.decode.tasks import calibration_prompts
 
 from s2t_shared.config import Config
-from s2t_shared.decode.calibrate import load_calibration, measure_calibration, store_calibration
-from s2t_shared.decode.engine import Engine, Load
-from s2t_shared.decode.generate import AnswerBuilder, GenerateRequest, Generator, with_thresholds
-from s2t_shared.decode.llm_selector import LLMInfo
+from s2t_shared.decode.calibrate import (
+    calibration_prompts,
+    load_calibration,
+    measure_calibration,
+    store_calibration,
+)
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.generate import AnswerBuilder, Generator, with_thresholds
+from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
 from s2t_shared.decode.sequence import LiveSequence
@@ -42,8 +46,9 @@ from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
-from s2t_shared.types import Answer, Mode, Step, Trigger
+from s2t_shared.types import Answer, GenerateRequest, Mode, Step, Trigger
 from s2t_shared.versions.registry import Registry
+from services.bench.harvest import Load
 from services.serve.remote_selector import RemoteSelector
 from services.serve.version_watcher import VersionWatcher
 

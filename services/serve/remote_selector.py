@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 
 from s2t_shared.config import SecurityConfig
-from s2t_shared.decode.llm_selector import LLMInfo
+from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import SelectorUnavailableError, TokenizerMismatchError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc

@@ -20,7 +20,7 @@ from s2t_shared.data.datasets import open_records, refuse_evaluation
 from s2t_shared.data.prompts import read_prompts
 from s2t_shared.decode.calibrate import load_calibration, measure_calibration
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator, with_thresholds
+from s2t_shared.decode.generate import Generator, with_thresholds
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import S2TError, VersionError
 from s2t_shared.labels.lake import Lake
@@ -30,7 +30,7 @@ from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.training.dataset import TrainingData
 from s2t_shared.training.objective import DistillSettings, evaluate_selector
-from s2t_shared.types import Answer, DecodeOptions, Mode, Policy, Prompt, Trigger
+from s2t_shared.types import Answer, DecodeOptions, GenerateRequest, Mode, Policy, Prompt, Trigger
 from s2t_shared.versions.gate import GateSettings, Paired, Verdict, judge
 from s2t_shared.versions.registry import Registry
 from services.evaluation import Problem, load_problems

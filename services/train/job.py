@@ -40,7 +40,8 @@ from s2t_shared.config import Config, TrainingConfig  # noqa: E402
 from s2t_shared.decode.calibrate import load_calibration  # noqa: E402
 from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError, VersionError  # noqa: E402
 from s2t_shared.files import locked, write_atomically  # noqa: E402
-from s2t_shared.labels.lake import Lake, Snapshot  # noqa: E402
+from s2t_shared.labels.lake import Lake  # noqa: E402
+from s2t_shared.labels.shards import Snapshot  # noqa: E402
 from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind  # noqa: E402
 from s2t_shared.model.runtime import ModelRuntime, model_digest, resolve_model  # noqa: E402
 from s2t_shared.model.tokenizer import RESERVED_COUNT, Tokenizer, reserved_ids  # noqa: E402

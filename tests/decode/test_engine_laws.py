@@ -23,17 +23,17 @@ from transformers import AutoModelForCausalLM
 
 from s2t_shared import policy as decide
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMSelector, SelectorClient
-from s2t_shared.decode.proposer import (
+from s2t_shared.decode.interfaces import (
+    LLMInfo,
     ModelInput,
     NextTokenInput,
     Proposal,
-    Proposer,
     SamplingInput,
     SelectionInput,
-    SequenceSlots,
-    sample,
+    SelectorClient,
 )
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
+from s2t_shared.decode.proposer import Proposer, SequenceSlots, sample
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
 from s2t_shared.model.kv_pool import MIN_SLOT_TOKENS, KVPool

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from s2t_shared import types
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMInfo, LLMSelector, SelectorClient
+from s2t_shared.decode.generate import Generator
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
@@ -36,6 +37,7 @@ from s2t_shared.types import (
     DecodeOptions,
     DecodeRequest,
     FinishReason,
+    GenerateRequest,
     Mode,
     Policy,
     Proposals,

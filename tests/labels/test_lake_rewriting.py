@@ -13,7 +13,8 @@ import pytest
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
-from s2t_shared.labels.lake import DAY_S, Lake, Snapshot
+from s2t_shared.labels.lake import DAY_S, Lake
+from s2t_shared.labels.shards import Snapshot
 from s2t_shared.labels.stream import LabelStream
 from services.launch.redis_server import open_redis
 from tests.labels.test_lake import ids, label, names, rollout

@@ -21,8 +21,9 @@ import redis
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.stream import LabelStream, open_client
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import _free_port, find_program
 from tests.labels.test_lake import rollout
 

@@ -24,24 +24,21 @@ from typing import Any
 import pytest
 import redis
 
-from s2t_shared.decode.llm_selector import LLMInfo
-from s2t_shared.decode.selection_cache import CachedSelector, decode_selection, selection_key
+from s2t_shared.decode.interfaces import LLMInfo
+from s2t_shared.decode.selection_cache import (
+    CACHE_PREFIX,
+    CachedSelector,
+    decode_selection,
+    selection_key,
+)
 from s2t_shared.errors import InvalidRequestError, StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.spool import _records as records
-from s2t_shared.labels.stream import (
-    CACHE_PREFIX,
-    DEAD_LETTERS,
-    GROUP,
-    LABELS,
-    Entry,
-    LabelStream,
-    open_client,
-    place_of,
-)
+from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, Entry, LabelStream
 from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.redis_connection import open_client, place_of
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 from services.launch import redis_server
 from services.launch.redis_server import RedisServer, _free_port, find_program, open_redis
@@ -199,7 +196,7 @@ def test_server_dies_with_its_parent_even_if_a_finished_thread_started_it(tmp_pa
     """prctl(PDEATHSIG), the usual way, fires when the *thread* that started the server ends."""
     program = (
         "import os, signal, sys, threading\nfrom pathlib import Path\n"
-        "from s2t_shared.labels.stream import open_client\nfrom services.launch.redis_server import open_redis\n"
+        "from s2t_shared.redis_connection import open_client\nfrom services.launch.redis_server import open_redis\n"
         "found = []\n"
         "thread = threading.Thread(target=lambda: found.append(open_redis(None, Path(sys.argv[1]))))\n"
         "thread.start(); thread.join()\n"

@@ -22,7 +22,7 @@ from s2t_shared import errors
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import GenerateRequest, Generator
+from s2t_shared.decode.generate import Generator
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.labels.lake import Lake
@@ -36,6 +36,7 @@ from s2t_shared.types import (
     Answer,
     CandidateRule,
     DecodeOptions,
+    GenerateRequest,
     Mode,
     Policy,
     Prompt,
@@ -379,7 +380,7 @@ def test_answers_that_nobody_waits_for_are_stopped(
 
 def held(client: Client) -> tuple[int, int, int]:
     d = client.describe()
-    return d.running_sequences, d.waiting_sequences, d.live_kv_rows
+    return d.running_sequences, d.waiting_sequences, d.live_kv_slots
 
 
 def test_killed_selector_degrades_and_returns(service: RunningService, client: Client) -> None:
@@ -475,7 +476,7 @@ def test_bad_version_is_refused_and_the_old_one_serves(
     time.sleep(1.5)
     assert client.describe().live_version == live
     assert client.generate(PROBLEMS[0].prompt, mode="s2t_local").versions.selector == live
-    assert client.roll_back() == live
+    assert client.rollback() == live
 
 
 def test_a_bug_shows_nothing_of_our_insides() -> None:

@@ -150,7 +150,7 @@ def test_canary_through_the_service(tmp_path: Path) -> None:
             client.generate("Eva has", f"r{i}", version=old, **ask).versions.selector
             for i in range(60)
         } == {old}
-        assert client.roll_back() == old
+        assert client.rollback() == old
         wait_for(lambda: client.describe().canary_version == "")
         assert set(versions()) == {old}
 

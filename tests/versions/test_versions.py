@@ -162,7 +162,7 @@ def test_a_version_holds_card_and_extra_files_all_hashed(
         registry.verify(done.version)
 
 
-def test_publish_load_promote_roll_back(registry: Registry, runtime: ModelRuntime) -> None:
+def test_publish_load_promote_rollback(registry: Registry, runtime: ModelRuntime) -> None:
     """What is read back is what was published."""
     assert registry.names() == [] and registry.live() is None
     selector = make_selector(runtime)

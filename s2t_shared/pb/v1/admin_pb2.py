@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cs2t_shared/pb/v1/admin.proto\x12\x06s2t.v1\"\xc4\x01\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05reads\x18\x03 \x01(\t\x12\x0c\n\x04live\x18\x04 \x01(\x08\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12-\n\x07metrics\x18\x06 \x03(\x0b\x32\x1c.s2t.v1.Version.MetricsEntry\x12\r\n\x05share\x18\x07 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x15\n\x13ListVersionsRequest\"9\n\x14ListVersionsResponse\x12!\n\x08versions\x18\x01 \x03(\x0b\x32\x0f.s2t.v1.Version\"C\n\x15PromoteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05share\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_share\"6\n\x16PromoteVersionResponse\x12\x0c\n\x04live\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x02 \x01(\t\"\x18\n\x16RollBackVersionRequest\"\'\n\x17RollBackVersionResponse\x12\x0c\n\x04live\x18\x01 \x01(\t\"#\n\x12\x43ountLabelsRequest\x12\r\n\x05\x66lush\x18\x01 \x01(\x08\"|\n\x13\x43ountLabelsResponse\x12\x0e\n\x06queued\x18\x01 \x01(\x04\x12\x0f\n\x07in_lake\x18\x02 \x01(\x04\x12\x14\n\x0c\x64\x65\x61\x64_letters\x18\x03 \x01(\x04\x12\x1d\n\x11\x63\x61\x63hed_selections\x18\x04 \x01(\x04\x42\x02\x18\x01\x12\x0f\n\x07\x64ropped\x18\x05 \x01(\x04\x32\xc6\x02\n\x0c\x41\x64minService\x12I\n\x0cListVersions\x12\x1b.s2t.v1.ListVersionsRequest\x1a\x1c.s2t.v1.ListVersionsResponse\x12O\n\x0ePromoteVersion\x12\x1d.s2t.v1.PromoteVersionRequest\x1a\x1e.s2t.v1.PromoteVersionResponse\x12R\n\x0fRollBackVersion\x12\x1e.s2t.v1.RollBackVersionRequest\x1a\x1f.s2t.v1.RollBackVersionResponse\x12\x46\n\x0b\x43ountLabels\x12\x1a.s2t.v1.CountLabelsRequest\x1a\x1b.s2t.v1.CountLabelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cs2t_shared/pb/v1/admin.proto\x12\x06s2t.v1\"\xc4\x01\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05reads\x18\x03 \x01(\t\x12\x0c\n\x04live\x18\x04 \x01(\x08\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12-\n\x07metrics\x18\x06 \x03(\x0b\x32\x1c.s2t.v1.Version.MetricsEntry\x12\r\n\x05share\x18\x07 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x15\n\x13ListVersionsRequest\"9\n\x14ListVersionsResponse\x12!\n\x08versions\x18\x01 \x03(\x0b\x32\x0f.s2t.v1.Version\"C\n\x15PromoteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05share\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_share\"6\n\x16PromoteVersionResponse\x12\x0c\n\x04live\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x02 \x01(\t\"\x18\n\x16RollbackVersionRequest\"\'\n\x17RollbackVersionResponse\x12\x0c\n\x04live\x18\x01 \x01(\t\"#\n\x12\x43ountLabelsRequest\x12\r\n\x05\x66lush\x18\x01 \x01(\x08\"v\n\x13\x43ountLabelsResponse\x12\x0e\n\x06queued\x18\x01 \x01(\x04\x12\x0f\n\x07in_lake\x18\x02 \x01(\x04\x12\x14\n\x0c\x64\x65\x61\x64_letters\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x05 \x01(\x04J\x04\x08\x04\x10\x05R\x11\x63\x61\x63hed_selections2\xc6\x02\n\x0c\x41\x64minService\x12I\n\x0cListVersions\x12\x1b.s2t.v1.ListVersionsRequest\x1a\x1c.s2t.v1.ListVersionsResponse\x12O\n\x0ePromoteVersion\x12\x1d.s2t.v1.PromoteVersionRequest\x1a\x1e.s2t.v1.PromoteVersionResponse\x12R\n\x0fRollbackVersion\x12\x1e.s2t.v1.RollbackVersionRequest\x1a\x1f.s2t.v1.RollbackVersionResponse\x12\x46\n\x0b\x43ountLabels\x12\x1a.s2t.v1.CountLabelsRequest\x1a\x1b.s2t.v1.CountLabelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VERSION_METRICSENTRY']._loaded_options = None
   _globals['_VERSION_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_COUNTLABELSRESPONSE'].fields_by_name['cached_selections']._loaded_options = None
-  _globals['_COUNTLABELSRESPONSE'].fields_by_name['cached_selections']._serialized_options = b'\030\001'
   _globals['_VERSION']._serialized_start=41
   _globals['_VERSION']._serialized_end=237
   _globals['_VERSION_METRICSENTRY']._serialized_start=191
@@ -54,7 +52,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COUNTLABELSREQUEST']._serialized_start=513
   _globals['_COUNTLABELSREQUEST']._serialized_end=548
   _globals['_COUNTLABELSRESPONSE']._serialized_start=550
-  _globals['_COUNTLABELSRESPONSE']._serialized_end=674
-  _globals['_ADMINSERVICE']._serialized_start=677
-  _globals['_ADMINSERVICE']._serialized_end=1003
+  _globals['_COUNTLABELSRESPONSE']._serialized_end=668
+  _globals['_ADMINSERVICE']._serialized_start=671
+  _globals['_ADMINSERVICE']._serialized_end=997
 # @@protoc_insertion_point(module_scope)

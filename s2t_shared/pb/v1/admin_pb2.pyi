@@ -57,11 +57,11 @@ class PromoteVersionResponse(_message.Message):
     canary: str
     def __init__(self, live: _Optional[str] = ..., canary: _Optional[str] = ...) -> None: ...
 
-class RollBackVersionRequest(_message.Message):
+class RollbackVersionRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class RollBackVersionResponse(_message.Message):
+class RollbackVersionResponse(_message.Message):
     __slots__ = ("live",)
     LIVE_FIELD_NUMBER: _ClassVar[int]
     live: str
@@ -74,15 +74,13 @@ class CountLabelsRequest(_message.Message):
     def __init__(self, flush: _Optional[bool] = ...) -> None: ...
 
 class CountLabelsResponse(_message.Message):
-    __slots__ = ("queued", "in_lake", "dead_letters", "cached_selections", "dropped")
+    __slots__ = ("queued", "in_lake", "dead_letters", "dropped")
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     IN_LAKE_FIELD_NUMBER: _ClassVar[int]
     DEAD_LETTERS_FIELD_NUMBER: _ClassVar[int]
-    CACHED_SELECTIONS_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     queued: int
     in_lake: int
     dead_letters: int
-    cached_selections: int
     dropped: int
-    def __init__(self, queued: _Optional[int] = ..., in_lake: _Optional[int] = ..., dead_letters: _Optional[int] = ..., cached_selections: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
+    def __init__(self, queued: _Optional[int] = ..., in_lake: _Optional[int] = ..., dead_letters: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...

@@ -45,10 +45,10 @@ class AdminServiceStub:
                 request_serializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.PromoteVersionRequest.SerializeToString,
                 response_deserializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.PromoteVersionResponse.FromString,
                 _registered_method=True)
-        self.RollBackVersion = channel.unary_unary(
-                '/s2t.v1.AdminService/RollBackVersion',
-                request_serializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollBackVersionRequest.SerializeToString,
-                response_deserializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollBackVersionResponse.FromString,
+        self.RollbackVersion = channel.unary_unary(
+                '/s2t.v1.AdminService/RollbackVersion',
+                request_serializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollbackVersionRequest.SerializeToString,
+                response_deserializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollbackVersionResponse.FromString,
                 _registered_method=True)
         self.CountLabels = channel.unary_unary(
                 '/s2t.v1.AdminService/CountLabels',
@@ -75,7 +75,7 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RollBackVersion(self, request, context):
+    def RollbackVersion(self, request, context):
         """Ends the canary, if there is one; else makes the version before the live one live again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -102,10 +102,10 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.PromoteVersionRequest.FromString,
                     response_serializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.PromoteVersionResponse.SerializeToString,
             ),
-            'RollBackVersion': grpc.unary_unary_rpc_method_handler(
-                    servicer.RollBackVersion,
-                    request_deserializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollBackVersionRequest.FromString,
-                    response_serializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollBackVersionResponse.SerializeToString,
+            'RollbackVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackVersion,
+                    request_deserializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollbackVersionRequest.FromString,
+                    response_serializer=s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollbackVersionResponse.SerializeToString,
             ),
             'CountLabels': grpc.unary_unary_rpc_method_handler(
                     servicer.CountLabels,
@@ -179,7 +179,7 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
-    def RollBackVersion(request,
+    def RollbackVersion(request,
             target,
             options=(),
             channel_credentials=None,
@@ -192,9 +192,9 @@ class AdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/s2t.v1.AdminService/RollBackVersion',
-            s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollBackVersionRequest.SerializeToString,
-            s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollBackVersionResponse.FromString,
+            '/s2t.v1.AdminService/RollbackVersion',
+            s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollbackVersionRequest.SerializeToString,
+            s2t__shared_dot_pb_dot_v1_dot_admin__pb2.RollbackVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -139,7 +139,7 @@ class LabelOptions(_message.Message):
     def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ..., collect: _Optional[bool] = ...) -> None: ...
 
 class GenerationParameters(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "selector_version", "return_steps", "score_rollout", "labels", "fresh_selections")
+    __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "version", "return_steps", "score_rollout", "labels", "fresh_selections")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -155,7 +155,7 @@ class GenerationParameters(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    SELECTOR_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     RETURN_STEPS_FIELD_NUMBER: _ClassVar[int]
     SCORE_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -175,12 +175,12 @@ class GenerationParameters(_message.Message):
     max_new_tokens: int
     stop: _containers.RepeatedScalarFieldContainer[str]
     timeout_seconds: float
-    selector_version: str
+    version: str
     return_steps: bool
     score_rollout: bool
     labels: LabelOptions
     fresh_selections: bool
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., budget: _Optional[float] = ..., threshold: _Optional[float] = ..., candidates: _Optional[int] = ..., candidate_ratio: _Optional[float] = ..., proposals: _Optional[_Union[Proposals, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., samples: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., selector_version: _Optional[str] = ..., return_steps: _Optional[bool] = ..., score_rollout: _Optional[bool] = ..., labels: _Optional[_Union[LabelOptions, _Mapping]] = ..., fresh_selections: _Optional[bool] = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., budget: _Optional[float] = ..., threshold: _Optional[float] = ..., candidates: _Optional[int] = ..., candidate_ratio: _Optional[float] = ..., proposals: _Optional[_Union[Proposals, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., samples: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., version: _Optional[str] = ..., return_steps: _Optional[bool] = ..., score_rollout: _Optional[bool] = ..., labels: _Optional[_Union[LabelOptions, _Mapping]] = ..., fresh_selections: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "triggers", "flips", "llm_forwards", "degraded_steps")
@@ -199,14 +199,14 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., triggers: _Optional[int] = ..., flips: _Optional[int] = ..., llm_forwards: _Optional[int] = ..., degraded_steps: _Optional[int] = ...) -> None: ...
 
 class Versions(_message.Message):
-    __slots__ = ("slm", "llm", "selector")
+    __slots__ = ("slm", "llm", "local_selector")
     SLM_FIELD_NUMBER: _ClassVar[int]
     LLM_FIELD_NUMBER: _ClassVar[int]
-    SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SELECTOR_FIELD_NUMBER: _ClassVar[int]
     slm: str
     llm: str
-    selector: str
-    def __init__(self, slm: _Optional[str] = ..., llm: _Optional[str] = ..., selector: _Optional[str] = ...) -> None: ...
+    local_selector: str
+    def __init__(self, slm: _Optional[str] = ..., llm: _Optional[str] = ..., local_selector: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("index", "token_id", "chosen_by", "triggered", "signal", "candidate_ids", "scores", "slm_top_id", "llm_top_id", "llm_top_rank", "kl", "entropy", "degraded", "text")
@@ -261,22 +261,26 @@ class Answer(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., labels_stored: _Optional[int] = ..., rollout: _Optional[bytes] = ...) -> None: ...
 
 class StreamGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "parameters")
+    __slots__ = ("request_id", "parameters", "stream_steps")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_STEPS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     parameters: GenerationParameters
-    def __init__(self, request_id: _Optional[str] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
+    stream_steps: bool
+    def __init__(self, request_id: _Optional[str] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., stream_steps: _Optional[bool] = ...) -> None: ...
 
 class StreamGenerateResponse(_message.Message):
-    __slots__ = ("request_id", "text", "answer")
+    __slots__ = ("request_id", "text", "answer", "steps")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     answer: Answer
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ...) -> None: ...
+    steps: _containers.RepeatedCompositeFieldContainer[Step]
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "parameters")
@@ -299,31 +303,31 @@ class DescribeServiceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeServiceResponse(_message.Message):
-    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_selector", "calibrated_triggers", "template_digest", "proposers", "canary_selector", "canary_share", "running_sequences", "waiting_sequences", "live_kv_rows")
+    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_version", "calibrated_triggers", "template_digest", "proposers", "canary_version", "canary_share", "running_sequences", "waiting_sequences", "live_kv_slots")
     SLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
-    LIVE_SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    LIVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     CALIBRATED_TRIGGERS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROPOSERS_FIELD_NUMBER: _ClassVar[int]
-    CANARY_SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    CANARY_VERSION_FIELD_NUMBER: _ClassVar[int]
     CANARY_SHARE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
-    LIVE_KV_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LIVE_KV_SLOTS_FIELD_NUMBER: _ClassVar[int]
     slm_digest: str
     tokenizer_digest: str
     llm_digest: str
     max_length: int
-    live_selector: str
+    live_version: str
     calibrated_triggers: _containers.RepeatedScalarFieldContainer[Trigger]
     template_digest: str
     proposers: int
-    canary_selector: str
+    canary_version: str
     canary_share: float
     running_sequences: int
     waiting_sequences: int
-    live_kv_rows: int
-    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_selector: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., template_digest: _Optional[str] = ..., proposers: _Optional[int] = ..., canary_selector: _Optional[str] = ..., canary_share: _Optional[float] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_rows: _Optional[int] = ...) -> None: ...
+    live_kv_slots: int
+    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_version: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., template_digest: _Optional[str] = ..., proposers: _Optional[int] = ..., canary_version: _Optional[str] = ..., canary_share: _Optional[float] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_slots: _Optional[int] = ...) -> None: ...

@@ -1,7 +1,7 @@
 """Golden Step traces: every mode, trigger, local selector kind and reading.
 
 A change of the engine that changes no token proves itself against them (`tests/test_golden.py`). To
-record them anew, after a change that is meant to change tokens: `python -m tests.golden.traces`.
+record them anew, after a change that is meant to change tokens: `python -m tests.decode.golden.traces`.
 """
 
 from __future__ import annotations
@@ -167,6 +167,7 @@ def decode(
                 ),
             )
             steps = run_alone(engine, request)
+            runtime.pool.clear()
             traces[case.name].append([trace(step) for step in steps])
     return traces
 
@@ -178,7 +179,6 @@ def run_alone(engine: Engine, request: DecodeRequest) -> list[Step]:
     while not engine.idle:
         engine.step()
         engine.wait()
-    engine.proposer.runtime.pool.clear()
     return sequence.steps
 
 
@@ -190,7 +190,7 @@ def trace(step: Step) -> dict[str, Any]:
         "signal": step.signal,
         "candidates": list(step.candidate_ids) if step.triggered else None,
         "scores": list(step.scores) if step.triggered else None,
-        "slm_top": step.slm_top_id,
+        "slm_top": step.slm_top_id if step.support else None,
         "llm_top": step.llm_top_id,
         "llm": list(step.llm.log_probs[:4]) if step.llm else None,
         "degraded": step.degraded or None,

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from s2t_shared import policy as decide
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import Generator
+from s2t_shared.decode.interfaces import ModelInput
 from s2t_shared.decode.llm_selector import InProcessSelector
 from s2t_shared.errors import ConfigError
 from s2t_shared.labels.label import check_rollout
@@ -35,14 +36,7 @@ from services.bench.kl import bench_kl
 from services.bench.measure import figure, ratios, take_turns
 from services.bench.plot import draw
 from services.bench.score import bench_score
-from services.bench.train import (
-    SIDES,
-    ModelInput,
-    PeakMemory,
-    _peak_memory,
-    bench_train,
-    synthetic_rollouts,
-)
+from services.bench.train import SIDES, PeakMemory, _peak_memory, bench_train, synthetic_rollouts
 from services.bench.workload import Settings
 from services.cli.app import app
 from services.evaluation import Problem

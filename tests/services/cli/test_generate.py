@@ -11,13 +11,7 @@ import pytest
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import (
-    GenerateRequest,
-    Generator,
-    check_request,
-    extract_answer,
-    with_thresholds,
-)
+from s2t_shared.decode.generate import Generator, check_request, extract_answer, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import (
@@ -37,6 +31,7 @@ from s2t_shared.types import (
     Answer,
     CandidateRule,
     DecodeOptions,
+    GenerateRequest,
     LabelOptions,
     LabelRule,
     Mode,

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from s2t_shared.config import Config, GatewayConfig, SecurityConfig
-from s2t_shared.decode.llm_selector import LLMInfo
+from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import ConfigError, S2TError, TokenizerMismatchError, UnauthenticatedError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
