@@ -109,6 +109,11 @@ class Engine:
         self._wake.set()
 
     @property
+    def sequences(self) -> tuple[LiveSequence, ...]:
+        """The sequences that run, then those that wait."""
+        return (*self._running, *self._waiting)
+
+    @property
     def load(self) -> EngineLoad:
         """What the engine holds now. May be read from any thread."""
         return EngineLoad(len(self._running), len(self._waiting), self.proposer.kv_slots_in_use)

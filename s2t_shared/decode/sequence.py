@@ -107,6 +107,11 @@ class LiveSequence:
         return self.local_selector.version if self.local_selector else ""
 
     @property
+    def calls(self) -> tuple[LLMCall, ...]:
+        """LLM calls in flight, oldest first."""
+        return tuple(self._calls)
+
+    @property
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.request.token_ids),

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,244 +23,49 @@ from transformers import AutoModelForCausalLM
 from s2t_shared import policy as decide
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.interfaces import (
-    LLMInfo,
-    ModelInput,
-    NextTokenInput,
-    Proposal,
     SamplingInput,
-    SelectionInput,
-    SelectorClient,
 )
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
+from s2t_shared.decode.llm_selector import InProcessSelector
 from s2t_shared.decode.proposer import Proposer, SequenceSlots, sample
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
-from s2t_shared.model.kv_pool import MIN_SLOT_TOKENS, KVPool
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.model.lora import Adapter, new_adapter
-from s2t_shared.model.runtime import ModelRuntime, Segment
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.types import (
     CandidateRule,
     ChosenBy,
-    DecodeOptions,
     DecodeRequest,
     FinishReason,
     Mode,
     Policy,
     Proposals,
     Sampling,
-    ScoreQuery,
-    ScoreReply,
     Step,
     Support,
     Trigger,
 )
-from tests.helpers.models import EOS, MAX_LENGTH
-
-Models = dict[str, Path]
-PROMPTS = (
-    (6, 7, 8, 45),
-    (9,),
-    (20, 3, 31, 30, 12, 11, 40, 41, 22),
-    (17, 18),
-    tuple(range(5, 30)),
-    (44, 44, 10),
+from tests.helpers.engine import (
+    ALL,
+    GREEDY,
+    KINDS,
+    PROMPTS,
+    FailingSelector,
+    Models,
+    all_local_selectors,
+    assert_same,
+    finish,
+    greedy_from,
+    hf_greedy,
+    lookup_in,
+    make_llm,
+    make_local_selector,
+    make_proposer,
+    propose,
+    request,
+    run,
+    select,
+    with_options,
 )
-KINDS = [(kind, reads) for kind in SelectorKind for reads in Reading]
-ALL = Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS, candidates=CandidateRule(64))
-
-
-# -- helpers --------------------------------------------------------------------------------------
-
-
-def with_small_pool(runtime: ModelRuntime, rows: int) -> ModelRuntime:
-    """The runtime with room for so many short rows only."""
-    pool = runtime.pool
-    runtime.pool = KVPool(
-        pool._shapes, pool._dtype, pool._device, rows * MIN_SLOT_TOKENS * pool.bytes_per_token
-    )
-    return runtime
-
-
-def make_proposer(models: Models, name: str = "slm", max_rows: int = 64) -> Proposer:
-    runtime = with_small_pool(ModelRuntime.load(str(models[name])), max_rows)
-    return Proposer(runtime, reserved_ids(Tokenizer.load(models[name]), runtime.vocab_rows))
-
-
-def make_llm(models: Models, name: str = "llm", max_rows: int = 64) -> LLMSelector:
-    return LLMSelector(with_small_pool(ModelRuntime.load(str(models[name])), max_rows), "tokenizer")
-
-
-def make_selector(
-    proposer: Proposer,
-    version: str,
-    kind: SelectorKind,
-    reads: Reading,
-    seed: int = 0,
-    fusion: float = 0.0,
-) -> LocalSelector:
-    """A random local selector that disagrees with the SLM."""
-    adapter = new_adapter(proposer.runtime.model, 3, 6.0, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    weights = {
-        path: (a.detach(), torch.randn(b.shape, generator=generator) * 0.15)
-        for path, (a, b) in adapter.weights.items()
-    }
-    deltas = torch.randn(16, proposer.runtime.config.hidden_size, generator=generator) * 0.3
-    return LocalSelector(
-        version=version,
-        kind=kind,
-        reads=reads,
-        reserved_ids=proposer.reserved_ids,
-        adapter=Adapter(rank=3, alpha=6.0, weights=weights),
-        bin_deltas=deltas,
-        temperature=0.2,
-        fusion=fusion,
-    )
-
-
-def run_works(proposer: Proposer, works: Sequence[ModelInput]) -> list[object]:
-    """Every work's result, in as many forwards as it takes."""
-    results: list[object] = [None] * len(works)
-    for _ in range(50):
-        open_ = [i for i, r in enumerate(results) if r is None]
-        if not open_:
-            return results
-        for i, result in zip(open_, proposer.run([works[i] for i in open_]), strict=True):
-            results[i] = result
-    raise AssertionError("works never end")
-
-
-def propose(
-    proposer: Proposer, tracks: Sequence[SequenceSlots], contexts: Sequence[Sequence[int]]
-) -> list[Support]:
-    proposals = run_works(
-        proposer, [NextTokenInput(t, c) for t, c in zip(tracks, contexts, strict=True)]
-    )
-    return [p.support for p in proposals if isinstance(p, Proposal) and p.support]
-
-
-def select(
-    proposer: Proposer,
-    tracks: Sequence[SequenceSlots],
-    contexts: Sequence[Sequence[int]],
-    supports: Sequence[Support],
-    counts: Sequence[int],
-) -> list[tuple[float, ...]]:
-    return run_works(
-        proposer,
-        [  # type: ignore[return-value]
-            SelectionInput(t, c, s.ids[:n], s.log_probs[:n])
-            for t, c, s, n in zip(tracks, contexts, supports, counts, strict=True)
-        ],
-    )
-
-
-def lookup_in(
-    selectors: Sequence[LocalSelector], live: str = ""
-) -> Callable[[str | None], LocalSelector | None]:
-    by_version = {s.version: s for s in selectors}
-
-    def lookup(version: str | None) -> LocalSelector | None:
-        name = live if version is None else version
-        if name and name not in by_version:
-            raise VersionNotFoundError(name)
-        return by_version[name] if name else None
-
-    return lookup
-
-
-def all_selectors(proposer: Proposer) -> list[LocalSelector]:
-    return [
-        make_selector(proposer, f"{kind.value}-{reads.value}", kind, reads, seed)
-        for seed, (kind, reads) in enumerate(KINDS)
-    ]
-
-
-def finish(engine: Engine, limit: int = 4000) -> None:
-    """Run until nothing is left; a loop that never ends is a failure, not a hang."""
-    for _ in range(limit):
-        if engine.idle:
-            assert engine.proposer.runtime.pool.live_slots == 0, "a finished answer kept its rows"
-            return
-        engine.step()
-        engine.proposer.runtime.pool.check()
-        engine.wait()
-    raise AssertionError(f"not finished after {limit} steps")
-
-
-def run(engine: Engine, *requests: DecodeRequest) -> list[LiveSequence]:
-    sequences = [engine.add(request) for request in requests]
-    finish(engine)
-    return sequences
-
-
-def request(
-    policy: Policy,
-    prompt: Sequence[int] = PROMPTS[0],
-    new: int = 16,
-    name: str = "r",
-    version: str | None = None,
-    seed: int = 0,
-) -> DecodeRequest:
-    return DecodeRequest(
-        request_id=name,
-        token_ids=tuple(prompt),
-        options=DecodeOptions(
-            policy=policy,
-            sampling=Sampling(0.9, 0.95, 20, seed),
-            max_new_tokens=new,
-            version=version,
-        ),
-    )
-
-
-GREEDY = Policy(mode=Mode.GREEDY)
-
-
-def greedy_from(
-    models: Models, prompt: Sequence[int], new: int, name: str = "slm"
-) -> tuple[int, ...]:
-    return (
-        run(Engine(make_proposer(models, name)), request(GREEDY, prompt, new))[0].output_ids
-        if new
-        else ()
-    )
-
-
-def hf_greedy(
-    folder: Path, prompt: Sequence[int], new: int, suppressed: Sequence[int]
-) -> tuple[int, ...]:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        do_sample=False,
-        suppress_tokens=list(suppressed) or None,
-    )
-    return tuple(out[0, len(prompt) :].tolist())
-
-
-def assert_same(a: object, b: object, where: str = "step") -> None:
-    """Equal field by field; floats to 1e-4 (batches of other shapes round differently)."""
-    assert type(a) is type(b), where
-    if is_dataclass(a):
-        for field in fields(a):
-            assert_same(getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}")
-    elif isinstance(a, tuple | list):
-        assert len(a) == len(b), where  # type: ignore[arg-type]
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):  # type: ignore[call-overload]
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, float):
-        assert a == pytest.approx(b, abs=1e-4), where
-    else:
-        assert a == b, where
-
+from tests.helpers.models import EOS, MAX_LENGTH
 
 # -- law 1: the ends of the dial ------------------------------------------------------------------
 
@@ -285,7 +89,7 @@ def test_never_asking_is_the_slms_greedy(models: Models, slm: str) -> None:
     """Never-trigger, always with K = 1 (LLM and local) and greedy are one decode: Hugging Face's, R
     suppressed."""
     proposer = make_proposer(models, slm)
-    local = make_selector(proposer, "v", SelectorKind.JOINT, Reading.BASE)
+    local = make_local_selector(proposer, "v", SelectorKind.JOINT, Reading.BASE)
     llm = "virtual_llm" if slm == "virtual" else "padding_llm" if slm == "padding" else "llm"
     engine = Engine(proposer, InProcessSelector(make_llm(models, llm)), lookup_in([local], "v"))
     one = CandidateRule(1)
@@ -368,7 +172,7 @@ def test_an_answer_ends_at_eos_and_at_the_models_length(models: Models) -> None:
         request(Policy(mode=Mode.LLM)),
         request(Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.KL)),
         request(replace(GREEDY, threshold=float("nan"))),
-        replace(request(GREEDY), score_rollout=True),
+        with_options(request(GREEDY), score_rollout=True),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_is_allocated(
@@ -468,7 +272,7 @@ def test_siblings_in_one_forward_equal_one_forward_per_candidate(
     cache catches up from where it was: scores must be the naive ones, not merely similar in
     order."""
     proposer = make_proposer(models, slm)
-    selector = make_selector(proposer, "v", kind, reads, seed=5, fusion=fusion)
+    selector = make_local_selector(proposer, "v", kind, reads, seed=5, fusion=fusion)
     naive = NaiveSelector(models[slm], selector)
     contexts = [list(p) for p in PROMPTS[:4]]
     tracks = [
@@ -491,9 +295,14 @@ def test_the_scores_depend_on_everything_they_should(models: Models) -> None:
     anyone noticing."""
     proposer = make_proposer(models)
     scores = {}
-    for selector in [*all_selectors(proposer), LocalSelector.untrained(proposer.reserved_ids)]:
+    for selector in [
+        *all_local_selectors(proposer),
+        LocalSelector.untrained(proposer.reserved_ids),
+    ]:
         if selector.adapter is not None:
-            selector.adapter = make_selector(proposer, "", SelectorKind.JOINT, Reading.BASE).adapter
+            selector.adapter = make_local_selector(
+                proposer, "", SelectorKind.JOINT, Reading.BASE
+            ).adapter
         track = proposer.open(selector, Policy(mode=Mode.S2T_LOCAL), PROMPTS[4], 80)
         assert track is not None
         (support,) = propose(proposer, [track], [PROMPTS[4]])
@@ -510,7 +319,7 @@ def test_adapted_proposals_are_the_merged_models(models: Models) -> None:
     """`proposals: adapted` leaves the adapter on everywhere: the decode is the merged model's
     greedy."""
     proposer = make_proposer(models)
-    selector = make_selector(proposer, "v", SelectorKind.RESERVED, Reading.ADAPTED)
+    selector = make_local_selector(proposer, "v", SelectorKind.RESERVED, Reading.ADAPTED)
     naive = NaiveSelector(models["slm"], selector)
     policy = Policy(
         mode=Mode.S2T_LOCAL,
@@ -617,12 +426,12 @@ def test_steps_tell_what_the_models_say(models: Models) -> None:
 def test_a_scored_rollout_is_the_llms_view_of_every_step(models: Models) -> None:
     """The plain harvest: one prefill's scores must be those of asking at every step, and change no
     token."""
-    engine = Engine(make_proposer(models), InProcessSelector(make_llm(models)))
-    rollout = replace(request(GREEDY, PROMPTS[2], 12), score_rollout=True)
+    client = InProcessSelector(make_llm(models))
+    engine = Engine(make_proposer(models), client, max_draft_tokens=1)
+    rollout = with_options(request(GREEDY, PROMPTS[2], 12), score_rollout=True)
     asked = request(
         Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=1e9, warmup_steps=0), PROMPTS[2], 12
     )
-    engine._longest_draft = 1
     harvested, lockstep = run(engine, rollout, asked)
     assert harvested.output_ids == lockstep.output_ids == greedy_from(models, PROMPTS[2], 12)
     assert harvested.usage.llm_forwards == 1 and lockstep.usage.llm_forwards == len(lockstep.steps)
@@ -684,7 +493,7 @@ def mixed_requests() -> list[DecodeRequest]:
         request(p, PROMPTS[i % len(PROMPTS)], 9 + i % 5, f"mixed-{i}", version, seed=i)
         for i, (p, version) in enumerate(policies)
     ]
-    rollout = replace(
+    rollout = with_options(
         request(Policy(mode=Mode.SAMPLE), PROMPTS[1], 8, "rollout", "", seed=5), score_rollout=True
     )
     return [*requests, rollout]
@@ -697,7 +506,7 @@ def alone(models: Models) -> list[LiveSequence]:
     for item in mixed_requests():
         proposer = make_proposer(models)
         engine = Engine(
-            proposer, InProcessSelector(make_llm(models)), lookup_in(all_selectors(proposer))
+            proposer, InProcessSelector(make_llm(models)), lookup_in(all_local_selectors(proposer))
         )
         results += run(engine, item)
     return results
@@ -708,8 +517,8 @@ def mixed_engine(models: Models, max_num_seqs: int = 32) -> Engine:
     return Engine(
         proposer,
         InProcessSelector(make_llm(models, max_rows=12)),
-        lookup_in(all_selectors(proposer)),
-        max_num_seqs,
+        lookup_in(all_local_selectors(proposer)),
+        max_num_seqs=max_num_seqs,
     )
 
 
@@ -772,7 +581,7 @@ def test_sampling_is_repeatable_and_its_own(models: Models) -> None:
     engine = Engine(make_proposer(models))
     sampled = Policy(mode=Mode.SAMPLE)
     requests = [
-        replace(request(sampled, PROMPTS[0], 12), sampling=Sampling(1.0, seed=seed))
+        with_options(request(sampled, PROMPTS[0], 12), sampling=Sampling(1.0, seed=seed))
         for seed in (1, 2, 3, 1)
     ]
     together = [s.output_ids for s in run(engine, *requests)]
@@ -782,7 +591,7 @@ def test_sampling_is_repeatable_and_its_own(models: Models) -> None:
     )
     greedy = greedy_from(models, PROMPTS[0], 12)
     for cut in (Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-3)):
-        (sequence,) = run(engine, replace(requests[0], sampling=cut))
+        (sequence,) = run(engine, with_options(requests[0], sampling=cut))
         assert sequence.output_ids == greedy, cut
 
 
@@ -807,7 +616,7 @@ def test_sampling_follows_the_distribution(models: Models) -> None:
     runs = run(
         engine,
         *(
-            replace(
+            with_options(
                 request(Policy(mode=Mode.SAMPLE), PROMPTS[0], 1),
                 sampling=replace(sampling, seed=seed),
             )
@@ -839,7 +648,7 @@ def test_a_small_pool_does_not_break_the_batch(models: Models) -> None:
     """`reads: adapted` wants a second row per sequence: when the pool has none, nobody else may be
     hurt by it."""
     proposer = make_proposer(models, max_rows=4)
-    selector = make_selector(proposer, "v", SelectorKind.RESERVED, Reading.ADAPTED)
+    selector = make_local_selector(proposer, "v", SelectorKind.RESERVED, Reading.ADAPTED)
     engine = Engine(proposer, local_selectors=lookup_in([selector], "v"))
     policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
     expected = [run(engine, request(policy, prompt, 6))[0].output_ids for prompt in PROMPTS]
@@ -862,171 +671,15 @@ def test_one_wrong_query_does_not_degrade_the_batch(models: Models) -> None:
     assert both[0].output_ids == expected.output_ids and not any(s.degraded for s in both[0].steps)
 
 
-# -- law 2: the LLM's scorer ----------------------------------------------------------------------
-
-
-def query(
-    tokens: Sequence[int], positions: Sequence[int] | None = None, **options: object
-) -> ScoreQuery:
-    at = tuple(positions) if positions is not None else (len(tokens) - 1,)
-    return ScoreQuery(
-        token_ids=tuple(tokens),
-        positions=at,
-        candidate_ids=tuple((5 + p % 9, 40, 11)[: 1 + p % 3] for p in at),
-        **options,
-    )  # type: ignore[arg-type]
-
-
-def count_read_tokens(scorer: LLMSelector) -> list[int]:
-    """Records how many tokens each forward reads."""
-    read: list[int] = []
-    forward = scorer.runtime.forward
-
-    def counted(segments: Sequence[Segment]) -> tuple[torch.Tensor, list[slice]]:
-        read.append(sum(s.length for s in segments))
-        return forward(segments)
-
-    scorer.runtime.forward = counted  # type: ignore[method-assign]
-    return read
-
-
-LONG = tuple(int(x) for x in np.random.default_rng(0).integers(5, 48, 40))
-
-
-@pytest.mark.parametrize("llm", ["llm", "gemma2"])
-def test_scores_are_the_plain_models(models: Models, llm: str) -> None:
-    """Excluded ids and rows past vocab_size get probability zero *before* normalising, at every
-    position asked."""
-    model = AutoModelForCausalLM.from_pretrained(
-        models[llm], dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        logits = model(torch.tensor([LONG])).logits[0].double()
-    logits[:, [7, 9]] = -torch.inf
-    logits[:, 45:] = -torch.inf
-    log_probs = logits.log_softmax(-1)
-    asked = query(LONG, range(0, 40, 3), excluded_ids=(7, 9, 900), vocab_size=45)
-    (reply,) = make_llm(models, llm).score([asked])
-    assert reply.llm_digest and len(reply.positions) == 14
-    for position, group, scores in zip(
-        asked.positions, asked.candidate_ids, reply.positions, strict=True
-    ):
-        expected = [max(float(log_probs[position, i]), -1e4) for i in group]
-        assert scores.log_probs == pytest.approx(expected, abs=1e-4)
-        assert scores.top_id == int(log_probs[position].argmax()) and scores.top_id not in (7, 9)
-        assert scores.top_log_prob == pytest.approx(float(log_probs[position].max()), abs=1e-4)
-
-
-def test_ids_the_llm_cannot_say_are_impossible_and_finite(models: Models) -> None:
-    """An SLM row the LLM lacks, an excluded id, an id past vocab_size: -1e4, not -inf (JSON) and
-    not a crash."""
-    asked = ScoreQuery(
-        token_ids=(5, 6),
-        positions=(1,),
-        candidate_ids=((7, 44, 46, 1000),),
-        excluded_ids=(7,),
-        vocab_size=45,
-    )
-    (reply,) = make_llm(models).score([asked])
-    scores = reply.positions[0].log_probs
-    assert (scores[0], scores[2], scores[3]) == (-1e4, -1e4, -1e4) and scores[1] > -50
-
-
-def test_all_positions_at_once_equal_one_position_each(models: Models) -> None:
-    """Harvesting by prefill is lockstep asking: 40 positions in one query, 40 queries of one, no
-    candidates."""
-    scorer = make_llm(models)
-    (all_at_once,) = scorer.score([query(LONG, range(40))])
-    for position in range(40):
-        single = query(LONG[: position + 1], [position])
-        assert_same(all_at_once.positions[position], scorer.score([single])[0].positions[0])
-    (no_candidates,) = scorer.score(
-        [ScoreQuery(token_ids=LONG, positions=(39,), candidate_ids=((),))]
-    )
-    assert no_candidates.positions[0].log_probs == ()
-    assert no_candidates.positions[0].top_id == all_at_once.positions[39].top_id
-
-
-def test_reused_kv_changes_no_score(models: Models) -> None:
-    """Longest-prefix reuse is speed only: growing, branching, shrinking and repeated contexts
-    against a scorer that never saw another; and it does save reading."""
-    warm = make_llm(models)
-    read = count_read_tokens(warm)
-    other = (*LONG[:25], 5, 5, 6, 7)
-    story = [
-        query(LONG[:20]),
-        query(LONG[:30]),
-        query(LONG),
-        query(LONG),
-        query(other),
-        query(LONG[:8]),
-        query(LONG, [3, 39]),
-        query((44, 43)),
-        query(other, [28]),
-        query(LONG[:26]),
-    ]
-    for asked in story:
-        assert_same(warm.score([asked])[0], make_llm(models).score([asked])[0])
-    assert read[:4] == [20, 10, 10, 1]
-    assert sum(read) < sum(len(asked.token_ids) for asked in story)
-
-
-@settings(max_examples=10, suppress_health_check=list(HealthCheck))
-@given(
-    st.lists(
-        st.lists(
-            st.tuples(
-                st.sampled_from([LONG, LONG[::-1], (*LONG[:9], *LONG[20:])]), st.integers(1, 29)
-            ),
-            min_size=1,
-            max_size=7,
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_batched_ragged_queries_equal_single_ones(
-    models: Models, batches: list[list[tuple[tuple[int, ...], int]]]
-) -> None:
-    """Any batches of any prefixes, on a pool so small that rows are taken from others all the
-    time."""
-    small = make_llm(models, max_rows=4)
-    for batch in batches:
-        queries = [query(tokens[:n], [n - 1] if n % 2 else range(n // 2, n)) for tokens, n in batch]
-        for asked, reply in zip(queries, small.score(queries), strict=True):
-            assert_same(reply, make_llm(models).score([asked])[0])
-        small.runtime.pool.check()
-        assert small.runtime.pool.live_slots == 0
-
-
-@pytest.mark.parametrize(
-    "bad, word",
-    [
-        (ScoreQuery(token_ids=(), positions=(0,), candidate_ids=((),)), "token_ids"),
-        (ScoreQuery(token_ids=(5,) * 300, positions=(0,), candidate_ids=((),)), "300"),
-        (ScoreQuery(token_ids=(5,), positions=(), candidate_ids=()), "positions"),
-        (ScoreQuery(token_ids=(5,), positions=(0,), candidate_ids=()), "positions"),
-        (ScoreQuery(token_ids=(5,), positions=(1,), candidate_ids=((),)), "positions"),
-        (ScoreQuery(token_ids=(5,), positions=(-1,), candidate_ids=((),)), "positions"),
-        (ScoreQuery(token_ids=(64,), positions=(0,), candidate_ids=((),)), "token_ids"),
-        (ScoreQuery(token_ids=(5,), positions=(0,), candidate_ids=((-1,),)), "candidate_ids"),
-    ],
-)
-def test_wrong_queries_are_refused(models: Models, bad: ScoreQuery, word: str) -> None:
-    """A query from the wire that fails inside the forward takes the whole batch with it."""
-    with pytest.raises(InvalidRequestError, match=word):
-        make_llm(models).check(bad)
-
-
 # -- law 4: base proposals are the base model's, bit for bit --------------------------------------
 
 
 class Recording(Proposer):
     """Keeps the first sequence's support at every step."""
 
-    def run(self, works):  # type: ignore[no-untyped-def]
-        results = super().run(works)
-        for work, result in zip(works, results, strict=True):
+    def run(self, inputs):  # type: ignore[no-untyped-def]
+        results = super().run(inputs)
+        for work, result in zip(inputs, results, strict=True):
             if list(work.token_ids[:3]) == [6, 7, 8]:
                 self.seen: list[Support] = [*getattr(self, "seen", []), result.support]
         return results
@@ -1042,7 +695,7 @@ def supports_beside(
     engine = Engine(
         proposer, local_selectors=lookup_in([selector] if selector else [], "v" if selector else "")
     )
-    watched = replace(request(GREEDY, (6, 7, 8), 8), keep_support=True)
+    watched = with_options(request(GREEDY, (6, 7, 8), 8), keep_support=True)
     first, beside = run(engine, watched, request(policy, (9, 10, 11), 8))
     assert len(first.steps) == len(beside.steps) == 8, "choose prompts that do not meet eos"
     assert selector is None or policy.trigger is not Trigger.ALWAYS or beside.usage.flips
@@ -1058,9 +711,9 @@ def test_base_proposals_do_not_feel_the_adapter(
     and shape of the products, and nothing else: rounding, by how much depends on the machine's
     matrix kernels."""
     plain = supports_beside(models, lambda _: (GREEDY, None))
-    loaded = supports_beside(models, lambda p: (GREEDY, make_selector(p, "v", kind, reads)))
+    loaded = supports_beside(models, lambda p: (GREEDY, make_local_selector(p, "v", kind, reads)))
     always = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
-    scored = supports_beside(models, lambda p: (always, make_selector(p, "v", kind, reads)))
+    scored = supports_beside(models, lambda p: (always, make_local_selector(p, "v", kind, reads)))
     assert plain == loaded
     assert [s.ids[0] for s in plain] == [s.ids[0] for s in scored]
     for a, b in zip(plain, scored, strict=True):
@@ -1073,7 +726,7 @@ def test_a_scored_sequence_keeps_base_proposals_itself(models: Models) -> None:
     """Scoring at every step must leave no adapted KV behind: its own next supports are the base
     model's."""
     proposer = make_proposer(models)
-    engine = Engine(proposer, local_selectors=lookup_in(all_selectors(proposer)))
+    engine = Engine(proposer, local_selectors=lookup_in(all_local_selectors(proposer)))
     model = AutoModelForCausalLM.from_pretrained(models["slm"], dtype=torch.float32).eval()
     for kind, reads in KINDS:
         policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS, candidates=CandidateRule(4))
@@ -1091,38 +744,6 @@ def test_a_scored_sequence_keeps_base_proposals_itself(models: Models) -> None:
 
 
 # -- law 5: a dead or late selector ---------------------------------------------------------------
-
-
-class FailingSelector:
-    """Answers the first `healthy` queries, then fails with `error`, or (None) never answers."""
-
-    def __init__(self, real: SelectorClient, healthy: int, error: Exception | None) -> None:
-        self._real, self._healthy, self._error = real, healthy, error
-        self.unanswered: list[tuple[ScoreQuery, Future[ScoreReply]]] = []
-
-    @property
-    def info(self) -> LLMInfo:
-        return self._real.info
-
-    def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
-        return [self._answer(q) for q in queries]
-
-    def _answer(self, asked: ScoreQuery) -> Future[ScoreReply]:
-        if self._healthy > 0:
-            self._healthy -= 1
-            return self._real.submit([asked])[0]
-        future: Future[ScoreReply] = Future()
-        if self._error is not None:
-            future.set_exception(self._error)
-        else:
-            self.unanswered.append((asked, future))
-        return future
-
-    def answer_late(self) -> None:
-        for asked, future in self.unanswered:
-            if future.set_running_or_notify_cancel():
-                future.set_result(self._real.submit([asked])[0].result())
-        self.unanswered.clear()
 
 
 FAILURES = {
@@ -1145,17 +766,18 @@ def failing_engine(
     healthy: int,
     failure: str,
     selectors: Callable[[Proposer], list[LocalSelector]] = lambda _: [],
-) -> Engine:
+) -> tuple[Engine, FailingSelector]:
     proposer = make_proposer(models)
     made = selectors(proposer)
     client = FailingSelector(InProcessSelector(make_llm(models)), healthy, FAILURES[failure])
-    return Engine(
+    engine = Engine(
         proposer,
         client,
         lookup_in(made, made[0].version if made else ""),
         selection_timeout_s=0.01,
         max_draft_tokens=1,
     )
+    return engine, client
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -1166,7 +788,8 @@ def test_a_dead_llm_means_greedy_from_there_on(
 ) -> None:
     """Law 5: no error, the SLM's tokens from the first failure on, every step that wanted the LLM
     marked, no other."""
-    (sequence,) = run(failing_engine(models, healthy, failure), request(policy, PROMPTS[0], 12))
+    engine, _ = failing_engine(models, healthy, failure)
+    (sequence,) = run(engine, request(policy, PROMPTS[0], 12))
     steps = sequence.steps
     asked = [s for s in steps if s.llm or s.degraded]
     assert [bool(s.degraded) for s in asked] == [i >= healthy for i in range(len(asked))]
@@ -1190,12 +813,11 @@ def test_a_dead_llm_means_greedy_from_there_on(
 @pytest.mark.parametrize("policy", [ALL, Policy(mode=Mode.LLM)], ids=lambda p: p.mode.value)
 def test_a_selector_that_comes_back_is_used_again(models: Models, policy: Policy) -> None:
     """Degrading is per step: when the LLM answers again the answer is selected again."""
-    engine = failing_engine(models, 0, "unavailable")
+    engine, client = failing_engine(models, 0, "unavailable")
     sequence = engine.add(request(policy, PROMPTS[2], 12))
     while len(sequence.steps) < 5:
         engine.step()
-    assert isinstance(engine._asker._client, FailingSelector)
-    engine._asker._client._healthy = 100
+    client.healthy = 100
     finish(engine)
     degraded = [bool(s.degraded) for s in sequence.steps]
     assert degraded == sorted(degraded, reverse=True) and 5 <= sum(degraded) <= 6 < len(degraded)
@@ -1204,9 +826,7 @@ def test_a_selector_that_comes_back_is_used_again(models: Models, policy: Policy
 def test_a_late_reply_changes_nothing(models: Models) -> None:
     """A reply that comes after its step was given up must not be taken for the answer to a later
     one."""
-    engine = failing_engine(models, 0, "late")
-    client = engine._asker._client
-    assert isinstance(client, FailingSelector)
+    engine, client = failing_engine(models, 0, "late")
     sequence = engine.add(request(ALL, PROMPTS[2], 8))
     while not engine.idle:
         before = len(sequence.steps)
@@ -1248,11 +868,10 @@ def test_a_live_local_version_takes_over_from_a_dead_llm(
     )
 
     def selectors(proposer: Proposer) -> list[LocalSelector]:
-        return [make_selector(proposer, "v", SelectorKind.JOINT, reads)]
+        return [make_local_selector(proposer, "v", SelectorKind.JOINT, reads)]
 
-    (sequence,) = run(
-        failing_engine(models, 0, failure, selectors), request(policy, PROMPTS[2], 14)
-    )
+    engine, _ = failing_engine(models, 0, failure, selectors)
+    (sequence,) = run(engine, request(policy, PROMPTS[2], 14))
     proposer = make_proposer(models)
     local = Engine(proposer, local_selectors=lookup_in(selectors(proposer), "v"))
     (expected,) = run(local, request(replace(policy, mode=Mode.S2T_LOCAL), PROMPTS[2], 14))
@@ -1266,8 +885,9 @@ def test_a_live_local_version_takes_over_from_a_dead_llm(
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_rollout_that_cannot_be_scored_still_ends(models: Models, failure: str) -> None:
     """The answer is there already: only its labels are lost, and the Steps say so."""
-    rollout = replace(request(GREEDY, PROMPTS[2], 6), score_rollout=True)
-    (sequence,) = run(failing_engine(models, 0, failure), rollout)
+    rollout = with_options(request(GREEDY, PROMPTS[2], 6), score_rollout=True)
+    engine, _ = failing_engine(models, 0, failure)
+    (sequence,) = run(engine, rollout)
     assert sequence.output_ids == greedy_from(models, PROMPTS[2], 6)
     assert (
         all(s.degraded and s.llm is None for s in sequence.steps)
@@ -1279,11 +899,10 @@ def test_llm_mode_with_a_dead_llm_stops_where_greedy_stops(models: Models) -> No
     """SLM and LLM of a family may have other eos ids (base and instruct): when the SLM's eos falls
     on a degraded step the answer is over, as greedy's is; running on makes text after the end."""
     prompt = next((n, 45) for n in range(5, 45) if EOS in greedy_from(models, (n, 45), 40))
-    engine = failing_engine(models, 0, "unavailable")
-    assert isinstance(engine._asker._client, FailingSelector)
+    engine, client = failing_engine(models, 0, "unavailable")
     scorer = make_llm(models)
     scorer.info = replace(scorer.info, eos_ids=frozenset({1}))
-    engine._asker._client._real = InProcessSelector(scorer)
+    client.real = InProcessSelector(scorer)
     (sequence,) = run(engine, request(Policy(mode=Mode.LLM), prompt, 40))
     assert sequence.output_ids == greedy_from(models, prompt, 40)
 
@@ -1312,7 +931,7 @@ def test_a_sequence_keeps_the_version_it_began_with(
 
     def answer(seed: int) -> tuple[int, ...]:
         proposer = make_proposer(models)
-        one = make_selector(proposer, "x", kind, reads, seed)
+        one = make_local_selector(proposer, "x", kind, reads, seed)
         (sequence,) = run(
             Engine(proposer, local_selectors=lookup_in([one], "x")), request(LOCAL, PROMPTS[2], 20)
         )
@@ -1320,7 +939,8 @@ def test_a_sequence_keeps_the_version_it_began_with(
 
     proposer = make_proposer(models)
     a, b = (
-        make_selector(proposer, name, kind, reads, seed) for name, seed in (("a", 21), ("b", 22))
+        make_local_selector(proposer, name, kind, reads, seed)
+        for name, seed in (("a", 21), ("b", 22))
     )
     engine = Engine(proposer, local_selectors=swapping(a, b))
     old = engine.add(request(LOCAL, PROMPTS[2], 20))
@@ -1337,7 +957,7 @@ def test_a_swap_to_the_same_weights_changes_nothing(models: Models, reads: Readi
     """Republishing identical weights mid-stream splits the batch by version, and must change no
     token in it."""
     proposer = make_proposer(models)
-    a = make_selector(proposer, "a", SelectorKind.JOINT, reads)
+    a = make_local_selector(proposer, "a", SelectorKind.JOINT, reads)
     b = replace(a, version="b", adapter=copy.deepcopy(a.adapter), bin_deltas=a.bin_deltas.clone())  # type: ignore
     requests = [request(LOCAL, prompt, 12) for prompt in PROMPTS]
     swapped = run(Engine(proposer, local_selectors=swapping(a, b, 3)), *requests)
@@ -1352,7 +972,9 @@ def test_a_swap_to_the_same_weights_changes_nothing(models: Models, reads: Readi
 def test_asking_for_a_version_and_for_none(models: Models) -> None:
     """A request may name a version, or "" for none; neither may silently become the live one."""
     proposer = make_proposer(models)
-    engine = Engine(proposer, local_selectors=lookup_in(all_selectors(proposer), "joint-base"))
+    engine = Engine(
+        proposer, local_selectors=lookup_in(all_local_selectors(proposer), "joint-base")
+    )
     requests = [request(LOCAL, version=version) for version in (None, "prefix-base", "")]
     assert [s.version for s in run(engine, *requests)] == ["joint-base", "prefix-base", ""]
 
@@ -1361,8 +983,8 @@ def test_a_version_unloaded_while_a_request_waits_still_serves_it(models: Models
     """A request keeps the version it was accepted with, whether the engine or its caller has looked
     it up."""
     proposer = make_proposer(models)
-    pinned = make_selector(proposer, "pinned", SelectorKind.JOINT, Reading.BASE, 21)
-    live = make_selector(proposer, "live", SelectorKind.JOINT, Reading.BASE, 22)
+    pinned = make_local_selector(proposer, "pinned", SelectorKind.JOINT, Reading.BASE, 21)
+    live = make_local_selector(proposer, "live", SelectorKind.JOINT, Reading.BASE, 22)
     loaded = [pinned, live]
     engine = Engine(
         proposer, local_selectors=lambda name: lookup_in(loaded, "live")(name), max_num_seqs=1
@@ -1384,7 +1006,9 @@ def test_a_version_unloaded_while_a_request_waits_still_serves_it(models: Models
 def test_an_unknown_version_is_refused(models: Models) -> None:
     """Never served by another one instead."""
     proposer = make_proposer(models)
-    engine = Engine(proposer, local_selectors=lookup_in(all_selectors(proposer), "joint-base"))
+    engine = Engine(
+        proposer, local_selectors=lookup_in(all_local_selectors(proposer), "joint-base")
+    )
     with pytest.raises(VersionNotFoundError):
         engine.add(request(LOCAL, version="removed"))
     assert engine.idle

@@ -25,10 +25,10 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import Generator
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
-from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.proposer import Proposer, SequenceSlots
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
-from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH
+from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.types import (
@@ -43,17 +43,22 @@ from s2t_shared.types import (
     Proposals,
     Trigger,
 )
-from tests.decode import test_engine_laws as laws
-from tests.decode.test_engine_laws import (
+from tests.helpers.engine import (
     GREEDY,
+    FailingSelector,
+    Models,
+    all_local_selectors,
     assert_same,
     finish,
     lookup_in,
-    query,
+    make_llm,
+    make_proposer,
     request,
     run,
+    with_options,
     with_small_pool,
 )
+from tests.helpers.queries import query
 
 SHARED = tuple(int(x) for x in np.random.default_rng(7).integers(5, 48, 130))
 PROMPTS = (
@@ -130,10 +135,10 @@ class Plan:
 class Lab:
     """Both models, loaded once, each time with new pools; answers alone are remembered."""
 
-    def __init__(self, models: laws.Models) -> None:
-        proposer = laws.make_proposer(models)
-        self.slm, self.llm = proposer.runtime, laws.make_llm(models).runtime
-        self.reserved, self.selectors = proposer.reserved_ids, laws.all_selectors(proposer)
+    def __init__(self, models: Models) -> None:
+        proposer = make_proposer(models)
+        self.slm, self.llm = proposer.runtime, make_llm(models).runtime
+        self.reserved, self.selectors = proposer.reserved_ids, all_local_selectors(proposer)
         self.known: dict[DecodeRequest, LiveSequence] = {}
 
     def engine(
@@ -149,12 +154,19 @@ class Lab:
         proposer = Proposer(
             with_small_pool(self.slm, rows), self.reserved, prefill_chunk_tokens=chunk
         )
-        client = wrap(
+        self.client = wrap(
             InProcessSelector(
                 LLMSelector(with_small_pool(self.llm, llm_rows), "tokenizer", llm_step)
             )
         )
-        return Engine(proposer, client, lookup_in(self.selectors), running, 1000.0, longest)
+        return Engine(
+            proposer,
+            self.client,
+            lookup_in(self.selectors),
+            max_num_seqs=running,
+            selection_timeout_s=1000.0,
+            max_draft_tokens=longest,
+        )
 
     def alone(self, wanted: DecodeRequest) -> LiveSequence:
         if wanted not in self.known:
@@ -163,7 +175,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(models: laws.Models) -> Lab:
+def lab(models: Models) -> Lab:
     return Lab(models)
 
 
@@ -192,55 +204,53 @@ def alike(a: Sequence[types.Step], b: Sequence[types.Step], where: object = "") 
     assert_same([ordered(x) for x in a], [ordered(x) for x in b], str(where))
 
 
-def drive(engine: Engine, plans: Sequence[Plan]) -> list[LiveSequence]:
-    """Run the plans to their end and check, after every step, everything that must hold at any
-    time."""
+def drive(engine: Engine, client: DelayedSelector, plans: Sequence[Plan]) -> list[LiveSequence]:
+    """Run the plans to their end and check, after every step, what must hold at any time."""
     live: dict[int, LiveSequence] = {}
-    told: dict[int, list[int]] = {}
-    pool, client = engine.proposer.runtime.pool, engine._asker._client  # type: ignore[union-attr]
+    handed_out: dict[LiveSequence, list[int]] = {}
+    proposer = engine.proposer
     assert isinstance(client, DelayedSelector)
+    assert isinstance(proposer, Proposer)
+    pool = proposer.runtime.pool
     for tick in range(1500):
         live |= {i: engine.add(p.request) for i, p in enumerate(plans) if p.arrival == tick}
         leaving = [
             s for i, s in live.items() if plans[i].leaves_at == tick and s.finish_reason is None
         ]
-        waiting = [
-            f
-            for s in leaving
-            for f in [*(c.future for c in s.checks), *([s.parked.future] if s.parked else [])]
-            if not f.done()
-        ]
-        rows = [r for s in leaving if s.track for r in (s.track.slot, s.track.adapted_row) if r]
+        futures = [call.future for s in leaving for call in s.calls if not call.future.done()]
         for s in leaving:
             if any(live.get(i) is s and plan.by_deadline for i, plan in enumerate(plans)):
                 s.request = replace(s.request, deadline=0.0)
             else:
                 engine.cancel(s)
         for s, steps in engine.step():
-            told.setdefault(id(s), []).extend(step.token_id for step in steps)
+            handed_out.setdefault(s, []).extend(step.token_id for step in steps)
         pool.check()
-        tracks = [s.track for s in engine._running if s.track is not None]
-        assert pool.live_slots == sum(1 + (t.adapted_row is not None) for t in tracks), (
-            "rows of no one"
-        )
+        held = sum(len(slots_of(s)) for s in engine.sequences)
+        assert pool.live_slots == held, "KV in use one step after its client left"
         for s in leaving:
-            assert (
-                s.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE)
-                and s.track is None
-            )
-            assert s not in engine._running and s not in engine._waiting
-        assert not any(row.live for row in rows), "KV in use one step after its client left"
-        assert all(f.cancelled() for f in waiting), "the LLM still works for someone who left"
+            assert s.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE)
+            assert s.kv is None
+            assert s not in engine.sequences
+        assert all(f.cancelled() for f in futures), "the LLM still works for someone who left"
         client.tick()
         if engine.idle and all(p.arrival <= tick for p in plans):
             break
-    assert engine.idle, (
-        f"it stands still: {[s.request.policy for s in live.values() if s.finish_reason is None]}"
-    )
+    unfinished = [s.request.options.policy for s in live.values() if s.finish_reason is None]
+    assert engine.idle, f"it stands still: {unfinished}"
     assert pool.live_slots == 0
     for s in live.values():
-        assert tuple(told.get(id(s), ())) == s.output_ids, "told otherwise than decided"
+        assert tuple(handed_out.get(s, ())) == s.output_ids, "handed out otherwise than decided"
     return [live[i] for i in range(len(plans))]
+
+
+def slots_of(sequence: LiveSequence) -> list[Slot]:
+    """The KV slots that a sequence holds."""
+    if sequence.kv is None:
+        return []
+    assert isinstance(sequence.kv, SequenceSlots)
+    held = (sequence.kv.slot, sequence.kv.adapted_slot)
+    return [slot for slot in held if slot is not None]
 
 
 def make_plan(
@@ -263,7 +273,7 @@ def make_plan(
         candidates=CandidateRule(k, ratio),
         proposals=proposals,
     )
-    made = replace(
+    made = with_options(
         request(policy, prompt, new, "r", version, seed),
         score_rollout=flags & 4 > 0 and kind in (Mode.GREEDY, Mode.SAMPLE),
     )
@@ -326,14 +336,17 @@ def test_no_schedule_changes_an_answer(
     another answer under load."""
     expected = [lab.alone(p.request) for p in plans]
     wrap = partial(DelayedSelector, seed=seed, patience=patience)
-    together = drive(lab.engine(wrap=wrap, **options), plans)
+    engine = lab.engine(wrap=wrap, **options)
+    together = drive(engine, lab.client, plans)
     for plan, a, b in zip(plans, expected, together, strict=True):
         left = b.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE)
         assert b.output_ids == a.output_ids[: len(b.steps)] and (
             plan.leaves_at is not None or not left
         ), plan.request
-        if not (left and plan.request.score_rollout):
-            alike(a.steps[: len(b.steps)] if left else a.steps, b.steps, plan.request.policy)
+        if not (left and plan.request.options.score_rollout):
+            alike(
+                a.steps[: len(b.steps)] if left else a.steps, b.steps, plan.request.options.policy
+            )
         if left:
             continue
         assert (a.finish_reason, a.version) == (b.finish_reason, b.version)
@@ -352,22 +365,17 @@ def test_lost_replies_are_marked_and_stop_no_one(
     """A flaky network must cost quality where it happened, say so, and nothing else: an unmarked
     fallback poisons labels and measurements, a sequence that waits for ever blocks its client and
     its KV."""
-    together = drive(
-        lab.engine(wrap=partial(DelayedSelector, seed=seed, patience=4, lost=lost), **options),
-        plans,
-    )
+    engine = lab.engine(wrap=partial(DelayedSelector, seed=seed, patience=4, lost=lost), **options)
+    together = drive(engine, lab.client, plans)
     for plan, b in zip(plans, together, strict=True):
-        a, policy = lab.alone(plan.request), plan.request.policy
+        a, policy = lab.alone(plan.request), plan.request.options.policy
         first = next((s.index for s in b.steps if s.degraded), len(b.steps))
         assert b.output_ids[:first] == a.output_ids[:first]
-        assert first == len(b.steps) or policy.needs_llm or plan.request.score_rollout
-        if not plan.request.score_rollout:
+        assert first == len(b.steps) or policy.needs_llm or plan.request.options.score_rollout
+        if not plan.request.options.score_rollout:
             alike(a.steps[:first], b.steps[:first])
         for step in b.steps:
-            assert step.degraded in (
-                "",
-                "the LLM did not answer" if policy.mode is Mode.LLM else LATE,
-            )
+            assert step.degraded in ("", LATE)
             assert not step.degraded or step.chosen_by is not ChosenBy.LLM and step.llm is None
             if policy.mode is Mode.LLM or policy.trigger.needs_llm and step.index >= 3:
                 assert (step.llm is None) == bool(step.degraded), (
@@ -407,7 +415,7 @@ def test_what_fits_only_alone_waits_and_is_served(lab: Lab, prompt: tuple[int, .
         for ids, new in ((PROMPTS[0], 6), (PROMPTS[1], 6), (prompt, 40))
     ]
     engine.step()
-    assert sequences[2].track is None and sequences[0].track is not None, "it should have to wait"
+    assert sequences[2].kv is None and sequences[0].kv is not None, "it should have to wait"
     finish(engine, 200)
     for sequence in sequences:
         alike(sequence.steps, lab.alone(sequence.request).steps)
@@ -518,7 +526,7 @@ def test_an_llm_that_dies_in_a_draft_leaves_the_slms_tokens_marked(
     )
     reference, firsts = lab.alone(wanted), set()
     for healthy in range(4):
-        dead = partial(laws.FailingSelector, healthy=healthy, error=SelectorUnavailableError(LATE))
+        dead = partial(FailingSelector, healthy=healthy, error=SelectorUnavailableError(LATE))
         (b,) = run(lab.engine(longest=longest, wrap=dead), wanted)
         first = next((s.index for s in b.steps if s.degraded), len(b.steps))
         firsts.add(first)

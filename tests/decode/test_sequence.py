@@ -1,0 +1,189 @@
+"""The engine's rules with scripted models: statuses, LLM calls, drafts, Steps as they are handed out."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.scripted import ScriptedSelector, ScriptedSLM
+from s2t_shared.decode.sequence import LiveSequence, SequenceStatus
+from s2t_shared.types import (
+    ChosenBy,
+    DecodeOptions,
+    DecodeRequest,
+    FinishReason,
+    Mode,
+    Policy,
+    Step,
+    Trigger,
+)
+
+WORDS = ("a", "b", "c", "d", "e", "f", "g")
+S2T = Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=0.1)
+KL = Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=0.1)
+
+
+def slm(**options: object) -> ScriptedSLM:
+    return ScriptedSLM(WORDS, unsure_at=(4,), alternatives=("x",), **options)  # type: ignore[arg-type]
+
+
+def request(policy: Policy, **options: object) -> DecodeRequest:
+    made = DecodeOptions(policy=policy, **options)  # type: ignore[arg-type]
+    return DecodeRequest(request_id="r", token_ids=(7, 8), options=made)
+
+
+def words(model: ScriptedSLM, sequence: LiveSequence) -> str:
+    return model.tokenizer.decode(sequence.output_ids).strip()
+
+
+def run(engine: Engine, limit: int = 100) -> list[Step]:
+    """Run to the end; returns the Steps in the order they were handed out."""
+    handed_out: list[Step] = []
+    for _ in range(limit):
+        for _, steps in engine.step():
+            handed_out += steps
+        if engine.idle:
+            return handed_out
+        engine.wait(0.01)
+    raise AssertionError("it does not end")
+
+
+def test_the_llm_selects_at_the_divergence_point_only() -> None:
+    model = slm()
+    llm = ScriptedSelector(prefers=model.tokenizer.id_of("x"))
+    engine = Engine(model, llm)
+    sequence = engine.add(request(S2T))
+    handed_out = run(engine)
+    assert words(model, sequence) == "a b c d x f g"
+    assert handed_out == sequence.steps
+    assert [step.triggered for step in handed_out] == [i == 4 for i in range(8)]
+    assert handed_out[4].chosen_by is ChosenBy.LLM and handed_out[4].flipped
+    assert len(llm.asked) == 1 and sequence.finish_reason is FinishReason.STOP
+    assert model.kv_slots_in_use == 0
+
+
+def test_a_sequence_says_what_it_waits_for() -> None:
+    """An operator who looks at a stuck batch must see who is waited for."""
+    llm = ScriptedSelector(late=True)
+    engine = Engine(slm(), llm, selection_timeout_s=60.0, max_num_seqs=1)
+    first = engine.add(request(S2T))
+    second = engine.add(request(S2T))
+    assert first.status is second.status is SequenceStatus.WAITING
+    engine.step()
+    assert (first.status, second.status) == (SequenceStatus.RUNNING, SequenceStatus.WAITING)
+    for _ in range(6):
+        engine.step()
+    assert first.status is SequenceStatus.AWAITING_LLM
+    assert engine.load.running == engine.load.waiting == 1
+    engine.cancel(first)
+    engine.step()
+    assert first.status is SequenceStatus.FINISHED
+    assert first.finish_reason is FinishReason.CANCELLED
+    assert second.status is SequenceStatus.RUNNING, "it takes the place in the same step"
+
+
+def test_a_late_llm_degrades_the_step_and_is_left_alone() -> None:
+    llm = ScriptedSelector(late=True)
+    model = slm()
+    engine = Engine(model, llm, selection_timeout_s=0.01)
+    sequence = engine.add(request(S2T))
+    run(engine)
+    assert words(model, sequence) == "a b c d e f g"
+    assert [step.index for step in sequence.steps if step.degraded] == [4]
+    assert sequence.steps[4].degraded == "the LLM was late"
+    again = engine.add(request(S2T))
+    run(engine)
+    assert again.steps[4].degraded == "the LLM was late a moment ago"
+    assert len(llm.asked) == 1
+
+
+@pytest.mark.parametrize("max_draft_tokens", [1, 3, 32])
+def test_drafts_save_llm_calls_and_change_nothing(max_draft_tokens: int) -> None:
+    model = slm()
+    llm = ScriptedSelector(prefers=model.tokenizer.id_of("x"))
+    engine = Engine(model, llm, max_draft_tokens=max_draft_tokens)
+    sequence = engine.add(request(KL))
+    handed_out = run(engine)
+    assert words(model, sequence) == "a b c d x f g"
+    assert handed_out == sequence.steps
+    assert (len(llm.asked) == 5) == (max_draft_tokens == 1), "five steps are beyond the warm-up"
+
+
+def test_a_scored_rollout_is_handed_out_when_it_is_scored() -> None:
+    """Steps that were handed out are never replaced, so they wait for the LLM's view."""
+    llm = ScriptedSelector()
+    engine = Engine(slm(), llm)
+    sequence = engine.add(request(Policy(), score_rollout=True))
+    for _ in range(8):
+        assert not any(steps for _, steps in engine.step())
+    assert len(sequence.steps) == 8
+    handed_out = run(engine)
+    assert handed_out == sequence.steps
+    assert all(step.llm is not None and step.kl is not None for step in handed_out)
+    assert len(llm.asked) == 1
+
+
+def test_a_stopping_criterion_ends_the_answer_and_its_rollout_is_still_scored() -> None:
+    """A stop string used to cancel the sequence, and a harvest lost its labels."""
+    model = slm()
+    stop = model.tokenizer.id_of("c")
+    asked = request(Policy(), score_rollout=True)
+    engine = Engine(model, ScriptedSelector())
+    sequence = engine.add(
+        DecodeRequest(
+            request_id="r",
+            token_ids=asked.token_ids,
+            options=asked.options,
+            stopping=lambda token_id: token_id == stop,
+        )
+    )
+    run(engine)
+    assert words(model, sequence) == "a b c"
+    assert sequence.finish_reason is FinishReason.STOP
+    assert all(step.llm is not None for step in sequence.steps)
+
+
+def test_a_stopping_criterion_cuts_a_draft() -> None:
+    model = slm()
+    stop = model.tokenizer.id_of("f")
+    engine = Engine(model, ScriptedSelector())
+    asked = request(KL)
+    sequence = engine.add(
+        DecodeRequest(
+            request_id="r",
+            token_ids=asked.token_ids,
+            options=asked.options,
+            stopping=lambda token_id: token_id == stop,
+        )
+    )
+    handed_out = run(engine)
+    assert words(model, sequence) == "a b c d e f"
+    assert handed_out == sequence.steps
+
+
+def test_llm_mode_goes_on_with_the_slm_and_says_why() -> None:
+    engine = Engine(slm(), ScriptedSelector(available=False))
+    sequence = engine.add(request(Policy(mode=Mode.LLM)))
+    run(engine)
+    assert {step.degraded for step in sequence.steps} == {"the scripted LLM is away"}
+    assert {step.chosen_by for step in sequence.steps} == {ChosenBy.SLM}
+
+
+def test_a_deadline_ends_a_sequence_that_waits_for_the_llm() -> None:
+    llm = ScriptedSelector(late=True)
+    engine = Engine(slm(), llm, selection_timeout_s=60.0)
+    asked = request(S2T)
+    sequence = engine.add(
+        DecodeRequest(
+            request_id="r",
+            token_ids=asked.token_ids,
+            options=asked.options,
+            deadline=time.monotonic() + 0.05,
+        )
+    )
+    handed_out = run(engine)
+    assert sequence.finish_reason is FinishReason.DEADLINE
+    assert [step.token_id for step in handed_out] == list(sequence.output_ids)
+    assert not sequence.calls
