@@ -19,6 +19,7 @@ from hypothesis import settings  # noqa: E402
 
 from tests.helpers.models import build_models  # noqa: E402
 
+pytest_plugins = ["tests.helpers.redis", "tests.helpers.lake"]
 torch.set_num_threads(1)
 # The same examples on every run, and no time limit on a busy machine: a red test means changed
 # code.
@@ -30,5 +31,5 @@ transformers.utils.logging.set_verbosity_error()
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the tiny random models, by their name in `tests.models.SPECS`."""
+    """Folders of the tiny random models, by their name in `tests.helpers.models.SPECS`."""
     return build_models(tmp_path_factory.mktemp("models"))

@@ -617,7 +617,7 @@ HUB_READER = """
 import json, sys
 from s2t_shared.errors import S2TError
 from s2t_shared.data.prompts import PromptSource, count, fingerprint, read
-for source in (PromptSource("org/name"), PromptSource("org/other"), PromptSource("org/name", "extra")):
+for source in (PromptSource(source="org/name"), PromptSource(source="org/other"), PromptSource(source="org/name", split="extra")):
     try:
         told = [[row["id"], prompt.text] for row, prompt in read(source)], len(fingerprint(source)), count(source)
     except S2TError as error:

@@ -28,7 +28,7 @@ from s2t_shared.decode.interfaces import (
 from s2t_shared.decode.llm_selector import InProcessSelector
 from s2t_shared.decode.proposer import Proposer, SequenceSlots, sample
 from s2t_shared.decode.sequence import LiveSequence
-from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
+from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.types import (
     CandidateRule,
@@ -45,6 +45,7 @@ from s2t_shared.types import (
 )
 from tests.helpers.engine import (
     ALL,
+    FAILURES,
     GREEDY,
     KINDS,
     PROMPTS,
@@ -52,6 +53,7 @@ from tests.helpers.engine import (
     Models,
     all_local_selectors,
     assert_same,
+    failing_engine,
     finish,
     greedy_from,
     hf_greedy,
@@ -746,12 +748,6 @@ def test_a_scored_sequence_keeps_base_proposals_itself(models: Models) -> None:
 # -- law 5: a dead or late selector ---------------------------------------------------------------
 
 
-FAILURES = {
-    "unavailable": SelectorUnavailableError("no selector"),
-    "refused": InvalidRequestError("no such id"),
-    "wordless": SelectorUnavailableError(),
-    "late": None,
-}
 ASKING = [
     ALL,
     Policy(mode=Mode.LLM),
@@ -759,25 +755,6 @@ ASKING = [
     Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=0.0),
     Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=0.5),
 ]
-
-
-def failing_engine(
-    models: Models,
-    healthy: int,
-    failure: str,
-    selectors: Callable[[Proposer], list[LocalSelector]] = lambda _: [],
-) -> tuple[Engine, FailingSelector]:
-    proposer = make_proposer(models)
-    made = selectors(proposer)
-    client = FailingSelector(InProcessSelector(make_llm(models)), healthy, FAILURES[failure])
-    engine = Engine(
-        proposer,
-        client,
-        lookup_in(made, made[0].version if made else ""),
-        selection_timeout_s=0.01,
-        max_draft_tokens=1,
-    )
-    return engine, client
 
 
 @pytest.mark.parametrize("failure", FAILURES)

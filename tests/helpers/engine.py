@@ -20,10 +20,10 @@ from s2t_shared.decode.interfaces import (
     SelectionInput,
     SelectorClient,
 )
-from s2t_shared.decode.llm_selector import LLMSelector
+from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer, SequenceSlots
 from s2t_shared.decode.sequence import LiveSequence
-from s2t_shared.errors import VersionNotFoundError
+from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError, VersionNotFoundError
 from s2t_shared.model.kv_pool import MIN_SLOT_TOKENS, KVPool
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
@@ -280,3 +280,30 @@ class FailingSelector:
             if future.set_running_or_notify_cancel():
                 future.set_result(self.real.submit([asked])[0].result())
         self.unanswered.clear()
+
+
+FAILURES = {
+    "unavailable": SelectorUnavailableError("no selector"),
+    "refused": InvalidRequestError("no such id"),
+    "wordless": SelectorUnavailableError(),
+    "late": None,
+}
+
+
+def failing_engine(
+    models: Models,
+    healthy: int,
+    failure: str,
+    selectors: Callable[[Proposer], list[LocalSelector]] = lambda _: [],
+) -> tuple[Engine, FailingSelector]:
+    proposer = make_proposer(models)
+    made = selectors(proposer)
+    client = FailingSelector(InProcessSelector(make_llm(models)), healthy, FAILURES[failure])
+    engine = Engine(
+        proposer,
+        client,
+        lookup_in(made, made[0].version if made else ""),
+        selection_timeout_s=0.01,
+        max_draft_tokens=1,
+    )
+    return engine, client

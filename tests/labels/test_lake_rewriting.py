@@ -17,7 +17,7 @@ from s2t_shared.labels.lake import DAY_S, Lake
 from s2t_shared.labels.shards import Snapshot
 from s2t_shared.labels.stream import LabelStream
 from services.launch.redis_server import open_redis
-from tests.labels.test_lake import ids, label, names, rollout
+from tests.helpers.lake import ids, label, names, rollout
 
 NOON = time.time() // DAY_S * DAY_S - DAY_S / 2  # of yesterday
 

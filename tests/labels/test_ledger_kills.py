@@ -25,9 +25,9 @@ from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import _free_port, find_program
-from tests.labels.test_lake import rollout
+from tests.helpers.lake import rollout
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Server:

@@ -17,7 +17,7 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels import spool as spool_module
 from s2t_shared.labels.spool import Spool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,15 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.types import CandidateRule, Mode, Policy, Trigger
-from tests.decode.test_engine_laws import (
+from tests.helpers.engine import (
     GREEDY,
     KINDS,
     PROMPTS,
     lookup_in,
-    make_selector,
+    make_local_selector,
     request,
     run,
+    with_options,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -62,7 +62,7 @@ def test_local_selections_are_the_cpus(
         proposer = Proposer(
             ModelRuntime.load(str(models["slm"]), "float32", device, 64 << 20), RESERVED
         )
-        selector = make_selector(proposer, "v", kind, reads)
+        selector = make_local_selector(proposer, "v", kind, reads)
         assert selector.adapter is not None and selector.bin_deltas is not None
         selector.adapter = selector.adapter.to(proposer.runtime.device, torch.float32)
         selector.bin_deltas = selector.bin_deltas.to(proposer.runtime.device)
@@ -75,7 +75,7 @@ def test_local_selections_are_the_cpus(
 
 def test_bfloat16_decodes(models: dict[str, Path]) -> None:
     """The first token is among the fp32 model's likeliest, and no reserved id ever comes."""
-    watched = replace(request(GREEDY, PROMPTS[0], 12), keep_support=True)
+    watched = with_options(request(GREEDY, PROMPTS[0], 12), keep_support=True)
     (exact,) = run(Engine(on_gpu(models["slm"])), watched)
     (answer,) = run(Engine(on_gpu(models["slm"], "bfloat16")), watched)
     assert exact.steps[0].support is not None

@@ -76,7 +76,7 @@ def assert_holds(row: Slot) -> None:
 
 
 def all_rows(pool: KVPool) -> list[Slot]:
-    return [row for page in pool._pages for row in page.slots if row is not None]
+    return [row for page in pool._slabs for row in page.slots if row is not None]
 
 
 def acquired(
@@ -142,7 +142,7 @@ class World:
         pool.check()
         assert (
             pool.bytes
-            == sum(p.columns * len(p.slots) * BYTES for p in pool._pages)
+            == sum(p.columns * len(p.slots) * BYTES for p in pool._slabs)
             <= pool.max_bytes
         )
         rows = all_rows(pool)
@@ -185,7 +185,7 @@ def apply(world: World, operation: tuple) -> None:
         )
     elif name == "clear":
         world.pool.clear()
-        assert world.pool.kept_slots == 0 and all(not page.is_empty for page in world.pool._pages)
+        assert world.pool.kept_slots == 0 and all(not page.is_empty for page in world.pool._slabs)
     elif name == "all leave":
         for row, _ in world.live:
             world.pool.release(row)
@@ -374,7 +374,7 @@ def test_check_notices_what_it_is_there_for() -> None:
             broken(change).check()
 
 
-def test_empty_pages_serve_other_sizes() -> None:
+def test_empty_slabs_serve_other_sizes() -> None:
     """Pages that stay with the size they were made for: after an hour of short requests no long one
     is ever served."""
     pool = new_pool(512)
@@ -387,7 +387,7 @@ def test_empty_pages_serve_other_sizes() -> None:
         pool.check()
 
 
-def test_short_rows_share_pages_in_a_large_pool() -> None:
+def test_short_rows_share_slabs_in_a_large_pool() -> None:
     """One allocation per short request fragments the device's memory and keeps attention from
     batching rows."""
     pool = new_pool(16 * SLAB_TOKENS)

@@ -28,18 +28,18 @@ from typer.testing import CliRunner
 
 from s2t_shared.errors import ConfigError, ModelLoadError, VersionError, VersionNotFoundError
 from s2t_shared.files import sha256_file
-from s2t_shared.model.local_selector import LocalSelector, Reading, Scoring, SelectorKind
-from s2t_shared.model.lora import Adapter, new_adapter
+from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.statistics import Z95, clustered_difference, paired_difference, t95
 from s2t_shared.versions.export import export_adapter, export_merged
 from s2t_shared.versions.gate import GateSettings, Paired, Verdict, judge
-from s2t_shared.versions.manifest import Manifest, changes
+from s2t_shared.versions.manifest import changes
 from s2t_shared.versions.registry import Canary, Registry
 from services.cli.versions import versions_app
 from services.serve.version_watcher import VersionWatcher
+from tests.helpers.versions import edit_manifest, make_local_selector, manifest_of, publish, rehash
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS, CONFIG, BINS = "adapter_model.safetensors", "adapter_config.json", "bins.safetensors"
 
 
@@ -53,100 +53,13 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "versions")
 
 
-def make_selector(
-    runtime: ModelRuntime,
-    kind: SelectorKind = SelectorKind.JOINT,
-    seed: int = 0,
-    reserved: tuple[int, ...] | None = None,
-) -> LocalSelector:
-    """Random weights on both sides, so that an adapter that is not applied shows."""
-    generator = torch.Generator().manual_seed(seed)
-    plain = new_adapter(runtime.model, 4, 8.0, seed)
-    weights = {
-        path: (a.detach(), torch.randn(b.shape, generator=generator) * 0.1)
-        for path, (a, b) in plain.weights.items()
-    }
-    reserved = reserved or tuple(range(runtime.vocab_rows - 16, runtime.vocab_rows))
-    deltas = (
-        None
-        if kind is SelectorKind.PREFIX
-        else torch.randn(16, runtime.head.weight.shape[1], generator=generator)
-    )
-    return LocalSelector(
-        version="",
-        kind=kind,
-        reads=Reading.BASE,
-        reserved_ids=reserved,
-        adapter=Adapter(rank=4, alpha=8.0, weights=weights),
-        bin_deltas=deltas,
-    )
-
-
-def manifest_of(runtime: ModelRuntime, selector: LocalSelector, **values: object) -> Manifest:
-    plain = Manifest(
-        version="",
-        kind=selector.kind,
-        reads=selector.reads,
-        temperature=0.1,
-        base_model="acme/tiny-slm",
-        slm_digest=runtime.digest,
-        llm_digest="llm0",
-        tokenizer_digest="tok",
-        reserved_ids=selector.reserved_ids,
-        bins=16,
-        thresholds={"entropy": {"0.01": 1.0}},
-        snapshot="snap1",
-        created_at=0.0,
-        files={},
-        metrics={
-            "n": 1201.0,
-            "agree_at_1": 0.812,
-            "slm_agree_at_1": 0.7,
-            "spearman": 0.5,
-            "lm_kl": 0.01,
-        },
-        training={
-            "rank": 4,
-            "learning_rate": 5e-4,
-            "training_labels": 9000,
-            "held_out_labels": 1201,
-        },
-    )
-    return plain.model_copy(update=values)
-
-
-def publish(
-    registry: Registry,
-    runtime: ModelRuntime,
-    kind: SelectorKind = SelectorKind.JOINT,
-    seed: int = 0,
-    **values: object,
-) -> str:
-    selector = make_selector(runtime, kind, seed)
-    return registry.publish(selector, manifest_of(runtime, selector, **values)).version
-
-
-def edit_manifest(folder: Path, **values: object) -> None:
-    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    (folder / "manifest.json").write_text(json.dumps(content | values), encoding="utf-8")
-
-
-def rehash(folder: Path, drop: str = "") -> None:
-    """What someone does who makes a bad version on purpose, or with a broken trainer: the hashes
-    are right."""
-    files = {
-        p.name: sha256_file(p) for p in folder.iterdir() if p.name not in ("manifest.json", drop)
-    }
-    edit_manifest(folder, files=files)
-
-
 # -- publication ----------------------------------------------------------------------------------
 
 
 def test_a_version_holds_card_and_extra_files_all_hashed(
     registry: Registry, runtime: ModelRuntime
 ) -> None:
-    selector = make_selector(runtime)
+    selector = make_local_selector(runtime)
     done = registry.publish(
         selector, manifest_of(runtime, selector), {"curve.json": b"[1]", "curve.svg": b"<svg/>"}
     )
@@ -165,7 +78,7 @@ def test_a_version_holds_card_and_extra_files_all_hashed(
 def test_publish_load_promote_rollback(registry: Registry, runtime: ModelRuntime) -> None:
     """What is read back is what was published."""
     assert registry.names() == [] and registry.live() is None
-    selector = make_selector(runtime)
+    selector = make_local_selector(runtime)
     first = registry.publish(selector, manifest_of(runtime, selector)).version
     second = publish(registry, runtime, seed=1)
     assert registry.names() == [first, second] and first.startswith("v0001-joint-base-")
@@ -288,12 +201,12 @@ import sys, torch
 from pathlib import Path
 from s2t_shared.versions.registry import Registry
 from s2t_shared.model.runtime import ModelRuntime
-from tests.versions.test_versions import make_selector, manifest_of
+from tests.helpers.versions import make_local_selector, manifest_of
 torch.set_num_threads(1)
 runtime, registry = ModelRuntime.load(sys.argv[1]), Registry(Path(sys.argv[2]))
 print("ready", flush=True)
 for seed in range(1000):
-    selector = make_selector(runtime, seed=seed)
+    selector = make_local_selector(runtime, seed=seed)
     version = registry.publish(selector, manifest_of(runtime, selector, job=f"{sys.argv[3]}-{seed}")).version
     registry.promote(version)
     print(version, flush=True)
@@ -840,7 +753,7 @@ def test_merged_export_is_the_adapted_model(
     rows == the reserved logits; text rows of a tied head stay as they were."""
     runtime = ModelRuntime.load(str(models[model]))
     reserved = tuple(range(48, 64))
-    selector = make_selector(runtime, kind, reserved=reserved)
+    selector = make_local_selector(runtime, kind, reserved=reserved)
     version = registry.publish(
         selector, manifest_of(runtime, selector, base_model=str(models[model]))
     ).version

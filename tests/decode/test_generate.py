@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ from s2t_shared.types import (
     Sampling,
     Trigger,
 )
-from tests.decode import test_engine_laws as laws
+from tests.helpers.engine import ALL, FAILURES, PROMPTS, failing_engine
 
 PROBLEM = problems.problems("test", 8)
 
@@ -55,6 +56,11 @@ def pair() -> Generator:
         Engine(Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)), InProcessSelector(scorer)),
         scorer.info.digest,
     )
+
+
+def options(request: GenerateRequest, **changes: Any) -> GenerateRequest:
+    """The request with other decode options."""
+    return replace(request, options=replace(request.options, **changes))
 
 
 def one(generator: Generator, request: GenerateRequest) -> Answer:
@@ -97,7 +103,7 @@ def test_majority_is_the_vote_of_its_samples(pair: Generator) -> None:
         alone = [
             one(
                 pair,
-                replace(
+                options(
                     request,
                     policy=Policy(mode=Mode.SAMPLE),
                     sampling=Sampling(1.0, seed=5 * 64 + i),
@@ -152,7 +158,7 @@ def test_length_and_deadline(pair: Generator) -> None:
         options=DecodeOptions(max_new_tokens=3),
     )
     assert one(pair, request).finish_reason.value == "length"
-    ((_, late),) = pair.generate([replace(request, max_new_tokens=40, timeout_s=1e-6)])
+    ((_, late),) = pair.generate([replace(options(request, max_new_tokens=40), timeout_s=1e-6)])
     assert isinstance(late, DeadlineExceededError) and pair.engine.idle
 
 
@@ -177,16 +183,16 @@ def test_budgets_become_thresholds() -> None:
         budget=0.01,
         options=DecodeOptions(policy=Policy(mode=Mode.S2T)),
     )
-    assert with_thresholds(request, calibration).policy.threshold == 2.0
-    middle = with_thresholds(replace(request, budget=0.0316), calibration).policy.threshold
+    assert with_thresholds(request, calibration).options.policy.threshold == 2.0
+    middle = with_thresholds(replace(request, budget=0.0316), calibration).options.policy.threshold
     assert 1.4 < middle < 1.6  # halfway in log budget
     random = with_thresholds(
-        replace(request, policy=Policy(mode=Mode.S2T, trigger=Trigger.RANDOM)), Calibration({})
+        options(request, policy=Policy(mode=Mode.S2T, trigger=Trigger.RANDOM)), Calibration({})
     )
-    assert random.policy.threshold == pytest.approx(0.99)
+    assert random.options.policy.threshold == pytest.approx(0.99)
     with pytest.raises(ConfigError, match="no calibrated"):
         with_thresholds(
-            replace(request, policy=Policy(mode=Mode.S2T, trigger=Trigger.KL)), calibration
+            options(request, policy=Policy(mode=Mode.S2T, trigger=Trigger.KL)), calibration
         )
     assert Calibration.from_json(calibration.to_json()) == calibration
 
@@ -258,7 +264,7 @@ def test_metrics() -> None:
     assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
 
 
-@pytest.mark.parametrize("failure", laws.FAILURES)
+@pytest.mark.parametrize("failure", FAILURES)
 def test_an_answer_of_mode_llm_has_something_of_the_llm(
     models: dict[str, Path], failure: str
 ) -> None:
@@ -266,19 +272,19 @@ def test_an_answer_of_mode_llm_has_something_of_the_llm(
     says so."""
     request = GenerateRequest(
         request_id="r",
-        prompt=Prompt(token_ids=laws.PROMPTS[0]),
+        prompt=Prompt(token_ids=PROMPTS[0]),
         options=DecodeOptions(policy=Policy(mode=Mode.LLM), max_new_tokens=6),
     )
 
     def outcome(healthy: int, policy: Policy) -> Answer | S2TError:
         generator = Generator(
-            Tokenizer.load(models["slm"]), laws.failing_engine(models, healthy, failure)
+            Tokenizer.load(models["slm"]), failing_engine(models, healthy, failure)[0]
         )
-        ((_, answer),) = generator.generate([replace(request, policy=policy)])
+        ((_, answer),) = generator.generate([options(request, policy=policy)])
         return answer
 
     assert isinstance(outcome(0, Policy(mode=Mode.LLM)), SelectorUnavailableError)
-    for healthy, policy in ((2, Policy(mode=Mode.LLM)), (0, laws.ALL)):
+    for healthy, policy in ((2, Policy(mode=Mode.LLM)), (0, ALL)):
         answer = outcome(healthy, policy)
         assert (
             isinstance(answer, Answer)

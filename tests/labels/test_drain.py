@@ -1,0 +1,240 @@
+"""The drain against a real server: labels reach the lake once, poison blocks nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+
+from s2t_shared.errors import StoreError
+from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, Entry, LabelStream
+from services.launch.redis_server import RedisServer, _free_port, open_redis
+from tests.helpers.lake import ids_in, names, rollout
+from tests.helpers.redis import eventually
+
+
+def rows(lake: Lake) -> int:
+    return sum(shard.rollouts for shard in lake.shards())
+
+
+def put(store: LabelStream, *numbers: int) -> None:
+    store.append([rollout(n).to_json().encode() for n in numbers])
+
+
+def test_drain_writes_full_shards_at_once_and_the_rest_when_old(
+    lake: Lake, store: LabelStream
+) -> None:
+    put(store, *range(25))
+    drain = Drain(store, lake, shard_rows=10, shard_age_s=0.5)
+    assert drain.run_once() == 10 and rows(lake) == 10
+    assert drain.run_once() == 10 and drain.run_once() == 5
+    assert rows(lake) == 20
+    assert (
+        store.counts().rollouts == store.counts().pending == 5
+    )  # not in the lake, so still in Redis
+    time.sleep(0.5)
+    drain.run_once()
+    assert (rows(lake), store.counts().rollouts, store.counts().pending) == (25, 0, 0)
+    assert drain._in_lake == [] and drain._buffer_bytes == 0
+    assert ids_in(lake) == names(*range(25))
+
+
+def test_flush_takes_what_is_still_in_the_stream(lake: Lake, store: LabelStream) -> None:
+    put(store, *range(600))
+    drain = Drain(store, lake, shard_age_s=99)
+    assert drain.flush() == 600 and ids_in(lake) == names(*range(600)) and len(lake.shards()) == 1
+    assert drain.flush() == 0 and store.counts().rollouts == 0
+
+
+def test_an_entry_is_deleted_only_once_the_shard_is_written(
+    lake: Lake, store: LabelStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    put(store, *range(3))
+    drain = Drain(store, lake, shard_rows=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("s2t_shared.labels.lake.os.fsync", disk_full)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="No space left on device"):
+                drain.run_once()
+        put(store, 3)
+        assert (
+            store.counts().rollouts == 4 and store.counts().pending == 3
+        )  # a full buffer reads no more
+    drain.run_once()
+    assert ids_in(lake) == names(0, 1, 2) and store.counts().rollouts == 1
+
+
+def test_a_drain_that_holds_entries_for_long_is_not_robbed(
+    lake: Lake, store: LabelStream, tmp_path: Path
+) -> None:
+    """Others must not deliver them again and again until they are dead letters."""
+    put(store, *range(3))
+    slow = Drain(store, lake, shard_age_s=99, reclaim_idle_s=0.6)
+    slow.run_once()
+    other = Drain(store, Lake(tmp_path / "other"), reclaim_idle_s=0.6)
+    for _ in range(20):
+        time.sleep(0.1)
+        assert slow.run_once() == 0 and other.run_once() == 0
+    assert slow.flush() == 3 and other.flush() == 0
+    assert (store.counts().rollouts, store.counts().dead_letters) == (0, 0)
+
+
+def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(
+    lake: Lake, store: LabelStream, server: RedisServer
+) -> None:
+    put(store, *range(10))
+    before_shard = Drain(store, lake, shard_rows=4, consumer="a")
+    before_shard.run_once()
+    before_shard._shard_rows = 99
+    assert before_shard.run_once() == 6 and rows(lake) == 4  # six only in its memory when it "dies"
+    put(store, 10)
+    after_shard = Drain(store, lake, shard_rows=99, consumer="b")
+
+    class Deaf(LabelStream):
+        def remove(self, entry_ids: Sequence[bytes]) -> None:
+            if entry_ids:
+                raise StoreError("gone")
+
+    after_shard._store = Deaf(server.url)
+    with pytest.raises(StoreError):
+        after_shard.flush()  # dies between writing the shard and acknowledging it
+    time.sleep(0.1)
+    third = Drain(store, lake, consumer="c", reclaim_idle_s=0.05)
+    while third.run_once():
+        pass
+    third.flush()
+    assert ids_in(lake) == names(*range(11))
+    assert rows(lake) > 11 == len(list(lake.rollouts()))
+    assert (store.counts().rollouts, store.counts().pending) == (0, 0)
+
+
+POISON = {
+    "not json": b"\xff{",
+    "no field": None,
+    "deep": b"[" * 100_000,
+    "list": b"[]",
+    "other schema": json.dumps({"schema_version": "\ud800"}).encode(),
+    "missing key": json.dumps({"schema_version": 2}).encode(),
+    "wrong type": replace(rollout(1), token_ids=("text",)).to_json().encode(),  # type: ignore[arg-type]
+    "too large": replace(rollout(1), token_ids=(1, 2, 1 << 40, 4)).to_json().encode(),
+    "null": replace(rollout(1), task=None).to_json().encode(),  # type: ignore[arg-type]
+    "not finite": replace(rollout(1), kl=(float("nan"), 0.0)).to_json().encode(),
+    "evaluation": replace(rollout(1), split="test").to_json().encode(),
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_poison_becomes_a_dead_letter_and_blocks_nothing(
+    poison: str, lake: Lake, store: LabelStream, client: redis.Redis
+) -> None:
+    value = POISON[poison]
+    put(store, 1)
+    client.xadd(
+        LABELS, {"label": "x"} if value is None else {"rollout": value}
+    )  # "label": as schema 1 did
+    put(store, 2)
+    drain = Drain(store, lake)
+    assert drain.run_once() == 3 and drain.flush() == 2
+    assert ids_in(lake) == names(1, 2)
+    counts = store.counts()
+    assert (counts.rollouts, counts.pending, counts.dead_letters) == (0, 0, 1)
+    [(_, fields)] = client.xrange(DEAD_LETTERS)
+    assert fields.get(b"rollout") == value and b"Error: " in fields[b"reason"]
+
+
+def test_an_entry_that_ends_its_reader_is_buried_and_its_neighbours_are_not(
+    lake: Lake, store: LabelStream, client: redis.Redis
+) -> None:
+    class DiesError(BaseException):
+        """Stands for SIGKILL: nothing of the drain runs after it."""
+
+    class Fragile(Drain):
+        def _take(self, entry: Entry) -> None:
+            if b"request-5" in entry.fields[b"rollout"]:
+                raise DiesError
+            super()._take(entry)
+
+    put(store, *range(10))
+    deaths = 0
+    for _ in range(12):
+        drain = Fragile(store, lake, shard_age_s=0.01, reclaim_idle_s=0.02)
+        try:
+            for _ in range(15):
+                drain.run_once()
+                time.sleep(0.03)
+        except DiesError:
+            deaths += 1
+    assert deaths == 6 and ids_in(lake) == names(*range(10)) - names(5)
+    [(_, fields)] = client.xrange(DEAD_LETTERS)
+    assert b"request-5" in fields[b"rollout"] and b"delivered 6 times" in fields[b"reason"]
+    assert (store.counts().rollouts, store.counts().pending) == (0, 0)
+
+
+def test_what_the_lake_cannot_hold_blocks_nothing(
+    lake: Lake, store: LabelStream, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gap in check_rollout would be a bug; it must not stop the ledger."""
+    monkeypatch.setattr("s2t_shared.labels.label.check_rollout", lambda _: None)
+    store.append(
+        [
+            r.to_json().encode()
+            for r in (rollout(1), replace(rollout(2), prompt_length=1 << 40), rollout(3))
+        ]
+    )
+    Drain(store, lake).flush()
+    assert ids_in(lake) == names(1, 3) and store.counts().rollouts == 0
+    [(_, fields)] = client.xrange(DEAD_LETTERS)
+    assert b"lake cannot hold it" in fields[b"reason"]
+
+
+def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path, lake: Lake) -> None:
+    port = _free_port()
+    server = open_redis(None, tmp_path / "one", port)
+    store = LabelStream(server.url, timeout_s=1.0)
+    drain = Drain(store, lake, shard_age_s=0.05)
+    drain.start()
+    put(store, 1)
+    eventually(lambda: rows(lake) == 1)
+    server.stop()
+    time.sleep(0.2)
+    with open_redis(
+        None, tmp_path / "two", port
+    ):  # an empty Redis: the consumer group is gone as well
+        put(store, 2)
+        eventually(lambda: rows(lake) == 2 and store.counts().rollouts == 0)
+        put(store, 3)
+        eventually(lambda: store.counts().pending == 1 or rows(lake) == 3)
+        drain.stop()
+        assert ids_in(lake) == names(1, 2, 3)
+        assert store.counts().rollouts == 0
+
+
+def test_housekeeping_joins_shards_and_applies_retention(lake: Lake, store: LabelStream) -> None:
+    for n in range(20):
+        lake.write([replace(rollout(n), created_at=time.time() - 90_000.0)])
+    put(store, 99)
+    Drain(store, lake).housekeep()
+    assert len(lake.shards()) == 1 and ids_in(lake) == names(*range(20))
+    drain = Drain(store, lake, max_age_days=1.0)
+    drain.flush()
+    drain.housekeep()
+    assert ids_in(lake) == names(99)
+
+
+def test_counts_before_any_drain_ran(store: LabelStream, client: redis.Redis) -> None:
+    put(store, 1, 2)
+    assert (store.counts().rollouts, store.counts().pending) == (2, 0)
+    store.create_group()
+    store.create_group()
+    store.read("someone", 1, 0)
+    assert store.counts().pending == 1 == client.xpending(LABELS, GROUP)["pending"]
