@@ -388,7 +388,7 @@ import random, sys, tempfile
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from dataclasses import replace
 from pathlib import Path
-from test_lake import rollout
+from tests.helpers.lake import rollout
 from s2t_shared.labels.lake import Lake
 lake, first = Lake(Path(sys.argv[1])), int(sys.argv[2])
 with tempfile.TemporaryDirectory() as scratch:  # pyarrow's first write takes long

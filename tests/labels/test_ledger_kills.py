@@ -230,7 +230,7 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
-from test_lake import rollout
+from tests.helpers.lake import rollout
 writer = LabelWriter(LabelStream({url!r}), Path({spool!r}))
 def told(number):
     def tell(future):
