@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 from s2t_shared.decode.engine import Engine, EngineLoad
@@ -35,7 +36,8 @@ class OngoingAnswer:
 
     def put(self, piece: AnswerPiece, is_last: bool) -> None:
         """Add a piece. Called on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, (piece, is_last))
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (piece, is_last))
 
     async def next_piece(self) -> tuple[AnswerPiece, bool]:
         """What is new, merged into one piece, and whether it is the last."""

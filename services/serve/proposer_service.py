@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Protocol
 
+from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.generate import AnswerBuilder, shown_steps, with_thresholds
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import OverloadedError, SelectorUnavailableError, VersionNotFoundError
@@ -71,6 +72,11 @@ class ProposerService:
         self._max_ongoing_requests = max_ongoing_requests
         self.ongoing_requests = 0
 
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine holds now."""
+        return self._engine.load
+
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
         """Pieces of the answer as they are decided. The last one carries the answer.
 
@@ -113,7 +119,7 @@ class ProposerService:
     async def describe(self) -> ServiceDescription:
         """What this proposer runs, and what it holds now."""
         slm = self._engine.slm
-        load = self._engine.load
+        load = self.load
         canary_version, canary_share = self._versions.canary
         llm_digest = self._selector.info.digest if self._selector.reachable else ""
         return ServiceDescription(

@@ -72,7 +72,7 @@ class RemoteSelector:
 
     async def _score(self, query: ScoreQuery) -> ScoreReply:
         message = wire.write_query(query)
-        for address in self._replicas_for(query.sequence_id)[:ATTEMPTS]:
+        for address in self.replicas_for(query.sequence_id)[:ATTEMPTS]:
             stub = self._stubs.get(address)
             if stub is None:  # refreshed away meanwhile
                 continue
@@ -88,7 +88,7 @@ class RemoteSelector:
                 self._resting_until[address] = time.monotonic() + REST_AFTER_FAILURE_S
         raise SelectorUnavailableError("no selector answers")
 
-    def _replicas_for(self, sequence_id: str) -> list[str]:
+    def replicas_for(self, sequence_id: str) -> list[str]:
         """Addresses in a sequence's order: every proposer finds the same, and few sequences move
         when a replica leaves."""
         now = time.monotonic()

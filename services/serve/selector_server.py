@@ -148,7 +148,12 @@ class SelectorServer:
         self.port = channels.bind(self._server, host, 0, security, "selector.host")
 
     async def start(self) -> None:
+        """Answer calls."""
         await self._server.start()
+
+    async def stop(self) -> None:
+        """Take no more calls, and end those under way."""
+        await self._server.stop(None)
 
     def check_health(self) -> None:
         """Raises RuntimeError: nothing can be answered any more."""

@@ -30,7 +30,7 @@ from services.serve.gateway_server import GatewayServer
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 
-WORDS = "one two three four five six seven eight".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 UNSURE_AT = (4, 6)  # behind the warm-up
 ALTERNATIVE = "other"
 SLM_TEXT = " one two three four five six seven eight"
