@@ -14,7 +14,7 @@ from ray import serve
 from s2t_shared.config import Config, Placement, check_exposure, load_config
 from services.serve.gateway import Gateway
 from services.serve.proposer_replica import ProposerReplica
-from services.serve.selector_replica import Selector
+from services.serve.selector_replica import SelectorReplica
 
 APPLICATION = "s2t"
 
@@ -35,7 +35,9 @@ def build_application(config: Config) -> serve.Application:
     check_exposure(config)
     selectors = None
     if not config.selector.addresses and config.selector.replicas:
-        selectors = _deployment(Selector, config.selector, max_ongoing_requests=64).bind(config)
+        selectors = _deployment(SelectorReplica, config.selector, max_ongoing_requests=64).bind(
+            config
+        )
     busy = config.proposer.max_ongoing_requests
     proposers = _deployment(
         ProposerReplica,

@@ -1,4 +1,4 @@
-"""The `s2t` command's entry: says what to install when only the client is there."""
+"""The entry of the `s2t` command. It says what to install when only the client is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def main() -> None:
         if error.name and error.name.partition(".")[0] in ("services", "s2t_shared"):
             raise
         sys.exit(
-            f"s2t: {error.name} is not installed; the command needs the server extra: pip install 's2t[serve]'"
+            f"s2t: {error.name} is not installed; the command needs the server extra: "
+            "pip install 's2t[serve]'"
         )
     run()
 

@@ -95,14 +95,14 @@ def test_laptop_file_builds_the_application() -> None:
     graph = deployments(
         build({"config": str(CLUSTER / "laptop.yaml"), "redis.url": "redis://127.0.0.1:1/0"})
     )
-    assert set(graph) == {"Gateway", "ProposerReplica", "Selector"}
+    assert set(graph) == {"Gateway", "ProposerReplica", "SelectorReplica"}
     assert all(options["num_gpus"] == 0 for options in graph.values())
 
 
 def test_reference_file_places_by_accelerator_and_resource() -> None:
     """The SLM goes to the small GPUs, the 32B LLM to the large one."""
     graph = deployments(build({"config": str(CLUSTER / "reference.yaml")}))
-    slm, llm = graph["ProposerReplica"], graph["Selector"]
+    slm, llm = graph["ProposerReplica"], graph["SelectorReplica"]
     assert (slm["num_gpus"], slm["resources"]) == (
         1,
         {"slm_node": 1} | {k: v for k, v in slm["resources"].items() if "accelerator" in k},

@@ -195,28 +195,36 @@ class AnswerBuilder:
         deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
         self.sequences: list[LiveSequence] = []
         self._texts: dict[LiveSequence, SequenceText] = {}
+        self._steps: dict[LiveSequence, list[Step]] = {}  # with their text
         for decode in decode_requests(request, token_ids, deadline):
             text = SequenceText(tokenizer, request.stop)
             sequence = engine.add(replace(decode, stopping=text), local_selector)
             self.sequences.append(sequence)
             self._texts[sequence] = text
+            self._steps[sequence] = []
         self._open = len(self.sequences)
 
     def push(self, sequence: LiveSequence, steps: Sequence[Step]) -> AnswerPiece:
-        """Fold one event of the engine. Returns what can be streamed now: for majority@n the
-        winner's text."""
+        """Fold one event of the engine. Returns what can be streamed now.
+
+        For majority@n nothing, until the last sample ends: then the winner's text and Steps.
+        """
         text = self._texts[sequence]
-        told = [replace(step, text=text.next_piece()) for step in steps]
+        new = [replace(step, text=text.next_piece()) for step in steps]
         rest = ""
         if sequence.finish_reason is not None:
             self._open -= 1
             rest = text.finish()
-            if told:
-                told[-1] = replace(told[-1], text=told[-1].text + rest)
+            if new:
+                new[-1] = replace(new[-1], text=new[-1].text + rest)
                 rest = ""
-        if len(self.sequences) > 1:
-            return AnswerPiece(self._texts[self._vote()].text if self.done else "")
-        return AnswerPiece("".join(step.text for step in told) + rest, tuple(told))
+        self._steps[sequence] += new
+        if len(self.sequences) == 1:
+            return AnswerPiece("".join(step.text for step in new) + rest, tuple(new))
+        if not self.done:
+            return AnswerPiece()
+        winner = self._vote()
+        return AnswerPiece(self._texts[winner].text, tuple(self._steps[winner]))
 
     @property
     def done(self) -> bool:
@@ -257,7 +265,7 @@ class AnswerBuilder:
             finish_reason=chosen.finish_reason,
             usage=replace(usage, prompt_tokens=chosen.usage.prompt_tokens),
             versions=Versions(slm_digest, llm_digest, chosen.version),
-            steps=tuple(chosen.steps),
+            steps=tuple(self._steps[chosen]),
         )
 
     def _vote(self) -> LiveSequence:

@@ -2,15 +2,16 @@
 is around an engine.
 
 >>> slm = ScriptedSLM(["the", "answer", "is", "4"], unsure_at=[3], alternatives=["5"])
->>> engine = Engine(slm, ScriptedSelector(prefers="5"))
+>>> engine = Engine(slm, ScriptedSelector(prefers=slm.tokenizer.id_of("5")))
 
 They implement the protocols of `interfaces`, so an `Engine` decodes with them in microseconds and
-all its rules hold.
+all its rules hold. Tokens have ids from 1 on; id 0 ends an answer.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -41,11 +42,14 @@ class ScriptedTokenizer:
 
     def __init__(self) -> None:
         self._words = [END]
+        self._ids = {END: 0}
 
     def id_of(self, word: str) -> int:
-        if word not in self._words:
+        """The id of a word, made up when the word is new."""
+        if word not in self._ids:
+            self._ids[word] = len(self._words)
             self._words.append(word)
-        return self._words.index(word)
+        return self._ids[word]
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.token_ids:
@@ -74,7 +78,7 @@ class ScriptedSLM:
     """An `SLMProposer` that says the same words to every prompt.
 
     words: the answer. unsure_at: indices where `alternatives` are as likely as the word.
-    slots: sequences that can run at once.
+    slots: sequences that can run at once. step_s: seconds that one forward takes.
     """
 
     words: Sequence[str]
@@ -83,6 +87,7 @@ class ScriptedSLM:
     tokenizer: ScriptedTokenizer = field(default_factory=ScriptedTokenizer)
     max_length: int = 4096
     slots: int = 64
+    step_s: float = 0.0
     open_sequences: int = 0
 
     @property
@@ -123,6 +128,8 @@ class ScriptedSLM:
         self.open_sequences -= 1
 
     def run(self, inputs: Sequence[ModelInput]) -> list[ModelOutput]:
+        if inputs and self.step_s:
+            time.sleep(self.step_s)
         return [self._output(item) for item in inputs]
 
     def _output(self, item: ModelInput) -> ModelOutput:
@@ -141,23 +148,29 @@ class ScriptedSLM:
 
 @dataclass
 class ScriptedSelector:
-    """A `SelectorClient` whose LLM prefers one word wherever it is a candidate, else the SLM's
-    first.
+    """A `SelectorClient` whose LLM prefers one id wherever it is a candidate, else the SLM's first.
 
+    prefers: where no candidates are given (mode llm) its first choice; None ends the answer there.
     available: False fails every query. late: True answers none of them.
+    queries: all that were asked.
     """
 
     prefers: int | None = None
     available: bool = True
     late: bool = False
-    asked: list[ScoreQuery] = field(default_factory=list)
+    queries: list[ScoreQuery] = field(default_factory=list)
 
     @property
     def info(self) -> LLMInfo:
         return LLMInfo(DIGEST, DIGEST, frozenset({0}), 1 << 20)
 
+    @property
+    def reachable(self) -> bool:
+        """Whether there is an LLM to ask, as `RemoteSelector` says it."""
+        return self.available
+
     def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
-        self.asked += queries
+        self.queries += queries
         return [self._answer(query) for query in queries]
 
     def _answer(self, query: ScoreQuery) -> Future[ScoreReply]:
@@ -170,6 +183,8 @@ class ScriptedSelector:
         return future
 
     def _scores(self, candidate_ids: tuple[int, ...]) -> PositionScores:
-        top = self.prefers if self.prefers in candidate_ids else next(iter(candidate_ids), 0)
-        log_probs = tuple(-0.01 if c == top else -10.0 for c in candidate_ids)
-        return PositionScores(log_probs, top if top is not None else 0)
+        top_id = candidate_ids[0] if candidate_ids else 0
+        if self.prefers is not None and (self.prefers in candidate_ids or not candidate_ids):
+            top_id = self.prefers
+        log_probs = tuple(-0.01 if c == top_id else -10.0 for c in candidate_ids)
+        return PositionScores(log_probs, top_id)

@@ -25,7 +25,7 @@ from services.bench.measure import Report, figure, ratios, take_turns
 from services.bench.workload import Settings
 from services.rpc import channels
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_replica import SelectionServicer, SelectorThread
+from services.serve.selector_server import SelectionServicer, SelectorThread
 
 CALLS = 200
 GAP = 16

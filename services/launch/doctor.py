@@ -1,5 +1,7 @@
-"""`s2t doctor`: what is installed, what the configuration needs, and how to mend what is
-missing."""
+"""`s2t doctor`: checks what is installed and what the configuration needs.
+
+A failed check says how to mend what is missing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ PACKAGES = ("ray", "torch", "transformers", "grpcio", "protobuf", "redis", "pyar
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, whether it is well, and the detail or the fix."""
+    """Result of one check. detail: what was found, or how to mend it."""
 
     what: str
     ok: bool
@@ -34,53 +36,59 @@ class Finding:
 
 
 def examine(config: Config, address: str | None = None) -> list[Finding]:
-    """All checks; with `address` also a running service's."""
-    findings = [
-        Finding(
-            "packages", True, ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-        ),
-        Finding(
-            "hardware",
-            True,
-            f"{os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs visible to torch",
-        ),
-        _check("models", lambda: _models(config)),
-        _check("exposure", lambda: _exposure(config)),
-        _check("redis", lambda: _redis(config)),
-        _check("versions", lambda: _versions(config)),
+    """Run all checks; with `address` also those of the service that runs there."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("packages", check_packages),
+        ("hardware", check_hardware),
+        ("models", lambda: check_pair(config)),
+        ("exposure", lambda: check_servers(config)),
+        ("redis", lambda: check_redis(config)),
+        ("versions", lambda: check_versions(config)),
     ]
-    if address:
-        findings.append(_check("service", lambda: _service(address)))
+    if address is not None:
+        checks.append(("service", lambda: check_service(address)))
     else:
-        findings.append(_check("gateway port", lambda: _port(config)))
-    return findings
+        checks.append(("gateway port", lambda: check_gateway_port(config)))
+    return [_finding(what, check) for what, check in checks]
 
 
-def _check(what: str, look: Callable[[], str]) -> Finding:
+def _finding(what: str, check: Callable[[], str]) -> Finding:
     try:
-        return Finding(what, True, look())
+        return Finding(what, True, check())
     except S2TError as error:
         return Finding(what, False, str(error))
 
 
-def _models(config: Config) -> str:
+# -- checks: each returns what it found, or raises S2TError ---------------------------------------
+
+
+def check_packages() -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    return ", ".join(versions)
+
+
+def check_hardware() -> str:
+    return f"{os.cpu_count()} CPUs, {torch.cuda.device_count()} GPUs visible to torch"
+
+
+def check_pair(config: Config) -> str:
     check_models(config)
     return f"{config.slm_model} and {config.llm_model} share a tokenizer"
 
 
-def _exposure(config: Config) -> str:
+def check_servers(config: Config) -> str:
     check_security(config)
     return f"gateway on {config.gateway.host}, selectors on {config.selector.host}"
 
 
-def _port(config: Config) -> str:
+def check_gateway_port(config: Config) -> str:
     check_port(config)
     return f"{config.gateway.port} is free"
 
 
-def _redis(config: Config) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        server = open_redis(config.redis.url, Path(scratch), None)
+def check_redis(config: Config) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        server = open_redis(config.redis.url, Path(folder), None)
         try:
             LabelStream(server.url).counts()
             return f"{server.place} answers"
@@ -88,14 +96,17 @@ def _redis(config: Config) -> str:
             server.stop()
 
 
-def _versions(config: Config) -> str:
+def check_versions(config: Config) -> str:
     registry = Registry(config.versions)
-    for name in registry.names():
+    names = registry.names()
+    for name in names:
         verify_files(registry.root / name, registry.manifest(name))
-    return f"{len(registry.names())} complete, live: {registry.live() or 'none'}"
+    return f"{len(names)} complete, live: {registry.live() or 'none'}"
 
 
-def _service(address: str) -> str:
+def check_service(address: str) -> str:
     with Client(address, timeout_s=5.0) as client:
-        d = client.describe()
-        return f"SLM {d.slm_digest}, LLM {d.llm_digest or 'not reachable'}, live selector {d.live_version or 'none'}"
+        service = client.describe()
+    llm = service.llm_digest or "not reachable"
+    live = service.live_version or "none"
+    return f"SLM {service.slm_digest}, LLM {llm}, live local selector {live}"

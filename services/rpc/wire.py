@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from s2t_shared import errors
+from s2t_shared.pb.v1 import admin_pb2 as admin
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2 as selection
 from s2t_shared.types import (
     MAX_CANDIDATES,
     Answer,
+    AnswerPiece,
     CandidateRule,
     ChosenBy,
     DecodeOptions,
     FinishReason,
+    LabelCounts,
     LabelOptions,
     LabelRule,
     Message,
@@ -30,9 +33,11 @@ from s2t_shared.types import (
     PositionScores,
     Prompt,
     Proposals,
+    PublishedVersion,
     Sampling,
     ScoreQuery,
     ScoreReply,
+    ServiceDescription,
     Step,
     Trigger,
 )
@@ -107,19 +112,19 @@ def _known(value: int, table: dict[int, E], field: str) -> E:
 
 
 def read_request(
-    request_id: str,
-    p: pb.GenerationParameters,
+    request: pb.StreamGenerateRequest | pb.GenerateRequest,
     defaults: DefaultsConfig,
     call_timeout_s: float | None,
 ) -> GenerateRequest:
     """A client's request with the deployment's defaults filled in.
 
-    `call_timeout_s`: seconds left to the RPC, None for no limit. The nearer of it and the request's
+    call_timeout_s: seconds left to the RPC, None for no limit. The nearer of it and the request's
     own stands.
 
     Raises:
         InvalidRequestError: an unknown enum value, or no prompt.
     """
+    p = request.parameters
     from s2t_shared.types import GenerateRequest  # models' side: not needed by clients
 
     mode = _known(p.mode, MODES, "mode") if p.mode else defaults.mode
@@ -142,7 +147,7 @@ def read_request(
         p.sampling.top_k,
         p.sampling.seed,
     )
-    request_id = request_id or uuid.uuid4().hex
+    request_id = request.request_id or uuid.uuid4().hex
     selector = p.version if p.HasField("version") else None
     return GenerateRequest(
         request_id=request_id,
@@ -152,6 +157,7 @@ def read_request(
         stop=tuple(p.stop),
         timeout_s=min(timeouts, default=0.0),
         return_steps=p.return_steps,
+        stream_steps=isinstance(request, pb.StreamGenerateRequest) and request.stream_steps,
         labels=LabelOptions(
             store=p.labels.store if p.labels.HasField("store") else defaults.store_labels,
             task=p.labels.task,
@@ -191,11 +197,16 @@ def read_prompt(p: pb.GenerationParameters) -> Prompt:
     raise errors.InvalidRequestError("prompt: missing; give text, messages or token_ids")
 
 
-def write_answer(
-    answer: Answer, texts: list[str], labels_stored: int, rollout: bytes = b""
-) -> pb.Answer:
-    """`texts`: the text of each step's token, same order as `answer.steps`; `rollout`: a
-    labels.Rollout as JSON."""
+def write_piece(request_id: str, piece: AnswerPiece) -> pb.StreamGenerateResponse:
+    return pb.StreamGenerateResponse(
+        request_id=request_id,
+        text=piece.text,
+        steps=[write_step(step) for step in piece.steps],
+        answer=write_answer(piece.answer) if piece.answer is not None else None,
+    )
+
+
+def write_answer(answer: Answer) -> pb.Answer:
     u, v = answer.usage, answer.versions
     return pb.Answer(
         token_ids=answer.token_ids,
@@ -209,17 +220,15 @@ def write_answer(
             llm_forwards=u.llm_forwards,
             degraded_steps=u.degraded_steps,
         ),
-        versions=pb.Versions(slm=v.slm, llm=v.llm, selector=v.selector),
-        steps=[write_step(step, text) for step, text in zip(answer.steps, texts, strict=True)],
-        labels_stored=labels_stored,
-        rollout=rollout,
+        versions=pb.Versions(slm=v.slm, llm=v.llm, local_selector=v.local_selector),
+        steps=[write_step(step) for step in answer.steps],
+        labels_stored=answer.labels_stored,
+        rollout=answer.rollout,
     )
 
 
-def write_step(step: Step, text: str) -> pb.Step:
-    from s2t_shared import policy as decide  # numpy: not needed by clients
-
-    message = pb.Step(
+def write_step(step: Step) -> pb.Step:
+    return pb.Step(
         index=step.index,
         token_id=step.token_id,
         chosen_by=CHOSEN_BY[step.chosen_by],
@@ -229,16 +238,51 @@ def write_step(step: Step, text: str) -> pb.Step:
         scores=step.scores,
         slm_top_id=step.slm_top_id,
         llm_top_id=step.llm_top_id,
+        llm_top_rank=step.llm_top_rank,
+        kl=step.kl,
+        entropy=step.entropy,
         degraded=step.degraded,
-        text=text,
+        text=step.text,
     )
-    if step.support is not None:
-        message.entropy = decide.entropy(step.support.log_probs)
-        if step.llm is not None:
-            message.kl = decide.kl(step.support.log_probs, step.llm.log_probs)
-            top = step.llm.top_id
-            message.llm_top_rank = step.support.ids.index(top) if top in step.support.ids else -1
-    return message
+
+
+def write_description(d: ServiceDescription) -> pb.DescribeServiceResponse:
+    return pb.DescribeServiceResponse(
+        slm_digest=d.slm_digest,
+        tokenizer_digest=d.tokenizer_digest,
+        template_digest=d.template_digest,
+        llm_digest=d.llm_digest,
+        proposers=d.proposers,
+        max_length=d.max_length,
+        live_version=d.live_version,
+        canary_version=d.canary_version,
+        canary_share=d.canary_share,
+        calibrated_triggers=[f"TRIGGER_{t.name}" for t in d.calibrated_triggers],
+        running_sequences=d.running_sequences,
+        waiting_sequences=d.waiting_sequences,
+        live_kv_slots=d.live_kv_slots,
+    )
+
+
+def write_version(v: PublishedVersion) -> admin.Version:
+    return admin.Version(
+        name=v.name,
+        kind=v.kind,
+        reads=v.reads,
+        live=v.live,
+        created_at=v.created_at,
+        metrics=v.metrics,
+        share=v.share,
+    )
+
+
+def write_label_counts(counts: LabelCounts) -> admin.CountLabelsResponse:
+    return admin.CountLabelsResponse(
+        queued=counts.queued,
+        in_lake=counts.in_lake,
+        dead_letters=counts.dead_letters,
+        dropped=counts.dropped,
+    )
 
 
 # -- selection ------------------------------------------------------------------------------------
@@ -298,7 +342,6 @@ def write_reply(reply: ScoreReply) -> selection.ScoreResponse:
     return selection.ScoreResponse(
         log_probs=[x for p in reply.positions for x in p.log_probs],
         top_ids=[p.top_id for p in reply.positions],
-        top_log_probs=[p.top_log_prob for p in reply.positions],
         llm_digest=reply.llm_digest,
     )
 
@@ -306,13 +349,11 @@ def write_reply(reply: ScoreReply) -> selection.ScoreResponse:
 def read_reply(query: ScoreQuery, response: selection.ScoreResponse) -> ScoreReply:
     positions, at, log_probs = [], 0, list(response.log_probs)
     asked = len(query.candidate_ids), sum(map(len, query.candidate_ids))
-    if (len(response.top_ids), len(log_probs)) != asked or len(response.top_log_probs) != asked[0]:
+    if (len(response.top_ids), len(log_probs)) != asked:
         raise errors.SelectorUnavailableError(
             "a selector's reply does not fit its query; are its versions the same?"
         )
-    for group, top_id, top in zip(
-        query.candidate_ids, response.top_ids, response.top_log_probs, strict=True
-    ):
+    for group, top_id in zip(query.candidate_ids, response.top_ids, strict=True):
         positions.append(PositionScores(tuple(log_probs[at : at + len(group)]), top_id))
         at += len(group)
     return ScoreReply(tuple(positions), response.llm_digest)

@@ -2,7 +2,7 @@
 not answer.
 
 Each sequence goes to the replica that rendezvous hashing of its id names, so that its KV stays warm
-there. A replica that fails is left alone for a second; its sequences go to the next one in their
+there. A replica that fails is not asked for a second; its sequences go to the next one in their
 order. When none is left, futures fail at once with `SelectorUnavailableError` and the engine
 degrades.
 """
@@ -31,104 +31,129 @@ from services.rpc import channels, wire
 log = logging.getLogger(__name__)
 REST_AFTER_FAILURE_S = 1.0
 REFRESH_S = 2.0
+START_POLL_S = 0.2
+DESCRIBE_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 30.0
+ATTEMPTS = 2  # replicas that are asked for one query
 
-Addresses = Callable[[], Awaitable[Sequence[str]]]
+FindAddresses = Callable[[], Awaitable[Sequence[str]]]
 
 
 class RemoteSelector:
-    """Lives on one asyncio loop; `submit` may be called from any thread."""
+    """Lives on one asyncio loop. `submit` may be called from any thread.
+
+    find_addresses: asks where the selectors are now. fallback: assumed until one was reached.
+    """
 
     def __init__(
         self,
-        addresses: Addresses,
+        find_addresses: FindAddresses,
         security: SecurityConfig,
         tokenizer_digest: str,
         fallback: LLMInfo,
     ) -> None:
-        """`addresses`: asks where the selectors are now. `fallback`: assumed until one was
-        reached."""
-        self._find, self._security = addresses, security
+        """Raises ConfigError: the token file holds no token."""
+        self._find_addresses = find_addresses
+        self._authority = security.authority
         self._tokenizer_digest = tokenizer_digest
         self._metadata = channels.call_metadata(channels.read_token(security.token_file))
         self._stubs: dict[str, Any] = {}
-        self._resting: dict[str, float] = {}
-        self._loop = asyncio.get_running_loop()
+        self._resting_until: dict[str, float] = {}
+        self._mismatch = ""
         self.info = fallback
-        self.refused = ""
-        self._watcher = self._loop.create_task(self._watch())
+        self._loop = asyncio.get_running_loop()
+        self._watch_task = self._loop.create_task(self._watch())
+
+    # -- queries ----------------------------------------------------------------------------------
 
     def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
-        return [
-            asyncio.run_coroutine_threadsafe(self._score(query), self._loop) for query in queries
-        ]
-
-    @property
-    def reachable(self) -> bool:
-        return bool(self._stubs)
-
-    async def refresh(self) -> None:
-        """Learn the selectors' addresses; admit those whose tokenizer is ours."""
-        try:
-            found = set(await self._find())
-        except Exception as error:  # noqa: BLE001 - the border to Serve: whatever it raises means "not now"
-            log.info("selectors cannot be listed now: %s", type(error).__name__)
-            return
-        for gone in self._stubs.keys() - found:
-            del self._stubs[gone]
-        for address in sorted(found - self._stubs.keys()):
-            stub = pb_grpc.SelectionServiceStub(
-                channels.open_channel(address, self._security.authority)
-            )
-            try:
-                model = await stub.DescribeModel(
-                    pb.DescribeModelRequest(), timeout=5.0, metadata=self._metadata
-                )
-            except grpc.RpcError:
-                continue
-            if model.tokenizer_digest != self._tokenizer_digest:
-                self.refused = (
-                    f"a selector's tokenizer ({model.tokenizer_digest}) is not the SLM's "
-                    f"({self._tokenizer_digest}); choose two models of one family"
-                )
-                log.error("selector refused: %s", self.refused)
-                continue
-            self.info = LLMInfo(
-                model.digest, model.tokenizer_digest, frozenset(model.eos_ids), model.max_length
-            )
-            self._stubs[address] = stub
-            self._resting.pop(address, None)
-
-    def check(self) -> None:
-        """Raises TokenizerMismatchError: the only selectors there are tokenize differently."""
-        if self.refused and not self._stubs:
-            raise TokenizerMismatchError(self.refused)
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            await self.refresh()
-
-    def _order(self, sequence_id: str) -> list[str]:
-        """Rendezvous hashing: every proposer names the same replica for a sequence, and few move
-        when one leaves."""
-        now = time.monotonic()
-        live = [a for a in self._stubs if self._resting.get(a, 0.0) <= now]
-        return sorted(live, key=lambda a: hashlib.sha256(f"{a}|{sequence_id}".encode()).digest())
+        """Send queries. Returns at once, with a future for each."""
+        return [asyncio.run_coroutine_threadsafe(self._score(q), self._loop) for q in queries]
 
     async def _score(self, query: ScoreQuery) -> ScoreReply:
-        request = wire.write_query(query)
-        for address in self._order(query.sequence_id)[:2]:
+        message = wire.write_query(query)
+        for address in self.replicas_for(query.sequence_id)[:ATTEMPTS]:
+            stub = self._stubs.get(address)
+            if stub is None:  # refreshed away meanwhile
+                continue
             try:
-                response = await self._stubs[address].Score(
-                    request, timeout=CALL_TIMEOUT_S, metadata=self._metadata
+                response = await stub.Score(
+                    message, timeout=CALL_TIMEOUT_S, metadata=self._metadata
                 )
                 return wire.read_reply(query, response)
             except grpc.RpcError as error:
                 failure = wire.error_of(error)
                 if not isinstance(failure, SelectorUnavailableError):
                     raise failure from error
-                self._resting[address] = time.monotonic() + REST_AFTER_FAILURE_S
-            except KeyError:  # refreshed away meanwhile
-                continue
+                self._resting_until[address] = time.monotonic() + REST_AFTER_FAILURE_S
         raise SelectorUnavailableError("no selector answers")
+
+    def replicas_for(self, sequence_id: str) -> list[str]:
+        """Addresses in a sequence's order: every proposer finds the same, and few sequences move
+        when a replica leaves."""
+        now = time.monotonic()
+        awake = [a for a in self._stubs if self._resting_until.get(a, 0.0) <= now]
+        return sorted(awake, key=lambda a: hashlib.sha256(f"{a}|{sequence_id}".encode()).digest())
+
+    # -- replicas ---------------------------------------------------------------------------------
+
+    @property
+    def reachable(self) -> bool:
+        """Whether there is a selector to ask."""
+        return bool(self._stubs)
+
+    async def wait_until_reachable(self, timeout_s: float) -> None:
+        """Wait for the first selector; after `timeout_s` seconds go on without one.
+
+        Raises:
+            TokenizerMismatchError: the only selectors there are tokenize differently.
+        """
+        give_up_at = time.monotonic() + timeout_s
+        while time.monotonic() < give_up_at:
+            await self.refresh()
+            self.check_tokenizer()
+            if self.reachable:
+                return
+            await asyncio.sleep(START_POLL_S)
+
+    def check_tokenizer(self) -> None:
+        """Raises TokenizerMismatchError: the only selectors there are tokenize differently."""
+        if self._mismatch and not self._stubs:
+            raise TokenizerMismatchError(self._mismatch)
+
+    async def refresh(self) -> None:
+        """Learn the selectors' addresses. Admit those that tokenize as the SLM does."""
+        try:
+            found = set(await self._find_addresses())
+        except Exception as error:  # noqa: BLE001 - the border to Serve: whatever it raises means "not now"
+            log.info("selectors cannot be listed now: %s", type(error).__name__)
+            return
+        for address in self._stubs.keys() - found:
+            del self._stubs[address]
+        for address in sorted(found - self._stubs.keys()):
+            await self._admit(address)
+
+    async def _admit(self, address: str) -> None:
+        stub = pb_grpc.SelectionServiceStub(channels.open_channel(address, self._authority))
+        try:
+            model = await stub.DescribeModel(
+                pb.DescribeModelRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=self._metadata
+            )
+        except grpc.RpcError:
+            return  # the next refresh tries again
+        if model.tokenizer_digest != self._tokenizer_digest:
+            self._mismatch = (
+                f"a selector's tokenizer ({model.tokenizer_digest}) is not the SLM's "
+                f"({self._tokenizer_digest}); choose two models of one family"
+            )
+            log.error("selector refused: %s", self._mismatch)
+            return
+        eos_ids = frozenset(model.eos_ids)
+        self.info = LLMInfo(model.digest, model.tokenizer_digest, eos_ids, model.max_length)
+        self._stubs[address] = stub
+        self._resting_until.pop(address, None)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            await self.refresh()

@@ -8,52 +8,24 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from s2t_shared.config import Config, GatewayConfig, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
-from s2t_shared.errors import ConfigError, S2TError, TokenizerMismatchError, UnauthenticatedError
+from s2t_shared.errors import ConfigError, UnauthenticatedError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
-from s2t_shared.types import ScoreQuery
 from services.cli.options import target
 from services.launch.local import check_security
-from services.rpc import channels, wire
+from services.rpc import channels
 from services.serve.remote_selector import RemoteSelector
+from tests.helpers.selection_server import OPEN, start_selection_server
 
-OPEN = SecurityConfig()
 TOKEN = "0123456789abcdef"
 
 
-class Servicer(pb_grpc.SelectionServiceServicer):
-    """Says that the first candidate has log-probability -1; fails when asked about id 13."""
-
-    async def Score(
-        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ScoreResponse:
-        if 13 in request.token_ids:
-            await wire.abort(context, TokenizerMismatchError("thirteen"))
-        return pb.ScoreResponse(
-            log_probs=[-1.0] * len(request.candidate_ids), top_ids=[7], top_log_probs=[-0.5]
-        )
-
-    async def DescribeModel(
-        self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
-    ) -> pb.DescribeModelResponse:
-        return pb.DescribeModelResponse(
-            digest="llm", tokenizer_digest="tok", eos_ids=[1], max_length=99
-        )
-
-
-async def start(
-    security: SecurityConfig, limit: int = channels.MAX_MESSAGE_BYTES
-) -> tuple[grpc.aio.Server, str]:
-    server = channels.new_server(security, limit)
-    pb_grpc.add_SelectionServiceServicer_to_server(Servicer(), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
-    port = channels.bind(server, "127.0.0.1", 0, security, "test.port")
-    await server.start()
-    return server, f"127.0.0.1:{port}"
+async def no_addresses() -> list[str]:
+    return []
 
 
 async def code_of(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
@@ -71,7 +43,7 @@ def test_calls_need_the_token_except_health(tmp_path: Path) -> None:
     security = SecurityConfig(token_file=tmp_path / "token")
 
     async def main() -> list[grpc.StatusCode]:
-        server, address = await start(security)
+        server, address = await start_selection_server(security)
         async with channels.open_channel(address, None) as channel:
             stub = pb_grpc.SelectionServiceStub(channel)
             codes = [
@@ -121,7 +93,7 @@ def test_a_token_file_without_a_token_never_opens_a_server(
     )
     for start_or_ask in (
         lambda: channels.new_server(security),
-        lambda: remote([], security=security),
+        lambda: RemoteSelector(no_addresses, security, "tok", LLMInfo("", "", frozenset(), 9)),
         lambda: target("127.0.0.1:1", None, file),
         lambda: check_security(config),
     ):
@@ -137,7 +109,7 @@ def test_whether_a_token_is_demanded_never_follows_from_its_content() -> None:
 
 def test_large_messages_are_refused_before_they_are_read() -> None:
     async def main() -> list[grpc.StatusCode]:
-        server, address = await start(OPEN, limit=2000)
+        server, address = await start_selection_server(OPEN, limit=2000)
         async with channels.open_channel(address, None) as channel:
             stub = pb_grpc.SelectionServiceStub(channel)
             codes = [
@@ -151,7 +123,7 @@ def test_large_messages_are_refused_before_they_are_read() -> None:
 
 def test_a_taken_port_names_the_setting() -> None:
     async def main() -> None:
-        server, address = await start(OPEN)
+        server, address = await start_selection_server(OPEN)
         try:
             channels.bind(
                 channels.new_server(OPEN),
@@ -167,70 +139,15 @@ def test_a_taken_port_names_the_setting() -> None:
         asyncio.run(main())
 
 
-def remote(
-    address: list[str], tokenizer: str = "tok", security: SecurityConfig = OPEN
-) -> RemoteSelector:
-    async def addresses() -> list[str]:
-        return address
-
-    return RemoteSelector(addresses, security, tokenizer, LLMInfo("", "", frozenset({2}), 50))
-
-
-def ask(selector: RemoteSelector, *token_ids: int) -> asyncio.Future:
-    (future,) = selector.submit(
-        [ScoreQuery(token_ids=token_ids, positions=(0,), candidate_ids=((4, 5),), sequence_id="s")]
-    )
-    return asyncio.wrap_future(future)
-
-
-def test_remote_selector_learns_asks_and_survives_a_loss() -> None:
-    """It takes the LLM's facts from the replica, answers, passes errors on as they were raised,
-    goes to the other replica when one dies, and fails at once when none is left."""
-
-    async def main() -> None:
-        (one, first), (two, second) = await start(OPEN), await start(OPEN)
-        addresses = [first, second]
-        selector = remote(addresses)
-        assert selector.info.digest == "" and not selector.reachable
-        with pytest.raises(S2TError, match="no selector"):
-            await ask(selector, 1)
-        await selector.refresh()
-        assert selector.info == LLMInfo("llm", "tok", frozenset({1}), 99)
-        reply = await ask(selector, 1)
-        assert reply.positions[0].log_probs == (-1.0, -1.0) and reply.positions[0].top_id == 7
-        with pytest.raises(TokenizerMismatchError, match="thirteen"):
-            await ask(selector, 13)
-        await one.stop(0)
-        for _ in range(4):
-            assert (await ask(selector, 1)).positions[0].top_id == 7
-        await two.stop(0)
-        for _ in range(2):
-            with pytest.raises(S2TError, match="no selector"):
-                await ask(selector, 1)
-
-    asyncio.run(main())
-
-
-def test_a_selector_of_another_tokenizer_is_refused() -> None:
-    async def main() -> None:
-        server, address = await start(OPEN)
-        selector = remote([address], tokenizer="other")
-        await selector.refresh()
-        assert not selector.reachable
-        with pytest.raises(TokenizerMismatchError, match="not the SLM's"):
-            selector.check()
-        await server.stop(0)
-
-    asyncio.run(main())
-
-
 def test_unauthenticated_reaches_clients_as_its_own_error(tmp_path: Path) -> None:
     from services.client import Client
 
     (tmp_path / "token").write_text(TOKEN, encoding="utf-8")
 
     async def main() -> None:
-        server, address = await start(SecurityConfig(token_file=tmp_path / "token"))
+        server, address = await start_selection_server(
+            SecurityConfig(token_file=tmp_path / "token")
+        )
         with pytest.raises(UnauthenticatedError, match="authorization"):
             await asyncio.to_thread(lambda: Client(address, token="wrong", timeout_s=5).describe())
         await server.stop(0)

@@ -1,13 +1,11 @@
-"""Calls that end early: whatever way a client goes, its proposer hears of it, frees everything and
-leaks no task."""
+"""Calls that end early: whatever way a client goes, Serve and the proposer learn of it, everything
+is freed and no task leaks."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +14,44 @@ import grpc.aio
 import pytest
 
 from s2t_shared.config import Config, load_config
+from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.types import DecodeOptions, GenerateRequest, Mode, Policy, Prompt, Sampling, Trigger
-from services.bench.harvest import Load
-from services.rpc import channels
-from services.serve.gateway import GenerationServicer
-from services.serve.proposer_replica import ProposerReplica, Reply
-
-NOTHING = Load(running=0, waiting=0, live_kv_slots=0)
-LONG = GenerateRequest(
-    request_id="long",
-    prompt=Prompt(token_ids=(6, 7, 8)),
-    options=DecodeOptions(
-        policy=Policy(mode=Mode.SAMPLE), sampling=Sampling(100.0), max_new_tokens=200
-    ),
+from s2t_shared.types import (
+    AnswerPiece,
+    DecodeOptions,
+    GenerateRequest,
+    Mode,
+    Policy,
+    Prompt,
+    Sampling,
+    Trigger,
 )
+from services.rpc import channels
+from services.serve import build
+from services.serve.generation_servicer import GenerationServicer
+from services.serve.proposer_service import ProposerService
+from services.serve.serve_proposers import ServeProposers
+from tests.helpers.serving import becomes
+
+NOTHING = EngineLoad(running=0, waiting=0, kv_slots=0)
 
 
-async def becomes(holds: Callable[[], bool], within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while not holds() and time.monotonic() < deadline:
-        await asyncio.sleep(0.005)
-    return holds()
+def long_request(number: int, **options: Any) -> GenerateRequest:
+    settings = {"policy": Policy(mode=Mode.SAMPLE), "sampling": Sampling(100.0, seed=number)}
+    return GenerateRequest(
+        request_id=str(number),
+        prompt=Prompt(token_ids=(6, 7, 8)),
+        options=DecodeOptions(**{**settings, "max_new_tokens": 200, **options}),
+    )
 
 
 # -- the gateway: an RPC's end reaches Serve ------------------------------------------------------
 
 
-class Answering:
-    """Stands for Serve's response objects: one that streams pieces for ever, or never answers."""
+class ServeResponse:
+    """Stands for Serve's response objects: it streams pieces for ever, or never answers."""
 
     def __init__(self, piece: str) -> None:
         self._piece = piece
@@ -55,39 +60,39 @@ class Answering:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def __await__(self) -> Generator[Any, None, Reply]:
+    def __await__(self) -> Generator[Any, None, None]:
         yield from asyncio.sleep(60).__await__()
-        return Reply()
 
-    def __aiter__(self) -> Answering:
+    def __aiter__(self) -> ServeResponse:
         return self
 
-    async def __anext__(self) -> Reply:
+    async def __anext__(self) -> AnswerPiece:
         await asyncio.sleep(0.001)
-        return Reply(text=self._piece)
+        return AnswerPiece(self._piece)
 
 
-class Proposers:
+class ServeHandle:
     """Stands for Serve's handle of the proposers."""
 
     def __init__(self, piece: str) -> None:
         self._piece = piece
-        self.responses: list[Answering] = []
+        self.responses: list[ServeResponse] = []
         self.stream = self.answer = self
 
-    def options(self, stream: bool) -> Proposers:
+    def options(self, stream: bool) -> ServeHandle:
         return self
 
-    def remote(self, request: GenerateRequest) -> Answering:
-        self.responses.append(Answering(self._piece))
+    def remote(self, request: GenerateRequest) -> ServeResponse:
+        self.responses.append(ServeResponse(self._piece))
         return self.responses[-1]
 
 
 @asynccontextmanager
-async def gateway_of(proposers: Proposers) -> AsyncIterator[str]:
+async def gateway_of(handle: ServeHandle) -> AsyncIterator[str]:
     config = Config()
     server = channels.new_server(config.security)
-    pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(config, proposers), server)
+    servicer = GenerationServicer(config, ServeProposers(handle))
+    pb_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     port = channels.bind(server, "127.0.0.1", 0, config.security, "gateway.port")
     await server.start()
     try:
@@ -96,7 +101,7 @@ async def gateway_of(proposers: Proposers) -> AsyncIterator[str]:
         await server.stop(grace=None)
 
 
-async def cancel_stream(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
+async def cancel_stream(channel: grpc.aio.Channel, responses: list[ServeResponse]) -> None:
     call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(
         pb.StreamGenerateRequest(parameters={"text": "x"})
     )
@@ -104,7 +109,7 @@ async def cancel_stream(channel: grpc.aio.Channel, responses: list[Answering]) -
     call.cancel()
 
 
-async def cancel_unread_stream(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
+async def cancel_unread_stream(channel: grpc.aio.Channel, responses: list[ServeResponse]) -> None:
     """The handler waits for room to send, not for its next piece."""
     call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(
         pb.StreamGenerateRequest(parameters={"text": "x"})
@@ -114,7 +119,7 @@ async def cancel_unread_stream(channel: grpc.aio.Channel, responses: list[Answer
     call.cancel()
 
 
-async def cancel_unary(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
+async def cancel_unary(channel: grpc.aio.Channel, responses: list[ServeResponse]) -> None:
     call = pb_grpc.GenerationServiceStub(channel).Generate(
         pb.GenerateRequest(parameters={"text": "x"})
     )
@@ -124,7 +129,7 @@ async def cancel_unary(channel: grpc.aio.Channel, responses: list[Answering]) ->
     await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def expire(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
+async def expire(channel: grpc.aio.Channel, responses: list[ServeResponse]) -> None:
     call = pb_grpc.GenerationServiceStub(channel).Generate(
         pb.GenerateRequest(parameters={"text": "x"}), timeout=0.2
     )
@@ -132,7 +137,7 @@ async def expire(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
         await call
 
 
-async def disconnect(channel: grpc.aio.Channel, responses: list[Answering]) -> None:
+async def disconnect(channel: grpc.aio.Channel, responses: list[ServeResponse]) -> None:
     call = pb_grpc.GenerationServiceStub(channel).StreamGenerate(
         pb.StreamGenerateRequest(parameters={"text": "x"})
     )
@@ -146,28 +151,28 @@ async def disconnect(channel: grpc.aio.Channel, responses: list[Answering]) -> N
     ids=lambda f: f.__name__,
 )
 def test_a_client_that_leaves_cancels_the_serve_call(
-    leave: Callable[[grpc.aio.Channel, list[Answering]], Awaitable[None]],
+    leave: Callable[[grpc.aio.Channel, list[ServeResponse]], Awaitable[None]],
 ) -> None:
     async def run() -> None:
-        proposers = Proposers("x" * 10_000 if leave is cancel_unread_stream else "x")
-        async with gateway_of(proposers) as address:
+        handle = ServeHandle("x" * 10_000 if leave is cancel_unread_stream else "x")
+        async with gateway_of(handle) as address:
             before = len(asyncio.all_tasks())
             for _ in range(3):
                 async with channels.open_channel(address, None) as channel:
-                    await leave(channel, proposers.responses)
-                assert await becomes(lambda: proposers.responses[-1].cancelled, 0.25)
-            assert len(proposers.responses) == 3
+                    await leave(channel, handle.responses)
+                assert await becomes(lambda: handle.responses[-1].cancelled, 0.25)
+            assert len(handle.responses) == 3
             assert await becomes(lambda: len(asyncio.all_tasks()) <= before, 5), asyncio.all_tasks()
 
     asyncio.run(run())
 
 
-# -- the proposer: a cancelled call frees its place -----------------------------------------------
+# -- a proposer with a model: a cancelled call frees its place ------------------------------------
 
 
 @asynccontextmanager
-async def replica_of(models: dict[str, Path], folder: Path) -> AsyncIterator[Any]:
-    """A proposer replica in this process, without any selector."""
+async def proposer_of(models: dict[str, Path], folder: Path) -> AsyncIterator[ProposerService]:
+    """As a replica builds it, without any selector."""
     config = load_config(
         overrides={
             "slm.model": str(models["slm"]),
@@ -178,9 +183,9 @@ async def replica_of(models: dict[str, Path], folder: Path) -> AsyncIterator[Any
         },
         environment={},
     )
-    replica: Any = ProposerReplica.__new__(ProposerReplica)
-    await replica.__init__(config)
-    yield replica
+    service = await build.proposer_service(config)
+    yield service
+    service.close()
 
 
 @pytest.mark.parametrize("unary", [False, True], ids=["stream", "unary"])
@@ -191,29 +196,24 @@ def test_cancelled_calls_leave_nothing_in_a_proposer(
     wait."""
 
     async def run() -> None:
-        async with replica_of(models, tmp_path) as replica:
+        async with proposer_of(models, tmp_path) as service:
             before = len(asyncio.all_tasks())
 
             async def ask(number: int) -> None:
-                request = replace(
-                    LONG, request_id=str(number), sampling=Sampling(100.0, seed=number)
-                )
                 if unary:
-                    await replica.answer(request)
-                async for _ in replica.stream(request):
+                    await service.answer(long_request(number))
+                async for _ in service.stream(long_request(number)):
                     pass
 
             for _ in range(5):
                 calls = [asyncio.create_task(ask(i)) for i in range(10)]
-                assert await becomes(
-                    lambda: replica._engine.load.waiting > 0 < replica._engine.load.running, 10
-                )
+                assert await becomes(lambda: service.load.waiting > 0 < service.load.running, 10)
                 for call in calls:
                     call.cancel()
-                assert await becomes(lambda: replica._engine.load == NOTHING, 0.25)
+                assert await becomes(lambda: service.load == NOTHING, 0.25)
                 await asyncio.gather(*calls, return_exceptions=True)
             assert await becomes(lambda: len(asyncio.all_tasks()) <= before, 1), asyncio.all_tasks()
-            assert replica._ongoing == 0 and not replica._engine._jobs
+            assert service.ongoing_requests == 0
 
     asyncio.run(run())
 
@@ -223,14 +223,11 @@ def test_mode_llm_without_an_llm_is_unavailable(models: dict[str, Path], tmp_pat
     it and says so."""
 
     async def run() -> None:
-        async with replica_of(models, tmp_path) as replica:
+        async with proposer_of(models, tmp_path) as service:
             with pytest.raises(SelectorUnavailableError, match="mode llm"):
-                await replica.answer(replace(LONG, policy=Policy(mode=Mode.LLM)))
-            reply = await replica.answer(
-                replace(
-                    LONG, policy=Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS), max_new_tokens=5
-                )
-            )
-            assert reply.answer.usage.degraded_steps == len(reply.answer.token_ids)
+                await service.answer(long_request(1, policy=Policy(mode=Mode.LLM)))
+            policy = Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS)
+            answer = await service.answer(long_request(2, policy=policy, max_new_tokens=5))
+            assert answer.usage.degraded_steps == len(answer.token_ids)
 
     asyncio.run(run())

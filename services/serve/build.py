@@ -1,0 +1,202 @@
+"""Builds what the replicas run: from the configuration to collaborators that are ready.
+
+The only place that knows all of them. Each function is called in its replica's process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import torch
+
+from s2t_shared.config import Config
+from s2t_shared.decode.calibrate import (
+    calibration_prompts,
+    load_calibration,
+    measure_calibration,
+    store_calibration,
+)
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.generate import Generator
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
+from s2t_shared.decode.llm_selector import LLMSelector
+from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.selection_cache import CachedSelector
+from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.stream import LabelStream
+from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.policy import Calibration
+from s2t_shared.versions.registry import Registry
+from services.serve.admin_servicer import AdminServicer
+from services.serve.engine_thread import EngineThread
+from services.serve.gateway_server import GatewayServer
+from services.serve.generation_servicer import Proposers
+from services.serve.label_recorder import LabelRecorder
+from services.serve.proposer_service import ProposerService
+from services.serve.remote_selector import RemoteSelector
+from services.serve.selector_server import SelectorServer
+from services.serve.version_watcher import VersionWatcher
+
+log = logging.getLogger(__name__)
+SELECTOR_START_S = 120.0  # a proposer waits so long for the first selector
+FIND_TIMEOUT_S = 10.0
+
+
+# -- proposer -------------------------------------------------------------------------------------
+
+
+async def proposer_service(config: Config, selectors: Any = None) -> ProposerService:
+    """A proposer with its model loaded and its thresholds calibrated.
+
+    selectors: Serve's handle of the selector deployment, None where there is none.
+
+    Raises:
+        ModelLoadError: the SLM is missing or not supported.
+        TokenizerMismatchError: the LLM has another tokenizer.
+        ConfigError: calibration failed, or a security file cannot be used.
+        StoreError: the labels' spool cannot be used.
+    """
+    torch.set_num_threads(config.slm.threads)
+    tokenizer = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
+    runtime = _load_slm(config)
+    remote = await _connect_selector(config, runtime, tokenizer, selectors)
+    labels = LabelRecorder(_label_writer(config))
+    versions = VersionWatcher(Registry(config.versions), runtime, tokenizer.digest)
+    settings = config.proposer
+    excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
+    engine = Engine(
+        Proposer(runtime, excluded_ids, settings.prefill_chunk_tokens),
+        _cached(config, remote),
+        versions.lookup,
+        max_num_seqs=settings.max_num_seqs,
+        selection_timeout_s=settings.selection_timeout_s,
+        max_draft_tokens=settings.max_draft_tokens,
+    )
+    calibration = await asyncio.to_thread(_calibration, config, engine, tokenizer, remote)
+    live = versions.live_version or "none"
+    log.info("proposer ready: slm %s, live local selector %s", runtime.digest, live)
+    return ProposerService(
+        engine=EngineThread(engine, tokenizer, check_when_idle=runtime.pool.check),
+        tokenizer=tokenizer,
+        selector=remote,
+        versions=versions,
+        labels=labels,
+        calibration=calibration,
+        max_ongoing_requests=settings.max_ongoing_requests,
+    )
+
+
+def _load_slm(config: Config) -> ModelRuntime:
+    slm = config.slm
+    runtime = ModelRuntime.load(config.slm_model, slm.dtype, slm.device, slm.kv_bytes)
+    runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
+    return runtime
+
+
+def _label_writer(config: Config) -> LabelWriter | None:
+    if not config.redis.url:
+        return None
+    spool_bytes = config.labels.spool_mib << 20
+    return LabelWriter(LabelStream(config.redis.url), config.spool, spool_bytes)
+
+
+def _cached(config: Config, remote: RemoteSelector) -> SelectorClient:
+    if not config.redis.url:
+        return remote
+    return CachedSelector(remote, config.redis.url, config.redis.cache_ttl_s)
+
+
+async def _connect_selector(
+    config: Config, runtime: ModelRuntime, tokenizer: Tokenizer, selectors: Any
+) -> RemoteSelector:
+    """The client of the selectors that the configuration names, else of those that Serve runs."""
+    configured = list(config.selector.addresses)
+
+    async def find_addresses() -> list[str]:
+        if configured or selectors is None:
+            return configured
+        responses = selectors.broadcast("address").results_async()
+        return [str(address) for address in await asyncio.wait_for(responses, FIND_TIMEOUT_S)]
+
+    fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
+    remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
+    if configured or selectors is not None:
+        await remote.wait_until_reachable(SELECTOR_START_S)
+    return remote
+
+
+def _calibration(
+    config: Config, engine: Engine, tokenizer: Tokenizer, remote: RemoteSelector
+) -> Calibration:
+    """Thresholds of this pair: from an earlier start, else measured now."""
+    folder = config.data_dir / "calibration"
+    slm_digest = engine.proposer.info.digest
+    llm_digest = remote.info.digest
+    known = load_calibration(folder, slm_digest, llm_digest)
+    if known is not None:
+        return known
+    settings = config.calibration
+    prompts = calibration_prompts(tokenizer, settings.count, settings.prompts)
+    generator = Generator(tokenizer, engine)
+    calibration = measure_calibration(
+        generator, prompts, settings.max_new_tokens, with_llm=remote.reachable
+    )
+    store_calibration(folder, slm_digest, llm_digest, calibration)
+    return calibration
+
+
+# -- selector -------------------------------------------------------------------------------------
+
+
+def selector_server(config: Config) -> SelectorServer:
+    """The LLM's server, listening but not started.
+
+    Raises:
+        ModelLoadError: the LLM is missing or not supported.
+        ConfigError: its address cannot be used.
+    """
+    torch.set_num_threads(config.llm.threads)
+    llm = config.llm
+    runtime = ModelRuntime.load(config.llm_model, llm.dtype, llm.device, llm.kv_bytes)
+    tokenizer = Tokenizer.load(resolve_model(config.llm_model))
+    selector = LLMSelector(runtime, tokenizer.digest)
+    return SelectorServer(selector, config.security, config.selector.host)
+
+
+# -- gateway --------------------------------------------------------------------------------------
+
+
+def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
+    """The gateway's server, listening but not started.
+
+    Raises:
+        ConfigError: its address cannot be used.
+    """
+    lake = Lake(config.lake)
+    stream = LabelStream(config.redis.url) if config.redis.url else None
+    drain = _drain(config, stream, lake) if stream is not None else None
+    admin = AdminServicer(
+        registry=Registry(config.versions),
+        lake=lake,
+        proposers=proposers,
+        stream=stream,
+        drain=drain,
+    )
+    return GatewayServer(config, proposers, admin, drain)
+
+
+def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
+    labels = config.labels
+    return Drain(
+        stream,
+        lake,
+        shard_rows=labels.shard_rows,
+        shard_age_s=labels.shard_age_s,
+        max_age_days=labels.max_age_days,
+        max_gib=labels.max_gib,
+    )

@@ -1,0 +1,159 @@
+"""One thread that owns an engine, and the answers that are decoded on it.
+
+Requests come in through a queue. Pieces of answers go out to the asyncio loops that asked for them.
+Knows the engine and the text around it; no Ray, no network, no labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+
+from s2t_shared.decode.engine import Engine, EngineLoad
+from s2t_shared.decode.generate import AnswerBuilder
+from s2t_shared.decode.interfaces import SLMInfo
+from s2t_shared.decode.sequence import LiveSequence
+from s2t_shared.errors import S2TError
+from s2t_shared.model.local_selector import LocalSelector
+from s2t_shared.model.tokenizer import TextTokenizer
+from s2t_shared.types import AnswerPiece, GenerateRequest, Step
+
+WAIT_S = 0.005  # while all sequences wait for the LLM, new requests are looked for this often
+JOIN_S = 1.0
+
+
+class OngoingAnswer:
+    """Carries the pieces of one answer from the engine's thread to the running asyncio loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[tuple[AnswerPiece, bool]] = asyncio.Queue()
+
+    def put(self, piece: AnswerPiece, is_last: bool) -> None:
+        """Add a piece. Called on the engine's thread."""
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (piece, is_last))
+
+    async def next_piece(self) -> tuple[AnswerPiece, bool]:
+        """What is new, merged into one piece, and whether it is the last."""
+        piece, is_last = await self._pieces.get()
+        while not self._pieces.empty():
+            more, is_last = self._pieces.get_nowait()
+            piece = AnswerPiece(piece.text + more.text, piece.steps + more.steps)
+        return piece, is_last
+
+
+class EngineThread:
+    """Owns an engine.
+
+    check_when_idle: called before the thread waits for a request. What it raises ends the thread:
+    a bug found there must end the replica, not an answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        check_when_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._check_when_idle = check_when_idle
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ongoing: dict[LiveSequence, tuple[AnswerBuilder, OngoingAnswer]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
+        self._thread.start()
+
+    @property
+    def slm(self) -> SLMInfo:
+        return self._engine.proposer.info
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine holds now."""
+        return self._engine.load
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread can still answer requests."""
+        return self._thread.is_alive()
+
+    async def submit(
+        self, request: GenerateRequest, local_selector: LocalSelector | None = None
+    ) -> tuple[AnswerBuilder, OngoingAnswer]:
+        """Start an answer. A caller that is cancelled meanwhile leaves nothing behind.
+
+        Raises:
+            InvalidRequestError: the request cannot be answered.
+            VersionNotFoundError: there is no local selector of the named version.
+        """
+        answer = OngoingAnswer()
+        accepted: Future[AnswerBuilder] = Future()
+        self._inbox.put(partial(self._accept, request, local_selector, answer, accepted))
+        try:
+            return await asyncio.wrap_future(accepted), answer
+        except asyncio.CancelledError:
+            accepted.add_done_callback(self._cancel_accepted)
+            raise
+
+    def cancel(self, builder: AnswerBuilder) -> None:
+        """End an answer. Its KV is free within one step of the engine."""
+        self._inbox.put(builder.cancel)
+
+    def close(self) -> None:
+        """End the thread. Answers that are being decoded stay unfinished."""
+        self._inbox.put(self._close)
+        self._thread.join(JOIN_S)
+
+    # -- on the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closed:
+            if self._engine.idle:
+                self._check_when_idle()
+                self._inbox.get()()
+            while not self._inbox.empty():
+                self._inbox.get()()
+            for sequence, steps in self._engine.step():
+                self._deliver(sequence, steps)
+            self._engine.wait(WAIT_S)
+
+    def _close(self) -> None:
+        self._closed = True
+
+    def _accept(
+        self,
+        request: GenerateRequest,
+        local_selector: LocalSelector | None,
+        answer: OngoingAnswer,
+        accepted: Future[AnswerBuilder],
+    ) -> None:
+        if not accepted.set_running_or_notify_cancel():  # the caller has gone away meanwhile
+            return
+        try:
+            builder = AnswerBuilder(request, self._tokenizer, self._engine, local_selector)
+        except S2TError as error:
+            accepted.set_exception(error)
+            return
+        for sequence in builder.sequences:
+            self._ongoing[sequence] = (builder, answer)
+        accepted.set_result(builder)
+
+    def _cancel_accepted(self, accepted: Future[AnswerBuilder]) -> None:
+        """For a caller that went away while its request was being accepted."""
+        if not accepted.cancelled() and accepted.exception() is None:
+            self.cancel(accepted.result())
+
+    def _deliver(self, sequence: LiveSequence, steps: Sequence[Step]) -> None:
+        builder, answer = self._ongoing[sequence]
+        piece = builder.push(sequence, steps)
+        if sequence.finish_reason is not None:
+            del self._ongoing[sequence]
+        if piece.text or piece.steps or builder.done:
+            answer.put(piece, builder.done)

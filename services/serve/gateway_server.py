@@ -1,0 +1,67 @@
+"""The gateway's gRPC server: generation, administration, health, reflection; and the label drain.
+
+Knows gRPC; no Ray. Serve's own gRPC proxy would not do: it has no TLS, no authentication, no
+grpc.health.v1, and turns a dead replica into INTERNAL.
+"""
+
+from __future__ import annotations
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from s2t_shared.config import Config
+from s2t_shared.labels.drain import Drain
+from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from services.rpc import channels
+from services.serve.admin_servicer import AdminServicer
+from services.serve.generation_servicer import GenerationServicer, Proposers
+
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
+STOP_GRACE_S = 5.0
+
+
+class GatewayServer:
+    """One server on the configured host and port. Created, started and stopped on one loop."""
+
+    def __init__(
+        self, config: Config, proposers: Proposers, admin: AdminServicer, drain: Drain | None = None
+    ) -> None:
+        """Listen, but answer nothing yet.
+
+        Raises:
+            ConfigError: the port is taken, or a security file cannot be used.
+        """
+        self._proposers = proposers
+        self._drain = drain
+        self._health = health.aio.HealthServicer()
+        server = channels.new_server(config.security, config.gateway.max_message_bytes)
+        generation = GenerationServicer(config, proposers)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflected = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(reflected, server)
+        gateway = config.gateway
+        self.port = channels.bind(
+            server, gateway.host, gateway.port, config.security, "gateway.port"
+        )
+        self._server = server
+
+    async def start(self) -> None:
+        """Answer calls, as soon as a proposer answers us."""
+        if self._drain is not None:
+            self._drain.start()
+        await self._proposers.describe()
+        await self._server.start()
+        for name in ("", *SERVICES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Take no more calls, let those under way finish for `grace_s` seconds, write labels."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace=grace_s)
+        if self._drain is not None:
+            self._drain.stop()

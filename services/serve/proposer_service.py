@@ -1,0 +1,211 @@
+"""What a proposer does with a request: thresholds, local selector, decoding, labels.
+
+Knows the engine's thread and the collaborators it is given; no Ray, no network, no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Protocol
+
+from s2t_shared.decode.engine import EngineLoad
+from s2t_shared.decode.generate import AnswerBuilder, shown_steps, with_thresholds
+from s2t_shared.decode.interfaces import LLMInfo
+from s2t_shared.errors import OverloadedError, SelectorUnavailableError, VersionNotFoundError
+from s2t_shared.labels.label import Digests
+from s2t_shared.model.local_selector import LocalSelector
+from s2t_shared.model.tokenizer import TextTokenizer
+from s2t_shared.policy import Calibration
+from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Mode, ServiceDescription, Step
+from services.serve.engine_thread import EngineThread
+from services.serve.label_recorder import LabelRecorder
+
+
+class SelectorStatus(Protocol):
+    """What a proposer must know of the LLM selector beside its replies."""
+
+    @property
+    def info(self) -> LLMInfo: ...
+
+    @property
+    def reachable(self) -> bool: ...
+
+
+class ServingVersions(Protocol):
+    """The local selectors that requests can get: `VersionWatcher`, or a fixed set in tests."""
+
+    @property
+    def live_version(self) -> str: ...
+
+    @property
+    def canary(self) -> tuple[str, float]:
+        """The canary's version ("" for none) and its share of the requests."""
+
+    def choose(self, request_id: str) -> LocalSelector | None:
+        """The local selector of a request that names none; None when none is live."""
+
+    async def obtain(self, version: str) -> LocalSelector:
+        """Raises VersionNotFoundError, VersionError."""
+
+
+class ProposerService:
+    """Answers requests on one engine. All requests of all modes share its batch."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineThread,
+        tokenizer: TextTokenizer,
+        selector: SelectorStatus,
+        versions: ServingVersions,
+        labels: LabelRecorder,
+        calibration: Calibration,
+        max_ongoing_requests: int = 256,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._selector = selector
+        self._versions = versions
+        self._labels = labels
+        self._calibration = calibration
+        self._max_ongoing_requests = max_ongoing_requests
+        self.ongoing_requests = 0
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine holds now."""
+        return self._engine.load
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
+        """Pieces of the answer as they are decided. The last one carries the answer.
+
+        A caller that goes away frees the answer's KV.
+
+        Raises:
+            S2TError: the request cannot be answered.
+        """
+        if self.ongoing_requests >= self._max_ongoing_requests:
+            raise OverloadedError(
+                f"{self.ongoing_requests} requests are being answered; try again in a moment"
+            )
+        self.ongoing_requests += 1
+        try:
+            request, local_selector = await self._prepare(request)
+            builder, ongoing = await self._engine.submit(request, local_selector)
+            try:
+                is_last = False
+                while not is_last:
+                    piece, is_last = await ongoing.next_piece()
+                    steps = _travelling(piece.steps) if request.stream_steps else ()
+                    piece = replace(piece, steps=steps)
+                    if not is_last and (piece.text or piece.steps):
+                        yield piece
+                yield replace(piece, answer=await self._finish(request, builder))
+            finally:
+                if not builder.done:
+                    self._engine.cancel(builder)
+        finally:
+            self.ongoing_requests -= 1
+
+    async def answer(self, request: GenerateRequest) -> Answer:
+        """The finished answer alone. Raises as `stream`."""
+        answer = None
+        async for piece in self.stream(request):
+            answer = piece.answer
+        assert answer is not None
+        return answer
+
+    async def describe(self) -> ServiceDescription:
+        """What this proposer runs, and what it holds now."""
+        slm = self._engine.slm
+        load = self.load
+        canary_version, canary_share = self._versions.canary
+        llm_digest = self._selector.info.digest if self._selector.reachable else ""
+        return ServiceDescription(
+            slm_digest=slm.digest,
+            tokenizer_digest=self._tokenizer.digest,
+            template_digest=self._tokenizer.template_digest,
+            llm_digest=llm_digest,
+            max_length=slm.max_length,
+            live_version=self._versions.live_version,
+            canary_version=canary_version,
+            canary_share=canary_share,
+            calibrated_triggers=tuple(self._calibration.thresholds),
+            running_sequences=load.running,
+            waiting_sequences=load.waiting,
+            live_kv_slots=load.kv_slots,
+        )
+
+    async def count_dropped_labels(self) -> int:
+        """Labels for which there was no room, since the start."""
+        return self._labels.dropped
+
+    def check_health(self) -> None:
+        """Raises RuntimeError: nothing can be answered any more."""
+        if not self._engine.is_alive:
+            raise RuntimeError("the engine thread has died")
+
+    def close(self) -> None:
+        """End decoding and store the labels that are queued."""
+        self._engine.close()
+        self._labels.close()
+
+    # -- before and after decoding ----------------------------------------------------------------
+
+    async def _prepare(
+        self, request: GenerateRequest
+    ) -> tuple[GenerateRequest, LocalSelector | None]:
+        """The request with its thresholds, and its local selector: both of one version."""
+        self._labels.check(request.labels)
+        options = request.options
+        if options.policy.mode is Mode.LLM and not self._selector.reachable:
+            raise SelectorUnavailableError(
+                "no selector (LLM) can be reached, and mode llm is the LLM's own answer; "
+                "try again in a moment, or choose a mode that goes on without the LLM"
+            )
+        if options.score_rollout and not self._selector.info.digest:
+            raise SelectorUnavailableError(
+                "no selector (LLM) is running, so a rollout cannot be scored"
+            )
+        local_selector = await self._local_selector(request)
+        calibration = self._calibration
+        version = ""
+        if local_selector is not None:
+            calibration = local_selector.calibration.or_else(calibration)
+            version = local_selector.version
+        request = replace(request, options=replace(options, version=version))
+        return with_thresholds(request, calibration), local_selector
+
+    async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
+        version = request.options.version
+        if version:
+            return await self._versions.obtain(version)
+        if version == "":
+            return None
+        local_selector = self._versions.choose(request.request_id)
+        if local_selector is None and request.options.policy.mode is Mode.S2T_LOCAL:
+            raise VersionNotFoundError(
+                "no local selector is live; train one (s2t train), or ask for version 'none'"
+            )
+        return local_selector
+
+    async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
+        """The answer as it travels: labels recorded, and only the Steps that were asked for."""
+        slm_digest = self._engine.slm.digest
+        llm_digest = self._selector.info.digest
+        answer = builder.answer(slm_digest, llm_digest if request.options.needs_llm else "")
+        digests = Digests(
+            slm=slm_digest,
+            llm=llm_digest,
+            tokenizer=self._tokenizer.digest,
+            template=self._tokenizer.template_digest,
+        )
+        prompt_ids = builder.sequences[0].request.token_ids
+        answer = await self._labels.record(request, prompt_ids, answer, digests)
+        return replace(answer, steps=_travelling(shown_steps(request, answer.steps)))
+
+
+def _travelling(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Steps without the two models' numbers, which stay in this process."""
+    return tuple(replace(step, support=None, llm=None) for step in steps)

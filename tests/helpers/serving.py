@@ -1,0 +1,141 @@
+"""A proposer and a gateway in this process, over a scripted SLM and a scripted LLM: no Ray, no
+models."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from s2t_shared.config import Config, load_config
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.scripted import ScriptedSelector, ScriptedSLM
+from s2t_shared.errors import VersionNotFoundError
+from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.policy import BUDGETS, Calibration
+from s2t_shared.types import Trigger
+from s2t_shared.versions.registry import Registry
+from services.rpc import channels
+from services.serve.admin_servicer import AdminServicer
+from services.serve.engine_thread import EngineThread
+from services.serve.gateway_server import GatewayServer
+from services.serve.label_recorder import LabelRecorder
+from services.serve.proposer_service import ProposerService
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+UNSURE_AT = (4, 6)  # behind the warm-up
+ALTERNATIVE = "other"
+SLM_TEXT = " one two three four five six seven eight"
+LLM_TEXT = " one two three four other six other eight"
+CALIBRATION = Calibration({Trigger.ENTROPY: dict.fromkeys(BUDGETS, 0.3)})
+
+
+def scripted_slm(words: list[str] = WORDS, **options: Any) -> ScriptedSLM:
+    """Says `SLM_TEXT`; at two of its words it might as well say `ALTERNATIVE`."""
+    return ScriptedSLM(words, unsure_at=UNSURE_AT, alternatives=[ALTERNATIVE], **options)
+
+
+def slow_slm(words: int = 4000) -> ScriptedSLM:
+    """Says one word for seconds."""
+    return ScriptedSLM(["word"] * words, step_s=0.002)
+
+
+def scripted_llm(slm: ScriptedSLM, **options: Any) -> ScriptedSelector:
+    """Prefers `ALTERNATIVE`, so that the answer becomes `LLM_TEXT`."""
+    return ScriptedSelector(prefers=slm.tokenizer.id_of(ALTERNATIVE), **options)
+
+
+def local_selector(version: str) -> LocalSelector:
+    """A version as a scripted SLM needs it: its name."""
+    return LocalSelector(
+        version=version, kind=SelectorKind.PREFIX, reads=Reading.BASE, reserved_ids=()
+    )
+
+
+@dataclass
+class FixedVersions:
+    """Serving versions that nobody loads or changes. canary_ids: requests that get the canary."""
+
+    live: LocalSelector | None = None
+    on_trial: LocalSelector | None = None
+    share: float = 0.0
+    canary_ids: frozenset[str] = frozenset()
+    others: list[LocalSelector] = field(default_factory=list)
+
+    @property
+    def live_version(self) -> str:
+        return self.live.version if self.live is not None else ""
+
+    @property
+    def canary(self) -> tuple[str, float]:
+        return (self.on_trial.version, self.share) if self.on_trial is not None else ("", 0.0)
+
+    def choose(self, request_id: str) -> LocalSelector | None:
+        return self.on_trial if request_id in self.canary_ids else self.live
+
+    async def obtain(self, version: str) -> LocalSelector:
+        for selector in (self.live, self.on_trial, *self.others):
+            if selector is not None and selector.version == version:
+                return selector
+        raise VersionNotFoundError(f"no version {version!r} in the registry")
+
+
+def proposer_service(
+    slm: ScriptedSLM | None = None,
+    selector: ScriptedSelector | None = None,
+    *,
+    versions: FixedVersions | None = None,
+    writer: LabelWriter | None = None,
+    max_ongoing_requests: int = 256,
+    check_when_idle: Callable[[], None] = lambda: None,
+    **engine_options: Any,
+) -> ProposerService:
+    """The real service over fakes."""
+    slm = slm or scripted_slm()
+    selector = selector or scripted_llm(slm)
+    engine = Engine(slm, selector, **engine_options)
+    return ProposerService(
+        engine=EngineThread(engine, slm.tokenizer, check_when_idle),
+        tokenizer=slm.tokenizer,
+        selector=selector,
+        versions=versions or FixedVersions(),
+        labels=LabelRecorder(writer),
+        calibration=CALIBRATION,
+        max_ongoing_requests=max_ongoing_requests,
+    )
+
+
+def gateway_config(folder: Path, **settings: Any) -> Config:
+    overrides = {"data_dir": str(folder), "gateway.port": 0, **settings}
+    return load_config(overrides=overrides, environment={})
+
+
+@asynccontextmanager
+async def gateway(config: Config, proposers: Any) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to the real gateway server before `proposers`."""
+    admin = AdminServicer(
+        registry=Registry(config.versions), lake=Lake(config.lake), proposers=proposers
+    )
+    server = GatewayServer(config, proposers, admin)
+    await server.start()
+    try:
+        async with channels.open_channel(f"127.0.0.1:{server.port}", None) as channel:
+            yield channel
+    finally:
+        await server.stop(grace_s=0.0)
+
+
+async def becomes(holds: Callable[[], bool], within_s: float = 5.0) -> bool:
+    """Whether `holds` comes true in time."""
+    deadline = time.monotonic() + within_s
+    while not holds() and time.monotonic() < deadline:
+        await asyncio.sleep(0.002)
+    return holds()

@@ -1,0 +1,129 @@
+"""The engine's thread: pieces to the loop that asked, ends of callers, ends of the thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from s2t_shared.decode.engine import Engine, EngineLoad
+from s2t_shared.errors import InvalidRequestError
+from s2t_shared.types import AnswerPiece, DecodeOptions, GenerateRequest, Prompt, Step
+from services.serve.engine_thread import EngineThread, OngoingAnswer
+from tests.helpers.serving import WORDS, becomes, scripted_slm, slow_slm
+
+REQUEST = GenerateRequest(request_id="r", prompt=Prompt(text="say it"))
+NOTHING = EngineLoad(0, 0, 0)
+
+
+def test_pieces_that_wait_are_merged_in_order() -> None:
+    async def run() -> None:
+        answer = OngoingAnswer()
+        steps = [Step(index=i, token_id=i) for i in range(3)]
+        answer.put(AnswerPiece("a", (steps[0],)), False)
+        answer.put(AnswerPiece("", (steps[1],)), False)
+        await asyncio.sleep(0)  # the loop takes over what other threads have put
+        assert await answer.next_piece() == (AnswerPiece("a", (steps[0], steps[1])), False)
+        answer.put(AnswerPiece("b", (steps[2],)), True)
+        assert await answer.next_piece() == (AnswerPiece("b", (steps[2],)), True)
+
+    asyncio.run(run())
+
+
+def test_an_answer_arrives_whole() -> None:
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+
+    async def run() -> None:
+        builder, answer = await engine.submit(REQUEST)
+        text = ""
+        steps: list[Step] = []
+        is_last = False
+        while not is_last:
+            piece, is_last = await answer.next_piece()
+            text += piece.text
+            steps += piece.steps
+        assert text == " " + " ".join(WORDS)
+        assert [step.index for step in steps] == list(range(len(WORDS) + 1))  # and the end
+        assert builder.done
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_a_refused_request_leaves_nothing() -> None:
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+
+    async def run() -> None:
+        with pytest.raises(InvalidRequestError, match="no tokens"):
+            await engine.submit(GenerateRequest(request_id="r", prompt=Prompt(text="")))
+
+    asyncio.run(run())
+    assert engine.load == NOTHING and engine.is_alive
+    engine.close()
+
+
+def test_a_caller_that_leaves_while_it_is_accepted_leaves_nothing() -> None:
+    """Before the engine takes the request, or just after it: nothing is decoded for nobody."""
+    slm = slow_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+
+    async def run() -> None:
+        for pause in (0.0, 0.0, 0.001, 0.003):
+            call = asyncio.create_task(engine.submit(REQUEST))
+            await asyncio.sleep(pause)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            if call.cancelled():
+                assert await becomes(lambda: engine.load == NOTHING)
+            else:  # it was accepted before
+                builder, _ = call.result()
+                engine.cancel(builder)
+        assert await becomes(lambda: engine.load == NOTHING)
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_a_closed_thread_ends() -> None:
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+    assert engine.is_alive
+    engine.close()
+    assert not engine.is_alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_that_is_found_when_idle_ends_the_thread() -> None:
+    """Serve then starts the replica anew."""
+    slm = scripted_slm()
+
+    def check() -> None:
+        assert slm.open_sequences == 0, "KV leaked"
+
+    slm.open_sequences = 1
+    engine = EngineThread(Engine(slm), slm.tokenizer, check)
+    deadline = time.monotonic() + 5
+    while engine.is_alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_max_new_tokens_reaches_the_engine() -> None:
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+    request = GenerateRequest(
+        request_id="r", prompt=Prompt(text="x"), options=DecodeOptions(max_new_tokens=2)
+    )
+
+    async def run() -> None:
+        builder, answer = await engine.submit(request)
+        is_last = False
+        while not is_last:
+            _, is_last = await answer.next_piece()
+        assert builder.answer("slm", "").text == " one two"
+
+    asyncio.run(run())
+    engine.close()

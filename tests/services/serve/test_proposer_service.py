@@ -1,0 +1,402 @@
+"""A proposer over a scripted SLM and a scripted LLM: what becomes of a request, in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from s2t_shared.decode.engine import EngineLoad
+from s2t_shared.decode.scripted import ScriptedSelector
+from s2t_shared.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    EvaluationSplitError,
+    OverloadedError,
+    SelectorUnavailableError,
+    VersionNotFoundError,
+)
+from s2t_shared.labels.label import Rollout
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    ChosenBy,
+    DecodeOptions,
+    GenerateRequest,
+    LabelOptions,
+    Mode,
+    Policy,
+    Prompt,
+    Step,
+    Trigger,
+)
+from services.serve.proposer_service import ProposerService
+from tests.helpers.serving import (
+    LLM_TEXT,
+    SLM_TEXT,
+    UNSURE_AT,
+    FixedVersions,
+    becomes,
+    local_selector,
+    proposer_service,
+    scripted_llm,
+    scripted_slm,
+    slow_slm,
+)
+
+S2T = Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=0.3)
+REQUEST = GenerateRequest(
+    request_id="r", prompt=Prompt(text="a prompt"), options=DecodeOptions(policy=S2T)
+)
+
+
+def with_options(request: GenerateRequest, **options: Any) -> GenerateRequest:
+    return replace(request, options=replace(request.options, **options))
+
+
+def with_mode(mode: Mode, **fields: Any) -> GenerateRequest:
+    return with_options(replace(REQUEST, **fields), policy=replace(S2T, mode=mode))
+
+
+def run(service: ProposerService, work: Callable[[ProposerService], Awaitable[Any]]) -> Any:
+    """The result of asynchronous work; the service has forgotten all requests afterwards."""
+
+    async def main() -> Any:
+        result = await work(service)
+        assert await becomes(lambda: holds_nothing(service))
+        return result
+
+    try:
+        return asyncio.run(main())
+    finally:
+        service.close()
+
+
+def holds_nothing(service: ProposerService) -> bool:
+    return service.ongoing_requests == 0 and service.load == EngineLoad(0, 0, 0)
+
+
+def answer_of(service: ProposerService, request: GenerateRequest) -> Answer:
+    answer: Answer = run(service, lambda s: s.answer(request))
+    return answer
+
+
+async def all_pieces(service: ProposerService, request: GenerateRequest) -> list[AnswerPiece]:
+    return [piece async for piece in service.stream(request)]
+
+
+# -- answers and their Steps ----------------------------------------------------------------------
+
+
+def test_the_llm_selects_at_divergence_points() -> None:
+    answer = answer_of(proposer_service(), replace(REQUEST, return_steps=True))
+    assert answer.text == LLM_TEXT
+    assert tuple(step.index for step in answer.steps) == UNSURE_AT
+    assert all(step.chosen_by is ChosenBy.LLM and step.flipped for step in answer.steps)
+    assert (answer.usage.triggers, answer.usage.flips) == (2, 2)
+    assert (answer.versions.slm, answer.versions.llm) == ("scripted", "scripted")
+
+
+def test_a_budget_becomes_the_threshold_of_the_calibration() -> None:
+    request = with_options(replace(REQUEST, budget=0.01), policy=replace(S2T, threshold=9.0))
+    assert answer_of(proposer_service(), request).text == LLM_TEXT
+
+
+@pytest.mark.parametrize("mode", [Mode.GREEDY, Mode.S2T, Mode.TAKEOVER, Mode.SAMPLE, Mode.MAJORITY])
+@pytest.mark.parametrize("score_rollout", [False, True], ids=["", "scored"])
+@pytest.mark.parametrize("stop", [(), ("other six",), ("three",)], ids=str)
+def test_streamed_steps_are_those_of_the_answer(
+    mode: Mode, score_rollout: bool, stop: tuple[str, ...]
+) -> None:
+    """In order, each once, never different from the final ones; their text is the answer's."""
+    request = with_options(
+        with_mode(mode, stream_steps=True, return_steps=True, samples=3, stop=stop),
+        score_rollout=score_rollout,
+    )
+    pieces: list[AnswerPiece] = run(proposer_service(), lambda s: all_pieces(s, request))
+    assert all(piece.answer is None for piece in pieces[:-1])
+    answer = pieces[-1].answer
+    assert answer is not None
+    steps = [step for piece in pieces for step in piece.steps]
+    assert [step.index for step in steps] == list(range(len(answer.token_ids)))
+    assert tuple(step.token_id for step in steps) == answer.token_ids
+    assert "".join(step.text for step in steps) == answer.text
+    assert "".join(piece.text for piece in pieces) == answer.text
+    for piece in pieces:
+        assert "".join(step.text for step in piece.steps) == piece.text
+    shown = [s for s in steps if score_rollout or s.triggered or s.degraded]
+    assert tuple(shown) == answer.steps
+    if mode in (Mode.S2T, Mode.TAKEOVER) and not stop:
+        assert len([s for s in steps if s.triggered]) == len(UNSURE_AT)
+
+
+def test_steps_come_as_they_are_decided() -> None:
+    """Not only at the end: the first ones are there while the answer is being decoded."""
+
+    async def first_steps(service: ProposerService) -> tuple[Step, ...]:
+        stream = service.stream(replace(REQUEST, stream_steps=True))
+        first = await anext(stream)
+        await stream.aclose()
+        return first.steps
+
+    steps: tuple[Step, ...] = run(proposer_service(slow_slm()), first_steps)
+    assert 1 <= len(steps) < 100 and steps[0].index == 0
+
+
+def test_the_models_numbers_stay_in_the_process() -> None:
+    request = with_options(
+        replace(REQUEST, stream_steps=True, return_steps=True),
+        score_rollout=True,
+        keep_support=True,
+    )
+    pieces: list[AnswerPiece] = run(proposer_service(), lambda s: all_pieces(s, request))
+    answer = pieces[-1].answer
+    assert answer is not None
+    steps = [*answer.steps, *(step for piece in pieces for step in piece.steps)]
+    assert len(steps) == 2 * len(answer.token_ids)
+    assert all(step.support is None and step.llm is None for step in steps)
+    assert all(step.entropy is not None and step.kl is not None for step in steps)
+
+
+def test_without_stream_steps_only_text_comes() -> None:
+    pieces: list[AnswerPiece] = run(proposer_service(), lambda s: all_pieces(s, REQUEST))
+    assert not any(piece.steps for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == LLM_TEXT
+
+
+# -- without the LLM ------------------------------------------------------------------------------
+
+
+def test_without_the_llm_answers_are_the_slms_and_say_so() -> None:
+    """Law 5: a lost LLM degrades steps, it fails no request."""
+    slm = scripted_slm()
+    service = proposer_service(slm, ScriptedSelector(available=False))
+    answer = answer_of(service, replace(REQUEST, return_steps=True))
+    assert answer.text == SLM_TEXT
+    assert answer.usage.degraded_steps == len(UNSURE_AT)
+    assert all("away" in step.degraded for step in answer.steps)
+
+
+def test_a_late_llm_degrades_too() -> None:
+    slm = scripted_slm()
+    service = proposer_service(slm, ScriptedSelector(late=True), selection_timeout_s=0.01)
+    assert answer_of(service, REQUEST).usage.degraded_steps == len(UNSURE_AT)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (with_mode(Mode.LLM), "mode llm"),
+        (with_mode(Mode.S2T, labels=LabelOptions(collect=True)), "did not answer at 2 positions"),
+    ],
+    ids=["mode llm", "collected labels"],
+)
+def test_what_only_the_llm_can_give_is_unavailable(request_: GenerateRequest, message: str) -> None:
+    """The LLM's own answer is never silently the SLM's, and labels are never silently missing."""
+    service = proposer_service(scripted_slm(), ScriptedSelector(available=False))
+    with pytest.raises(SelectorUnavailableError, match=message):
+        answer_of(service, request_)
+
+
+def test_an_llm_that_is_lost_before_its_first_step_makes_no_answer() -> None:
+    service = proposer_service(
+        scripted_slm(), ScriptedSelector(late=True), selection_timeout_s=0.01
+    )
+    with pytest.raises(SelectorUnavailableError, match="at none of the"):
+        answer_of(service, with_mode(Mode.LLM))
+
+
+def test_mode_llm_is_the_llms_answer() -> None:
+    answer = answer_of(proposer_service(), with_options(with_mode(Mode.LLM), max_new_tokens=3))
+    assert answer.text == " other other other" and answer.usage.llm_forwards == 3
+
+
+# -- ends -----------------------------------------------------------------------------------------
+
+
+def test_too_many_requests_are_refused_at_once() -> None:
+    async def overload(service: ProposerService) -> None:
+        streams = [service.stream(REQUEST) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        with pytest.raises(OverloadedError, match="2 requests are being answered"):
+            await service.answer(REQUEST)
+        await close(streams)
+        assert (await service.answer(with_options(REQUEST, max_new_tokens=1))).text
+
+    run(proposer_service(slow_slm(), max_ongoing_requests=2), overload)
+
+
+async def close(streams: list[AsyncGenerator[AnswerPiece, None]]) -> None:
+    for stream in streams:
+        await stream.aclose()
+
+
+def test_a_request_that_is_refused_takes_no_place() -> None:
+    async def refused(service: ProposerService) -> None:
+        for _ in range(3):
+            with pytest.raises(VersionNotFoundError):
+                await service.answer(with_options(REQUEST, version="v9"))
+        await service.answer(REQUEST)
+
+    run(proposer_service(max_ongoing_requests=1), refused)
+
+
+def test_the_deadline_ends_an_answer() -> None:
+    with pytest.raises(DeadlineExceededError, match=r"deadline of 0.02 s passed after \d+ tokens"):
+        answer_of(proposer_service(slow_slm()), replace(REQUEST, timeout_s=0.02))
+
+
+@pytest.mark.parametrize("unary", [False, True], ids=["stream", "unary"])
+def test_cancelled_calls_leave_nothing(unary: bool) -> None:
+    """More than fit the batch: some are cancelled while they run and some while they wait."""
+
+    async def cancel_all(service: ProposerService) -> None:
+        before = len(asyncio.all_tasks())
+
+        async def ask(number: int) -> None:
+            request = replace(REQUEST, request_id=str(number))
+            await (service.answer(request) if unary else all_pieces(service, request))
+
+        for _ in range(3):
+            calls = [asyncio.create_task(ask(i)) for i in range(10)]
+            assert await becomes(lambda: service.load == EngineLoad(4, 6, 4))
+            for call in calls:
+                call.cancel()
+            assert await becomes(lambda: holds_nothing(service), 0.25)
+            await asyncio.gather(*calls, return_exceptions=True)
+        assert await becomes(lambda: len(asyncio.all_tasks()) <= before)
+
+    run(proposer_service(slow_slm(), max_num_seqs=4), cancel_all)
+
+
+def test_a_dead_engine_thread_is_unhealthy() -> None:
+    service = proposer_service()
+    service.check_health()
+    service.close()
+    with pytest.raises(RuntimeError, match="engine thread has died"):
+        service.check_health()
+
+
+# -- labels ---------------------------------------------------------------------------------------
+
+
+def test_selections_are_collected_as_labels() -> None:
+    labels = LabelOptions(collect=True, task="t", problem_id="p")
+    answer = answer_of(proposer_service(), replace(REQUEST, labels=labels))
+    rollout = Rollout.from_json(answer.rollout)
+    assert (rollout.task, rollout.problem_id, rollout.source) == ("t", "p", "online")
+    assert [label.position for label in rollout.labels] == [
+        rollout.prompt_length + i for i in (4, 6)
+    ]
+    assert answer.labels_stored == 0 and json.loads(answer.rollout)["request_id"] == "r"
+
+
+@pytest.mark.parametrize(
+    ("mode", "source"), [(Mode.GREEDY, "plain"), (Mode.SAMPLE, "plain"), (Mode.S2T, "intervened")]
+)
+def test_a_scored_rollout_says_how_it_was_made(mode: Mode, source: str) -> None:
+    labels = LabelOptions(collect=True, store=True, triggers=(Trigger.ENTROPY,))
+    request = with_options(with_mode(mode, labels=labels), score_rollout=True)
+    rollout = Rollout.from_json(answer_of(proposer_service(), request).rollout)
+    assert rollout.source == source and len(rollout.labels) == len(UNSURE_AT)
+    assert len(rollout.llm_top_rank) == len(rollout.token_ids) - rollout.prompt_length
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (LabelOptions(store=True, split="test"), EvaluationSplitError, "evaluation split"),
+        (LabelOptions(collect=True, split="dev"), EvaluationSplitError, "evaluation split"),
+        (LabelOptions(store=True, durable=True), ConfigError, "no Redis is configured"),
+    ],
+)
+def test_impossible_labels_are_refused_before_decoding(
+    labels: LabelOptions, error: type[Exception], message: str
+) -> None:
+    slm = scripted_slm()
+    selector = scripted_llm(slm)
+    with pytest.raises(error, match=message):
+        answer_of(proposer_service(slm, selector), replace(REQUEST, labels=labels))
+    assert not selector.queries
+
+
+# -- versions -------------------------------------------------------------------------------------
+
+LIVE = local_selector("v1")
+CANARY = local_selector("v2")
+OLD = local_selector("v0")
+
+
+def versions() -> FixedVersions:
+    return FixedVersions(
+        live=LIVE, on_trial=CANARY, share=0.3, canary_ids=frozenset({"c"}), others=[OLD]
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_id", "version", "served_by"),
+    [
+        ("a", None, "v1"),
+        ("c", None, "v2"),
+        ("c", "v1", "v1"),
+        ("a", "v0", "v0"),
+        ("c", "", ""),
+    ],
+)
+def test_which_version_serves_a_request(
+    request_id: str, version: str | None, served_by: str
+) -> None:
+    """The canary its share, a named version always; the answer names what served it."""
+    request = with_options(with_mode(Mode.S2T_LOCAL, request_id=request_id), version=version)
+    answer = answer_of(proposer_service(versions=versions()), request)
+    assert answer.versions.local_selector == served_by
+    assert answer.text == LLM_TEXT and answer.usage.llm_forwards == 0
+
+
+def test_a_swap_does_not_touch_a_request_under_way() -> None:
+    """Law 6: the whole answer is one version's."""
+    serving = versions()
+
+    async def swap(service: ProposerService) -> Answer:
+        request = with_options(REQUEST, max_new_tokens=20)
+        stream = service.stream(request)
+        await anext(stream)
+        serving.live = CANARY
+        pieces = [piece async for piece in stream]
+        answer = pieces[-1].answer
+        assert answer is not None
+        return answer
+
+    answer: Answer = run(proposer_service(slow_slm(), versions=serving), swap)
+    assert answer.versions.local_selector == "v1"
+
+
+def test_local_mode_without_a_live_version_is_refused() -> None:
+    with pytest.raises(VersionNotFoundError, match="no local selector is live"):
+        answer_of(proposer_service(), with_mode(Mode.S2T_LOCAL))
+
+
+def test_an_unknown_version_is_refused() -> None:
+    with pytest.raises(VersionNotFoundError, match="v9"):
+        answer_of(proposer_service(versions=versions()), with_options(REQUEST, version="v9"))
+
+
+# -- what it says of itself -----------------------------------------------------------------------
+
+
+def test_a_proposer_describes_itself() -> None:
+    description = run(proposer_service(versions=versions()), lambda s: s.describe())
+    assert (description.slm_digest, description.llm_digest) == ("scripted", "scripted")
+    assert (description.live_version, description.canary_version) == ("v1", "v2")
+    assert description.canary_share == 0.3
+    assert description.calibrated_triggers == (Trigger.ENTROPY,)
+
+
+def test_a_lost_llm_has_no_digest() -> None:
+    service = proposer_service(scripted_slm(), ScriptedSelector(available=False))
+    assert run(service, lambda s: s.describe()).llm_digest == ""
