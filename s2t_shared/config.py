@@ -73,12 +73,6 @@ class ProposerConfig(Placement):
     max_draft_tokens: int = Field(
         32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token"
     )
-    read_ahead_tokens: int = Field(
-        0,
-        ge=0,
-        description="tell the LLM a context before it is needed when it lags so "
-        "many tokens behind; 0: never",
-    )
 
 
 class SelectorConfig(Placement):

@@ -133,6 +133,13 @@ class Pair:
         return cls(tokenizer, engine, llm, local_selector)
 
     @property
+    def dtype(self) -> str:
+        """The SLM's arithmetic, as torch names it."""
+        proposer = self.engine.proposer
+        assert isinstance(proposer, Proposer)
+        return str(proposer.runtime.model.dtype)
+
+    @property
     def llm_digest(self) -> str:
         """Digest of the LLM, "" for none."""
         return self.llm.info.digest if self.llm else ""

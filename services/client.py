@@ -3,53 +3,39 @@
 >>> with Client("127.0.0.1:50051") as client:
 ...     for piece in client.stream("Eva has 20 coins . ...", mode="s2t", budget=0.05):
 ...         print(piece.text, end="")
+
+Answers, Steps and descriptions are the value types of `s2t_shared.types`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 
-from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.requests import PromptLike
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    LabelCounts,
+    PublishedVersion,
+    ServiceDescription,
+)
 from services.rpc import channels, wire
 
 DEFAULT_TIMEOUT_S = 300.0
 
 
-def parameters(
-    prompt: str | Sequence[dict[str, str]] | Sequence[int],
-    mode: str = "",
-    trigger: str = "",
-    **settings: Any,
-) -> pb.GenerationParameters:
-    """Build the request's parameters. `prompt`: text, chat messages, or token ids. `mode`,
-    `trigger`: their names ("s2t", "entropy"); `settings`: any other field of
-    `GenerationParameters`."""
-    if mode:
-        settings["mode"] = f"MODE_{mode.upper()}"
-    if trigger:
-        settings["trigger"] = f"TRIGGER_{trigger.upper().replace('-', '_')}"
-    try:
-        p = pb.GenerationParameters(**settings)
-    except ValueError as error:
-        raise InvalidRequestError(f"unknown mode, trigger or setting: {error}") from error
-    if isinstance(prompt, str):
-        p.text = prompt
-    elif prompt and isinstance(prompt[0], dict):
-        p.messages.messages.extend(pb.Message(**m) for m in prompt)  # type: ignore[arg-type]
-    else:
-        p.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
-    return p
-
-
 class Client:
-    """Blocking calls. Failures are `s2t_shared.errors.S2TError`s with the server's text."""
+    """Blocking calls to a service. Failures are `S2TError`s with the server's text.
+
+    authority: PEM file of the certificate authority, for TLS. timeout_s: seconds of one call.
+    """
 
     def __init__(
         self,
@@ -58,11 +44,11 @@ class Client:
         authority: Path | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """`authority`: PEM file of the certificate authority, for TLS."""
         self._channel = channels.open_channel(address, authority, asynchronous=False)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
-        self._metadata, self._timeout = channels.call_metadata(token), timeout_s
+        self._metadata = channels.call_metadata(token)
+        self._timeout_s = timeout_s
 
     def __enter__(self) -> Client:
         return self
@@ -76,63 +62,88 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """End the connection."""
         self._channel.close()
 
-    def generate(
-        self,
-        prompt: str | Sequence[dict[str, str]] | Sequence[int],
-        request_id: str = "",
-        **settings: Any,
-    ) -> pb.Answer:
-        """The whole answer. `settings` as in `parameters`."""
-        request = pb.GenerateRequest(
-            request_id=request_id, parameters=parameters(prompt, **settings)
-        )
-        return self._call(self._generation.Generate, request).answer
+    # -- answers ----------------------------------------------------------------------------------
+
+    def generate(self, prompt: PromptLike, request_id: str = "", **settings: Any) -> Answer:
+        """The whole answer.
+
+        prompt: text, chat messages ({"role", "content"}) or token ids. settings: mode and trigger
+        by name ("s2t", "majority@8", "entropy"), budget or threshold, candidates, max_new_tokens,
+        version, stop, return_steps and the other fields of `GenerationParameters`.
+
+        Raises:
+            S2TError: the request was refused or could not be answered.
+        """
+        parameters = wire.write_settings(prompt, **settings)
+        request = pb.GenerateRequest(request_id=request_id, parameters=parameters)
+        return wire.read_answer(self._call(self._generation.Generate, request).answer)
 
     def stream(
         self,
-        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        prompt: PromptLike,
         request_id: str = "",
+        stream_steps: bool = False,
         **settings: Any,
-    ) -> Iterator[pb.StreamGenerateResponse]:
-        """Pieces as they come; the last one has `.answer`. Breaking off the iteration cancels the
-        answer."""
+    ) -> Iterator[AnswerPiece]:
+        """Pieces as they are decided; the last one has `.answer`.
+
+        stream_steps: each piece also has the Steps behind its text. Breaking off the iteration
+        cancels the answer. `settings` as in `generate`.
+
+        Raises:
+            S2TError: the request was refused or could not be answered.
+        """
         request = pb.StreamGenerateRequest(
-            request_id=request_id, parameters=parameters(prompt, **settings)
+            request_id=request_id,
+            parameters=wire.write_settings(prompt, **settings),
+            stream_steps=stream_steps,
         )
         call = self._generation.StreamGenerate(
-            request, timeout=self._timeout, metadata=self._metadata
+            request, timeout=self._timeout_s, metadata=self._metadata
         )
         try:
-            yield from call
+            for message in call:
+                yield wire.read_piece(message)
         except grpc.RpcError as error:
             raise wire.error_of(error) from error
         finally:
             call.cancel()
 
-    def describe(self) -> pb.DescribeServiceResponse:
-        return self._call(self._generation.DescribeService, pb.DescribeServiceRequest())
+    def describe(self) -> ServiceDescription:
+        """What the service runs."""
+        response = self._call(self._generation.DescribeService, pb.DescribeServiceRequest())
+        return wire.read_description(response)
 
-    def versions(self) -> list[admin_pb2.Version]:
-        return list(self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest()).versions)
+    # -- versions and labels ----------------------------------------------------------------------
+
+    def versions(self) -> list[PublishedVersion]:
+        """All published versions, oldest first."""
+        response = self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest())
+        return [wire.read_version(version) for version in response.versions]
 
     def promote(self, version: str, share: float | None = None) -> str:
-        """Make a version live, or (`share` in (0, 1)) the canary for this share of the requests
-        that name none. Returns the live version."""
-        return self._call(
-            self._admin.PromoteVersion, admin_pb2.PromoteVersionRequest(name=version, share=share)
-        ).live
+        """Make a version live; with a share in (0, 1) make it the canary for so many requests.
+
+        Returns the live version.
+        """
+        request = admin_pb2.PromoteVersionRequest(name=version, share=share)
+        return str(self._call(self._admin.PromoteVersion, request).live)
 
     def rollback(self) -> str:
         """End the canary, else go back to the version live before. Returns the live version."""
-        return self._call(self._admin.RollbackVersion, admin_pb2.RollbackVersionRequest()).live
+        request = admin_pb2.RollbackVersionRequest()
+        return str(self._call(self._admin.RollbackVersion, request).live)
 
-    def count_labels(self, flush: bool = False) -> admin_pb2.CountLabelsResponse:
-        return self._call(self._admin.CountLabels, admin_pb2.CountLabelsRequest(flush=flush))
+    def count_labels(self, flush: bool = False) -> LabelCounts:
+        """Where labels are. flush: what was received so far is written to the lake first."""
+        request = admin_pb2.CountLabelsRequest(flush=flush)
+        return wire.read_label_counts(self._call(self._admin.CountLabels, request))
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout, metadata=self._metadata)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise wire.error_of(error) from error

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, S2TError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.tokenizer import Tokenizer
-from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.types import Answer, Step
 from services.client import Client
 from services.evaluation import (
     ModeResult,
@@ -35,8 +35,8 @@ from services.evaluation import (
     run_mode,
     table,
 )
-from services.harvest.harvest import harvest, pair_prompts
-from services.harvest.rollouts import ByService, HarvestOptions
+from services.harvest.rollouts import HarvestOptions, ServiceRollouts
+from services.harvest.run import harvest, pair_prompts
 from services.launch.local import RunningService, running_service
 from services.rpc.ask_many import Target, answer_all
 from services.train.job import TrainOutcome, train
@@ -44,15 +44,15 @@ from services.train.job import TrainOutcome, train
 MAX_NEW_TOKENS = 40
 BUDGET = 0.05
 BEFORE = (
-    ModeSpec("greedy"),
-    ModeSpec("majority@8"),
-    ModeSpec("takeover", "kl", BUDGET),
-    ModeSpec("takeover", "entropy", BUDGET),
-    ModeSpec("s2t", "kl", BUDGET),
-    ModeSpec("s2t", "entropy", BUDGET),
-    ModeSpec("llm"),
+    ModeSpec(name="greedy"),
+    ModeSpec(name="majority@8"),
+    ModeSpec(name="takeover", trigger="kl", budget=BUDGET),
+    ModeSpec(name="takeover", trigger="entropy", budget=BUDGET),
+    ModeSpec(name="s2t", trigger="kl", budget=BUDGET),
+    ModeSpec(name="s2t", trigger="entropy", budget=BUDGET),
+    ModeSpec(name="llm"),
 )
-AFTER = (ModeSpec("s2t_local", "entropy", BUDGET),)
+AFTER = (ModeSpec(name="s2t_local", trigger="entropy", budget=BUDGET),)
 KEYS = {
     "takeover kl 5%": "takeover",
     "s2t kl 5%": "s2t",
@@ -179,7 +179,7 @@ def _harvest(
 ) -> None:
     started = time.perf_counter()
     outcome = harvest(
-        ByService(Target(service.address), collect=False),
+        ServiceRollouts(Target(service.address), returns_labels=False),
         pair_prompts(training),
         Lake(service.config.lake),
         HarvestOptions(task="shop", max_new_tokens=MAX_NEW_TOKENS),
@@ -237,25 +237,19 @@ def _swap_under_load(
     size: DemoSize,
     say: Callable[[str], None],
 ) -> tuple[TrainOutcome, SwapReport]:
-    """Train the next version, then make it live while requests keep coming; check every answer
-    against a replay that names its version."""
+    """Train the next version, then make it live while requests keep coming.
+
+    Every answer is checked against a replay that names its version.
+    """
     second = _train(service.config, size.steps, say, promote=False)
-    spec = AFTER[0]
-    collected: list[tuple[int, pb.Answer | S2TError]] = []
+    asked = held_out[:64]
+    collected: list[tuple[int, Answer | S2TError]] = []
     stop = threading.Event()
 
     def load() -> None:
         while not stop.is_set():
-            batch = list(enumerate(held_out[:64]))
-            answers = answer_all(
-                target,
-                (
-                    (f"swap-{time.monotonic_ns()}", spec.parameters(p.prompt, MAX_NEW_TOKENS, 0))
-                    for _, p in batch
-                ),
-                concurrency=16,
-            )
-            collected.extend((i, a) for (i, _), a in zip(batch, answers, strict=True))
+            outcomes = _ask_each(target, AFTER[0], asked, f"swap-{time.monotonic_ns()}", 16)
+            collected.extend(enumerate(outcomes))
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
@@ -268,47 +262,51 @@ def _swap_under_load(
     time.sleep(1.0)
     stop.set()
     thread.join()
-    report = _check_swap(target, held_out, spec, before, second.version, collected)
+    report = _check_swap(target, asked, before, second.version, collected)
     say(
-        f"swapped {before} -> {second.version} under load: {report.in_flight} requests ({report.old} on the old, "
-        f"{report.new} on the new version), {report.failed} failed, {report.mixed} mixed"
+        f"swapped {before} -> {second.version} under load: {report.in_flight} requests "
+        f"({report.old} on the old, {report.new} on the new version), {report.failed} failed, "
+        f"{report.mixed} mixed"
     )
     return second, report
 
 
+def _ask_each(
+    target: Target, spec: ModeSpec, problems: Sequence[Problem], name: str, concurrency: int = 32
+) -> list[Answer | S2TError]:
+    """Every problem's outcome in one mode, in order."""
+    requests = []
+    for i, problem in enumerate(problems):
+        request = spec.request(
+            problem.prompt, request_id=f"{name}-{i}", max_new_tokens=MAX_NEW_TOKENS
+        )
+        requests.append(request)
+    return answer_all(target, requests, concurrency)
+
+
 def _check_swap(
     target: Target,
-    held_out: Sequence[Problem],
-    spec: ModeSpec,
+    asked: Sequence[Problem],
     old: str,
     new: str,
-    collected: Sequence[tuple[int, pb.Answer | S2TError]],
+    collected: Sequence[tuple[int, Answer | S2TError]],
 ) -> SwapReport:
     """A mixed answer is one whose tokens differ from a replay that names the version it claims."""
     report = SwapReport(in_flight=len(collected))
     replays: dict[tuple[str, int], tuple[int, ...]] = {}
     for version in (old, new):
-        named = ModeSpec(spec.name, spec.trigger, spec.budget, version)
-        answers = answer_all(
-            target,
-            (
-                (f"replay-{version}-{i}", named.parameters(p.prompt, MAX_NEW_TOKENS, 0))
-                for i, p in enumerate(held_out[:64])
-            ),
-        )
-        replays |= {
-            (version, i): tuple(a.token_ids)
-            for i, a in enumerate(answers)
-            if isinstance(a, pb.Answer)
-        }
-    for index, answer in collected:
-        if isinstance(answer, S2TError):
+        spec = replace(AFTER[0], version=version)
+        for i, outcome in enumerate(_ask_each(target, spec, asked, f"replay-{version}")):
+            if isinstance(outcome, Answer):
+                replays[version, i] = outcome.token_ids
+    for index, outcome in collected:
+        if isinstance(outcome, S2TError):
             report.failed += 1
             continue
-        version = answer.versions.selector
+        version = outcome.versions.local_selector
         report.old += version == old
         report.new += version == new
-        report.mixed += replays.get((version, index)) != tuple(answer.token_ids)
+        report.mixed += replays.get((version, index)) != outcome.token_ids
     return report
 
 
@@ -338,38 +336,37 @@ def _print_results(
 
 
 def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Problem]) -> None:
-    """One s2t answer with its divergence points: [what the SLM would have said -> what was
-    selected]."""
+    """One s2t answer with its divergence points: [the SLM's first choice -> what was selected]."""
     tokenizer = Tokenizer.load(SLM_DIR)
-    spec = ModeSpec("s2t", "kl", BUDGET)
+    with Client(target.address) as client:
+        for problem in held_out[:20]:
+            steps: list[Step] = []
+            for piece in client.stream(
+                problem.prompt,
+                stream_steps=True,
+                mode="s2t",
+                trigger="kl",
+                budget=BUDGET,
+                max_new_tokens=MAX_NEW_TOKENS,
+            ):
+                steps += piece.steps
+            if any(step.flipped for step in steps):
+                marked = "".join(_marked(step, tokenizer) for step in steps)
+                console.print(
+                    "\nOne answer (yellow: the LLM agreed; red → green: the LLM selected another "
+                    f"candidate)\n  {problem.prompt.text}\n {marked}"
+                )
+                return
+    console.print("No divergence point changed a token in the first 20 answers.")
 
-    def ask(problem: Problem) -> pb.GenerationParameters:
-        p = spec.parameters(problem.prompt, MAX_NEW_TOKENS, 0)
-        p.return_steps = True
-        return p
 
-    answers = answer_all(target, ((f"marked-{p.id}", ask(p)) for p in held_out[:20]))
-    flipped = [
-        (p, a)
-        for p, a in zip(held_out, answers, strict=False)
-        if isinstance(a, pb.Answer) and a.usage.flips
-    ]
-    if not flipped:
-        console.print("No divergence point changed a token in the first 20 answers.")
-        return
-    problem, answer = flipped[0]
-    steps = {s.index: s for s in answer.steps}
-    words = []
-    for index, token_id in enumerate(answer.token_ids):
-        step, word = steps.get(index), tokenizer.decode([token_id])
-        if step is None or not word:
-            words.append(word)
-        elif step.slm_top_id == token_id:
-            words.append(f"[yellow]{word}[/yellow]")
-        else:
-            refused = tokenizer.decode([step.slm_top_id])
-            words.append(f"[red]\\[{refused} →[/red] [bold green]{word}[/bold green][red]][/red]")
-    console.print(
-        "\nOne answer (yellow: the LLM agreed; red → green: the LLM selected another candidate)\n"
-        f"  {problem.prompt.text}\n  {' '.join(w for w in words if w)}"
-    )
+def _marked(step: Step, tokenizer: Tokenizer) -> str:
+    """A Step's text in rich's markup."""
+    if not step.triggered or not step.text:
+        return step.text
+    if not step.flipped:
+        return f"[yellow]{step.text}[/yellow]"
+    assert step.slm_top_id is not None
+    refused = tokenizer.decode([step.slm_top_id])
+    selected = step.text.strip()
+    return f" [red]\\[{refused} →[/red] [bold green]{selected}[/bold green][red]][/red]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,20 @@ from s2t_shared.bundled import problems as pair_problems
 from s2t_shared.data.prompts import read_prompts
 from s2t_shared.decode.generate import extract_answer
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
-from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.requests import new_request
 from s2t_shared.statistics import hit_at, paired_difference, wilson_interval
-from s2t_shared.types import Prompt
-from services.rpc.ask_many import Target, answer_all, prompt_fields
+from s2t_shared.types import (
+    WARMUP_STEPS,
+    Answer,
+    DecodeOptions,
+    GenerateRequest,
+    Prompt,
+    Sampling,
+    Usage,
+)
+from services.rpc.ask_many import Target, answer_all
+
+SEED_STRIDE = 1_000_003  # between the seeds of two runs
 
 
 @dataclass(frozen=True)
@@ -31,39 +41,53 @@ class Problem:
     is_correct: Callable[[str], bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModeSpec:
-    """One row of the table. `name`: a mode, or majority@n; `trigger` and `budget` where the mode
-    has them."""
+    """One row of the table.
+
+    name: a mode, or majority@n. trigger, budget: where the mode has them. candidates: K.
+    version: of the local selector; None means the live one.
+    """
 
     name: str
     trigger: str = ""
     budget: float | None = None
+    candidates: int = 8
     version: str | None = None
 
     @property
     def label(self) -> str:
+        """The row's name in a table."""
+        if not self.trigger:
+            return self.name
         budget = f" {self.budget:.0%}" if self.budget else ""
-        return f"{self.name} {self.trigger}{budget}" if self.trigger else self.name
+        return f"{self.name} {self.trigger}{budget}"
 
-    def parameters(self, prompt: Prompt, max_new_tokens: int, seed: int) -> pb.GenerationParameters:
-        mode, _, samples = self.name.partition("@")
-        p = pb.GenerationParameters(
-            **prompt_fields(prompt),
-            mode=f"MODE_{mode.upper()}",
-            trigger=f"TRIGGER_{self.trigger.upper() or 'UNSPECIFIED'}",
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str,
+        max_new_tokens: int,
+        seed: int = 0,
+        return_steps: bool = False,
+    ) -> GenerateRequest:
+        """The request that asks a prompt in this mode. Selections are never taken from a cache."""
+        request = new_request(
+            prompt,
+            self.name,
+            trigger=self.trigger or "entropy",
+            budget=self.budget,
+            threshold=0.0 if self.budget is None else None,
+            candidates=self.candidates,
             max_new_tokens=max_new_tokens,
-            sampling=pb.Sampling(seed=seed),
-            fresh_selections=True,
-            labels=pb.LabelOptions(store=False),
+            version=self.version,
+            sampling=Sampling(seed=seed),
+            steps=return_steps,
+            request_id=request_id,
         )
-        if samples:
-            p.samples = int(samples)
-        if self.budget is not None:
-            p.budget = self.budget
-        if self.version is not None:
-            p.version = self.version
-        return p
+        options = replace(request.options, fresh_selections=True)
+        return replace(request, options=options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,60 +140,65 @@ def run_mode(
     Raises:
         S2TError: every single answer failed; the first one's error.
     """
-    started = time.perf_counter()
-    questions = (
-        (
-            f"eval-{spec.name}-{p.id}",
-            spec.parameters(p.prompt, max_new_tokens, seed * 1_000_003 + i),
+    requests = []
+    for i, problem in enumerate(problems):
+        request = spec.request(
+            problem.prompt,
+            request_id=f"eval-{spec.name}-{problem.id}",
+            max_new_tokens=max_new_tokens,
+            seed=seed * SEED_STRIDE + i,
         )
-        for i, p in enumerate(problems)
-    )
-    answers = answer_all(target, questions, concurrency, on_answer=lambda _: on_answer())
+        requests.append(request)
+    started = time.perf_counter()
+    outcomes = answer_all(target, requests, concurrency, on_answer=lambda _: on_answer())
     seconds = time.perf_counter() - started
-    good = [a for a in answers if isinstance(a, pb.Answer)]
-    if not good:
-        raise next(a for a in answers if isinstance(a, S2TError))
-    correct = tuple(
-        isinstance(a, pb.Answer) and p.is_correct(a.text)
-        for p, a in zip(problems, answers, strict=True)
-    )
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    if not answers:
+        raise next(outcome for outcome in outcomes if isinstance(outcome, S2TError))
+    correct = []
+    for problem, outcome in zip(problems, outcomes, strict=True):
+        correct.append(isinstance(outcome, Answer) and problem.is_correct(outcome.text))
+    usage = sum((answer.usage for answer in answers), Usage())
     return ModeResult(
         spec=spec,
-        correct=correct,
-        tokens=sum(a.usage.completion_tokens for a in good),
-        triggers=sum(a.usage.triggers for a in good),
-        flips=sum(a.usage.flips for a in good),
-        llm_forwards=sum(a.usage.llm_forwards for a in good),
-        degraded=sum(a.usage.degraded_steps for a in good),
+        correct=tuple(correct),
+        tokens=usage.completion_tokens,
+        triggers=usage.triggers,
+        flips=usage.flips,
+        llm_forwards=usage.llm_forwards,
+        degraded=usage.degraded_steps,
         seconds=seconds,
-        failed=len(answers) - len(good),
+        failed=len(outcomes) - len(answers),
     )
 
 
 def local_sufficiency(
     target: Target, problems: Sequence[Problem], max_new_tokens: int, share: float = 0.05
 ) -> dict[int, float]:
-    """Hit@1/2/4/8 at the top `share` of steps by KL of greedy SLM rollouts (warm-up left out).
-    Stores no label."""
-    questions = (
-        (
-            f"hits-{p.id}",
-            pb.GenerationParameters(
-                **prompt_fields(p.prompt),
-                mode=pb.MODE_GREEDY,
-                max_new_tokens=max_new_tokens,
-                score_rollout=True,
-                return_steps=True,
-                labels=pb.LabelOptions(store=False),
-            ),
+    """Hit@1/2/4/8 at the top `share` of steps by KL of greedy SLM rollouts. Stores no label.
+
+    The warm-up is left out, as it is where requests are decoded.
+    """
+    options = DecodeOptions(max_new_tokens=max_new_tokens, score_rollout=True)
+    requests = [
+        GenerateRequest(
+            request_id=f"hits-{problem.id}",
+            prompt=problem.prompt,
+            options=options,
+            return_steps=True,
         )
-        for p in problems
-    )
-    answers = [a for a in answer_all(target, questions) if isinstance(a, pb.Answer)]
-    total = sum(len(a.steps) for a in answers)
-    steps = [s for a in answers for s in a.steps if s.index >= 3 and s.HasField("kl")]
-    top = sorted(steps, key=lambda s: s.kl, reverse=True)[: max(1, int(share * total))]
-    return {k: hit_at([s.llm_top_rank for s in top], k) for k in (1, 2, 4, 8)}
+        for problem in problems
+    ]
+    answers = [a for a in answer_all(target, requests) if isinstance(a, Answer)]
+    total = sum(len(answer.steps) for answer in answers)
+    scored: list[tuple[float, int]] = []
+    for answer in answers:
+        for step in answer.steps[WARMUP_STEPS:]:
+            if step.kl is not None and step.llm_top_rank is not None:
+                scored.append((step.kl, step.llm_top_rank))
+    scored.sort(key=lambda pair: pair[0], reverse=True)
+    ranks = [rank for _, rank in scored[: max(1, int(share * total))]]
+    return {k: hit_at(ranks, k) for k in (1, 2, 4, 8)}
 
 
 def answers_match(expected: str, pattern: str = "") -> Callable[[str], bool]:

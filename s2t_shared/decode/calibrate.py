@@ -108,7 +108,7 @@ def calibration_prompts(tokenizer: Tokenizer, count: int, file: Path | None = No
         EvaluationSplitError: the file's name says that it is for evaluation.
     """
     if file is not None:
-        rows = read(PromptSource(str(file)))
+        rows = read(PromptSource(source=str(file)))
         prompts = list(islice((p for _, p in rows if isinstance(p, Prompt)), count))
         if not prompts:
             raise ConfigError(f"calibration prompts {str(file)!r}: no usable line")

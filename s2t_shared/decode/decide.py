@@ -98,16 +98,17 @@ def finished(options: DecodeOptions, step: Step) -> Step:
 
 def with_figures(step: Step) -> Step:
     """The Step with entropy and, where the LLM was asked, KL and the LLM's rank."""
-    assert step.support is not None
+    support = step.support
+    assert support is not None
     if step.entropy is None:
-        step = replace(step, entropy=policies.entropy(step.support.log_probs))
+        step = replace(step, entropy=policies.entropy(support.log_probs))
     if step.llm is None:
         return step
     return replace(
         step,
-        kl=policies.kl(step.support.log_probs, step.llm.log_probs),
+        kl=policies.kl(support.log_probs, step.llm.log_probs),
         llm_top_id=step.llm.top_id,
-        llm_top_rank=policies.rank(step.llm.top_id, step.support.ids),
+        llm_top_rank=policies.rank(step.llm.top_id, support.ids),
     )
 
 

@@ -85,7 +85,12 @@ class Proposer:
         self._support_size = min(SUPPORT_SIZE, runtime.vocab_rows - len(self.excluded_ids))
         self._untrained = LocalSelector.untrained(reserved_ids)
         self._merged: Adapter | None = None
-        self.info = SLMInfo(
+
+    @property
+    def info(self) -> SLMInfo:
+        """What an engine must know of this SLM."""
+        runtime = self.runtime
+        return SLMInfo(
             digest=runtime.digest,
             eos_ids=runtime.eos_ids,
             max_length=runtime.max_length,

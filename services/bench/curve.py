@@ -269,7 +269,9 @@ class Curve:
             policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.NEVER, proposals=Proposals.ADAPTED)
         else:
             policy = Policy()
-        engine = Engine(self.models.proposer, None, lambda version: selector, self.curve.batch)
+        engine = Engine(
+            self.models.proposer, None, lambda version: selector, max_num_seqs=self.curve.batch
+        )
         questions = {p.id: p for p in self.problems}
         requests = (
             GenerateRequest(

@@ -18,17 +18,17 @@ from pathlib import Path
 from s2t_shared.data.prompts import read_prompts
 from s2t_shared.decode.calibrate import measure_calibration
 from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine
-from s2t_shared.decode.generate import Generator
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.errors import ConfigError
 from s2t_shared.labels.lake import Lake
+from s2t_shared.pair import Pair
 from s2t_shared.types import LabelRule, Prompt, ScoreQuery, ScoreReply, Trigger
 from services.bench import workload
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.workload import Models, Settings
-from services.harvest.harvest import HarvestOutcome, Prompts, Row, harvest
-from services.harvest.rollouts import HarvestOptions, InProcess
+from services.harvest.rollouts import HarvestOptions, PairRollouts
+from services.harvest.run import HarvestOutcome, Prompts, Row, harvest
 
 LOCKSTEP, PLAIN, INTERVENED = "token by token", "plain", "intervened"
 PATIENCE_S = 3600.0
@@ -152,9 +152,7 @@ def _evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return [prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)]
 
 
-def _generator(
-    models: Models, batch: int, max_draft_tokens: int
-) -> tuple[Generator, TimedSelector]:
+def _pair(models: Models, batch: int, max_draft_tokens: int) -> tuple[Pair, TimedSelector]:
     assert models.scorer is not None
     models.slm.pool.clear()
     models.scorer.runtime.pool.clear()
@@ -166,7 +164,7 @@ def _generator(
         selection_timeout_s=PATIENCE_S,
         max_draft_tokens=max_draft_tokens,
     )
-    return Generator(models.tokenizer, engine, models.scorer.info.digest), selector
+    return Pair(tokenizer=models.tokenizer, engine=engine, llm=models.scorer), selector
 
 
 def _harvest(
@@ -179,11 +177,11 @@ def _harvest(
     def rows() -> Iterator[Row]:
         return (({"id": f"bench-{i}"}, prompt) for i, prompt in enumerate(prompts))
 
-    generator, selector = _generator(models, batch, max_draft_tokens)
+    pair, selector = _pair(models, batch, max_draft_tokens)
     with tempfile.TemporaryDirectory(prefix="s2t-bench-") as folder:
         started = clock()
         outcome: HarvestOutcome = harvest(
-            InProcess(generator), Prompts(rows, "bench", len(prompts)), Lake(Path(folder)), options
+            PairRollouts(pair), Prompts(rows, "bench", len(prompts)), Lake(Path(folder)), options
         )
         seconds = clock() - started
     assert not outcome.errors and not outcome.failed, (outcome.errors + outcome.failed)[0]

@@ -18,7 +18,6 @@ def bench_kl(
     settings: Settings,
     batch: int,
     answers: int,
-    read_ahead: int,
     lockstep: bool,
     on_turn: Callable[[], None] = lambda: None,
 ) -> Report:
@@ -60,10 +59,6 @@ def bench_kl(
         "KL": side("KL", models, s2t(Trigger.KL)),
         "entropy": side("entropy", models, s2t(Trigger.ENTROPY)),
     }
-    if read_ahead:
-        sides["entropy, read ahead"] = side(
-            "entropy, read ahead", models, s2t(Trigger.ENTROPY), read_ahead_tokens=read_ahead
-        )
     per_token: dict[str, list[float]] = {name: [] for name in sides}
 
     def counted(name: str) -> Callable[[], float]:

@@ -50,10 +50,10 @@ def _at(
     def ready(kind: SelectorKind, reads: Reading) -> tuple[SequenceSlots, Support]:
         selector = workload.random_selector(models.slm, models.proposer.reserved_ids, kind, reads)
         policy = Policy(mode=Mode.S2T_LOCAL, candidates=CandidateRule(k))
-        track = models.proposer.open(selector, policy, ids, prefix + 2)
-        assert track is not None
-        opened.append(track)
-        return track, _support(models, track, ids)
+        slots = models.proposer.open(selector, policy, ids, prefix + 2)
+        assert slots is not None
+        opened.append(slots)
+        return slots, _support(models, slots, ids)
 
     def timed(work: Callable[[], object]) -> Callable[[], float]:
         def side() -> float:
@@ -64,32 +64,32 @@ def _at(
 
         return side
 
-    def decode(track: SequenceSlots) -> None:
-        track.slot.truncate(prefix - 1)
-        models.proposer.run([NextTokenInput(track, ids, None, False)])
+    def decode(slots: SequenceSlots) -> None:
+        slots.slot.truncate(prefix - 1)
+        models.proposer.run([NextTokenInput(slots, ids, None, False)])
 
-    def score(track: SequenceSlots, support: Support, gap: int = 0) -> Callable[[], object]:
+    def score(slots: SequenceSlots, support: Support, gap: int = 0) -> Callable[[], object]:
         def work() -> None:
-            if track.adapted_row is not None:
-                track.adapted_row.truncate(prefix - gap)
+            if slots.adapted_slot is not None:
+                slots.adapted_slot.truncate(prefix - gap)
             while models.proposer.run(
-                [SelectionInput(track, ids, support.ids[:k], support.log_probs[:k])]
+                [SelectionInput(slots, ids, support.ids[:k], support.log_probs[:k])]
             ) == [None]:
                 pass
 
         return work
 
-    def read_gap(track: SequenceSlots) -> None:
-        assert track.adapted_row is not None and track.selector is not None
-        track.adapted_row.truncate(prefix - gap)
+    def read_gap(slots: SequenceSlots) -> None:
+        assert slots.adapted_slot is not None and slots.local_selector is not None
+        slots.adapted_slot.truncate(prefix - gap)
         models.slm.forward(
             [
                 Segment(
-                    slot=track.adapted_row,
+                    slot=slots.adapted_slot,
                     token_ids=ids[prefix - gap :],
                     start=prefix - gap,
                     siblings=(),
-                    adapter=track.selector.adapter,
+                    adapter=slots.local_selector.adapter,
                 )
             ]
         )
@@ -105,8 +105,8 @@ def _at(
     if naive:
         sides["published way (K whole prefixes)"] = _published(models, ids, adapted, k)
     seconds = take_turns(sides, settings.repeats, on_turn)
-    for track in opened:
-        models.proposer.close(track)
+    for slots in opened:
+        models.proposer.close(slots)
     models.slm.pool.clear()
     conditions = f"prefix {prefix}, K {k}"
     return [
@@ -121,9 +121,9 @@ def _at(
     ]
 
 
-def _support(models: Models, track: SequenceSlots, ids: Sequence[int]) -> Support:
+def _support(models: Models, slots: SequenceSlots, ids: Sequence[int]) -> Support:
     while True:
-        (proposal,) = models.proposer.run([NextTokenInput(track, ids)])
+        (proposal,) = models.proposer.run([NextTokenInput(slots, ids)])
         if proposal is not None:
             break
     support = getattr(proposal, "support", None)
@@ -135,8 +135,8 @@ def _published(
     models: Models, ids: Sequence[int], scored: tuple[SequenceSlots, Support], k: int
 ) -> Callable[[], float]:
     """Re-run the whole prefix once per candidate, without a cache, as the published code does."""
-    track, support = scored
-    selector = track.selector
+    slots, support = scored
+    selector = slots.local_selector
     assert isinstance(selector, LocalSelector)
 
     def side() -> float:

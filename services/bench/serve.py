@@ -10,31 +10,28 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import psutil
 
 from s2t_shared.config import load_config
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.proposer import Proposer
-from s2t_shared.errors import InvalidRequestError
+from s2t_shared.errors import InvalidRequestError, S2TError
 from s2t_shared.model.runtime import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
-from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.types import Policy
+from s2t_shared.requests import new_request
+from s2t_shared.types import GenerateRequest, Policy, Sampling
 from services.bench import workload
 from services.bench.measure import Figure, Report, figure, ratios, take_turns
 from services.bench.workload import Settings
 from services.launch.local import RunningService, running_service
-from services.rpc import channels
-from services.rpc.ask_many import bounded
+from services.rpc.ask_many import AsyncCaller, Target, bounded
 
 SAMPLE_S = 5.0
 # kept contexts fill the pools up to their bound by design: so small that warm-up fills them
 SOAK_KV_GIB = 0.05
-Ask = pb.GenerationParameters
 
 
 def bench_serve(
@@ -178,64 +175,56 @@ MODES = (
 )
 
 
-def _mixed(prompts: Sequence[Sequence[int]], new: int, turn: int) -> list[Ask]:
-    asks = []
+def _mixed(prompts: Sequence[Sequence[int]], new: int, turn: int) -> list[GenerateRequest]:
+    """One request a prompt, of another mode each."""
+    requests = []
     for i, ids in enumerate(prompts):
         mode, _, trigger = MODES[i % len(MODES)].partition(" ")
-        mode, _, samples = mode.partition("@")
-        ask = Ask(
-            token_ids=pb.TokenIds(ids=[20 + turn % 80, *ids[1:]]),
-            mode=f"MODE_{mode.upper()}",
-            trigger=f"TRIGGER_{trigger.upper() or 'UNSPECIFIED'}",
+        request = new_request(
+            [20 + turn % 80, *ids[1:]],
+            mode,
+            trigger=trigger or "entropy",
+            budget=0.05,
             max_new_tokens=new,
-            sampling=pb.Sampling(seed=turn, temperature=0.7),
-            labels=pb.LabelOptions(store=False),
-            fresh_selections=True,
+            version="" if mode == "s2t_local" else None,
+            sampling=Sampling(seed=turn),
+            request_id=f"mixed-{turn}-{i}",
         )
-        if trigger:
-            ask.budget = 0.05
-        if samples:
-            ask.samples = int(samples)
-        if mode == "s2t_local":
-            ask.version = "none"
-        asks.append(ask)
-    return asks
+        options = replace(request.options, fresh_selections=True)
+        requests.append(replace(request, options=options))
+    return requests
 
 
-def _greedy(ids: Sequence[int], new: int) -> Ask:
-    return Ask(
-        token_ids=pb.TokenIds(ids=ids),
-        mode="MODE_GREEDY",
-        max_new_tokens=new,
-        labels=pb.LabelOptions(store=False),
-    )
+def _greedy(ids: Sequence[int], new: int) -> GenerateRequest:
+    return new_request(ids, "greedy", max_new_tokens=new, request_id=f"greedy-{ids[0]}-{len(ids)}")
 
 
-def _stream_all(service: RunningService, asks: Sequence[Ask], concurrency: int) -> float:
+def _stream_all(
+    service: RunningService, requests: Sequence[GenerateRequest], concurrency: int
+) -> float:
     """Seconds per token."""
     started = time.perf_counter()
-    answers = asyncio.run(_stream(service.address, asks, concurrency))
-    return (time.perf_counter() - started) / sum(answers)
+    tokens = asyncio.run(_stream(service.address, requests, concurrency))
+    return (time.perf_counter() - started) / sum(tokens)
 
 
-async def _stream(address: str, asks: Sequence[Ask], concurrency: int) -> list[int]:
-    """Tokens of every answer (0: it failed)."""
-    async with channels.open_channel(address, None) as channel:
-        stub = pb_grpc.GenerationServiceStub(channel)
+async def _stream(address: str, requests: Sequence[GenerateRequest], concurrency: int) -> list[int]:
+    """Tokens of every answer; 0 where it failed."""
+    target = Target(address)
+    async with target.open_channel() as channel:
+        caller = AsyncCaller(target, channel)
 
-        async def one(ask: Ask) -> int:
-            count = 0
+        async def one(request: GenerateRequest) -> int:
+            tokens = 0
             try:
-                async for event in stub.StreamGenerate(
-                    pb.StreamGenerateRequest(parameters=ask), timeout=600
-                ):
-                    if event.HasField("answer"):
-                        count = event.answer.usage.completion_tokens
-            except grpc.RpcError:
+                async for piece in caller.stream(request, timeout_s=600.0):
+                    if piece.answer is not None:
+                        tokens = piece.answer.usage.completion_tokens
+            except S2TError:
                 return 0
-            return count
+            return tokens
 
-        return await bounded(asks, one, concurrency)
+        return await bounded(requests, one, concurrency)
 
 
 def _plain(batch: int) -> Callable[[Proposer], Engine]:

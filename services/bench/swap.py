@@ -18,26 +18,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import grpc
 import numpy as np
 import torch
 
 from s2t_shared.bundled import SLM_DIR, problems
 from s2t_shared.config import Config, load_config
-from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import RESERVED_COUNT, Tokenizer, reserved_ids
-from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
+from s2t_shared.requests import new_request
 from s2t_shared.versions.manifest import Manifest
 from s2t_shared.versions.registry import Registry
 from services.bench.measure import machine
-from services.client import Client, parameters
+from services.client import Client
 from services.launch.local import running_service
-from services.rpc import channels
-from services.rpc.ask_many import bounded
+from services.rpc.ask_many import AsyncCaller, Target, bounded
 
 PROMPTS = 32
 MAX_NEW_TOKENS = 40
@@ -236,16 +233,17 @@ async def _run(
     say: Callable[[str], None],
 ) -> _Load:
     load, stop = _Load(), asyncio.Event()
-    async with channels.open_channel(address, None) as channel:
-        stub = pb_grpc.GenerationServiceStub(channel)
+    target = Target(address)
+    async with target.open_channel() as channel:
+        caller = AsyncCaller(target, channel)
         await bounded(
-            [(i, None) for i in range(PROMPTS)], lambda item: _ask(stub, *item), concurrency
+            [(i, None) for i in range(PROMPTS)], lambda item: _ask(caller, *item), concurrency
         )  # first calls
 
         async def stream(worker: int) -> None:
             n = worker
             while not stop.is_set():
-                load.asked.append(await _ask(stub, n % PROMPTS))
+                load.asked.append(await _ask(caller, n % PROMPTS))
                 n += concurrency
 
         workers = [asyncio.create_task(stream(i)) for i in range(concurrency)]
@@ -265,37 +263,32 @@ async def _run(
     return load
 
 
-async def _ask(
-    stub: pb_grpc.GenerationServiceStub, prompt: int, version: str | None = None
-) -> _Asked:
-    text = _PROBLEMS[prompt].prompt
-    settings = {} if version is None else {"version": version}
-    request = pb.StreamGenerateRequest(
-        parameters=parameters(
-            text,
-            "s2t_local",
-            "entropy",
-            budget=BUDGET,
-            max_new_tokens=MAX_NEW_TOKENS,
-            labels=pb.LabelOptions(store=False),
-            **settings,
-        )
+async def _ask(caller: AsyncCaller, prompt: int, version: str | None = None) -> _Asked:
+    """One streamed answer, timed piece by piece."""
+    request = new_request(
+        _PROBLEMS[prompt].prompt,
+        "s2t_local",
+        budget=BUDGET,
+        max_new_tokens=MAX_NEW_TOKENS,
+        version=version,
+        request_id=f"swap-{time.monotonic_ns()}",
     )
-    began, pieces, answer = time.monotonic(), list[float](), pb.Answer()
+    began = time.monotonic()
+    pieces: list[float] = []
+    answer = None
     try:
-        async for event in stub.StreamGenerate(request, timeout=60):
+        async for piece in caller.stream(request, timeout_s=60.0):
             pieces.append(time.monotonic())
-            if event.HasField("answer"):
-                answer = event.answer
-    except grpc.RpcError as error:
-        return _Asked(prompt, began, tuple(pieces), failure=str(error.code()))
+            answer = piece.answer
+    except S2TError as error:
+        return _Asked(prompt=prompt, began=began, pieces=tuple(pieces), failure=str(error))
+    assert answer is not None
     return _Asked(
-        prompt,
-        began,
-        tuple(pieces),
-        tuple(answer.token_ids),
-        answer.versions.selector,
-        "" if answer.token_ids else "no answer",
+        prompt=prompt,
+        began=began,
+        pieces=tuple(pieces),
+        token_ids=answer.token_ids,
+        version=answer.versions.local_selector,
     )
 
 
@@ -306,11 +299,12 @@ async def _replay(
     address: str, versions: Sequence[str], concurrency: int
 ) -> dict[tuple[str, int], tuple[int, ...]]:
     """What each version answers when it is named."""
-    async with channels.open_channel(address, None) as channel:
-        stub = pb_grpc.GenerationServiceStub(channel)
+    target = Target(address)
+    async with target.open_channel() as channel:
+        caller = AsyncCaller(target, channel)
         asked = await bounded(
             [(i, name) for name in versions for i in range(PROMPTS)],
-            lambda item: _ask(stub, *item),
+            lambda item: _ask(caller, *item),
             concurrency,
         )
     return {(a.version, a.prompt): a.token_ids for a in asked}

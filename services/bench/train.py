@@ -228,7 +228,7 @@ def _time(
             selector, lambda: iter([training_loss(runtime, selector, rollouts, config)]), labels
         )
 
-    config = DistillSettings(*LIKE_FOR_LIKE)
+    config = _settings(LIKE_FOR_LIKE)
     theirs = _selector(runtime.model, reserved, config)
     sides = {
         PUBLISHED: timed(
@@ -240,7 +240,7 @@ def _time(
             len(groups),
         )
     }
-    sides |= {name: packed(DistillSettings(*SIDES[name])) for name in names}
+    sides |= {name: packed(_settings(SIDES[name])) for name in names}
     seconds = take_turns(sides, work.settings.repeats, on_turn)
     lengths = ", ".join(str(label.position) for _, label in groups)
     figures = [
@@ -338,13 +338,18 @@ class Memory:
     labels: int
 
 
+def _settings(side: tuple[SelectorKind, Reading]) -> DistillSettings:
+    kind, reads = side
+    return DistillSettings(kind=kind, reads=reads)
+
+
 def _peak_memory(work: Work, name: str) -> Memory:
     """Two training steps, the optimizer's included."""
     settings = work.settings
     torch.set_num_threads(settings.threads)
     loss: Callable[[], Tensor]
     if name == PUBLISHED:
-        config = DistillSettings(*LIKE_FOR_LIKE)
+        config = _settings(LIKE_FOR_LIKE)
         published = PublishedTrainer.load(settings.slm, settings.dtype, settings.device)
         rows = published.model.get_output_embeddings().weight.shape[0]
         reserved = reserved_ids(Tokenizer.load(resolve_model(settings.slm)), rows)
@@ -360,7 +365,7 @@ def _peak_memory(work: Work, name: str) -> Memory:
                 rollout.token_ids[: label.position], label, selector, _weights(config)
             )
     else:
-        config = DistillSettings(*SIDES[name])
+        config = _settings(SIDES[name])
         runtime, reserved = _load(settings)
         rollouts = synthetic_rollouts(replace(work, rollouts=1), runtime.vocab_rows, reserved)
         selector, labels = _selector(runtime.model, reserved, config), len(rollouts[0].labels)
@@ -426,7 +431,7 @@ def _equality(
     """Both ways on the same labels: L_sel of one rollout's labels, and L_sel + L_reg of a label at
     a rollout's end (there both take L_reg over the same positions; with more labels the published
     way counts early positions once per label, here they count once)."""
-    config = DistillSettings(*LIKE_FOR_LIKE)
+    config = _settings(LIKE_FOR_LIKE)
     (rollout,) = synthetic_rollouts(replace(work, rollouts=1), runtime.vocab_rows, reserved, seed=1)
     several = replace(rollout, labels=tuple(label for _, label in _spread([rollout], work.groups)))
     at_end = replace(

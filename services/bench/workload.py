@@ -207,7 +207,9 @@ def interleaved(
     eos_ids, models.slm.eos_ids = models.slm.eos_ids, frozenset()
     engines, live, seconds = {}, {}, dict.fromkeys(sides, 0.0)
     for name, (policies, selector) in sides.items():
-        engines[name] = engine = Engine(models.proposer, None, _always(selector), len(prompt_ids))
+        engines[name] = engine = Engine(
+            models.proposer, None, _always(selector), max_num_seqs=len(prompt_ids)
+        )
         live[name] = [
             engine.add(
                 DecodeRequest(
@@ -235,7 +237,7 @@ def interleaved(
 
 
 def with_llm(
-    models: Models, batch: int, max_draft_tokens: int = MAX_DRAFT_TOKENS, read_ahead_tokens: int = 0
+    models: Models, batch: int, max_draft_tokens: int = MAX_DRAFT_TOKENS
 ) -> Callable[[Proposer], Engine]:
     assert models.scorer is not None
     selector = InProcessSelector(models.scorer)
@@ -245,7 +247,6 @@ def with_llm(
         max_num_seqs=batch,
         selection_timeout_s=600.0,
         max_draft_tokens=max_draft_tokens,
-        read_ahead_tokens=read_ahead_tokens,
     )
 
 

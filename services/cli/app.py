@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,17 +30,12 @@ from s2t_shared.errors import (  # noqa: E402
     S2TError,
     VersionError,
 )
+from s2t_shared.requests import by_name, parse_mode  # noqa: E402
 from s2t_shared.types import (  # noqa: E402
-    CandidateRule,
-    DecodeOptions,
-    Mode,
-    Policy,
-    Prompt,
-    Proposals,
-    Sampling,
     Trigger,
 )
 from services.cli.bench import bench_app  # noqa: E402
+from services.cli.generate import generate  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
 from services.cli.options import (  # noqa: E402
@@ -49,7 +44,6 @@ from services.cli.options import (  # noqa: E402
     DataDir,
     Json,
     TokenFile,
-    pick,
     progress,
     settings,
     target,
@@ -127,116 +121,7 @@ def serve(
         print("stopped")
 
 
-@app.command()
-def generate(
-    slm: Annotated[str, typer.Option(help="folder or hub id of the SLM")],
-    input: Annotated[
-        Path, typer.Option(help='JSONL: {"id", and one of "prompt", "messages", "token_ids"}')
-    ],
-    output: Annotated[Path, typer.Option(help="JSONL, in input order")],
-    llm: Annotated[str | None, typer.Option(help="folder or hub id of the LLM")] = None,
-    mode: Annotated[
-        str, typer.Option(help="greedy, sample, s2t, s2t_local, takeover, llm, majority@N")
-    ] = "s2t",
-    trigger: Annotated[
-        str, typer.Option(help="entropy, kl, kl-reverse, margin, random, never, always")
-    ] = "entropy",
-    threshold: Annotated[float | None, typer.Option(help="trigger strictly above this")] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="share of steps that may trigger (default 0.01)")
-    ] = None,
-    candidates: Annotated[int, typer.Option(help="K, 1..64")] = 8,
-    candidate_ratio: Annotated[
-        float, typer.Option(help="adaptive: p >= ratio * p_max; 0: fixed K")
-    ] = 0.0,
-    proposals: Annotated[str, typer.Option(help="base or adapted")] = "base",
-    selector: Annotated[
-        str, typer.Option(help="none, live, a version's name, or its folder")
-    ] = "none",
-    max_new_tokens: Annotated[int, typer.Option(help="at least 1")] = 256,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="sequences in one batch")] = 8,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")] = None,
-    seed: Annotated[int, typer.Option(help="of sampling and of the random trigger")] = 0,
-    temperature: Annotated[float, typer.Option(help="of sample and majority")] = 0.7,
-    steps: Annotated[bool, typer.Option("--steps", help="also write the triggered steps")] = False,
-    calibration_prompts: Annotated[
-        Path | None, typer.Option(help="JSONL of training prompts to calibrate the budget on")
-    ] = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-) -> None:
-    """Answer a JSONL file in this process: no Ray, no Redis."""
-    from s2t_shared.types import GenerateRequest
-    from services.cli import generate
-
-    kind, samples = parse_mode(mode)
-    if budget is not None and threshold is not None:
-        raise InvalidRequestError("give --threshold or --budget, not both")
-    if batch_size < 1:
-        raise InvalidRequestError(f"--batch-size={batch_size}: must be at least 1")
-    policy = Policy(
-        mode=kind,
-        trigger=pick(Trigger, trigger, "--trigger"),
-        threshold=threshold if threshold is not None else 0.0,
-        candidates=CandidateRule(candidates, candidate_ratio),
-        proposals=pick(Proposals, proposals, "--proposals"),
-    )
-    template = GenerateRequest(
-        request_id="",
-        prompt=Prompt(),
-        budget=(budget if budget is not None else 0.01) if threshold is None else None,
-        samples=samples,
-        options=DecodeOptions(
-            policy=policy, sampling=Sampling(temperature, seed=seed), max_new_tokens=max_new_tokens
-        ),
-    )
-    if policy.needs_llm and llm is None:
-        raise InvalidRequestError(
-            f"mode {mode!r} with trigger {trigger!r} asks the LLM; give --llm"
-        )
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-    loaded = generate.load_models(
-        slm,
-        llm,
-        selector,
-        resolved.versions,
-        dtype,
-        device,
-        batch_size,
-        threads or os.cpu_count() or 1,
-    )
-    template = generate.resolve_thresholds(
-        template, loaded, calibration_prompts, lambda line: print(f"s2t: {line}", file=sys.stderr)
-    )
-    with progress(count_lines(input), "answers") as advance:
-        failed = generate.generate_file(loaded, template, input, output, steps, advance)
-    if failed:
-        print(
-            f"s2t: {failed} of the input lines failed, see above; the others are in {output}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1)
-
-
-def parse_mode(text: str) -> tuple[Mode, int]:
-    """ "majority@8" -> (MAJORITY, 8). Raises InvalidRequestError."""
-    name, at, number = text.partition("@")
-    kind: Mode = pick(Mode, name, "--mode")
-    if at and (kind is not Mode.MAJORITY or not number.isdigit()):
-        raise InvalidRequestError(
-            f"--mode={text!r}: only majority takes a number, as in majority@8"
-        )
-    return kind, int(number) if at else 8
-
-
-def count_lines(file: Path) -> int:
-    try:
-        with file.open("rb") as stream:
-            return sum(1 for _ in stream)
-    except OSError:
-        return 0  # the command itself reports the file
+app.command()(generate)
 
 
 app.command()(harvest)
@@ -269,20 +154,21 @@ def evaluate(
     """Compare modes on the same problems through a running service."""
     from services import evaluation
 
-    items = evaluation.load_problems(problems, count, settings(config).defaults.answer_pattern)
-    where, results = target(address, config, token_file), []
+    defaults = settings(config).defaults
+    items = evaluation.load_problems(problems, count, defaults.answer_pattern)
+    service = target(address, config, token_file)
+    results = []
     for name in modes.split(","):
-        kind, _ = parse_mode(name.strip())
-        triggered = kind in (Mode.S2T, Mode.S2T_LOCAL, Mode.TAKEOVER)
-        spec = evaluation.ModeSpec(
-            name.strip(),
-            pick(Trigger, trigger, "--trigger").value if triggered else "",
-            budget if triggered else None,
-        )
+        mode, _ = parse_mode(name.strip())
+        spec = evaluation.ModeSpec(name=name.strip(), candidates=defaults.candidates)
+        if mode.can_trigger:
+            known = by_name(Trigger, trigger, "--trigger")
+            spec = replace(spec, trigger=known.value, budget=budget)
         with progress(len(items), spec.label, json_out) as advance:
-            results.append(
-                evaluation.run_mode(where, spec, items, max_new_tokens, seed, on_answer=advance)
+            result = evaluation.run_mode(
+                service, spec, items, max_new_tokens, seed, on_answer=advance
             )
+        results.append(result)
     if json_out:
         print(json.dumps(evaluation.as_rows(results)))
         return

@@ -176,9 +176,6 @@ def kl(
     budget: Budget = 0.01,
     batch: Batch = 1,
     answers: Annotated[int, typer.Option(help="prompts in all")] = 4,
-    read_ahead: Annotated[
-        int, typer.Option(help="also: entropy with contexts told ahead every N tokens")
-    ] = 0,
     lockstep: Annotated[
         bool, typer.Option(help="also once token by token, to compare the tokens")
     ] = True,
@@ -204,7 +201,7 @@ def kl(
         device=device,
     )
     with ticks() as tick:
-        report = bench_kl(made, batch, answers, read_ahead, lockstep, tick)
+        report = bench_kl(made, batch, answers, lockstep, tick)
     show(report, json_out)
 
 

@@ -1,243 +1,239 @@
-"""`s2t generate`: the whole method in this process, from a JSONL file to a JSONL file. No Ray, no
-Redis, no network."""
+"""`s2t generate`: the whole method in this process, from a JSONL file to a JSONL file.
+
+No Ray, no Redis, no network.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-import torch
+import typer
 
-from s2t_shared.data.prompts import read_prompts
-from s2t_shared.decode.calibrate import (
-    calibration_prompts,
-    load_calibration,
-    measure_calibration,
-    store_calibration,
-)
-from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator, check_request, with_thresholds
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
-from s2t_shared.decode.proposer import Proposer
-from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, VersionError
-from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
-from s2t_shared.policy import CALIBRATED, Calibration, check_policy
-from s2t_shared.types import Answer, GenerateRequest, Prompt
-from s2t_shared.versions.manifest import MANIFEST
-from s2t_shared.versions.registry import Registry, load_version
-
-CACHE = Path("~/.cache/s2t/calibration")
-KV_BYTES = 4 << 30  # of each model; taken as it is needed
+from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
+from s2t_shared.requests import by_name, new_request
+from s2t_shared.types import Answer, GenerateRequest, Prompt, Proposals, Sampling, Step
+from services.cli.options import ConfigFile, DataDir, progress, settings
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Models in this process, ready to generate."""
-
-    generator: Generator
-    calibration_folder: Path
-    selector: LocalSelector | None = None
-
-    def calibration(
-        self,
-        needs_llm: bool,
-        max_new_tokens: int = 64,
-        count: int = 32,
-        prompts: Path | None = None,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> Calibration:
-        """Thresholds of this pair, measured once and then kept (the KL triggers need the LLM)."""
-        g = self.generator
-        slm, llm = g.engine.proposer.runtime.digest, g.llm_digest
-        if needs_llm and not llm:
-            raise InvalidRequestError(
-                "a KL budget needs the LLM for calibration; give --llm, or --threshold"
-            )
-        if prompts is None and (known := load_calibration(self.calibration_folder, slm, llm)):
-            return known
-        training = calibration_prompts(g.tokenizer, count, prompts)
-        say(f"calibrating thresholds on {len(training)} training prompts (kept for the next run)")
-        calibration = measure_calibration(g, training, max_new_tokens, bool(llm))
-        store_calibration(self.calibration_folder, slm, llm, calibration)
-        return calibration
-
-
-def load_models(
-    slm: str,
-    llm: str | None,
-    selector: str,
-    versions: Path,
-    dtype: str,
-    device: str,
-    batch_size: int,
-    threads: int,
-    chat_template: str | None = None,
-) -> Loaded:
-    """SLM, optional LLM and optional local selector, in one engine.
-
-    Raises:
-        ModelLoadError, TokenizerMismatchError, VersionError.
-    """
-    torch.set_num_threads(threads)
-    folder = resolve_model(slm)
-    tokenizer = Tokenizer.load(folder, chat_template)
-    scorer = None
-    if llm is not None:
-        llm_tokenizer = Tokenizer.load(resolve_model(llm))
-        check_same_tokenizer(tokenizer, llm_tokenizer)
-        scorer = LLMSelector(ModelRuntime.load(llm, dtype, device, KV_BYTES), llm_tokenizer.digest)
-    runtime = ModelRuntime.load(slm, dtype, device, KV_BYTES)
-    local = load_selector(selector, versions, runtime, tokenizer)
-    engine = Engine(
-        Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
-        InProcessSelector(scorer) if scorer else None,
-        lambda version: local,
-        batch_size,
+def generate(
+    slm: Annotated[str, typer.Option(help="folder or hub id of the SLM")],
+    input: Annotated[
+        Path, typer.Option(help='JSONL: {"id", and one of "prompt", "messages", "token_ids"}')
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL, in input order")],
+    llm: Annotated[str | None, typer.Option(help="folder or hub id of the LLM")] = None,
+    mode: Annotated[
+        str, typer.Option(help="greedy, sample, s2t, s2t_local, takeover, llm, majority@N")
+    ] = "s2t",
+    trigger: Annotated[
+        str, typer.Option(help="entropy, kl, kl-reverse, margin, random, never, always")
+    ] = "entropy",
+    threshold: Annotated[float | None, typer.Option(help="trigger strictly above this")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="share of steps that may trigger (default 0.01)")
+    ] = None,
+    candidates: Annotated[int, typer.Option(help="K, 1..64")] = 8,
+    candidate_ratio: Annotated[
+        float, typer.Option(help="adaptive: p >= ratio * p_max; 0: fixed K")
+    ] = 0.0,
+    proposals: Annotated[str, typer.Option(help="base or adapted")] = "base",
+    selector: Annotated[
+        str, typer.Option(help="none, live, a version's name, or its folder")
+    ] = "none",
+    max_new_tokens: Annotated[int, typer.Option(help="at least 1")] = 256,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="sequences in one batch")] = 8,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling and of the random trigger")] = 0,
+    temperature: Annotated[float, typer.Option(help="of sample and majority")] = 0.7,
+    steps: Annotated[bool, typer.Option("--steps", help="also write the triggered steps")] = False,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of training prompts to calibrate the budget on")
+    ] = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Answer a JSONL file in this process: no Ray, no Redis."""
+    if budget is not None and threshold is not None:
+        raise InvalidRequestError("give --threshold or --budget, not both")
+    if batch_size < 1:
+        raise InvalidRequestError(f"--batch-size={batch_size}: must be at least 1")
+    template = new_request(
+        Prompt(),
+        mode,
+        trigger=trigger,
+        budget=budget,
+        threshold=threshold,
+        candidates=candidates,
+        candidate_ratio=candidate_ratio,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, seed=seed),
+        steps=True,
     )
-    return Loaded(
-        Generator(tokenizer, engine, scorer.info.digest if scorer else ""),
-        CACHE.expanduser(),
-        local,
-    )
-
-
-def load_selector(
-    name: str, versions: Path, runtime: ModelRuntime, tokenizer: Tokenizer
-) -> LocalSelector | None:
-    """ "none", a published version's name, "live", or a version's folder."""
-    if name == "none":
-        return None
-    folder = Path(name).expanduser()
-    if (folder / MANIFEST).is_file() or folder.is_dir():
-        return load_version(folder, runtime, tokenizer.digest)
-    registry = Registry(versions)
-    version = registry.live() if name == "live" else name
-    if version is None:
-        raise VersionError(
-            "no version is live in the registry; train one, or name a version or folder"
+    template = _with_proposals(template, by_name(Proposals, proposals, "--proposals"))
+    if template.options.policy.needs_llm and llm is None:
+        raise InvalidRequestError(
+            f"mode {mode!r} with trigger {trigger!r} asks the LLM; give --llm"
         )
-    return registry.load(version, runtime, tokenizer.digest)
+    from s2t_shared.pair import Pair
+
+    pair = Pair.open(
+        slm,
+        llm,
+        None if selector == "none" else selector,
+        versions=settings(config, data_dir=str(data_dir) if data_dir else None).versions,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+    )
+    template = pair.with_thresholds(template, calibration_prompts, _say)
+    with progress(count_lines(input), "answers") as advance:
+        failed = generate_file(pair, template, input, output, steps, advance)
+    if failed:
+        _say(f"{failed} of the input lines failed, see above; the others are in {output}")
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    print(f"s2t: {line}", file=sys.stderr)
+
+
+def _with_proposals(request: GenerateRequest, proposals: Proposals) -> GenerateRequest:
+    policy = replace(request.options.policy, proposals=proposals)
+    return replace(request, options=replace(request.options, policy=policy))
+
+
+def count_lines(file: Path) -> int:
+    """Lines of a file; 0 where it cannot be read (the command itself reports that)."""
+    try:
+        with file.open("rb") as stream:
+            return sum(1 for _ in stream)
+    except OSError:
+        return 0
 
 
 def generate_file(
-    loaded: Loaded,
+    pair: Any,
     template: GenerateRequest,
     source: Path,
     target: Path,
     with_steps: bool,
     on_answer: Callable[[], None] = lambda: None,
 ) -> int:
-    """Answer every line of `source` into `target`, in input order, written as soon as the order
-    allows. `template`: everything but id and prompt. Returns how many lines failed; each failure is
-    reported on stderr with its number.
+    """Answer every line of `source` into `target`, in input order, as soon as the order allows.
 
-    Raises: ConfigError: a file cannot be read or written. InvalidRequestError: the settings
-        themselves are wrong.
+    template: everything but id and prompt. Returns how many lines failed; each failure is reported
+    on stderr with its line number.
+
+    Raises:
+        ConfigError: a file cannot be read or written.
+        InvalidRequestError: the settings themselves are wrong.
     """
-    check_policy(template.policy)
+    from s2t_shared.data.prompts import read_prompts
+    from s2t_shared.decode.generate import check_request
+    from s2t_shared.policy import check_policy
+
+    check_policy(template.options.policy)
     check_request(template)
     rows = list(read_prompts(source))
-    order: dict[str, int] = {}
-    outcomes: dict[int, Answer | S2TError] = {}
-    for index, (row, prompt) in enumerate(rows):
-        if isinstance(prompt, InvalidRequestError):
-            outcomes[index] = prompt
-        else:
-            order[row["id"]] = index
-
-    def requests() -> Iterator[GenerateRequest]:
-        for row, prompt in rows:
-            if isinstance(prompt, Prompt):
-                yield with_prompt(template, str(row["id"]), prompt)
-
-    failed = written = 0
+    index_of: dict[str, int] = {}
     with open_output(target) as stream:
+        writer = _OrderedWriter(rows, stream, with_steps)
+        for index, (row, prompt) in enumerate(rows):
+            if isinstance(prompt, InvalidRequestError):
+                writer.add(index, prompt)
+            else:
+                index_of[row["id"]] = index
 
-        def write_ready() -> None:
-            nonlocal failed, written
-            while written in outcomes:
-                row, outcome = rows[written][0], outcomes.pop(written)
-                if isinstance(outcome, S2TError):
-                    failed += 1
-                    text = str(outcome)
-                    print(
-                        text if text.startswith("line ") else f"line {row['line']}: {text}",
-                        file=sys.stderr,
-                    )
-                else:
-                    stream.write(
-                        json.dumps(answer_row(row["id"], outcome, with_steps), ensure_ascii=False)
-                        + "\n"
-                    )
-                written += 1
+        def requests() -> Iterator[GenerateRequest]:
+            for row, prompt in rows:
+                if isinstance(prompt, Prompt):
+                    yield replace(template, request_id=str(row["id"]), prompt=prompt)
 
-        write_ready()
-        for request, outcome in loaded.generator.generate(requests()):
-            outcomes[order[request.request_id]] = outcome
+        for request, outcome in pair.run(requests()):
             on_answer()
-            write_ready()
-    return failed
+            writer.add(index_of[request.request_id], outcome)
+    return writer.failed
 
 
-def with_prompt(template: GenerateRequest, request_id: str, prompt: Prompt) -> GenerateRequest:
-    return replace(template, request_id=request_id, prompt=prompt)
+class _OrderedWriter:
+    """Writes outcomes in input order, whatever the order they come in."""
+
+    def __init__(self, rows: list[Any], stream: TextIO, with_steps: bool) -> None:
+        self._rows = rows
+        self._stream = stream
+        self._with_steps = with_steps
+        self._waiting: dict[int, Answer | S2TError] = {}
+        self._written = 0
+        self.failed = 0
+
+    def add(self, index: int, outcome: Answer | S2TError) -> None:
+        self._waiting[index] = outcome
+        while self._written in self._waiting:
+            row, _ = self._rows[self._written]
+            self._write(row, self._waiting.pop(self._written))
+            self._written += 1
+
+    def _write(self, row: dict[str, Any], outcome: Answer | S2TError) -> None:
+        if isinstance(outcome, Answer):
+            line = answer_row(row["id"], outcome, self._with_steps)
+            self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            return
+        self.failed += 1
+        text = str(outcome)
+        if not text.startswith("line "):
+            text = f"line {row['line']}: {text}"
+        print(text, file=sys.stderr)
 
 
 def open_output(target: Path) -> TextIO:
+    """Open a file to write.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
         return target.open("w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output {str(target)!r} cannot be written: {error.strerror}") from error
 
 
-def resolve_thresholds(
-    template: GenerateRequest, loaded: Loaded, prompts: Path | None, say: Callable[[str], None]
-) -> GenerateRequest:
-    """The template with its budget turned into a threshold: the version's own calibration if it has
-    one, else the pair's, measured on training prompts."""
-    policy = template.policy
-    if template.budget is None or not policy.can_trigger or policy.trigger not in CALIBRATED:
-        return with_thresholds(template, Calibration({}))
-    if (
-        loaded.selector is not None
-        and prompts is None
-        and policy.trigger in loaded.selector.calibration.thresholds
-    ):
-        return with_thresholds(template, loaded.selector.calibration)
-    return with_thresholds(
-        template, loaded.calibration(policy.trigger.needs_llm, prompts=prompts, say=say)
-    )
-
-
 def answer_row(request_id: Any, answer: Answer, with_steps: bool) -> dict[str, Any]:
-    """One output line."""
+    """One output line. Its keys are a contract: other tools read them."""
+    versions = answer.versions
     row: dict[str, Any] = {
         "id": request_id,
         "token_ids": list(answer.token_ids),
         "text": answer.text,
         "finish_reason": answer.finish_reason.value,
         "usage": asdict(answer.usage),
-        "versions": asdict(answer.versions),
+        "versions": {
+            "slm": versions.slm,
+            "llm": versions.llm,
+            "selector": versions.local_selector,
+        },
     }
     if with_steps:
-        row["steps"] = [
-            {
-                "index": s.index,
-                "token_id": s.token_id,
-                "signal": s.signal,
-                "candidate_ids": list(s.candidate_ids),
-                "scores": list(s.scores),
-                "chosen_by": s.chosen_by.value,
-                "slm_top_id": s.slm_top_id,
-                "llm_top_id": s.llm_top_id,
-            }
-            for s in answer.steps
-            if s.triggered
-        ]
+        row["steps"] = [step_row(step) for step in answer.steps if step.triggered]
     return row
+
+
+def step_row(step: Step) -> dict[str, Any]:
+    """A triggered Step of an output line."""
+    return {
+        "index": step.index,
+        "token_id": step.token_id,
+        "signal": step.signal,
+        "candidate_ids": list(step.candidate_ids),
+        "scores": list(step.scores),
+        "chosen_by": step.chosen_by.value,
+        "slm_top_id": step.slm_top_id,
+        "llm_top_id": step.llm_top_id,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.requests import by_name
 from s2t_shared.types import LabelRule, Trigger
 from services.cli.options import (
     Address,
@@ -23,14 +23,13 @@ from services.cli.options import (
     DataDir,
     Json,
     TokenFile,
-    pick,
     settings,
     show,
     target,
 )
 
 if TYPE_CHECKING:
-    from s2t_shared.decode.generate import Generator
+    from s2t_shared.pair import Pair
 
 LINE_EVERY_S = 30.0
 POSITIONS = {
@@ -101,8 +100,13 @@ def harvest(
     stopped."""
     from s2t_shared.data.prompts import PromptSource
     from s2t_shared.labels.lake import Lake
-    from services.harvest.harvest import harvest as harvesting
-    from services.harvest.rollouts import ByService, HarvestOptions, InProcess, RolloutSource
+    from services.harvest import run as harvesting
+    from services.harvest.rollouts import (
+        HarvestOptions,
+        PairRollouts,
+        RolloutSource,
+        ServiceRollouts,
+    )
 
     for stop in (
         signal.SIGINT,
@@ -111,7 +115,7 @@ def harvest(
         signal.signal(stop, signal.default_int_handler)
     if positions not in POSITIONS:
         raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
-    source = PromptSource(
+    prompt_source = PromptSource(
         source=prompts,
         split=split,
         id_column=id_column,
@@ -120,7 +124,7 @@ def harvest(
         system=system,
         chat=chat or system is not None,
     )
-    asked = harvesting.prompts_of(source, limit, say)
+    asked = harvesting.prompts_of(prompt_source, limit, say)
     rules = tuple(_rule(text) for text in threshold or ())
     options = HarvestOptions(
         task=task,
@@ -133,22 +137,21 @@ def harvest(
         intervene=intervene,
         calibrate_on=calibrate_on,
     )
-    roller: RolloutSource
+    source: RolloutSource
     if slm or llm:
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        roller, lake = (
-            InProcess(_load(slm, llm, dtype, device, batch_size, threads, chat_template)),
-            out,
-        )
+        source = PairRollouts(_load(slm, llm, dtype, device, batch_size, threads, chat_template))
+        lake = out
     else:
         resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-        roller = ByService(target(address, config, token_file), out is not None, concurrency)
+        service = target(address, config, token_file)
+        source = ServiceRollouts(service, out is not None, concurrency)
         lake = out or resolved.lake
     try:
         with reporting(asked.total, json_out) as on_progress:
             outcome = harvesting.harvest(
-                roller, asked, Lake(lake), options, on_progress, say, again
+                source, asked, Lake(lake), options, on_progress, say, again
             )
     except KeyboardInterrupt:
         print(
@@ -198,20 +201,18 @@ def _load(
     batch_size: int,
     threads: int | None,
     chat_template: Path | None,
-) -> Generator:
-    from services.cli import generate
+) -> Pair:
+    from s2t_shared.pair import Pair
 
-    return generate.load_models(
+    return Pair.open(
         slm,
         llm,
-        "none",
-        Path("."),
-        dtype,
-        device,
-        batch_size,
-        threads or os.cpu_count() or 1,
-        _text_of(chat_template),
-    ).generator
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+        chat_template=_text_of(chat_template),
+    )
 
 
 def _rule(text: str) -> LabelRule:
@@ -220,7 +221,7 @@ def _rule(text: str) -> LabelRule:
         number = float(value)
     except ValueError:
         equals, number = "", 0.0
-    trigger = pick(Trigger, name, "--threshold")
+    trigger = by_name(Trigger, name, "--threshold")
     if not equals or trigger not in (Trigger.KL, Trigger.ENTROPY):
         raise InvalidRequestError(f"--threshold={text!r}: write kl=NUMBER or entropy=NUMBER (nats)")
     return LabelRule(trigger, number)
@@ -253,7 +254,7 @@ def reporting(total: int | None, quiet: bool) -> Iterator[Any]:
             task = bar.add_task("prompts", total=total, rate="")
             clock = _Clock()
             yield lambda outcome: bar.update(
-                task, completed=outcome.heard, rate=clock.rate(outcome)
+                task, completed=outcome.answered, rate=clock.rate(outcome)
             )
     else:
         clock = _Clock()
@@ -262,7 +263,7 @@ def reporting(total: int | None, quiet: bool) -> Iterator[Any]:
             if clock.due():
                 left = clock.left(outcome, total)
                 print(
-                    f"s2t: {outcome.heard} of {total if total is not None else '?'} prompts, {clock.rate(outcome)}"
+                    f"s2t: {outcome.answered} of {total if total is not None else '?'} prompts, {clock.rate(outcome)}"
                     f"{f', about {left / 60:.0f} min left' if left is not None else ''}",
                     file=sys.stderr,
                     flush=True,
@@ -289,7 +290,7 @@ class _Clock:
         return f"{outcome.labels:,} labels, {outcome.new_labels / seconds:.1f} labels/s"
 
     def left(self, outcome: Any, total: int | None) -> float | None:
-        done = outcome.heard - outcome.resumed
+        done = outcome.answered - outcome.resumed
         if total is None or not done:
             return None
-        return (total - outcome.heard) / done * (time.monotonic() - self._began)
+        return (total - outcome.answered) / done * (time.monotonic() - self._began)

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError
+from s2t_shared.requests import by_name
 from services.cli.options import (
     ConfigFile,
     DataDir,
     Json,
-    pick,
     progress,
     settings,
     show,
@@ -153,7 +153,7 @@ def export(
     """Write the labels, one a row, as a data set that datasets.load_dataset(FOLDER) reads."""
     from s2t_shared.labels.export import SPLITS, ExportFormat, export_labels
 
-    kind = pick(ExportFormat, format, "--format")
+    kind = by_name(ExportFormat, format, "--format")
     opened, _ = _open(lake, None, None)
     tokenizer = None
     if with_text is not None:

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.config import Config, load_config
-from s2t_shared.errors import InvalidRequestError
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
@@ -41,19 +40,6 @@ def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
 
 def settings(config: Path | None, **overrides: Any) -> Config:
     return load_config(config, {key.replace("__", "."): value for key, value in overrides.items()})
-
-
-def pick(kind: type[Any], name: str, option: str) -> Any:
-    """An enum member by its name on the command line.
-
-    Raises:
-        InvalidRequestError: unknown, listing the known ones.
-    """
-    try:
-        return kind(name.replace("-", "_"))
-    except ValueError:
-        known = ", ".join(member.value for member in kind)
-        raise InvalidRequestError(f"{option}={name!r}: unknown; choose from {known}") from None
 
 
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:

@@ -1,7 +1,7 @@
 """Who makes a harvest's rollouts: both models in this process, or a running service.
 
 A `RolloutSource` takes prompts and gives scored rollouts with their labels, in any order. What is
-done and kept, `harvest` knows.
+done and what is kept, `run` knows.
 """
 
 from __future__ import annotations
@@ -10,17 +10,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
-
-import grpc
-import grpc.aio
 
 from s2t_shared.decode.generate import Generator
 from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError, StoreError
-from s2t_shared.labels.label import Digests, Label, Rollout, rollout_of
-from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
+from s2t_shared.labels.label import Digests, Rollout, rollout_of
+from s2t_shared.pair import Pair
 from s2t_shared.types import (
     Answer,
     CandidateRule,
@@ -33,25 +28,25 @@ from s2t_shared.types import (
     Prompt,
     Trigger,
 )
-from services.rpc import channels, wire
-from services.rpc.ask_many import Target, prompt_fields
+from services.rpc.ask_many import AsyncCaller, Target, describe
 
 TRIGGERS = (Trigger.ENTROPY, Trigger.KL)
-RETRIED = (
-    SelectorUnavailableError,
-    OverloadedError,
-    StoreError,
-)  # of a service: somebody is away, and will be back
+# Of a service: somebody is away, and will be back.
+RETRIED = (SelectorUnavailableError, OverloadedError, StoreError)
 MAX_PAUSE_S = 10.0
 WINDOW = 64  # rollouts queued at once in this process
+ROLLOUTS_PER_PROPOSER = 64  # asked of a service at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestOptions:
-    """`triggers`: a position becomes a label when one of them lies in the top `budget` of all
-    positions, or above its threshold in `thresholds`, when they are given. `candidates`: K.
-    `intervene`: S2T rollouts instead of greedy ones, selecting by KL where that is among the
-    triggers. `calibrate_on`: first prompts that give the thresholds."""
+    """What becomes a label.
+
+    triggers: a position becomes a label when one of them lies in the top `budget` of all positions.
+    thresholds: instead of triggers and budget, a label lies above one of these.
+    candidates: K. intervene: S2T rollouts instead of greedy ones, selecting by KL where that is
+    among the triggers. calibrate_on: how many first prompts give the thresholds.
+    """
 
     task: str = ""
     split: str = "train"
@@ -63,15 +58,10 @@ class HarvestOptions:
     intervene: bool = False
     calibrate_on: int = 64
 
-    def label_options(self, problem_id: str, rules: tuple[LabelRule, ...]) -> LabelOptions:
-        return LabelOptions(
-            store=True, task=self.task, problem_id=problem_id, split=self.split, rules=rules
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """One rollout to make. `calibrating`: greedy, every position a label."""
+    """One rollout to make. calibrating: a greedy one, of which every position is a label."""
 
     request_id: str
     problem_id: str
@@ -80,243 +70,213 @@ class RolloutRequest:
     calibrating: bool = False
 
 
+@dataclass(frozen=True)
+class RolloutCounts:
+    """A rollout that a service has stored: labels and tokens of its answer."""
+
+    labels: int
+    tokens: int
+
+
+Outcome = Rollout | RolloutCounts | S2TError
+OnRollout = Callable[[RolloutRequest, Outcome], None]
+
+
 class RolloutSource(Protocol):
-    """Makes rollouts. `keeps`: whether the labels are the caller's to keep (else the service has
-    stored them). precision: of the arithmetic, where it is known."""
+    """Makes rollouts.
+
+    returns_labels: labels come back, for the caller to keep; else a service has stored them.
+    precision: of the arithmetic, where it is known.
+    """
 
     digests: Digests
     precision: str
-    keeps: bool
+    returns_labels: bool
 
     def make_rollouts(
         self,
-        asked: Iterable[RolloutRequest],
+        requests: Iterable[RolloutRequest],
         options: HarvestOptions,
-        on_rollout: Callable[[RolloutRequest, Rollout | S2TError], None],
+        on_rollout: OnRollout,
     ) -> None:
-        """Call `on_rollout` for each, in any order. What was not stored by a service is a full
-        Rollout; otherwise it has counts only."""
+        """Call `on_rollout` with each outcome, in any order.
+
+        A rollout that a service has stored comes as `RolloutCounts`.
+        """
 
 
-def _policy(asked: RolloutRequest, options: HarvestOptions) -> Policy:
-    rule = CandidateRule(options.candidates)
-    if asked.calibrating or not options.intervene:
-        return Policy(candidates=rule)
-    selecting = next((r for r in asked.rules if r.trigger is Trigger.KL), asked.rules[0])
-    return Policy(
-        mode=Mode.S2T, trigger=selecting.trigger, threshold=selecting.threshold, candidates=rule
+def generate_request(
+    request: RolloutRequest, options: HarvestOptions, labels: LabelOptions
+) -> GenerateRequest:
+    """The answer that is to be made and scored."""
+    decode = DecodeOptions(
+        policy=_policy(request, options),
+        max_new_tokens=options.max_new_tokens,
+        version="",
+        score_rollout=True,
+    )
+    return GenerateRequest(
+        request_id=request.request_id, prompt=request.prompt, options=decode, labels=labels
     )
 
 
-class InProcess:
-    """Both models in this process."""
+def _policy(request: RolloutRequest, options: HarvestOptions) -> Policy:
+    rule = CandidateRule(options.candidates)
+    if request.calibrating or not options.intervene:
+        return Policy(candidates=rule)
+    by_kl = [rule for rule in request.rules if rule.trigger is Trigger.KL]
+    selecting = (by_kl or request.rules)[0]
+    return Policy(
+        mode=Mode.S2T,
+        trigger=selecting.trigger,
+        threshold=selecting.threshold,
+        candidates=rule,
+    )
 
-    keeps = True
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
-        self.precision = str(generator.engine.proposer.runtime.model.dtype)
+class PairRollouts:
+    """Rollouts of both models in this process."""
+
+    returns_labels = True
+
+    def __init__(self, pair: Pair) -> None:
+        self._generator: Generator = pair.generator
+        self.precision = str(pair.dtype)
         self.digests = Digests(
-            generator.engine.proposer.runtime.digest,
-            generator.llm_digest,
-            generator.tokenizer.digest,
-            generator.tokenizer.template_digest,
+            pair.engine.proposer.info.digest,
+            pair.llm_digest,
+            pair.tokenizer.digest,
+            pair.tokenizer.template_digest,
         )
 
     def make_rollouts(
         self,
-        asked: Iterable[RolloutRequest],
+        requests: Iterable[RolloutRequest],
         options: HarvestOptions,
-        on_rollout: Callable[[RolloutRequest, Rollout | S2TError], None],
+        on_rollout: OnRollout,
     ) -> None:
         waiting: dict[str, RolloutRequest] = {}
 
-        def requests() -> Iterator[GenerateRequest]:
-            for a in asked:
-                waiting[a.request_id] = a
-                yield GenerateRequest(
-                    request_id=a.request_id,
-                    prompt=a.prompt,
-                    labels=options.label_options(a.problem_id, a.rules),
-                    options=DecodeOptions(
-                        policy=_policy(a, options),
-                        score_rollout=True,
-                        version="",
-                        max_new_tokens=options.max_new_tokens,
-                    ),
+        def asked() -> Iterator[GenerateRequest]:
+            for request in requests:
+                waiting[request.request_id] = request
+                labels = LabelOptions(
+                    store=True,
+                    task=options.task,
+                    problem_id=request.problem_id,
+                    split=options.split,
+                    rules=request.rules,
                 )
+                yield generate_request(request, options, labels)
 
-        for request, answer in self._generator.generate(requests(), window=WINDOW):
-            a = waiting.pop(request.request_id)
-            on_rollout(a, self._rollout(a, request, answer, options))
+        for question, answer in self._generator.generate(asked(), window=WINDOW):
+            request = waiting.pop(question.request_id)
+            on_rollout(request, self._rollout(question, answer, options))
 
     def _rollout(
-        self,
-        asked: RolloutRequest,
-        request: GenerateRequest,
-        answer: Answer | S2TError,
-        options: HarvestOptions,
+        self, question: GenerateRequest, answer: Answer | S2TError, options: HarvestOptions
     ) -> Rollout | S2TError:
         if isinstance(answer, S2TError):
             return answer
-        if answer.usage.degraded_steps:
-            return SelectorUnavailableError(next(s.degraded for s in answer.steps if s.degraded))
-        prompt_ids = self._generator.tokenizer.encode(request.prompt)
+        degraded = [step.degraded for step in answer.steps if step.degraded]
+        if degraded:
+            return SelectorUnavailableError(degraded[0])
         return rollout_of(
-            prompt_ids,
+            self._generator.tokenizer.encode(question.prompt),
             answer.steps,
-            request.policy.candidates,
-            request.labels,
+            question.options.policy.candidates,
+            question.labels,
             self.digests,
-            asked.request_id,
+            question.request_id,
             "intervened" if options.intervene else "plain",
         )
 
 
-class ByService:
-    """A running service, asked over gRPC. `collect`: its labels come back to be kept here; else
-    they go the way of all its labels, into its store and lake, and are done when they are durable
-    there.
+class ServiceRollouts:
+    """Rollouts of a running service, asked over gRPC.
 
-    Whoever of the service is away is waited for, up to `patience_s` without any answer.
+    returns_labels: labels come back to be kept here. Otherwise they go the way of all the service's
+    labels, into its store and lake, and a rollout is done when its labels are durable there.
+    Whoever of the service is away is waited for, up to `patience_s` seconds without any answer.
     """
 
     def __init__(
-        self, target: Target, collect: bool, concurrency: int = 0, patience_s: float = 600.0
+        self,
+        target: Target,
+        returns_labels: bool,
+        concurrency: int = 0,
+        patience_s: float = 600.0,
     ) -> None:
-        self._target, self.keeps, self._patience_s = target, collect, patience_s
-        with channels.open_channel(
-            target.address, Path(target.authority) if target.authority else None, False
-        ) as channel:
-            try:
-                d = pb_grpc.GenerationServiceStub(channel).DescribeService(
-                    pb.DescribeServiceRequest(),
-                    timeout=30,
-                    metadata=channels.call_metadata(target.token),
-                )
-            except grpc.RpcError as error:
-                raise wire.error_of(error) from error
-        if not d.llm_digest:
+        """concurrency: rollouts asked at once; 0: as many as the proposers can take.
+
+        Raises:
+            SelectorUnavailableError: the service cannot be asked, or has no LLM.
+        """
+        self._target = target
+        self._patience_s = patience_s
+        self.returns_labels = returns_labels
+        service = describe(target)
+        if not service.llm_digest:
             raise SelectorUnavailableError(
-                "the service has no LLM to select with (llm_digest is empty); start a "
-                "selector, then harvest"
+                "the service has no LLM to select with (llm_digest is empty); start a selector, "
+                "then harvest"
             )
         self.precision = ""
-        self.digests = Digests(d.slm_digest, d.llm_digest, d.tokenizer_digest, d.template_digest)
-        self._concurrency = concurrency or 64 * max(1, d.proposers)
+        self.digests = Digests(
+            service.slm_digest,
+            service.llm_digest,
+            service.tokenizer_digest,
+            service.template_digest,
+        )
+        self._concurrency = concurrency or ROLLOUTS_PER_PROPOSER * max(1, service.proposers)
+        self._answered_at = time.monotonic()
 
     def make_rollouts(
         self,
-        asked: Iterable[RolloutRequest],
+        requests: Iterable[RolloutRequest],
         options: HarvestOptions,
-        on_rollout: Callable[[RolloutRequest, Rollout | S2TError], None],
+        on_rollout: OnRollout,
     ) -> None:
-        asyncio.run(self._roll(iter(asked), options, on_rollout))
+        asyncio.run(self._make_rollouts(iter(requests), options, on_rollout))
 
-    async def _roll(
-        self,
-        asked: Iterator[RolloutRequest],
-        options: HarvestOptions,
-        on_rollout: Callable[[RolloutRequest, Rollout | S2TError], None],
+    async def _make_rollouts(
+        self, requests: Iterator[RolloutRequest], options: HarvestOptions, on_rollout: OnRollout
     ) -> None:
-        authority = Path(self._target.authority) if self._target.authority else None
-        self._heard_at = time.monotonic()
-        async with channels.open_channel(self._target.address, authority) as channel:
-            stub = pb_grpc.GenerationServiceStub(channel)
+        self._answered_at = time.monotonic()
+        async with self._target.open_channel() as channel:
+            caller = AsyncCaller(self._target, channel)
 
             async def worker() -> None:
-                for a in asked:  # shared by all workers
-                    on_rollout(a, await self._ask(stub, a, options))
+                for request in requests:  # shared by all workers
+                    on_rollout(request, await self._ask(caller, request, options))
 
             await asyncio.gather(*(worker() for _ in range(self._concurrency)))
 
     async def _ask(
-        self, stub: pb_grpc.GenerationServiceStub, asked: RolloutRequest, options: HarvestOptions
-    ) -> Rollout | S2TError:
-        request = pb.GenerateRequest(
-            request_id=asked.request_id, parameters=self._parameters(asked, options)
+        self, caller: AsyncCaller, request: RolloutRequest, options: HarvestOptions
+    ) -> Outcome:
+        """One rollout, asked until it comes or nobody has answered for too long."""
+        collect = self.returns_labels or request.calibrating
+        labels = LabelOptions(
+            store=not collect,
+            durable=not collect,
+            collect=collect,
+            task=options.task,
+            problem_id=request.problem_id,
+            split=options.split,
+            rules=request.rules,
         )
+        question = generate_request(request, options, labels)
         pause = 0.2
         while True:
-            try:
-                reply = await stub.Generate(
-                    request,
-                    timeout=self._patience_s,
-                    metadata=channels.call_metadata(self._target.token),
-                )
-                self._heard_at = time.monotonic()
-                if reply.answer.rollout:
-                    return Rollout.from_json(reply.answer.rollout)
-                return _counted(asked, reply.answer)
-            except grpc.RpcError as error:
-                failure = wire.error_of(error)
-            if (
-                not isinstance(failure, RETRIED)
-                or time.monotonic() - self._heard_at > self._patience_s
-            ):
-                return failure
+            answer = await caller.answer(question, self._patience_s)
+            if isinstance(answer, Answer):
+                self._answered_at = time.monotonic()
+                if answer.rollout:
+                    return Rollout.from_json(answer.rollout)
+                return RolloutCounts(answer.labels_stored, len(answer.token_ids))
+            waited = time.monotonic() - self._answered_at
+            if not isinstance(answer, RETRIED) or waited > self._patience_s:
+                return answer
             await asyncio.sleep(pause)
             pause = min(MAX_PAUSE_S, 2 * pause)
-
-    def _parameters(
-        self, asked: RolloutRequest, options: HarvestOptions
-    ) -> pb.GenerationParameters:
-        policy, collect = _policy(asked, options), self.keeps or asked.calibrating
-        return pb.GenerationParameters(
-            **prompt_fields(asked.prompt),
-            mode=f"MODE_{policy.mode.name}",
-            trigger=f"TRIGGER_{policy.trigger.name}",
-            threshold=policy.threshold,
-            score_rollout=True,
-            candidates=options.candidates,
-            version="none",
-            max_new_tokens=options.max_new_tokens,
-            labels=pb.LabelOptions(
-                store=not collect,
-                durable=not collect,
-                collect=collect,
-                task=options.task,
-                problem_id=asked.problem_id,
-                split=options.split,
-                rules=[
-                    pb.LabelRule(trigger=f"TRIGGER_{r.trigger.name}", threshold=r.threshold)
-                    for r in asked.rules
-                ],
-            ),
-        )
-
-
-def _counted(asked: RolloutRequest, answer: pb.Answer) -> Rollout:
-    """A rollout that the service has stored, as far as it matters here: how many labels and
-    tokens."""
-    blank = Label(
-        label_id="",
-        position=1,
-        candidate_ids=(),
-        slm_log_probs=(),
-        llm_log_probs=(),
-        llm_top_id=0,
-        llm_top_rank=0,
-        mass=0.0,
-        kl=0.0,
-        entropy=0.0,
-    )
-    return Rollout(
-        rollout_id="",
-        request_id=asked.request_id,
-        problem_id=asked.problem_id,
-        task="",
-        split="",
-        source="",
-        token_ids=tuple(answer.token_ids),
-        prompt_length=0,
-        entropy=(),
-        kl=(),
-        llm_top_rank=(),
-        labels=(blank,) * answer.labels_stored,
-        slm_digest="",
-        llm_digest="",
-        tokenizer_digest="",
-        template_digest="",
-        created_at=0.0,
-    )

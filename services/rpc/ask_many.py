@@ -1,13 +1,14 @@
-"""Many questions at once to a running service: the async side of harvest, evaluation and the demo.
+"""Many requests at once to a running service: the async side of harvest, evaluation and the demo.
 
-Bounded concurrency, answers in input order, a question's own error in its place.
+Bounded concurrency, answers in input order, a request's own error in its place.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -16,54 +17,115 @@ import grpc.aio
 from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.types import Prompt
+from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import channels, wire
 
+DESCRIBE_TIMEOUT_S = 30.0
 T = TypeVar("T")
 R = TypeVar("R")
+Outcome = Answer | S2TError
 
 
 @dataclass(frozen=True)
 class Target:
-    """A service to ask: its address, the caller's token, and the authority its certificate is
-    checked against."""
+    """A service to ask.
+
+    token: the caller's. authority: PEM file that the service's certificate is checked against.
+    """
 
     address: str
     token: str | None = None
     authority: str | None = None
 
+    def open_channel(self, asynchronous: bool = True) -> Any:
+        """A channel to the service, with TLS where there is an authority."""
+        authority = Path(self.authority) if self.authority else None
+        return channels.open_channel(self.address, authority, asynchronous)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each call must carry."""
+        return channels.call_metadata(self.token)
+
+
+class AsyncCaller:
+    """Calls to one service on one open channel."""
+
+    def __init__(self, target: Target, channel: Any) -> None:
+        self._metadata = target.metadata
+        self._stub = pb_grpc.GenerationServiceStub(channel)
+
+    async def answer(self, request: GenerateRequest, timeout_s: float) -> Outcome:
+        """The finished answer, or the request's error."""
+        message = pb.GenerateRequest(
+            request_id=request.request_id, parameters=wire.write_request(request)
+        )
+        try:
+            response = await self._stub.Generate(
+                message, timeout=timeout_s, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            return wire.error_of(error)
+        return wire.read_answer(response.answer)
+
+    async def stream(
+        self, request: GenerateRequest, timeout_s: float
+    ) -> AsyncIterator[AnswerPiece]:
+        """Pieces of the answer; the last one carries it.
+
+        Raises:
+            S2TError: the request was refused or could not be answered.
+        """
+        message = pb.StreamGenerateRequest(
+            request_id=request.request_id,
+            parameters=wire.write_request(request),
+            stream_steps=request.stream_steps,
+        )
+        call = self._stub.StreamGenerate(message, timeout=timeout_s, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield wire.read_piece(response)
+        except grpc.RpcError as error:
+            raise wire.error_of(error) from error
+        finally:
+            call.cancel()
+
+
+def describe(target: Target) -> ServiceDescription:
+    """What a service runs.
+
+    Raises:
+        S2TError: it cannot be asked.
+    """
+    with target.open_channel(asynchronous=False) as channel:
+        try:
+            response = pb_grpc.GenerationServiceStub(channel).DescribeService(
+                pb.DescribeServiceRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=target.metadata
+            )
+        except grpc.RpcError as error:
+            raise wire.error_of(error) from error
+    return wire.read_description(response)
+
 
 def answer_all(
     target: Target,
-    questions: Iterable[tuple[str, pb.GenerationParameters]],
+    requests: Iterable[GenerateRequest],
     concurrency: int = 32,
     timeout_s: float = 300.0,
-    on_answer: Callable[[pb.Answer | S2TError], None] = lambda answer: None,
-) -> list[pb.Answer | S2TError]:
-    """Ask (request id, parameters) pairs; `on_answer` is called as each is done."""
+    on_answer: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Ask all requests; returns outcomes in input order. `on_answer` is called as each is done."""
 
-    async def ask(
-        stub: pb_grpc.GenerationServiceStub, item: tuple[str, pb.GenerationParameters]
-    ) -> pb.Answer | S2TError:
-        request = pb.GenerateRequest(request_id=item[0], parameters=item[1])
-        try:
-            response = await stub.Generate(
-                request, timeout=timeout_s, metadata=channels.call_metadata(target.token)
-            )
-            result: pb.Answer | S2TError = response.answer
-        except grpc.RpcError as error:
-            result = wire.error_of(error)
-        on_answer(result)
-        return result
+    async def main() -> list[Outcome]:
+        async with target.open_channel() as channel:
+            caller = AsyncCaller(target, channel)
 
-    async def main() -> list[pb.Answer | S2TError]:
-        from pathlib import Path
+            async def ask(request: GenerateRequest) -> Outcome:
+                outcome = await caller.answer(request, timeout_s)
+                on_answer(outcome)
+                return outcome
 
-        async with channels.open_channel(
-            target.address, Path(target.authority) if target.authority else None
-        ) as channel:
-            stub = pb_grpc.GenerationServiceStub(channel)
-            return await bounded(list(questions), lambda item: ask(stub, item), concurrency)
+            return await bounded(list(requests), ask, concurrency)
 
     return asyncio.run(main())
 
@@ -81,16 +143,3 @@ async def bounded(
 
     await asyncio.gather(*(worker() for _ in range(min(concurrency, len(items)))))
     return [results[i] for i in range(len(items))]
-
-
-def prompt_fields(prompt: Prompt) -> dict[str, Any]:
-    """The wire's prompt field of a prompt."""
-    if prompt.text is not None:
-        return {"text": prompt.text}
-    if prompt.messages:
-        return {
-            "messages": pb.Messages(
-                messages=[pb.Message(role=m.role, content=m.content) for m in prompt.messages]
-            )
-        }
-    return {"token_ids": pb.TokenIds(ids=prompt.token_ids)}

@@ -19,14 +19,13 @@ from s2t_shared.config import Config
 from s2t_shared.data.datasets import open_records, refuse_evaluation
 from s2t_shared.data.prompts import read_prompts
 from s2t_shared.decode.calibrate import load_calibration, measure_calibration
-from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator, with_thresholds
-from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.generate import with_thresholds
 from s2t_shared.errors import S2TError, VersionError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import LocalSelector, Reading
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.pair import Pair
 from s2t_shared.policy import Calibration
 from s2t_shared.training.dataset import TrainingData
 from s2t_shared.training.objective import DistillSettings, evaluate_selector
@@ -39,6 +38,7 @@ MAX_NEW_TOKENS = 256
 MAX_RETRIES = 3
 UNHARVESTED = 1_000_000  # a seed of bundled training problems that no harvest of ours uses
 SLM_ALONE = "the SLM alone"
+LOCAL = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY)
 
 
 def judge_apart(config: Config, version: str, settings: DistillSettings) -> Verdict:
@@ -143,7 +143,7 @@ def _tasks(
     config: Config,
     runtime: ModelRuntime,
     tokenizer: Tokenizer,
-    llm: str,
+    llm_digest: str,
     new: LocalSelector,
     old: LocalSelector | None,
 ) -> Paired | None:
@@ -151,39 +151,44 @@ def _tasks(
     problems = task_problems(config)
     if not problems:
         return None
-    sides = {"new": new, "old": old}
-    engine = Engine(
-        Proposer(runtime, reserved_ids(tokenizer, runtime.vocab_rows)),
-        local_selectors=lambda name: sides[name] if name else None,
-    )
-    generator = Generator(tokenizer, engine)
-    local = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY)
-    calibration = load_calibration(
-        config.data_dir / "calibration", runtime.digest, llm
-    ) or Calibration({})
-    if local.trigger not in calibration.thresholds:
-        calibration = measure_calibration(
-            generator, [p.prompt for p in problems], MAX_NEW_TOKENS, with_llm=False
-        )
-    outcomes = {}
-    for side, selector in sides.items():
+    others = [old] if old is not None else []
+    pair = Pair.of(runtime, tokenizer, local_selector=new, others=others)
+    calibration = _calibration(config, pair, llm_digest, problems)
+
+    def solved(version: str) -> list[bool]:
+        """Which problems are answered right with a version; "" stands for the SLM alone."""
         template = GenerateRequest(
             request_id="",
             prompt=Prompt(),
-            budget=config.training.gate_budget if selector is not None else None,
+            budget=config.training.gate_budget if version else None,
             options=DecodeOptions(
-                policy=local if selector is not None else Policy(),
+                policy=LOCAL if version else Policy(),
                 max_new_tokens=MAX_NEW_TOKENS,
-                version=side if selector is not None else "",
+                version=version,
             ),
         )
         template = with_thresholds(template, calibration)
         requests = [
-            replace(template, request_id=str(i), prompt=p.prompt) for i, p in enumerate(problems)
+            replace(template, request_id=str(i), prompt=problem.prompt)
+            for i, problem in enumerate(problems)
         ]
-        answers = {request.request_id: answer for request, answer in generator.generate(requests)}
-        outcomes[side] = [_is_correct(p, answers[str(i)]) for i, p in enumerate(problems)]
-    return Paired(outcomes["new"], outcomes["old"], [p.id for p in problems])
+        outcomes = {request.request_id: outcome for request, outcome in pair.run(requests)}
+        return [_is_correct(p, outcomes[str(i)]) for i, p in enumerate(problems)]
+
+    theirs = solved(old.version if old is not None else "")
+    return Paired(solved(new.version), theirs, [problem.id for problem in problems])
+
+
+def _calibration(
+    config: Config, pair: Pair, llm_digest: str, problems: list[Problem]
+) -> Calibration:
+    """The pair's thresholds where a service has measured them, else measured on the task set."""
+    folder = config.data_dir / "calibration"
+    known = load_calibration(folder, pair.engine.proposer.info.digest, llm_digest)
+    if known is not None and LOCAL.trigger in known.thresholds:
+        return known
+    prompts = [problem.prompt for problem in problems]
+    return measure_calibration(pair.generator, prompts, MAX_NEW_TOKENS, with_llm=False)
 
 
 def _is_correct(problem: Problem, outcome: object) -> bool:

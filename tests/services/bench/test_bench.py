@@ -40,8 +40,8 @@ from services.bench.train import SIDES, PeakMemory, _peak_memory, bench_train, s
 from services.bench.workload import Settings
 from services.cli.app import app
 from services.evaluation import Problem
-from services.harvest.harvest import Prompts, harvest
 from services.harvest.rollouts import HarvestOptions, InProcess
+from services.harvest.run import Prompts, harvest
 
 
 @pytest.fixture

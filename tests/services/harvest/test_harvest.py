@@ -40,9 +40,9 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
-from services.harvest.harvest import HarvestOutcome, Prompts, harvest, pair_prompts
 from services.harvest.journal import CHUNK
 from services.harvest.rollouts import HarvestOptions, InProcess, RolloutRequest
+from services.harvest.run import HarvestOutcome, Prompts, harvest, pair_prompts
 
 OPTIONS = HarvestOptions(task="t", max_new_tokens=40, calibrate_on=CHUNK)
 KILLS = int(os.environ.get("S2T_KILLS", "3"))

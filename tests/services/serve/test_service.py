@@ -47,8 +47,8 @@ from s2t_shared.versions.manifest import Manifest
 from s2t_shared.versions.registry import Registry
 from services.client import Client, parameters
 from services.demo import DemoSize, run_loop
-from services.harvest.harvest import HarvestOutcome, harvest, pair_prompts
 from services.harvest.rollouts import ByService, HarvestOptions, InProcess
+from services.harvest.run import HarvestOutcome, harvest, pair_prompts
 from services.launch.local import RunningService, running_service
 from services.rpc.ask_many import Target, answer_all
 from services.train.follow import follow

@@ -25,7 +25,14 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.policy import threshold_for
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest.journal import CHUNK, Chunk, HarvestRun
-from services.harvest.rollouts import TRIGGERS, HarvestOptions, RolloutRequest, RolloutSource
+from services.harvest.rollouts import (
+    TRIGGERS,
+    HarvestOptions,
+    Outcome,
+    RolloutCounts,
+    RolloutRequest,
+    RolloutSource,
+)
 
 COMPACT_EVERY = 64  # chunks: so that a long run's shards do not pile up
 Row = tuple[dict[str, Any], Prompt | InvalidRequestError]
@@ -50,7 +57,7 @@ class HarvestOutcome:
     run: str = ""
     prompts: int = 0
     resumed: int = 0  # of the prompts, done by earlier starts
-    heard: int = 0  # prompts that are rolled out; their chunk may not be done
+    answered: int = 0  # prompts that are rolled out; their chunk may not be done
     new_labels: int = 0  # of this start, chunks that are not done included
     rollouts: int = 0
     labels: int = 0
@@ -70,7 +77,7 @@ Progress = Callable[[HarvestOutcome], None]
 
 
 def harvest(
-    roller: RolloutSource,
+    source: RolloutSource,
     prompts: Prompts,
     lake: Lake,
     options: HarvestOptions,
@@ -85,28 +92,28 @@ def harvest(
         this run, the lake cannot be used, or no prompt gave anything to calibrate on.
     """
     check_split(options.split)
-    with HarvestRun.open(lake.root, _identity(prompts, options, roller), again) as run:
+    with HarvestRun.open(lake.root, _identity(prompts, options, source), again) as run:
         outcome = HarvestOutcome(run=run.id)
         for chunk in run.done.values():
             outcome.add(chunk)
-        outcome.resumed = outcome.heard = outcome.prompts
+        outcome.resumed = outcome.answered = outcome.prompts
         if not run.rules and not options.thresholds:
             say(f"run {run.id}: thresholds from the first {options.calibrate_on} prompts")
-        first = {} if run.rules else _plan(run, roller, prompts, options)
-        work = _Work(run, lake, roller.keeps, outcome, on_progress)
+        first = {} if run.rules else _plan(run, source, prompts, options)
+        work = _Work(run, lake, source.returns_labels, outcome, on_progress)
         on_progress(outcome)
         if first:
             for asked in work.asked(_firsts(prompts, options), only=first):
                 work.on_rollout(asked, _relabelled(first[asked.request_id], run.rules))
-        roller.make_rollouts(work.asked(prompts.rows()), options, work.on_rollout)
-        if roller.keeps:
+        source.make_rollouts(work.asked(prompts.rows()), options, work.on_rollout)
+        if source.returns_labels:
             lake.compact()
         return outcome
 
 
-def _identity(prompts: Prompts, options: HarvestOptions, roller: RolloutSource) -> dict[str, Any]:
+def _identity(prompts: Prompts, options: HarvestOptions, source: RolloutSource) -> dict[str, Any]:
     """Everything that the labels depend on."""
-    o, digests = options, roller.digests
+    o, digests = options, source.digests
     return {
         "prompts": prompts.fingerprint,
         "task": o.task,
@@ -122,7 +129,7 @@ def _identity(prompts: Prompts, options: HarvestOptions, roller: RolloutSource) 
         "llm": digests.llm,
         "tokenizer": digests.tokenizer,
         "template": digests.template,
-        "precision": roller.precision,
+        "precision": source.precision,
     }
 
 
@@ -136,7 +143,7 @@ def _firsts(prompts: Prompts, options: HarvestOptions) -> Iterator[Row]:
 
 
 def _plan(
-    run: HarvestRun, roller: RolloutSource, prompts: Prompts, options: HarvestOptions
+    run: HarvestRun, source: RolloutSource, prompts: Prompts, options: HarvestOptions
 ) -> dict[str, Rollout]:
     """Fix the thresholds. Returns the rollouts made for that, by request, where they are also the
     harvest's own."""
@@ -146,13 +153,13 @@ def _plan(
     rolled: dict[str, Rollout] = {}
     failed: list[S2TError] = []
 
-    def on_rollout(asked: RolloutRequest, result: Rollout | S2TError) -> None:
-        if isinstance(result, Rollout):
-            rolled[asked.request_id] = result
-        else:
-            failed.append(result)
+    def on_rollout(request: RolloutRequest, outcome: Outcome) -> None:
+        if isinstance(outcome, Rollout):
+            rolled[request.request_id] = outcome
+        elif isinstance(outcome, S2TError):
+            failed.append(outcome)
 
-    roller.make_rollouts(
+    source.make_rollouts(
         (
             RolloutRequest(
                 request_id=_request_id(run, row),
@@ -182,7 +189,7 @@ def _plan(
             LabelRule(t, threshold_for(options.budget, signals[t], total)) for t in options.triggers
         )
     )
-    return rolled if roller.keeps and not options.intervene else {}
+    return rolled if source.returns_labels and not options.intervene else {}
 
 
 def _request_id(run: HarvestRun, row: dict[str, Any]) -> str:
@@ -200,9 +207,12 @@ def _relabelled(rollout: Rollout, rules: tuple[LabelRule, ...]) -> Rollout:
 
 @dataclass(kw_only=True)
 class _OpenChunk:
+    """A chunk of prompts whose rollouts are not all there yet."""
+
     left: int
     prompts: int
     rollouts: list[Rollout] = field(default_factory=list)
+    counts: list[RolloutCounts] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     failed: bool = False
 
@@ -239,7 +249,7 @@ class _Work:
                     str(prompt) for _, prompt in chunk if isinstance(prompt, InvalidRequestError)
                 ],
             )
-            self._outcome.heard += len(chunk) - len(good)
+            self._outcome.answered += len(chunk) - len(good)
             if not good:
                 self._close(number)
             for row, prompt in good:
@@ -252,18 +262,24 @@ class _Work:
                     rules=self._run.rules,
                 )
 
-    def on_rollout(self, asked: RolloutRequest, result: Rollout | S2TError) -> None:
-        number = self._chunk_of.pop(asked.request_id)
+    def on_rollout(self, request: RolloutRequest, outcome: Outcome) -> None:
+        """Count an outcome, and close its chunk when it was the last one."""
+        number = self._chunk_of.pop(request.request_id)
         chunk = self._open[number]
-        self._outcome.heard += 1
-        if isinstance(result, Rollout):
-            chunk.rollouts.append(result)
-            self._outcome.new_labels += len(result.labels)
-        elif isinstance(result, InvalidRequestError):
-            chunk.errors.append(f"{asked.problem_id}: {result}")
+        self._outcome.answered += 1
+        if isinstance(outcome, Rollout):
+            chunk.rollouts.append(outcome)
+            outcome = RolloutCounts(
+                len(outcome.labels), len(outcome.token_ids) - outcome.prompt_length
+            )
+        if isinstance(outcome, RolloutCounts):
+            chunk.counts.append(outcome)
+            self._outcome.new_labels += outcome.labels
+        elif isinstance(outcome, InvalidRequestError):
+            chunk.errors.append(f"{request.problem_id}: {outcome}")
         else:
             chunk.failed = True
-            self._outcome.failed.append(f"{asked.problem_id}: {result}")
+            self._outcome.failed.append(f"{request.problem_id}: {outcome}")
         chunk.left -= 1
         if not chunk.left:
             self._close(number)
@@ -279,9 +295,9 @@ class _Work:
         done = Chunk(
             number=number,
             prompts=chunk.prompts,
-            rollouts=len(chunk.rollouts),
-            labels=sum(len(r.labels) for r in chunk.rollouts),
-            tokens=sum(len(r.token_ids) - r.prompt_length for r in chunk.rollouts),
+            rollouts=len(chunk.counts),
+            labels=sum(counts.labels for counts in chunk.counts),
+            tokens=sum(counts.tokens for counts in chunk.counts),
             errors=tuple(chunk.errors),
         )
         self._run.finish(done)
@@ -298,18 +314,18 @@ def prompts_of(
     Raises:
         ConfigError: the source cannot be read. EvaluationSplitError: its split is for evaluation.
     """
-    told: list[str] = []
+    said: list[str] = []
 
-    def on_rollout(line: str) -> None:
-        if line not in told:  # the rows are read more than once
-            told.append(line)
+    def say_once(line: str) -> None:
+        if line not in said:  # the rows are read more than once
+            said.append(line)
             say(line)
 
     total = prompt_files.count(source)
     if limit is not None:
         total = limit if total is None else min(limit, total)
     return Prompts(
-        lambda: islice(prompt_files.read(source, on_rollout), limit),
+        lambda: islice(prompt_files.read(source, say_once), limit),
         f"{fingerprint(source)}:{limit or 'all'}",
         total,
     )
