@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -12,6 +13,7 @@ import pytest
 
 from s2t_shared import errors
 from s2t_shared.config import DefaultsConfig
+from s2t_shared.decode.decide import with_figures
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2
 from s2t_shared.types import (
@@ -31,6 +33,7 @@ from s2t_shared.types import (
     Versions,
 )
 from services.rpc import wire
+from services.rpc.wire import generation
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,10 +83,10 @@ def test_every_error_has_a_status(kind: type[errors.S2TError]) -> None:
 
 
 def test_every_enum_member_is_on_the_wire() -> None:
-    assert set(wire.MODES.values()) == set(Mode)
-    assert set(wire.TRIGGERS.values()) == set(Trigger)
-    assert set(wire.PROPOSALS.values()) == set(Proposals)
-    assert set(wire.CHOSEN_BY) == set(ChosenBy)
+    assert set(generation.MODES.values()) == set(Mode)
+    assert set(generation.TRIGGERS.values()) == set(Trigger)
+    assert set(generation.PROPOSALS.values()) == set(Proposals)
+    assert set(generation.CHOSEN_BY.values()) == set(ChosenBy)
 
 
 def test_score_survives_the_wire() -> None:
@@ -153,65 +156,75 @@ def test_score_is_parsed_in_linear_time() -> None:
     assert time.thread_time() - begun < 3.0
 
 
+def asked(parameters: pb.GenerationParameters) -> pb.GenerateRequest:
+    return pb.GenerateRequest(parameters=parameters)
+
+
 def test_request_defaults_and_fields() -> None:
     """What a client leaves out comes from the deployment; what it says is kept."""
     defaults = DefaultsConfig(
         mode=Mode.S2T_LOCAL, trigger=Trigger.MARGIN, budget=0.03, candidates=5, store_labels=True
     )
-    bare = wire.read_request("", pb.GenerationParameters(text="x"), defaults, 7.0)
-    assert (bare.policy.mode, bare.policy.trigger, bare.budget) == (
+    bare = wire.read_request(asked(pb.GenerationParameters(text="x")), defaults, 7.0)
+    assert (bare.options.policy.mode, bare.options.policy.trigger, bare.budget) == (
         Mode.S2T_LOCAL,
         Trigger.MARGIN,
         0.03,
     )
     assert (
-        bare.policy.candidates.k == 5
+        bare.options.policy.candidates.k == 5
         and bare.labels.store
         and bare.timeout_s == 7.0
         and bare.request_id
     )
-    assert bare.selector is None and bare.labels.problem_id == ""
+    assert bare.options.version is None and bare.labels.problem_id == ""
     full = wire.read_request(
-        "r",
-        pb.GenerationParameters(
-            token_ids=pb.TokenIds(ids=[1, 2]),
-            mode=pb.MODE_TAKEOVER,
-            trigger=pb.TRIGGER_KL,
-            threshold=0.0,
-            candidates=3,
-            proposals=pb.PROPOSALS_ADAPTED,
-            sampling=pb.Sampling(temperature=0.0, seed=4),
-            samples=2,
-            stop=["."],
-            timeout_seconds=1.5,
-            version="none",
-            labels=pb.LabelOptions(store=False),
+        asked(
+            pb.GenerationParameters(
+                token_ids=pb.TokenIds(ids=[1, 2]),
+                mode=pb.MODE_TAKEOVER,
+                trigger=pb.TRIGGER_KL,
+                threshold=0.0,
+                candidates=3,
+                proposals=pb.PROPOSALS_ADAPTED,
+                sampling=pb.Sampling(temperature=0.0, seed=4),
+                samples=2,
+                stop=["."],
+                timeout_seconds=1.5,
+                version="none",
+                labels=pb.LabelOptions(store=False),
+            )
         ),
         defaults,
         7.0,
     )
     assert (
         full.budget is None
-        and full.policy.threshold == 0.0
-        and full.policy.proposals is Proposals.ADAPTED
+        and full.options.policy.threshold == 0.0
+        and full.options.policy.proposals is Proposals.ADAPTED
     )
-    assert full.sampling.temperature == 0.0 and full.selector == "" and not full.labels.store
+    assert (
+        full.options.sampling.temperature == 0.0
+        and full.options.version == ""
+        and not full.labels.store
+    )
     assert full.prompt.token_ids == (1, 2) and full.timeout_s == 1.5 and full.stop == (".",)
-    for asked, left, effective in (
+    for wanted, left, effective in (
         (9.0, 7.0, 7.0),
         (0.0, 7.0, 7.0),
         (9.0, None, 9.0),
         (0.0, None, 0.0),
     ):
-        limited = pb.GenerationParameters(text="x", timeout_seconds=asked)
-        assert wire.read_request("", limited, defaults, left).timeout_s == effective
+        limited = asked(pb.GenerationParameters(text="x", timeout_seconds=wanted))
+        assert wire.read_request(limited, defaults, left).timeout_s == effective
     harvest = wire.read_request(
-        "h",
-        pb.GenerationParameters(
-            text="x",
-            labels=pb.LabelOptions(
-                collect=True, rules=[pb.LabelRule(trigger=pb.TRIGGER_KL, threshold=0.5)]
-            ),
+        asked(
+            pb.GenerationParameters(
+                text="x",
+                labels=pb.LabelOptions(
+                    collect=True, rules=[pb.LabelRule(trigger=pb.TRIGGER_KL, threshold=0.5)]
+                ),
+            )
         ),
         DefaultsConfig(),
         None,
@@ -230,7 +243,7 @@ def test_request_defaults_and_fields() -> None:
 )
 def test_bad_requests_name_the_field(parameters: pb.GenerationParameters, message: str) -> None:
     with pytest.raises(errors.InvalidRequestError, match=message):
-        wire.read_request("", parameters, DefaultsConfig(), None)
+        wire.read_request(asked(parameters), DefaultsConfig(), None)
 
 
 def test_answer_on_the_wire() -> None:
@@ -245,6 +258,7 @@ def test_answer_on_the_wire() -> None:
         signal=0.7,
         candidate_ids=(4, 5),
         scores=(-3.0, -0.1),
+        slm_top_id=4,
         support=support,
         llm=llm,
     )
@@ -263,19 +277,10 @@ def test_answer_on_the_wire() -> None:
         versions=Versions("a", "b", "c"),
         steps=(step,),
     )
-    sent = wire.write_answer(answer, ["five"], 1)
-    assert (
-        sent.finish_reason == pb.FINISH_REASON_LENGTH
-        and sent.usage.flips == 1
-        and sent.labels_stored == 1
-    )
-    assert (
-        sent.steps[0].slm_top_id == 4
-        and sent.steps[0].llm_top_id == 5
-        and sent.steps[0].llm_top_rank == 1
-    )
-    assert (
-        sent.steps[0].chosen_by == pb.CHOSEN_BY_LLM
-        and sent.steps[0].kl > 0.5
-        and sent.steps[0].text == "five"
-    )
+    answer = replace(answer, steps=(with_figures(replace(step, text="five")),), labels_stored=1)
+    sent = wire.write_answer(answer)
+    assert sent.finish_reason == pb.FINISH_REASON_LENGTH
+    assert sent.usage.flips == sent.labels_stored == 1
+    (told,) = sent.steps
+    assert told.slm_top_id == 4 and told.llm_top_id == 5 and told.llm_top_rank == 1
+    assert told.chosen_by == pb.CHOSEN_BY_LLM and told.kl > 0.5 and told.text == "five"

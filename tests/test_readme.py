@@ -8,7 +8,7 @@ import inspect
 import re
 from pathlib import Path
 
-from services.cli.app import app
+from services.cli import app
 from services.client import Client
 
 ROOT = Path(__file__).parent.parent

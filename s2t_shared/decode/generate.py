@@ -308,8 +308,21 @@ class Generator:
 
         At most `window` requests are queued at once.
         """
-        waiting = iter(requests)
         builders: dict[LiveSequence, AnswerBuilder] = {}
+        try:
+            yield from self._generate(iter(requests), window, builders)
+        finally:  # a caller that stops asking
+            for builder in builders.values():
+                builder.cancel()
+            while builders and not self.engine.idle:
+                self.engine.step()
+
+    def _generate(
+        self,
+        waiting: Iterator[GenerateRequest],
+        window: int,
+        builders: dict[LiveSequence, AnswerBuilder],
+    ) -> Iterator[tuple[GenerateRequest, Answer | S2TError]]:
         active = 0
         more = True
         while more or active:

@@ -77,13 +77,13 @@ class LiveSequence:
     local_selector: LocalSelector | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     kv: SequenceKV | None = None
-    token_ids: list[int] = field(init=False)
-    steps: list[Step] = field(default_factory=list)
+    token_ids: list[int] = field(init=False, repr=False)
+    steps: list[Step] = field(default_factory=list, repr=False)
     finish_reason: FinishReason | None = None
     llm_forwards: int = 0
     cancelled: bool = False
     _pending: Step | None = None  # the next token, while somebody selects it
-    _draft: list[Step] = field(default_factory=list)
+    _draft: list[Step] = field(default_factory=list, repr=False)
     _calls: deque[LLMCall] = field(default_factory=deque)
     _slm_takes_over: str = ""  # Mode.LLM: why the LLM cannot choose the next token
     _ends_as: FinishReason | None = None  # once its rollout is scored

@@ -99,7 +99,7 @@ def bench_harvest(
     )
     prompts = _prompts(settings, models, load.prompts, file)
     calibration = measure_calibration(
-        _generator(models, load.batch, MAX_DRAFT_TOKENS)[0],
+        _pair(models, load.batch, MAX_DRAFT_TOKENS)[0].generator,
         prompts[: load.batch],
         settings.new,
         with_llm=True,

@@ -15,13 +15,12 @@ from typer.testing import CliRunner
 
 from s2t_shared import policy as decide
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator
-from s2t_shared.decode.interfaces import ModelInput
 from s2t_shared.decode.llm_selector import InProcessSelector
 from s2t_shared.errors import ConfigError
 from s2t_shared.labels.label import check_rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import Reading, SelectorKind
+from s2t_shared.pair import Pair
 from s2t_shared.training.dataset import Part, part_of
 from s2t_shared.training.objective import training_loss
 from s2t_shared.types import Prompt
@@ -36,11 +35,18 @@ from services.bench.kl import bench_kl
 from services.bench.measure import figure, ratios, take_turns
 from services.bench.plot import draw
 from services.bench.score import bench_score
-from services.bench.train import SIDES, PeakMemory, _peak_memory, bench_train, synthetic_rollouts
+from services.bench.train import (
+    SIDES,
+    PeakMemory,
+    Work,
+    _peak_memory,
+    bench_train,
+    synthetic_rollouts,
+)
 from services.bench.workload import Settings
-from services.cli.app import app
+from services.cli import app
 from services.evaluation import Problem
-from services.harvest.rollouts import HarvestOptions, InProcess
+from services.harvest.rollouts import HarvestOptions, PairRollouts
 from services.harvest.run import Prompts, harvest
 
 
@@ -106,13 +112,13 @@ def test_decode_compares_equal_work(small: Settings) -> None:
 
 def test_score_and_kl_run(small: Settings) -> None:
     assert len(bench_score(small, [40], [4], True).figures) == 7
-    report = bench_kl(small, 2, 3, 16, True)
+    report = bench_kl(small, 2, 3, True)
     (lockstep,) = [f for f in report.figures if f.name.startswith("lockstep")]
     (drafted,) = [f for f in report.figures if f.name == "KL: LLM forwards per token"]
     assert "3 of 3 answers token for token equal" in lockstep.conditions
     assert drafted.median < 0.5 * lockstep.median
     with pytest.raises(ConfigError, match="--llm"):
-        bench_kl(replace(small, llm=None), 1, 1, 0, False)
+        bench_kl(replace(small, llm=None), 1, 1, False)
 
 
 def test_the_command_prints_json_and_refuses_nonsense(small: Settings) -> None:
@@ -158,7 +164,7 @@ def test_tree_packing_trains_what_the_published_way_trains(small: Settings) -> N
     """The baseline is plain Hugging Face code: the same loss and gradients mean that both do the
     same work."""
     report = bench_train(
-        ModelInput(replace(small, prefix=10, new=40), rollouts=2, groups=3), list(SIDES), False
+        Work(replace(small, prefix=10, new=40), rollouts=2, groups=3), list(SIDES), False
     )
     figures = {f.name: f for f in report.figures}
     assert all(f"published way / {name}: time per label" in figures for name in SIDES)
@@ -169,14 +175,14 @@ def test_tree_packing_trains_what_the_published_way_trains(small: Settings) -> N
 
 def test_a_wrong_loss_is_seen(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training, "training_loss", lambda *work: 1.001 * training_loss(*work))
-    report = bench_train(ModelInput(replace(small, prefix=10, new=20), rollouts=1), [], False)
+    report = bench_train(Work(replace(small, prefix=10, new=20), rollouts=1), [], False)
     assert min(f.median for f in report.figures if f.name.endswith("relative difference")) > 9e-4
 
 
 def test_synthetic_rollouts_are_what_they_say(small: Settings) -> None:
     reserved = range(48, 64)
     rollouts = synthetic_rollouts(
-        ModelInput(replace(small, prefix=50, new=200), rollouts=3, share=0.1), 64, reserved
+        Work(replace(small, prefix=50, new=200), rollouts=3, share=0.1), 64, reserved
     )
     assert [(len(r.token_ids), r.prompt_length, len(r.labels)) for r in rollouts] == [
         (250, 50, 20)
@@ -199,7 +205,7 @@ def test_peak_memory_is_that_of_the_work(small: Settings) -> None:
         time.sleep(0.05)
         del block
     assert (64 << 20) * 0.9 < memory.peak - memory.before < (64 << 20) * 1.5
-    work = ModelInput(replace(small, prefix=10, new=40), rollouts=1)
+    work = Work(replace(small, prefix=10, new=40), rollouts=1)
     measured = _peak_memory(work, "prefix, base")
     assert measured.labels == 4 and 0 < measured.growth < measured.peak
 
@@ -243,7 +249,7 @@ def harvested(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     engine = Engine(pair.proposer, InProcessSelector(pair.scorer), max_num_seqs=16)
     prompts = [Prompt(token_ids=(5 + i % 43, 5 + i // 43, 6 + i % 7, 9)) for i in range(120)]
     harvest(
-        InProcess(Generator(pair.tokenizer, engine, pair.scorer.info.digest)),
+        PairRollouts(Pair(tokenizer=pair.tokenizer, engine=engine, llm=pair.scorer)),
         Prompts(lambda: (({"id": f"p{i}"}, p) for i, p in enumerate(prompts)), "test", 120),
         Lake(lake),
         HarvestOptions(task="curve", candidates=4, max_new_tokens=10),

@@ -13,8 +13,7 @@ import pytest
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.labels.lake import Lake
-from services.cli import generate as generate_command
-from services.cli.app import app
+from services.cli import app
 
 VERBS = {
     "demo",
@@ -34,7 +33,7 @@ VERBS = {
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrations and data of a test stay in its folder."""
-    monkeypatch.setattr(generate_command, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
 
@@ -153,9 +152,9 @@ def test_broken_lines_do_not_stop_the_others(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mode", "nope"], "--mode='nope': unknown; choose from greedy"),
+        (["--mode", "nope"], "mode='nope': unknown; choose from greedy"),
         (["--mode", "greedy@3"], "only majority"),
-        (["--trigger", "nope"], "--trigger='nope'"),
+        (["--trigger", "nope"], "trigger='nope'"),
         (["--candidates", "0"], "candidates=0: must be 1..64"),
         (["--candidates", "65"], "candidates=65: must be 1..64"),
         (["--budget", "2"], "budget=2"),

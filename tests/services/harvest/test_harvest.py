@@ -24,10 +24,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
-from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator
-from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
-from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import (
     ConfigError,
     EvaluationSplitError,
@@ -35,13 +31,18 @@ from s2t_shared.errors import (
     S2TError,
     SelectorUnavailableError,
 )
-from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.pair import Pair
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest.journal import CHUNK
-from services.harvest.rollouts import HarvestOptions, InProcess, RolloutRequest
+from services.harvest.rollouts import (
+    HarvestOptions,
+    OnRollout,
+    Outcome,
+    PairRollouts,
+    RolloutRequest,
+)
 from services.harvest.run import HarvestOutcome, Prompts, harvest, pair_prompts
 
 OPTIONS = HarvestOptions(task="t", max_new_tokens=40, calibrate_on=CHUNK)
@@ -49,16 +50,13 @@ KILLS = int(os.environ.get("S2T_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
-def roller() -> InProcess:
-    tokenizer = Tokenizer.load(SLM_DIR)
-    slm, llm = ModelRuntime.load(str(SLM_DIR)), ModelRuntime.load(str(LLM_DIR))
-    scorer = LLMSelector(llm, tokenizer.digest)
-    engine = Engine(
-        Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)),
-        InProcessSelector(scorer),
-        max_num_seqs=16,
-    )
-    return InProcess(Generator(tokenizer, engine, scorer.info.digest))
+def pair() -> Pair:
+    return Pair.open(str(SLM_DIR), str(LLM_DIR), batch_size=16, threads=1)
+
+
+@pytest.fixture(scope="module")
+def source(pair: Pair) -> PairRollouts:
+    return PairRollouts(pair)
 
 
 def prompts(count: int) -> Prompts:
@@ -80,56 +78,57 @@ def written(lake: Path) -> int:
 
 
 class Interrupted:
-    """A roller that is stopped after so many rollouts, as Ctrl-C does; or some of whose rollouts
+    """A source that is stopped after so many rollouts, as Ctrl-C does; or some of whose rollouts
     fail."""
 
-    keeps = True
+    returns_labels = True
 
     def __init__(
         self,
-        inner: InProcess,
+        inner: PairRollouts,
+        pair: Pair,
         stop_after: int = 10**9,
         error: S2TError | None = None,
-        failing: Callable[[RolloutRequest], bool] = lambda asked: False,
+        failing: Callable[[RolloutRequest], bool] = lambda request: False,
     ) -> None:
-        self.digests, self.precision, self._inner, self._left = (
-            inner.digests,
-            inner.precision,
-            inner,
-            stop_after,
-        )
-        self._error, self._failing, self.rolled = error, failing, 0
+        self.digests = inner.digests
+        self.precision = inner.precision
+        self._inner = inner
+        self._engine = pair.engine
+        self._left = stop_after
+        self._error = error
+        self._failing = failing
+        self.rolled = 0
 
     def make_rollouts(
         self,
-        asked: Iterable[RolloutRequest],
+        requests: Iterable[RolloutRequest],
         options: HarvestOptions,
-        on_rollout: Callable[[RolloutRequest, Rollout | S2TError], None],
+        on_rollout: OnRollout,
     ) -> None:
-        def heard(a: RolloutRequest, result: Rollout | S2TError) -> None:
+        def interrupted(request: RolloutRequest, outcome: Outcome) -> None:
             if self._left == 0:
                 raise KeyboardInterrupt
             self._left -= 1
             self.rolled += 1
-            on_rollout(a, self._error if self._error is not None and self._failing(a) else result)
+            fails = self._error is not None and self._failing(request)
+            on_rollout(request, self._error if fails else outcome)
 
         try:
-            self._inner.make_rollouts(asked, options, heard)
-        except (
-            KeyboardInterrupt
-        ):  # the process would be gone; this one's engine must be empty again
-            engine = self._inner._generator.engine
-            while not engine.idle:
-                for sequence in [*engine._running, *engine._waiting]:
-                    engine.cancel(sequence)
-                engine.step()
+            self._inner.make_rollouts(requests, options, interrupted)
+        except KeyboardInterrupt:
+            # The process would be gone; this one's engine must be empty again.
+            while not self._engine.idle:
+                for sequence in self._engine.sequences:
+                    self._engine.cancel(sequence)
+                self._engine.step()
             raise
 
 
 @pytest.fixture(scope="module")
-def undisturbed(roller: InProcess, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+def undisturbed(source: PairRollouts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     lake = tmp_path_factory.mktemp("undisturbed")
-    outcome = harvest(roller, prompts(150), Lake(lake), OPTIONS)
+    outcome = harvest(source, prompts(150), Lake(lake), OPTIONS)
     found = contents(lake)
     assert outcome.prompts == outcome.rollouts == 150 and outcome.labels == len(found) > 150
     return found
@@ -138,11 +137,11 @@ def undisturbed(roller: InProcess, tmp_path_factory: pytest.TempPathFactory) -> 
 # -- what is a label ------------------------------------------------------------------------------
 
 
-def test_labels_are_what_both_models_say(roller: InProcess, tmp_path: Path) -> None:
+def test_labels_are_what_both_models_say(source: PairRollouts, tmp_path: Path) -> None:
     """Against plain Hugging Face forwards: the SLM's top 16 with its log-probabilities, the LLM's
     of the same ids and its first choice, at every labelled position; and the statistics of every
     position."""
-    harvest(roller, prompts(4), Lake(tmp_path), replace(OPTIONS, budget=0.3))
+    harvest(source, prompts(4), Lake(tmp_path), replace(OPTIONS, budget=0.3))
     slm, llm = (AutoModelForCausalLM.from_pretrained(d) for d in (SLM_DIR, LLM_DIR))
     tokenizer = Tokenizer.load(SLM_DIR)
     reserved = list(reserved_ids(tokenizer, slm.get_input_embeddings().weight.shape[0]))
@@ -183,12 +182,12 @@ def test_labels_are_what_both_models_say(roller: InProcess, tmp_path: Path) -> N
     ids=["kl", "entropy", "both"],
 )
 def test_the_top_share_becomes_labels(
-    roller: InProcess, tmp_path: Path, triggers: tuple[Trigger, ...], signals: tuple[str, ...]
+    source: PairRollouts, tmp_path: Path, triggers: tuple[Trigger, ...], signals: tuple[str, ...]
 ) -> None:
     """Exactly the positions whose signal lies above the run's own thresholds: here 10 % of all, per
     signal."""
     outcome = harvest(
-        roller, prompts(60), Lake(tmp_path), replace(OPTIONS, triggers=triggers, calibrate_on=60)
+        source, prompts(60), Lake(tmp_path), replace(OPTIONS, triggers=triggers, calibrate_on=60)
     )
     plan = json.loads((tmp_path / "runs" / outcome.run / "plan.json").read_text())
     above = dict(plan["rules"])
@@ -210,12 +209,12 @@ def test_the_top_share_becomes_labels(
         assert all(i >= WARMUP_STEPS for i in found)
 
 
-def test_intervened_rollouts_are_the_services_own(roller: InProcess, tmp_path: Path) -> None:
+def test_intervened_rollouts_are_the_services_own(source: PairRollouts, tmp_path: Path) -> None:
     """Their tokens are S2T's (here: often the LLM's choice where the SLM's differs), scored at
     every position too."""
     plain, intervened = tmp_path / "plain", tmp_path / "intervened"
-    harvest(roller, prompts(40), Lake(plain), OPTIONS)
-    outcome = harvest(roller, prompts(40), Lake(intervened), replace(OPTIONS, intervene=True))
+    harvest(source, prompts(40), Lake(plain), OPTIONS)
+    outcome = harvest(source, prompts(40), Lake(intervened), replace(OPTIONS, intervene=True))
     threshold = dict(
         json.loads((intervened / "runs" / outcome.run / "plan.json").read_text())["rules"]
     )["kl"]
@@ -232,9 +231,9 @@ def test_intervened_rollouts_are_the_services_own(roller: InProcess, tmp_path: P
     assert changed > 10
 
 
-def test_given_thresholds(roller: InProcess, tmp_path: Path) -> None:
+def test_given_thresholds(source: PairRollouts, tmp_path: Path) -> None:
     harvest(
-        roller,
+        source,
         prompts(8),
         Lake(tmp_path),
         replace(
@@ -253,7 +252,8 @@ def test_given_thresholds(roller: InProcess, tmp_path: Path) -> None:
 )
 @given(stops=st.lists(st.integers(0, 190), min_size=1, max_size=3))
 def test_stopped_and_started_again(
-    roller: InProcess,
+    source: PairRollouts,
+    pair: Pair,
     undisturbed: dict[str, tuple],
     tmp_path_factory: pytest.TempPathFactory,
     stops: list[int],
@@ -263,25 +263,25 @@ def test_stopped_and_started_again(
     lake = tmp_path_factory.mktemp("lake")
     for stop in stops:
         with suppress(KeyboardInterrupt):
-            harvest(Interrupted(roller, stop), prompts(150), Lake(lake), OPTIONS)
-    outcome = harvest(roller, prompts(150), Lake(lake), OPTIONS)
+            harvest(Interrupted(source, pair, stop), prompts(150), Lake(lake), OPTIONS)
+    outcome = harvest(source, prompts(150), Lake(lake), OPTIONS)
     assert contents(lake) == undisturbed and written(lake) == len(undisturbed) == outcome.labels
-    idle = Interrupted(roller)
+    idle = Interrupted(source, pair)
     assert harvest(idle, prompts(150), Lake(lake), OPTIONS).resumed == 150 and idle.rolled == 0
 
 
 def test_again_mends_a_lake_that_lost_labels(
-    roller: InProcess, undisturbed: dict[str, tuple], tmp_path: Path
+    source: PairRollouts, undisturbed: dict[str, tuple], tmp_path: Path
 ) -> None:
     """A shard that is gone (quarantined, say) comes back with `again`, and nothing is there
     twice."""
-    harvest(roller, prompts(150), Lake(tmp_path), OPTIONS)
+    harvest(source, prompts(150), Lake(tmp_path), OPTIONS)
     lost = Lake(tmp_path).shards()[2].name
     for suffix in (".json", ".parquet"):
         (tmp_path / f"{lost}{suffix}").unlink()
     assert contents(tmp_path) != undisturbed
-    assert harvest(roller, prompts(150), Lake(tmp_path), OPTIONS).resumed == 150  # it does not know
-    assert harvest(roller, prompts(150), Lake(tmp_path), OPTIONS, again=True).prompts == 150
+    assert harvest(source, prompts(150), Lake(tmp_path), OPTIONS).resumed == 150  # it does not know
+    assert harvest(source, prompts(150), Lake(tmp_path), OPTIONS, again=True).prompts == 150
     assert contents(tmp_path) == undisturbed and written(tmp_path) == len(undisturbed)
 
 
@@ -386,61 +386,66 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     )
 
 
-def test_one_process_per_run(roller: InProcess, tmp_path: Path) -> None:
+def test_one_process_per_run(source: PairRollouts, pair: Pair, tmp_path: Path) -> None:
     """A second one is told, rather than doing the same work again."""
 
     def second(outcome: HarvestOutcome) -> None:
         with pytest.raises(ConfigError, match="another process"):
-            harvest(Interrupted(roller), prompts(5), Lake(tmp_path), OPTIONS)
+            harvest(Interrupted(source, pair), prompts(5), Lake(tmp_path), OPTIONS)
 
-    harvest(roller, prompts(5), Lake(tmp_path), OPTIONS, second)
+    harvest(source, prompts(5), Lake(tmp_path), OPTIONS, second)
 
 
-def test_other_options_are_another_run(roller: InProcess, tmp_path: Path) -> None:
-    first = harvest(roller, prompts(5), Lake(tmp_path), OPTIONS)
-    other = harvest(roller, prompts(5), Lake(tmp_path), replace(OPTIONS, candidates=8))
+def test_other_options_are_another_run(source: PairRollouts, tmp_path: Path) -> None:
+    first = harvest(source, prompts(5), Lake(tmp_path), OPTIONS)
+    other = harvest(source, prompts(5), Lake(tmp_path), replace(OPTIONS, candidates=8))
     assert first.run != other.run and other.resumed == 0
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
 
 
-def test_bad_prompts_are_told_and_never_tried_again(roller: InProcess, tmp_path: Path) -> None:
+def test_bad_prompts_are_told_and_never_tried_again(
+    source: PairRollouts, pair: Pair, tmp_path: Path
+) -> None:
     rows = [
         ({"id": f"p{i}"}, Prompt(text=p.prompt))
         for i, p in enumerate(problems.problems("train", 6))
     ]
     rows[1] = ({"id": "bad"}, InvalidRequestError("line 2: not JSON"))
     rows[2] = ({"id": "long"}, Prompt(text="coins " * 400))
-    source = Prompts(lambda: rows, "bad", 6)
-    outcome = harvest(roller, source, Lake(tmp_path), OPTIONS)
+    bad = Prompts(lambda: rows, "bad", 6)
+    outcome = harvest(source, bad, Lake(tmp_path), OPTIONS)
     assert outcome.rollouts == 4 and len(outcome.errors) == 2 and not outcome.failed
     assert any("line 2" in e for e in outcome.errors) and any(
         "long: the prompt has" in e for e in outcome.errors
     )
-    again = harvest(Interrupted(roller), source, Lake(tmp_path), OPTIONS)
+    again = harvest(Interrupted(source, pair), bad, Lake(tmp_path), OPTIONS)
     assert again.errors == outcome.errors and again.labels == outcome.labels
 
 
-def test_what_failed_is_tried_again(roller: InProcess, tmp_path: Path) -> None:
+def test_what_failed_is_tried_again(source: PairRollouts, pair: Pair, tmp_path: Path) -> None:
     """An LLM that is away spoils only the chunks it hits, and only for now."""
     given = replace(OPTIONS, thresholds=(LabelRule(Trigger.KL, 0.3),), triggers=(Trigger.KL,))
     away = Interrupted(
-        roller, error=SelectorUnavailableError("away"), failing=lambda a: a.problem_id.endswith("7")
+        source,
+        pair,
+        error=SelectorUnavailableError("away"),
+        failing=lambda a: a.problem_id.endswith("7"),
     )
     first = harvest(away, prompts(100), Lake(tmp_path / "a"), given)
     assert first.failed and first.prompts < 100
-    second = harvest(roller, prompts(100), Lake(tmp_path / "a"), given)
-    harvest(roller, prompts(100), Lake(tmp_path / "b"), given)
+    second = harvest(source, prompts(100), Lake(tmp_path / "a"), given)
+    harvest(source, prompts(100), Lake(tmp_path / "b"), given)
     assert not second.failed and second.prompts == 100
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_nothing_to_calibrate_on(roller: InProcess, tmp_path: Path) -> None:
+def test_nothing_to_calibrate_on(source: PairRollouts, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no thresholds"):
-        harvest(roller, Prompts(lambda: [], "none", 0), Lake(tmp_path), OPTIONS)
+        harvest(source, Prompts(lambda: [], "none", 0), Lake(tmp_path), OPTIONS)
 
 
-def test_evaluation_splits_are_refused(roller: InProcess, tmp_path: Path) -> None:
+def test_evaluation_splits_are_refused(source: PairRollouts, tmp_path: Path) -> None:
     with pytest.raises(EvaluationSplitError):
-        harvest(roller, prompts(5), Lake(tmp_path), replace(OPTIONS, split="test"))
+        harvest(source, prompts(5), Lake(tmp_path), replace(OPTIONS, split="test"))

@@ -484,7 +484,7 @@ def test_a_bug_shows_nothing_of_our_insides() -> None:
     own."""
     import asyncio
 
-    from services.serve.gateway import refuse
+    from services.serve.generation_servicer import refuse
 
     ended: list[tuple[Any, str]] = []
 
