@@ -17,6 +17,13 @@ import grpc
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    LabelCounts,
+    PublishedVersion,
+    ServiceDescription,
+)
 from services.rpc import channels, wire
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -83,39 +90,45 @@ class Client:
         prompt: str | Sequence[dict[str, str]] | Sequence[int],
         request_id: str = "",
         **settings: Any,
-    ) -> pb.Answer:
+    ) -> Answer:
         """The whole answer. `settings` as in `parameters`."""
         request = pb.GenerateRequest(
             request_id=request_id, parameters=parameters(prompt, **settings)
         )
-        return self._call(self._generation.Generate, request).answer
+        return wire.read_answer(self._call(self._generation.Generate, request).answer)
 
     def stream(
         self,
         prompt: str | Sequence[dict[str, str]] | Sequence[int],
         request_id: str = "",
+        stream_steps: bool = False,
         **settings: Any,
-    ) -> Iterator[pb.StreamGenerateResponse]:
+    ) -> Iterator[AnswerPiece]:
         """Pieces as they come; the last one has `.answer`. Breaking off the iteration cancels the
         answer."""
         request = pb.StreamGenerateRequest(
-            request_id=request_id, parameters=parameters(prompt, **settings)
+            request_id=request_id,
+            parameters=parameters(prompt, **settings),
+            stream_steps=stream_steps,
         )
         call = self._generation.StreamGenerate(
             request, timeout=self._timeout, metadata=self._metadata
         )
         try:
-            yield from call
+            yield from map(wire.read_piece, call)
         except grpc.RpcError as error:
             raise wire.error_of(error) from error
         finally:
             call.cancel()
 
-    def describe(self) -> pb.DescribeServiceResponse:
-        return self._call(self._generation.DescribeService, pb.DescribeServiceRequest())
+    def describe(self) -> ServiceDescription:
+        return wire.read_description(
+            self._call(self._generation.DescribeService, pb.DescribeServiceRequest())
+        )
 
-    def versions(self) -> list[admin_pb2.Version]:
-        return list(self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest()).versions)
+    def versions(self) -> list[PublishedVersion]:
+        response = self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest())
+        return [wire.read_version(v) for v in response.versions]
 
     def promote(self, version: str, share: float | None = None) -> str:
         """Make a version live, or (`share` in (0, 1)) the canary for this share of the requests
@@ -128,8 +141,9 @@ class Client:
         """End the canary, else go back to the version live before. Returns the live version."""
         return self._call(self._admin.RollbackVersion, admin_pb2.RollbackVersionRequest()).live
 
-    def count_labels(self, flush: bool = False) -> admin_pb2.CountLabelsResponse:
-        return self._call(self._admin.CountLabels, admin_pb2.CountLabelsRequest(flush=flush))
+    def count_labels(self, flush: bool = False) -> LabelCounts:
+        request = admin_pb2.CountLabelsRequest(flush=flush)
+        return wire.read_label_counts(self._call(self._admin.CountLabels, request))
 
     def _call(self, method: Any, request: Any) -> Any:
         try:

@@ -16,7 +16,7 @@ import grpc.aio
 from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from s2t_shared.types import Prompt
+from s2t_shared.types import Answer, GenerateRequest, Prompt
 from services.rpc import channels, wire
 
 T = TypeVar("T")
@@ -35,35 +35,36 @@ class Target:
 
 def answer_all(
     target: Target,
-    questions: Iterable[tuple[str, pb.GenerationParameters]],
+    requests: Iterable[GenerateRequest],
     concurrency: int = 32,
     timeout_s: float = 300.0,
-    on_answer: Callable[[pb.Answer | S2TError], None] = lambda answer: None,
-) -> list[pb.Answer | S2TError]:
-    """Ask (request id, parameters) pairs; `on_answer` is called as each is done."""
+    on_answer: Callable[[Answer | S2TError], None] = lambda answer: None,
+) -> list[Answer | S2TError]:
+    """Ask requests; `on_answer` is called as each is done."""
 
     async def ask(
-        stub: pb_grpc.GenerationServiceStub, item: tuple[str, pb.GenerationParameters]
-    ) -> pb.Answer | S2TError:
-        request = pb.GenerateRequest(request_id=item[0], parameters=item[1])
+        stub: pb_grpc.GenerationServiceStub, request: GenerateRequest
+    ) -> Answer | S2TError:
         try:
             response = await stub.Generate(
-                request, timeout=timeout_s, metadata=channels.call_metadata(target.token)
+                wire.write_request(request),
+                timeout=timeout_s,
+                metadata=channels.call_metadata(target.token),
             )
-            result: pb.Answer | S2TError = response.answer
+            result: Answer | S2TError = wire.read_answer(response.answer)
         except grpc.RpcError as error:
             result = wire.error_of(error)
         on_answer(result)
         return result
 
-    async def main() -> list[pb.Answer | S2TError]:
+    async def main() -> list[Answer | S2TError]:
         from pathlib import Path
 
         async with channels.open_channel(
             target.address, Path(target.authority) if target.authority else None
         ) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
-            return await bounded(list(questions), lambda item: ask(stub, item), concurrency)
+            return await bounded(list(requests), lambda item: ask(stub, item), concurrency)
 
     return asyncio.run(main())
 

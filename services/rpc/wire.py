@@ -40,6 +40,8 @@ from s2t_shared.types import (
     ServiceDescription,
     Step,
     Trigger,
+    Usage,
+    Versions,
 )
 
 if TYPE_CHECKING:
@@ -283,6 +285,115 @@ def write_label_counts(counts: LabelCounts) -> admin.CountLabelsResponse:
         dead_letters=counts.dead_letters,
         dropped=counts.dropped,
     )
+
+
+def write_request(r: GenerateRequest) -> pb.GenerateRequest:
+    o = r.options
+    p = pb.GenerationParameters(
+        mode=f"MODE_{o.policy.mode.name}",
+        trigger=f"TRIGGER_{o.policy.trigger.name}",
+        candidates=o.policy.candidates.k,
+        candidate_ratio=o.policy.candidates.ratio,
+        proposals=f"PROPOSALS_{o.policy.proposals.name}",
+        sampling=pb.Sampling(
+            temperature=o.sampling.temperature,
+            top_p=o.sampling.top_p,
+            top_k=o.sampling.top_k,
+            seed=o.sampling.seed,
+        ),
+        samples=r.samples,
+        max_new_tokens=o.max_new_tokens,
+        stop=r.stop,
+        timeout_seconds=r.timeout_s,
+        version=NO_SELECTOR if o.version == "" else o.version,
+        return_steps=r.return_steps,
+        score_rollout=o.score_rollout,
+        fresh_selections=o.fresh_selections,
+        labels=pb.LabelOptions(
+            store=r.labels.store,
+            task=r.labels.task,
+            problem_id=r.labels.problem_id,
+            split=r.labels.split,
+            triggers=[f"TRIGGER_{t.name}" for t in r.labels.triggers],
+            budget=r.labels.budget,
+            rules=[
+                pb.LabelRule(trigger=f"TRIGGER_{x.trigger.name}", threshold=x.threshold)
+                for x in r.labels.rules
+            ],
+            durable=r.labels.durable,
+            collect=r.labels.collect,
+        ),
+    )
+    if r.budget is not None:
+        p.budget = r.budget
+    else:
+        p.threshold = o.policy.threshold
+    if r.prompt.text is not None:
+        p.text = r.prompt.text
+    elif r.prompt.messages:
+        p.messages.messages.extend(
+            pb.Message(role=m.role, content=m.content) for m in r.prompt.messages
+        )
+    else:
+        p.token_ids.ids.extend(r.prompt.token_ids)
+    return pb.GenerateRequest(request_id=r.request_id, parameters=p)
+
+
+def read_answer(a: pb.Answer) -> Answer:
+    u, v = a.usage, a.versions
+    finish = {code: reason for reason, code in FINISH.items()}
+    return Answer(
+        token_ids=tuple(a.token_ids),
+        text=a.text,
+        finish_reason=finish[a.finish_reason],
+        usage=Usage(**{f.name: getattr(u, f.name) for f in u.DESCRIPTOR.fields}),
+        versions=Versions(v.slm, v.llm, v.local_selector),
+        steps=tuple(map(read_step, a.steps)),
+        labels_stored=a.labels_stored,
+        rollout=a.rollout,
+    )
+
+
+def read_step(m: pb.Step) -> Step:
+    def maybe(name: str) -> Any:
+        return getattr(m, name) if m.HasField(name) else None
+
+    return Step(
+        index=m.index,
+        token_id=m.token_id,
+        chosen_by=ChosenBy[pb.ChosenBy.Name(m.chosen_by).removeprefix("CHOSEN_BY_")],
+        triggered=m.triggered,
+        signal=maybe("signal"),
+        candidate_ids=tuple(m.candidate_ids),
+        scores=tuple(m.scores),
+        slm_top_id=maybe("slm_top_id"),
+        llm_top_id=maybe("llm_top_id"),
+        llm_top_rank=maybe("llm_top_rank"),
+        kl=maybe("kl"),
+        entropy=maybe("entropy"),
+        degraded=m.degraded,
+        text=m.text,
+    )
+
+
+def read_piece(m: pb.StreamGenerateResponse) -> AnswerPiece:
+    answer = read_answer(m.answer) if m.HasField("answer") else None
+    return AnswerPiece(m.text, tuple(map(read_step, m.steps)), answer)
+
+
+def read_description(m: pb.DescribeServiceResponse) -> ServiceDescription:
+    fields = {f.name: getattr(m, f.name) for f in m.DESCRIPTOR.fields}
+    triggers = tuple(TRIGGERS[t] for t in m.calibrated_triggers)
+    return ServiceDescription(**{**fields, "calibrated_triggers": triggers})
+
+
+def read_version(m: admin.Version) -> PublishedVersion:
+    fields = {f.name: getattr(m, f.name) for f in m.DESCRIPTOR.fields}
+    return PublishedVersion(**{**fields, "metrics": dict(m.metrics)})
+
+
+def read_label_counts(m: admin.CountLabelsResponse) -> LabelCounts:
+    return LabelCounts(m.queued, m.in_lake, m.dead_letters, m.dropped)
 
 
 # -- selection ------------------------------------------------------------------------------------
