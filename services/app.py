@@ -1,7 +1,8 @@
-"""The graph of the service, and the only `.bind`. `serve deploy` imports `services.app:build`; `s2t
-serve` calls it.
+"""The graph of the service, and the only `.bind`.
 
-gateway --handle--> proposers --handle (addresses only)--> selectors
+`serve deploy` imports `services.app:build`. `s2t serve` calls `build_application`.
+
+    gateway --handle--> proposers --handle (addresses only)--> selectors
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica
 
 APPLICATION = "s2t"
+CONTROL_CALLS = 64  # calls of Serve and between replicas, beside the answers under way
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application of a configuration: `{"config": FILE, "redis.url": ..., any other dotted
-    setting}`.
+    """The application of a configuration.
+
+    arguments: "config" names a file; all others are settings by their dotted names.
 
     Raises:
-        ConfigError: as `load_config` and `check_exposure`.
+        ConfigError: a setting is wrong, or a server would listen unprotected.
     """
     settings = dict(arguments)
     file = settings.pop("config", None)
@@ -32,20 +35,22 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 def build_application(config: Config) -> serve.Application:
+    """As `build`, of a configuration that is read already."""
     check_exposure(config)
     selectors = None
     if not config.selector.addresses and config.selector.replicas:
-        selectors = _deployment(SelectorReplica, config.selector, max_ongoing_requests=64).bind(
-            config
-        )
-    busy = config.proposer.max_ongoing_requests
+        selectors = _deployment(
+            SelectorReplica, config.selector, max_ongoing_requests=CONTROL_CALLS
+        ).bind(config)
+    max_ongoing = config.proposer.max_ongoing_requests
     proposers = _deployment(
         ProposerReplica,
         config.proposer,
-        max_ongoing_requests=busy + 64,
-        max_queued_requests=4 * busy,
+        max_ongoing_requests=max_ongoing + CONTROL_CALLS,
+        max_queued_requests=4 * max_ongoing,
     ).bind(config, selectors)
-    return _deployment(Gateway, config.gateway, max_ongoing_requests=64).bind(config, proposers)
+    gateway = _deployment(Gateway, config.gateway, max_ongoing_requests=CONTROL_CALLS)
+    return gateway.bind(config, proposers)
 
 
 def _deployment(target: type, placement: Placement, **options: Any) -> serve.Deployment:

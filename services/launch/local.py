@@ -1,5 +1,4 @@
-"""Bringing the whole service up on this machine or an existing Ray cluster, and down again without
-leftovers.
+"""Starts the whole service on this machine or on a Ray cluster, and ends it without leftovers.
 
 Redis (configured, system's or bundled) -> Ray (existing or local) -> selectors, proposers, gateway
 """
@@ -37,25 +36,32 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunningService:
-    """Where the service listens, and the configuration it resolved to (Redis URL and ports filled
-    in)."""
+    """A service that answers.
+
+    address: host:port of the gateway. config: with the URL of the Redis in use filled in.
+    """
 
     address: str
     config: Config
 
 
 def check_security(config: Config) -> None:
-    """Raises ConfigError: a server would listen beyond loopback unprotected, or the token file
-    holds no token."""
+    """Check who can reach the servers.
+
+    Raises:
+        ConfigError: a server would listen beyond loopback unprotected, or the token file holds no
+            token.
+    """
     check_exposure(config)
     channels.read_token(config.security.token_file)
 
 
 def check_models(config: Config) -> None:
-    """What can be known before anything is started: both models are there and share a tokenizer.
+    """Check that both models are there and share a tokenizer.
 
     Raises:
-        ModelLoadError, TokenizerMismatchError.
+        ModelLoadError: a model is missing.
+        TokenizerMismatchError: the two tokenize differently.
     """
     slm = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
     if config.selector.replicas and not config.selector.addresses:
@@ -63,8 +69,11 @@ def check_models(config: Config) -> None:
 
 
 def check_port(config: Config) -> None:
-    """Raises ConfigError: the gateway's port is taken (better known now than after a minute of
-    starting)."""
+    """Check that the gateway can listen: better known now than after a minute of starting.
+
+    Raises:
+        ConfigError: its port is taken.
+    """
     if config.gateway.port == 0 or config.gateway.host not in LOOPBACK:
         return
     with socket.socket() as probe:
@@ -80,8 +89,8 @@ def check_port(config: Config) -> None:
 
 @contextmanager
 def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[None]:
-    """A Ray connection: the one this process has, a running local cluster's (`reuse`), or a fresh
-    local cluster that ends with the block."""
+    """A connection to Ray: this process's own, or a running local cluster's (with `reuse`), or a
+    fresh local cluster that ends with the block."""
     if ray.is_initialized():
         yield
         return
@@ -113,10 +122,15 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
 def running_service(
     config: Config, say: Say = lambda line: None, reuse_ray: bool = False
 ) -> Iterator[RunningService]:
-    """The service, until the block ends (also by an exception or Ctrl-C).
+    """The service, until the block ends, be it by an exception or Ctrl-C.
 
-    Raises: ConfigError, ModelLoadError, TokenizerMismatchError, StoreError: before anything is left
-        running.
+    What is raised leaves nothing running.
+
+    Raises:
+        ConfigError: a setting is wrong, or the service did not start.
+        ModelLoadError: a model is missing.
+        TokenizerMismatchError: SLM and LLM tokenize differently.
+        StoreError: Redis cannot be reached or started.
     """
     check_security(config)
     check_models(config)
@@ -155,24 +169,29 @@ def _application(config: Config) -> Iterator[str]:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first error of ours in a failed deployment's message, else its last line."""
-    names = tuple(f"{kind.__name__}: " for kind in _descendants(S2TError))
-    message = (
-        serve.status().applications[APPLICATION].message
-        if APPLICATION in serve.status().applications
-        else ""
-    )
-    text = message or str(error)
-    for deployment in (
-        serve.status().applications[APPLICATION].deployments.values() if message else ()
-    ):
-        text += "\n" + deployment.message
-    for line in reversed(text.splitlines()):
-        for name in names:
-            if name in line:
-                return line.split(name, 1)[1].strip()
-    return text.strip().splitlines()[-1] if text.strip() else "unknown reason"
+    """Why the application did not start: the last error of ours that Serve reports, else the last
+    line of all that it says."""
+    lines = _reported(error).strip().splitlines()
+    for line in reversed(lines):
+        for kind in _kinds(S2TError):
+            _, found, text = line.partition(f"{kind.__name__}: ")
+            if found:
+                return text.strip()
+    return lines[-1] if lines else "unknown reason"
 
 
-def _descendants(kind: type[S2TError]) -> list[type[S2TError]]:
-    return [kind, *(d for child in kind.__subclasses__() for d in _descendants(child))]
+def _reported(error: RuntimeError) -> str:
+    """What Serve says of the application and of each of its deployments, else the error's text."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None or not application.message:
+        return str(error)
+    messages = [deployment.message for deployment in application.deployments.values()]
+    return "\n".join([application.message, *messages])
+
+
+def _kinds(kind: type[S2TError]) -> list[type[S2TError]]:
+    """An error class and all its subclasses."""
+    kinds = [kind]
+    for subclass in kind.__subclasses__():
+        kinds += _kinds(subclass)
+    return kinds
