@@ -14,7 +14,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from s2t_shared.bundled import LLM_DIR, SLM_DIR
 from s2t_shared.errors import ConfigError
 from s2t_shared.types import MAX_CANDIDATES, Mode, Trigger
 
@@ -254,14 +253,6 @@ class Config(_Section):
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
-
-    @property
-    def slm_model(self) -> str:
-        return str(SLM_DIR) if self.slm.model == "bundled" else self.slm.model
-
-    @property
-    def llm_model(self) -> str:
-        return str(LLM_DIR) if self.llm.model == "bundled" else self.llm.model
 
     @property
     def lake(self) -> Path:

@@ -86,11 +86,11 @@ class Pair:
         tokenizer = Tokenizer.load(resolve_model(slm), chat_template)
         selector = None
         if llm is not None:
-            llm_tokenizer = Tokenizer.load(resolve_model(llm))
+            llm_tokenizer = Tokenizer.load(resolve_model(llm, "llm"))
             check_same_tokenizer(tokenizer, llm_tokenizer)
-            loaded = ModelRuntime.load(str(resolve_model(llm)), dtype, device, kv_bytes)
+            loaded = ModelRuntime.load(llm, dtype, device, kv_bytes, "llm")
             selector = LLMSelector(loaded, llm_tokenizer.digest)
-        runtime = ModelRuntime.load(str(resolve_model(slm)), dtype, device, kv_bytes)
+        runtime = ModelRuntime.load(slm, dtype, device, kv_bytes)
         local = None
         if version is not None:
             local = open_version(version, versions, runtime, tokenizer.digest)

@@ -18,13 +18,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from s2t_shared.bundled import BUNDLED, LLM_DIR, SLM_DIR
 from s2t_shared.errors import InvalidRequestError, ModelLoadError
 from s2t_shared.model import attention
 from s2t_shared.model.attention import Aside, Packed, Plan, Span
@@ -33,15 +34,20 @@ from s2t_shared.model.lora import Adapter, AdapterSwitch, Gate, adaptable_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DIGEST_WHOLE_FILE_BYTES = 64 << 20
+Role = Literal["slm", "llm"]
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def resolve_model(model: str) -> Path:
-    """A local folder for a model name: the folder itself, or a download of the hub id.
+def resolve_model(model: str, role: Role = "slm") -> Path:
+    """The local folder of a model.
+
+    model: a folder, a hub id, or "bundled" (the bundled pair's model of this role).
 
     Raises:
         ModelLoadError: neither a folder with a config.json nor an id the hub answers for.
     """
+    if model == BUNDLED:
+        return SLM_DIR if role == "slm" else LLM_DIR
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -131,7 +137,12 @@ class ModelRuntime:
 
     @classmethod
     def load(
-        cls, model: str, dtype: str = "float32", device: str = "cpu", kv_bytes: int = 1 << 30
+        cls,
+        model: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        kv_bytes: int = 1 << 30,
+        role: Role = "slm",
     ) -> ModelRuntime:
         """Load a Hugging Face folder or hub id (safetensors only, no remote code).
 
@@ -140,7 +151,7 @@ class ModelRuntime:
         """
         if dtype not in DTYPES:
             raise ModelLoadError(f"dtype {dtype!r} is not supported; choose from {sorted(DTYPES)}")
-        folder = resolve_model(model)
+        folder = resolve_model(model, role)
         try:
             config = AutoConfig.from_pretrained(folder)
             loaded, found = AutoModelForCausalLM.from_pretrained(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from s2t_shared.bundled import SLM_DIR, problems
+from s2t_shared.bundled import BUNDLED, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
@@ -99,7 +99,7 @@ def bench_swap(
     swaps: int,
     minutes: float,
     concurrency: int,
-    slm: str = str(SLM_DIR),
+    slm: str = BUNDLED,
     threads: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> SwapReport:
@@ -153,8 +153,8 @@ def _config(folder: str, slm: str, threads: int, concurrency: int) -> Config:
 
 
 def _publish_two(config: Config) -> tuple[str, str]:
-    runtime = ModelRuntime.load(config.slm_model, config.slm.dtype)
-    tokenizer = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
+    runtime = ModelRuntime.load(config.slm.model, config.slm.dtype)
+    tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
     reserved, registry = reserved_ids(tokenizer, runtime.vocab_rows), Registry(config.versions)
     names = []
     for seed, (kind, reads) in enumerate(SIDES):
@@ -167,7 +167,7 @@ def _publish_two(config: Config) -> tuple[str, str]:
                     kind=kind,
                     reads=reads,
                     temperature=selector.temperature,
-                    base_model=config.slm_model,
+                    base_model=str(resolve_model(config.slm.model)),
                     slm_digest=runtime.digest,
                     llm_digest="",
                     tokenizer_digest=tokenizer.digest,

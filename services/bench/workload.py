@@ -74,9 +74,9 @@ def load(settings: Settings, needs_llm: bool = False) -> Models:
         return Models(tokenizer, proposer)
     if settings.llm is None:
         raise ConfigError("this benchmark compares with an LLM; give --llm")
-    llm_tokenizer = Tokenizer.load(resolve_model(settings.llm))
+    llm_tokenizer = Tokenizer.load(resolve_model(settings.llm, "llm"))
     check_same_tokenizer(tokenizer, llm_tokenizer)
-    llm = ModelRuntime.load(settings.llm, settings.dtype, settings.device, KV_BYTES)
+    llm = ModelRuntime.load(settings.llm, settings.dtype, settings.device, KV_BYTES, "llm")
     return Models(tokenizer, proposer, LLMSelector(llm, llm_tokenizer.digest))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from s2t_shared.bundled import LLM_DIR, SLM_DIR
+from s2t_shared.bundled import BUNDLED, LLM_DIR
 from s2t_shared.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -81,10 +81,6 @@ def settings(**values: Any) -> Any:
             raise InvalidRequestError(f"--{name}={values[name]}: must be at least 1")
     if not 0 < values.get("budget", 0.01) <= 1:
         raise InvalidRequestError(f"--budget={values['budget']}: must be above 0 and at most 1")
-    if values["slm"] == "bundled":
-        values["slm"] = str(SLM_DIR)
-    if values.get("llm") == "bundled":
-        values["llm"] = str(LLM_DIR)
     return Settings(**values)
 
 
@@ -219,6 +215,8 @@ def selector(
     """What a `Score` costs beyond the model's own time, and how queries batch."""
     from services.bench.selector import bench_selector
 
+    if llm == BUNDLED:  # the LLM is measured alone, in the place of the SLM
+        llm = str(LLM_DIR)
     made = settings(
         slm=llm, prefix=prefix, k=k, repeats=repeats, threads=threads, dtype=dtype, device=device
     )
@@ -286,7 +284,7 @@ def swap(
         swaps,
         minutes,
         concurrency,
-        str(SLM_DIR) if slm == "bundled" else slm,
+        slm,
         threads,
         lambda line: print(line, file=sys.stderr, flush=True),
     )

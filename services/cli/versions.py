@@ -152,9 +152,9 @@ def _slm(config: Path | None) -> tuple[Any, str]:
     from s2t_shared.model.tokenizer import Tokenizer
 
     resolved = settings(config)
-    runtime = ModelRuntime.load(resolved.slm_model, resolved.slm.dtype, "cpu")
+    runtime = ModelRuntime.load(resolved.slm.model, resolved.slm.dtype, "cpu")
     return runtime, Tokenizer.load(
-        resolve_model(resolved.slm_model), resolved.slm.chat_template
+        resolve_model(resolved.slm.model), resolved.slm.chat_template
     ).digest
 
 
@@ -256,7 +256,7 @@ def export(
     registry = _registry(config, data_dir)
     source = registry.folder(_name(registry, version))
     done = (
-        export_merged(source, settings(config).slm_model, folder)
+        export_merged(source, settings(config).slm.model, folder)
         if merged
         else export_adapter(source, folder)
     )

@@ -73,7 +73,7 @@ def check_hardware() -> str:
 
 def check_pair(config: Config) -> str:
     check_models(config)
-    return f"{config.slm_model} and {config.llm_model} share a tokenizer"
+    return f"{config.slm.model} and {config.llm.model} share a tokenizer"
 
 
 def check_servers(config: Config) -> str:

@@ -63,9 +63,9 @@ def check_models(config: Config) -> None:
         ModelLoadError: a model is missing.
         TokenizerMismatchError: the two tokenize differently.
     """
-    slm = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
+    slm = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
     if config.selector.replicas and not config.selector.addresses:
-        check_same_tokenizer(slm, Tokenizer.load(resolve_model(config.llm_model)))
+        check_same_tokenizer(slm, Tokenizer.load(resolve_model(config.llm.model, "llm")))
 
 
 def check_port(config: Config) -> None:

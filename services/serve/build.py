@@ -62,7 +62,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         StoreError: the labels' spool cannot be used.
     """
     torch.set_num_threads(config.slm.threads)
-    tokenizer = Tokenizer.load(resolve_model(config.slm_model), config.slm.chat_template)
+    tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
     runtime = _load_slm(config)
     remote = await _connect_selector(config, runtime, tokenizer, selectors)
     labels = LabelRecorder(_label_writer(config))
@@ -93,7 +93,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
 
 def _load_slm(config: Config) -> ModelRuntime:
     slm = config.slm
-    runtime = ModelRuntime.load(config.slm_model, slm.dtype, slm.device, slm.kv_bytes)
+    runtime = ModelRuntime.load(config.slm.model, slm.dtype, slm.device, slm.kv_bytes)
     runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
     return runtime
 
@@ -162,8 +162,8 @@ def selector_server(config: Config) -> SelectorServer:
     """
     torch.set_num_threads(config.llm.threads)
     llm = config.llm
-    runtime = ModelRuntime.load(config.llm_model, llm.dtype, llm.device, llm.kv_bytes)
-    tokenizer = Tokenizer.load(resolve_model(config.llm_model))
+    runtime = ModelRuntime.load(llm.model, llm.dtype, llm.device, llm.kv_bytes, "llm")
+    tokenizer = Tokenizer.load(resolve_model(llm.model, "llm"))
     selector = LLMSelector(runtime, tokenizer.digest)
     return SelectorServer(selector, config.security, config.selector.host)
 

@@ -78,7 +78,7 @@ def judge_version(config: Config, version: str, settings: DistillSettings, devic
         VersionError: `version` cannot be loaded. StoreError: its snapshot is gone. ConfigError or
         EvaluationSplitError: as `task_problems`.
     """
-    folder = resolve_model(config.slm_model)
+    folder = resolve_model(config.slm.model)
     runtime = ModelRuntime.load(str(folder), config.slm.dtype, device, config.slm.kv_bytes)
     tokenizer = Tokenizer.load(folder, config.slm.chat_template)
     registry, training = Registry(config.versions), config.training

@@ -192,7 +192,7 @@ def _open_job(config: Config, say: Callable[[str], None]) -> Job:
         )
         return job
     job = job_of(
-        config, Lake(config.lake).freeze().id, model_digest(resolve_model(config.slm_model))
+        config, Lake(config.lake).freeze().id, model_digest(resolve_model(config.slm.model))
     )
     job.folder(config).mkdir(parents=True, exist_ok=True)
     write_atomically(job.folder(config) / JOB, json.dumps(asdict(job)))
@@ -206,7 +206,7 @@ def unfinished_job(config: Config) -> Job | None:
         key=lambda p: p.stat().st_mtime,
         reverse=True,
     )
-    digest = model_digest(resolve_model(config.slm_model)) if notes else ""
+    digest = model_digest(resolve_model(config.slm.model)) if notes else ""
     for note in notes:
         with suppress(
             OSError, ValueError, TypeError, S2TError
@@ -356,7 +356,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def train_and_publish(config: Config, job: Job, publishes: bool) -> Manifest | None:
     """The job itself, with no Ray in sight: read, train, publish. Called again it goes on where it
     was killed."""
-    folder = resolve_model(config.slm_model)
+    folder = resolve_model(config.slm.model)
     runtime = ModelRuntime.load(
         str(folder), config.slm.dtype, "cuda" if config.training.gpus_per_worker else "cpu"
     )
@@ -451,7 +451,7 @@ def _manifest(
         fusion=distilled.selector.fusion,
         scoring=settings.scoring,
         standardise=settings.standardise,
-        base_model=config.slm_model,
+        base_model=str(resolve_model(config.slm.model)),
         slm_digest=runtime.digest,
         llm_digest=distilled.llm_digest,
         tokenizer_digest=tokenizer.digest,

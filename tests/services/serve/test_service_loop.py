@@ -15,7 +15,6 @@ import pytest
 import ray
 import torch
 from rich.console import Console
-from services.harvest.harvest import HarvestOutcome, harvest, pair_prompts
 
 from s2t_shared import errors
 from s2t_shared.bundled import SLM_DIR, problems
@@ -41,6 +40,7 @@ from s2t_shared.versions.registry import Registry
 from services.client import Client
 from services.demo import DemoSize, run_loop
 from services.harvest.rollouts import HarvestOptions, PairRollouts, ServiceRollouts
+from services.harvest.run import HarvestOutcome, harvest, pair_prompts
 from services.launch.local import RunningService
 from services.rpc.ask_many import Target, answer_all
 from services.train.follow import follow
@@ -232,7 +232,7 @@ def test_harvest_through_the_service(service: RunningService, pair: Pair, tmp_pa
     alone = Lake(tmp_path / "alone")
     collected = Lake(tmp_path / "collected")
     own = Lake(service.config.lake)
-    harvest(PairRollouts(pair.generator), prompts, alone, options)
+    harvest(PairRollouts(pair), prompts, alone, options)
 
     def kill(outcome: HarvestOutcome) -> None:
         if outcome.heard not in (40, 90):

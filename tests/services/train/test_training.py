@@ -27,7 +27,7 @@ from s2t_shared.config import Config, TrainingConfig, load_config
 from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError, StoreError, VersionError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind
-from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.training.checkpoints import load_checkpoint, save_checkpoint
 from s2t_shared.training.objective import DistillSettings
@@ -76,7 +76,7 @@ def config(models: dict[str, Path], tmp_path: Path) -> Config:
 
 
 def job(config: Config) -> Job:
-    return job_of(config, Lake(config.lake).freeze().id, ModelRuntime.load(config.slm_model).digest)
+    return job_of(config, Lake(config.lake).freeze().id, ModelRuntime.load(config.slm.model).digest)
 
 
 def with_training(config: Config, **values: object) -> Config:
@@ -179,7 +179,7 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_run_is_refused(config: Config, tmp_path: Path) -> None:
     """Two settings never share a checkpoint."""
-    runtime = ModelRuntime.load(config.slm_model)
+    runtime = ModelRuntime.load(config.slm.model)
     rollouts = make_rollouts(60, runtime.digest)
     distil(runtime, (), rollouts, DistillSettings(steps=2), checkpoints=tmp_path / "c")
     with pytest.raises(ConfigError, match="another run"):
@@ -341,8 +341,8 @@ def test_the_job_publishes_what_it_trained(config: Config) -> None:
     assert manifest.training["steps"] == 6 == manifest.training["steps_done"]
     registry, runtime, tokenizer = (
         Registry(config.versions),
-        ModelRuntime.load(config.slm_model),
-        Tokenizer.load(Path(config.slm_model)),
+        ModelRuntime.load(config.slm.model),
+        Tokenizer.load(resolve_model(config.slm.model)),
     )
     selector = registry.load(manifest.version, runtime, tokenizer.digest)
     assert selector.reserved_ids == reserved_ids(tokenizer, runtime.vocab_rows)
@@ -438,7 +438,7 @@ def test_an_unfinished_job_is_found_again(config: Config) -> None:
     assert unfinished_job(config) is None  # nothing is lost yet
     assert train_and_publish(config, task, publishes=True) is not None  # and killed before the gate
     Lake(config.lake).write(
-        learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[240:]
+        learnable(make_rollouts(250, ModelRuntime.load(config.slm.model).digest))[240:]
     )
     assert unfinished_job(config) == task == _open_job(config, print)
     assert unfinished_job(with_training(config, steps=7)) is None
@@ -463,14 +463,14 @@ def test_what_is_new_is_newer_than_what_was_trained_on(config: Config) -> None:
     assert train_and_publish(config, task, publishes=True) is not None
     assert trained_until(config) == 240.0 and lake.labels_since(trained_until(config)) == 0
     lake.write(
-        learnable(make_rollouts(250, ModelRuntime.load(config.slm_model).digest))[235:]
+        learnable(make_rollouts(250, ModelRuntime.load(config.slm.model).digest))[235:]
     )  # five come again
     shutil.rmtree(lake.root / "snapshots")
     assert lake.compact(2) and lake.labels_since(trained_until(config)) == 30
 
 
 def test_a_lake_of_several_llms_trains_on_one_and_says_so(config: Config) -> None:
-    digest = ModelRuntime.load(config.slm_model).digest
+    digest = ModelRuntime.load(config.slm.model).digest
     Lake(config.lake).write(
         [
             replace(r, rollout_id=f"other-{r.rollout_id}", llm_digest="other")
