@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError
+from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, StoreError
 from s2t_shared.requests import by_name
 from services.cli.options import (
     ConfigFile,
@@ -58,14 +58,17 @@ def stats(
     lake: LakeFolder = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
+    flush: Annotated[
+        bool, typer.Option("--flush", help="first let a running service write what it has")
+    ] = False,
     json_out: Json = False,
 ) -> None:
     """How much there is, of what, and how often the LLM's choice is among the SLM's first K."""
     from s2t_shared.labels.stats import measure_labels
 
     opened, resolved = _open(lake, config, data_dir)
+    waiting = _on_their_way(opened, resolved, flush)
     measured = measure_labels(opened)
-    waiting = _redis_counts(resolved) if resolved.redis.url else {}
     if json_out:
         print(json.dumps({**asdict(measured), "label_share": measured.label_share, **waiting}))
         return
@@ -97,7 +100,33 @@ def stats(
         },
         as_json=False,
     )
+    if waiting.get("in_redis"):
+        print(
+            f"{waiting['in_redis']} rollouts are still on their way and not counted above; they are "
+            f"in the lake within {resolved.labels.shard_age_s:.0f} s (--flush writes them now)"
+        )
     wide_console().print(_hit_table(measured))
+
+
+def _on_their_way(lake: Lake, config: Config, flush: bool) -> dict[str, Any]:
+    """Rollouts that are not in the lake yet, by a running service or the configured Redis."""
+    from services.client import Client
+    from services.launch.service_record import find_service
+    from services.rpc import channels
+
+    service = find_service(config.data_dir) if lake.root == config.lake else None
+    if service is None:
+        if flush:
+            raise ConfigError(f"--flush: no service runs on {str(config.data_dir)!r}")
+        return _redis_counts(config) if config.redis.url else {}
+    security = config.security
+    token = channels.read_token(security.token_file)
+    with Client(service.address, token, security.authority, timeout_s=60.0) as client:
+        try:
+            counts = client.count_labels(flush=flush)
+        except S2TError as error:
+            return {"in_redis": None, "dead_letters": None, "redis_error": str(error)}
+    return {"in_redis": counts.queued, "dead_letters": counts.dead_letters}
 
 
 def _redis_counts(config: Config) -> dict[str, Any]:

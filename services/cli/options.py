@@ -4,7 +4,7 @@ itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +38,34 @@ def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
         yield lambda: bar.advance(task)
 
 
-def settings(config: Path | None, **overrides: Any) -> Config:
-    return load_config(config, {key.replace("__", "."): value for key, value in overrides.items()})
+def settings(
+    config: Path | None, base: Mapping[str, Any] | None = None, **overrides: Any
+) -> Config:
+    """The resolved settings. base: values instead of a file's; overrides: `section__name`."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(config, dotted, base=base)
+
+
+def settings_beside_service(
+    config: Path | None, say: Callable[[str], None], **overrides: Any
+) -> Config:
+    """The settings of a verb that works on a service's labels and versions.
+
+    Without a file of its own it takes the configuration of the service that runs on the data
+    folder. With one it says in which shared settings the two differ.
+    """
+    from services.launch.service_record import find_service
+
+    own = settings(config, **overrides)
+    service = find_service(own.data_dir)
+    if service is None:
+        return own
+    if config is None:
+        say(f"using the configuration of the service at {service.address}")
+        return settings(None, base=service.config, **overrides)
+    for difference in service.differences(own):
+        say(f"differs from the service at {service.address}: {difference}")
+    return own
 
 
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.errors import InvalidRequestError
-from services.cli.options import ConfigFile, DataDir, Json, settings, show
+from services.cli.options import ConfigFile, DataDir, Json, settings_beside_service, show
 
 LINE_EVERY_S = 30.0
 
@@ -54,8 +54,13 @@ def train(
 
     if every_labels < 1 or (max_rounds is not None and max_rounds < 1):
         raise InvalidRequestError("--every-labels and --max-rounds must be at least 1")
-    resolved = settings(
+
+    def say(line: str) -> None:
+        print(f"s2t: {line}", file=sys.stderr, flush=True)
+
+    resolved = settings_beside_service(
         config,
+        say,
         data_dir=str(data_dir) if data_dir else None,
         training__kind=kind,
         training__reads=reads,
@@ -66,9 +71,6 @@ def train(
         training__init_from=init_from,
         training__seed=seed,
     )
-
-    def say(line: str) -> None:
-        print(f"s2t: {line}", file=sys.stderr, flush=True)
 
     def report(outcome: Any) -> None:
         print(json.dumps(asdict(outcome)), flush=True) if follow and json_out else show(
