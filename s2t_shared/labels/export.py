@@ -29,51 +29,36 @@ from s2t_shared.errors import ConfigError, TokenizerMismatchError
 from s2t_shared.files import new_folder
 from s2t_shared.labels.label import HELD_OUT_SHARE, SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.schema import columns
+from s2t_shared.labels.shards import arrow_type
 from s2t_shared.model.tokenizer import Tokenizer
 
 EXPORT_BYTES = 256 << 20  # of a shard, about
 BATCH_BYTES = 8 << 20  # of rows before they are written: one row group
 SPLITS = ("train", "heldout")
 
-COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
-    ("label_id", pa.string(), "hash of all that the label's value depends on; unique"),
+OWN_COLUMNS = (
     ("context_ids", pa.list_(pa.int32()), "the full prefix: prompt, then the answer so far"),
-    ("candidate_ids", pa.list_(pa.int32()), "the SLM's top K tokens, best first"),
-    (
-        "slm_log_probs",
-        pa.list_(pa.float32()),
-        "the SLM's natural-log probability of each candidate",
-    ),
-    (
-        "llm_log_probs",
-        pa.list_(pa.float32()),
-        "the LLM's natural-log probability of each candidate",
-    ),
-    ("llm_top_id", pa.int32(), "the LLM's first choice over its whole vocabulary"),
-    (
-        "llm_top_rank",
-        pa.int32(),
-        "its place in the SLM's order, 0 = first, -1 = outside the SLM's top 64",
-    ),
-    ("mass", pa.float32(), "the LLM's probability on the candidates together"),
-    ("kl", pa.float32(), "D(p_SLM || p_LLM) on the SLM's top 64, nats"),
-    ("entropy", pa.float32(), "of p_SLM on its top 64, nats"),
     ("step", pa.int32(), "0-based index of the token in the answer"),
-    ("prompt_length", pa.int32(), "tokens of the context that are the prompt"),
     ("split", pa.string(), "train or heldout, by problem"),
-    ("task", pa.string(), "as the harvest named it"),
-    ("problem_id", pa.string(), "as the harvest named it"),
-    (
-        "source",
-        pa.string(),
-        "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)",
-    ),
-    ("rollout_id", pa.string(), "joins the labels of one answer"),
-    ("slm_digest", pa.string(), "of the SLM's weights"),
-    ("llm_digest", pa.string(), "of the LLM's weights"),
-    ("tokenizer_digest", pa.string(), "of their common tokenizer"),
-    ("template_digest", pa.string(), "of the chat template"),
 )
+ORDER = (
+    "label_id context_ids candidate_ids slm_log_probs llm_log_probs llm_top_id llm_top_rank mass kl "
+    "entropy step prompt_length split task problem_id source rollout_id slm_digest llm_digest "
+    "tokenizer_digest template_digest"
+).split()
+
+
+def _all_columns() -> tuple[tuple[str, pa.DataType, str], ...]:
+    """Name, type and meaning of every exported column: the label's, its rollout's, our own."""
+    known = {}
+    for column in (*columns(Rollout), *columns(Label)):
+        known[column.name] = (column.name, arrow_type(column), column.doc)
+    known |= {own[0]: own for own in OWN_COLUMNS}
+    return tuple(known[name] for name in ORDER)
+
+
+COLUMNS = _all_columns()
 TEXT_COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("context", pa.string(), "context_ids as text, special tokens shown"),
     ("candidates", pa.list_(pa.string()), "each candidate as text"),

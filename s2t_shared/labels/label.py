@@ -13,42 +13,48 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from s2t_shared import policy as decide
-from s2t_shared.errors import EvaluationSplitError, StoreError
-from s2t_shared.types import SUPPORT_SIZE, WARMUP_STEPS, CandidateRule, LabelOptions, Step
+from s2t_shared.errors import StoreError
+from s2t_shared.labels.schema import Kind, check_columns, column, columns
+from s2t_shared.policy import candidate_count, step_signal
+from s2t_shared.splits import check_split
+from s2t_shared.types import (
+    WARMUP_STEPS,
+    CandidateRule,
+    LabelOptions,
+    LabelRule,
+    Step,
+    Trigger,
+)
 
 SCHEMA_VERSION = 2
-EVALUATION_SPLITS = frozenset(
-    {"test", "eval", "evaluation", "heldout", "held_out", "held-out", "val", "validation", "dev"}
-)
 HELD_OUT_SHARE = 0.1
+TEXT, WHOLE, RANK, RANK16, REAL, TIME = Kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One LLM selection, at one position of a rollout.
+    """One LLM selection, at one position of a rollout: its context is `token_ids[:position]`."""
 
-    position: tokens before it; the context is `rollout.token_ids[:position]`. candidate_ids: the
-    SLM's top K in its order; slm_log_probs and llm_log_probs: natural logs of the same candidates
-    over each model's whole vocabulary. llm_top_rank: place of the LLM's top-1 in the SLM's order, 0
-    = first, -1 = outside its top 64. mass: the LLM's probability on the candidates. kl, entropy:
-    nats, on the SLM's top-64 support.
-    """
-
-    label_id: str
-    position: int
-    candidate_ids: tuple[int, ...]
-    slm_log_probs: tuple[float, ...]
-    llm_log_probs: tuple[float, ...]
-    llm_top_id: int
-    llm_top_rank: int
-    mass: float
-    kl: float
-    entropy: float
+    label_id: str = column(TEXT, "hash of all that the label's value depends on; unique")
+    position: int = column(WHOLE, "tokens of the rollout before the labelled one")
+    candidate_ids: tuple[int, ...] = column(WHOLE, "the SLM's top K tokens, best first", many=True)
+    slm_log_probs: tuple[float, ...] = column(
+        REAL, "the SLM's natural-log probability of each candidate", many=True
+    )
+    llm_log_probs: tuple[float, ...] = column(
+        REAL, "the LLM's natural-log probability of each candidate", many=True
+    )
+    llm_top_id: int = column(WHOLE, "the LLM's first choice over its whole vocabulary")
+    llm_top_rank: int = column(
+        RANK, "its place in the SLM's order, 0 = first, -1 = outside the SLM's top 64"
+    )
+    mass: float = column(REAL, "the LLM's probability on the candidates together")
+    kl: float = column(REAL, "D(p_SLM || p_LLM) on the SLM's top 64, nats")
+    entropy: float = column(REAL, "of p_SLM on its top 64, nats")
 
     @property
     def best(self) -> int:
@@ -60,30 +66,34 @@ class Label:
 class Rollout:
     """One answer and its labels.
 
-    token_ids: prompt and answer; the first `prompt_length` are the prompt. source: "plain" (greedy
-    SLM, then scored), "intervened" (S2T decoding) or "online". entropy, kl (nats), llm_top_rank: of
-    every position of the answer where all were scored, else empty; they say how often the LLM's
-    choice is among the SLM's first K, also where no label is.
+    entropy, kl and llm_top_rank say how often the LLM's choice is among the SLM's first K, also
+    where no label is.
     """
 
-    rollout_id: str
-    request_id: str
-    problem_id: str
-    task: str
-    split: str
-    source: str
-    token_ids: tuple[int, ...]
-    prompt_length: int
-    entropy: tuple[float, ...]
-    kl: tuple[float, ...]
-    llm_top_rank: tuple[int, ...]
+    rollout_id: str = column(TEXT, "joins the labels of one answer")
+    request_id: str = column(TEXT, "of the request that was answered")
+    problem_id: str = column(TEXT, "as the harvest named it")
+    task: str = column(TEXT, "as the harvest named it")
+    split: str = column(TEXT, "that the prompt comes from")
+    source: str = column(
+        TEXT, "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)"
+    )
+    token_ids: tuple[int, ...] = column(WHOLE, "prompt and answer", many=True)
+    prompt_length: int = column(WHOLE, "tokens of the context that are the prompt")
+    entropy: tuple[float, ...] = column(
+        REAL, "of each answer position, nats; empty where not all were scored", many=True
+    )
+    kl: tuple[float, ...] = column(REAL, "D(p_SLM || p_LLM) of the same positions", many=True)
+    llm_top_rank: tuple[int, ...] = column(
+        RANK16, "place of the LLM's first choice at the same positions", many=True
+    )
     labels: tuple[Label, ...]
-    slm_digest: str
-    llm_digest: str
-    tokenizer_digest: str
-    template_digest: str
-    created_at: float
-    schema_version: int = SCHEMA_VERSION
+    slm_digest: str = column(TEXT, "of the SLM's weights")
+    llm_digest: str = column(TEXT, "of the LLM's weights")
+    tokenizer_digest: str = column(TEXT, "of their common tokenizer")
+    template_digest: str = column(TEXT, "of the chat template")
+    created_at: float = column(TIME, "when it was made, Unix seconds")
+    schema_version: int = column(WHOLE, "of these columns", default=SCHEMA_VERSION)
 
     @property
     def problem(self) -> str:
@@ -123,83 +133,43 @@ class Rollout:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Rollout:
         """From a row of the lake or of JSON: the same names, lists for tuples."""
-        labels = tuple(Label(**_values(Label, label, _LABEL_LISTS)) for label in row["labels"])
-        return cls(**_values(cls, row, _ROLLOUT_LISTS) | {"labels": labels})
+        labels = tuple(Label(**_values(Label, label)) for label in row["labels"])
+        return cls(labels=labels, **_values(cls, row))
 
 
-_LABEL_LISTS = ("candidate_ids", "slm_log_probs", "llm_log_probs")
-_ROLLOUT_LISTS = ("token_ids", "entropy", "kl", "llm_top_rank")
-
-
-def _values(kind: type[Any], row: dict[str, Any], lists: tuple[str, ...]) -> dict[str, Any]:
-    return {f.name: tuple(row[f.name]) if f.name in lists else row[f.name] for f in fields(kind)}
-
-
-def check_split(split: str) -> None:
-    """Raises EvaluationSplitError: calibrating, harvesting or training there would spoil every
-    figure."""
-    if split.strip().lower() in EVALUATION_SPLITS or not split.strip():
-        raise EvaluationSplitError(
-            f"split {split!r}: labels and thresholds must never come from an evaluation split; "
-            "use training problems (split 'train')"
-        )
+def _values(kind: type[Any], row: dict[str, Any]) -> dict[str, Any]:
+    return {c.name: c.read(row[c.name]) for c in columns(kind)}
 
 
 def check_rollout(rollout: Rollout) -> None:
     """What a JSON text alone does not promise: anyone who can reach Redis may have written it.
 
-    Raises: StoreError: a value has the wrong type or range. EvaluationSplitError: it comes from an
-        evaluation split.
+    Raises:
+        StoreError: a value has the wrong type or range.
+        EvaluationSplitError: it comes from an evaluation split.
     """
-    n = len(rollout.token_ids)
-    whole = [*rollout.token_ids, rollout.prompt_length]
-    real: list[Any] = [*rollout.entropy, *rollout.kl]
-    texts = [
-        getattr(rollout, f.name)
-        for f in fields(Rollout)
-        if f.name.endswith("_id") or f.name.endswith("_digest")
-    ]
-    for label in rollout.labels:
-        whole += [label.position, label.llm_top_id, *label.candidate_ids]
-        real += [*label.slm_log_probs, *label.llm_log_probs, label.mass, label.kl, label.entropy]
-        texts.append(label.label_id)
-        k = len(label.candidate_ids)
-        if not k == len(label.slm_log_probs) == len(label.llm_log_probs) > 0:
-            raise StoreError(
-                "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
-            )
-    ranks = [*rollout.llm_top_rank, *(label.llm_top_rank for label in rollout.labels)]
-    if not (
-        all(type(i) is int and 0 <= i < 2**31 for i in whole)
-        and all(type(i) is int and -1 <= i < SUPPORT_SIZE for i in ranks)
-    ):
-        raise StoreError("token ids, ranks and positions must be whole numbers in range")
-    if (
-        not all(_is_float32(x) for x in real)
-        or type(rollout.created_at) is not float
-        or not math.isfinite(rollout.created_at)
-    ):
-        raise StoreError(
-            "log-probabilities, entropy, kl, mass and created_at must be finite numbers"
-        )
-    try:
-        "".join([*texts, rollout.task, rollout.split, rollout.source]).encode()
-    except (TypeError, UnicodeEncodeError):
-        raise StoreError("ids, digests, task, split and source must be texts") from None
-    if not 0 < rollout.prompt_length <= n or not all(
-        0 < label.position <= n for label in rollout.labels
-    ):
-        raise StoreError("prompt_length and label positions must lie inside token_ids")
+    check_columns(rollout)
+    tokens = len(rollout.token_ids)
+    answer = tokens - rollout.prompt_length
+    if not 0 < rollout.prompt_length <= tokens:
+        raise StoreError("prompt_length: must lie inside token_ids")
     for values in (rollout.entropy, rollout.kl, rollout.llm_top_rank):
-        if len(values) not in (0, n - rollout.prompt_length):
+        if len(values) not in (0, answer):
             raise StoreError("entropy, kl, llm_top_rank: one value per answer token, or none")
+    for label in rollout.labels:
+        _check_label(label, tokens)
     check_split(rollout.split)
 
 
-def _is_float32(value: Any) -> bool:
-    return (
-        type(value) is float and abs(value) < 1e30 or type(value) is int and abs(value) <= 1 << 24
-    )
+def _check_label(label: Label, tokens: int) -> None:
+    check_columns(label)
+    if not 0 < label.position <= tokens:
+        raise StoreError("position: must lie inside token_ids")
+    k = len(label.candidate_ids)
+    if not k == len(label.slm_log_probs) == len(label.llm_log_probs) > 0:
+        raise StoreError(
+            "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
+        )
 
 
 @dataclass(frozen=True)
@@ -230,23 +200,15 @@ def rollout_of(
     check_split(options.split)
     token_ids = (*prompt_ids, *(step.token_id for step in steps))
     start = len(prompt_ids)
-    labels, context = (
-        [],
-        hashlib.sha256(
-            json.dumps([SCHEMA_VERSION, *asdict(digests).values(), *prompt_ids]).encode()
-        ),
-    )
+    key = [SCHEMA_VERSION, *asdict(digests).values(), *prompt_ids]
+    context = hashlib.sha256(json.dumps(key).encode())
+    labels = []
     for i, step in enumerate(steps):
         if step.support is not None and step.llm is not None and _is_label(step, options):
             labels.append(_label(context.copy(), start + i, step, rule))
         context.update(b",%d" % step.token_id)
-    entropy: tuple[float, ...] = ()
-    kl: tuple[float, ...] = ()
-    ranks: tuple[int, ...] = ()
-    if steps and all(step.support is not None and step.llm is not None for step in steps):
-        measured = [_position(step) for step in steps]
-        entropy, kl = tuple(m[0] for m in measured), tuple(m[1] for m in measured)
-        ranks = tuple(m[2] for m in measured)
+    scored = bool(steps) and all(s.support is not None and s.llm is not None for s in steps)
+    measured = [s for s in steps if scored and s.entropy is not None and s.kl is not None]
     rollout = Rollout(
         rollout_id="",
         request_id=request_id,
@@ -256,9 +218,9 @@ def rollout_of(
         source=source,
         token_ids=token_ids,
         prompt_length=start,
-        entropy=entropy,
-        kl=kl,
-        llm_top_rank=ranks,
+        entropy=tuple(s.entropy for s in measured if s.entropy is not None),
+        kl=tuple(s.kl for s in measured if s.kl is not None),
+        llm_top_rank=tuple(s.llm_top_rank for s in measured if s.llm_top_rank is not None),
         labels=(),
         slm_digest=digests.slm,
         llm_digest=digests.llm,
@@ -285,40 +247,40 @@ def with_labels(rollout: Rollout, labels: tuple[Label, ...]) -> Rollout:
     return replace(rollout, labels=labels, rollout_id=_hash(key))
 
 
+def is_label(signals: Mapping[Trigger, float], rules: Sequence[LabelRule]) -> bool:
+    """Whether a position is a label: one of its signals lies above its rule's threshold."""
+    return any(signals[rule.trigger] > rule.threshold for rule in rules)
+
+
 def _is_label(step: Step, options: LabelOptions) -> bool:
     if not options.rules:
         return step.triggered
     if step.index < WARMUP_STEPS:
         return False
-    return any(decide.step_signal(step, r.trigger) > r.threshold for r in options.rules)
-
-
-def _position(step: Step) -> tuple[float, float, int]:
-    """Entropy and KL of a scored step, and the rank of the LLM's first choice."""
-    assert step.support is not None and step.llm is not None
-    support, llm = step.support, step.llm
-    rank = support.ids.index(llm.top_id) if llm.top_id in support.ids else -1
-    return decide.entropy(support.log_probs), decide.kl(support.log_probs, llm.log_probs), rank
+    signals = {rule.trigger: step_signal(step, rule.trigger) for rule in options.rules}
+    return is_label(signals, options.rules)
 
 
 def _label(context: hashlib._Hash, position: int, step: Step, rule: CandidateRule) -> Label:
-    """`context`: a hash of all tokens before `position` and of what scored them."""
-    assert step.support is not None and step.llm is not None
-    k = decide.candidate_count(rule, step.support.log_probs)
-    candidates, scores = step.support.ids[:k], step.llm.log_probs[:k]
-    entropy, kl, rank = _position(step)
-    context.update(json.dumps(["candidates", *candidates]).encode())
+    """context: a hash of all tokens before `position` and of what scored them."""
+    assert step.support is not None
+    assert step.llm is not None
+    assert step.llm_top_rank is not None and step.kl is not None and step.entropy is not None
+    k = candidate_count(rule, step.support.log_probs)
+    candidate_ids = step.support.ids[:k]
+    llm_log_probs = step.llm.log_probs[:k]
+    context.update(json.dumps(["candidates", *candidate_ids]).encode())
     return Label(
         label_id=context.hexdigest()[:32],
         position=position,
-        candidate_ids=candidates,
+        candidate_ids=candidate_ids,
         slm_log_probs=step.support.log_probs[:k],
-        llm_log_probs=scores,
+        llm_log_probs=llm_log_probs,
         llm_top_id=step.llm.top_id,
-        llm_top_rank=rank,
-        mass=sum(math.exp(score) for score in scores),
-        kl=kl,
-        entropy=entropy,
+        llm_top_rank=step.llm_top_rank,
+        mass=sum(math.exp(log_prob) for log_prob in llm_log_probs),
+        kl=step.kl,
+        entropy=step.entropy,
     )
 
 

@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,44 +26,34 @@ import pyarrow.parquet as pq
 from s2t_shared.errors import StoreError
 from s2t_shared.files import new_file, sha256_file, write_atomically
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
+from s2t_shared.labels.schema import Column, columns
 
-LABEL_TYPE = pa.struct(
-    [
-        ("label_id", pa.string()),
-        ("position", pa.int32()),
-        ("candidate_ids", pa.list_(pa.int32())),
-        ("slm_log_probs", pa.list_(pa.float32())),
-        ("llm_log_probs", pa.list_(pa.float32())),
-        ("llm_top_id", pa.int32()),
-        ("llm_top_rank", pa.int32()),
-        ("mass", pa.float32()),
-        ("kl", pa.float32()),
-        ("entropy", pa.float32()),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("rollout_id", pa.string()),
-        ("request_id", pa.string()),
-        ("problem_id", pa.string()),
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("source", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("prompt_length", pa.int32()),
-        ("entropy", pa.list_(pa.float32())),
-        ("kl", pa.list_(pa.float32())),
-        ("llm_top_rank", pa.list_(pa.int16())),
-        ("labels", pa.list_(LABEL_TYPE)),
-        ("slm_digest", pa.string()),
-        ("llm_digest", pa.string()),
-        ("tokenizer_digest", pa.string()),
-        ("template_digest", pa.string()),
-        ("created_at", pa.float64()),
-        ("schema_version", pa.int32()),
-    ],
-    metadata={"s2t_schema_version": str(SCHEMA_VERSION)},
-)
+ARROW = {
+    "string": pa.string(),
+    "int16": pa.int16(),
+    "int32": pa.int32(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+}
+
+
+def arrow_type(column: Column) -> pa.DataType:
+    """The Arrow type of a column."""
+    one = ARROW[column.kind.arrow]
+    return pa.list_(one) if column.many else one
+
+
+def _arrow_schema() -> pa.Schema:
+    """A row is a rollout; its labels are a list of structs, where `Rollout` has them."""
+    known = {column.name: arrow_type(column) for column in columns(Rollout)}
+    label = pa.struct([(column.name, arrow_type(column)) for column in columns(Label)])
+    known["labels"] = pa.list_(label)
+    order = [f.name for f in fields(Rollout)]
+    metadata = {"s2t_schema_version": str(SCHEMA_VERSION)}
+    return pa.schema([(name, known[name]) for name in order], metadata=metadata)
+
+
+SCHEMA = _arrow_schema()
 READ_ROWS = 256  # a row group; in memory at a time
 
 
