@@ -20,11 +20,11 @@ from services.cli.options import (
     ConfigFile,
     DataDir,
     Json,
-    progress,
     settings,
     show,
     wide_console,
 )
+from services.cli.progress import progress
 
 if TYPE_CHECKING:
     from s2t_shared.config import Config
@@ -190,8 +190,9 @@ def export(
         from s2t_shared.model.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(resolve_model(with_text))
-    with progress(sum(s.rollouts for s in opened.shards()), "rollouts", json_out) as advance:
-        exported = export_labels(opened, folder, kind, tokenizer, lambda labels: advance())
+    total = sum(shard.rollouts for shard in opened.shards())
+    with progress("rollouts", total, json_out) as shown:
+        exported = export_labels(opened, folder, kind, tokenizer, lambda labels: shown.advance())
     show(
         {
             "folder": str(folder),

@@ -4,14 +4,12 @@ itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.config import Config, load_config
 
@@ -22,20 +20,6 @@ DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis file
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
 TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
-
-
-@contextmanager
-def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere; yields a function to call once per finished item."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda: None
-        return
-    with Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
 
 
 def settings(
