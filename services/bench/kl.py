@@ -10,7 +10,7 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.policy import Calibration
 from s2t_shared.types import CandidateRule, DecodeOptions, DecodeRequest, Mode, Policy, Trigger
 from services.bench import workload
-from services.bench.measure import Report, figure, ratios, take_turns
+from services.bench.measure import Figure, Report, figure, ratios, take_turns
 from services.bench.workload import Models, Run, Settings
 
 
