@@ -83,5 +83,7 @@ def test_swapping_the_sides_mirrors_the_interval(items: list[tuple[bool, bool, i
     problems = [str(z) for _, _, z in items]
     mean, half = clustered_difference(a, b, problems)
     mirrored, same = clustered_difference(b, a, problems)
-    assert mirrored == pytest.approx(-mean) and same == pytest.approx(half)
-    assert half >= 0 and Z95 > 1.9
+    assert mirrored == pytest.approx(-mean)
+    assert same == pytest.approx(half)
+    assert half >= 0
+    assert Z95 > 1.9

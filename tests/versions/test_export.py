@@ -109,4 +109,5 @@ def test_exported_adapter_loads_in_peft(
         AutoModelForCausalLM.from_pretrained(models["slm"]), tmp_path / "adapter"
     )
     assert any("lora_B" in name for name, _ in loaded.named_parameters())
-    assert (tmp_path / "adapter" / BINS).is_file() and (tmp_path / "adapter/README.md").is_file()
+    assert (tmp_path / "adapter" / BINS).is_file()
+    assert (tmp_path / "adapter/README.md").is_file()

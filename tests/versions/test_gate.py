@@ -16,8 +16,10 @@ from tests.helpers.versions import paired, publish
 
 def test_the_gate_opens_for_a_clear_gain() -> None:
     verdict = judge(paired(200, 6, 0.85, 0.7), 0.01, paired(200, 1, 0.6, 0.6), "v0003")
-    assert verdict.passed and len(verdict.reasons) == 3
-    assert verdict.figures["difference_low"] > 0.1 and verdict.figures["labels"] == 1200
+    assert verdict.passed
+    assert len(verdict.reasons) == 3
+    assert verdict.figures["difference_low"] > 0.1
+    assert verdict.figures["labels"] == 1200
     json.dumps(verdict.as_json())
 
 
@@ -34,9 +36,11 @@ def test_the_gate_says_why_it_refuses() -> None:
     )
     assert "(1,001 labels of 214 problems)" in verdict.reasons[0]
     noise = judge(paired(100, 3, 0.72, 0.7, seed=1), None, against="v0003")
-    assert not noise.passed and "not above 0" in noise.reasons[0]
+    assert not noise.passed
+    assert "not above 0" in noise.reasons[0]
     regression = judge(paired(200, 6, 0.6, 0.7), None, against="v0003")
-    assert not regression.passed and "difference -." in regression.reasons[0]
+    assert not regression.passed
+    assert "difference -." in regression.reasons[0]
 
 
 def test_few_labels_are_refused_for_being_few() -> None:
@@ -48,16 +52,20 @@ def test_few_labels_are_refused_for_being_few() -> None:
 
 def test_each_bound_refuses_alone() -> None:
     good = paired(200, 6, 0.85, 0.7)
-    assert "LM-KL 0.5 nats" in judge(good, 0.5).reasons[0] and not judge(good, 0.5).passed
+    assert "LM-KL 0.5 nats" in judge(good, 0.5).reasons[0]
+    assert not judge(good, 0.5).passed
     assert not judge(good, float("nan")).passed
     worse = judge(good, None, paired(300, 1, 0.4, 0.6), "v0003")
-    assert not worse.passed and "a significant loss" in worse.reasons[0] and len(worse.reasons) == 1
+    assert not worse.passed
+    assert "a significant loss" in worse.reasons[0]
+    assert len(worse.reasons) == 1
     little = Paired(
         [True] * 58 + [False] * 42, [False] * 40 + [True] * 60, [f"p{i}" for i in range(100)]
     )
     assert judge(good, None, little).passed
     strict = judge(good, None, little, settings=GateSettings(max_task_loss=0.01))
-    assert not strict.passed and "a loss of .010 is not ruled out" in strict.reasons[0]
+    assert not strict.passed
+    assert "a loss of .010 is not ruled out" in strict.reasons[0]
     assert not judge(good, None, settings=GateSettings(min_gain=0.3)).passed
 
 
@@ -87,7 +95,8 @@ def test_a_verdict_is_recorded_beside_the_version(
     versions.record("gate", worse, **verdict.as_json())
     assert versions.live() == good
     event = versions.events(worse)[-1]
-    assert event["event"] == "gate" and event["passed"] is False
+    assert event["event"] == "gate"
+    assert event["passed"] is False
     assert "not above 0" in event["reasons"][0]
     assert event["figures"]["difference"] < 0
 
@@ -110,14 +119,14 @@ def test_only_an_operator_undoes_an_operators_decision(
     versions.rollback()
     versions.record("gate", b, passed=True)
     assert objected(a) == ""
-    assert objected(b).startswith("it was rolled back") and f"s2t versions promote {b}" in objected(
-        b
-    )
+    assert objected(b).startswith("it was rolled back")
+    assert f"s2t versions promote {b}" in objected(b)
     versions.promote(b, 0.1)
     for version in (a, b):
         assert f"the canary {b} is on trial" in objected(version)
     versions.rollback()
-    assert objected(a) == "" and objected(b).startswith("it was rolled back")
+    assert objected(a) == ""
+    assert objected(b).startswith("it was rolled back")
     versions.promote(b)
     versions.promote(a)
     assert objected(b) == ""

@@ -18,8 +18,10 @@ def test_promote_and_roll_back(versions: LiveVersions, runtime: ModelRuntime) ->
     versions.promote(first)
     versions.promote(second)
     assert versions.live() == second
-    assert versions.rollback() == first and versions.live() == first
-    assert versions.rollback() is None and versions.live() is None
+    assert versions.rollback() == first
+    assert versions.live() == first
+    assert versions.rollback() is None
+    assert versions.live() is None
     with pytest.raises(VersionError, match="nothing to roll back"):
         versions.rollback()
 
@@ -42,9 +44,11 @@ def test_the_same_request_gets_the_same_version() -> None:
     wide = Live(history=("a",), canary=Canary(version="b", share=0.6))
     chosen = [narrow.choose(i) for i in ids]
     assert chosen == [narrow.choose(i) for i in ids]
-    assert 0.17 < chosen.count("b") / len(ids) < 0.23 and set(chosen) == {"a", "b"}
+    assert 0.17 < chosen.count("b") / len(ids) < 0.23
+    assert set(chosen) == {"a", "b"}
     assert all(wide.choose(i) == "b" for i in ids if narrow.choose(i) == "b")
-    assert Live(history=("a",)).choose("x") == "a" and NOTHING_LIVE.choose("x") is None
+    assert Live(history=("a",)).choose("x") == "a"
+    assert NOTHING_LIVE.choose("x") is None
 
 
 @pytest.mark.parametrize(
@@ -91,10 +95,12 @@ def test_canary_and_rollback(versions: LiveVersions, runtime: ModelRuntime) -> N
     assert versions.rollback() == a and versions.state().canary is None  # first ends the canary
     versions.promote(b, 0.1)
     versions.promote(b)  # the canary goes fully live
-    assert versions.state().canary is None and versions.live() == b
+    assert versions.state().canary is None
+    assert versions.live() == b
     versions.promote(c, 0.5)
     versions.promote(b)  # promoting what is live ends the canary too
-    assert versions.state().canary is None and versions.state().history == (a, b)
+    assert versions.state().canary is None
+    assert versions.state().history == (a, b)
     assert versions.rollback() == a
 
 

@@ -16,8 +16,10 @@ def test_model_card_is_hugging_faces(registry: Registry, runtime: ModelRuntime) 
     version = publish(registry, runtime)
     card = ModelCard.load(registry.folder(version) / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("acme/tiny-slm", "adapter")
-    assert card.data.library_name == "peft" and {"lora", "kind-joint"} <= set(card.data.tags)
-    assert card.data.license is None and card.data.datasets is None
+    assert card.data.library_name == "peft"
+    assert {"lora", "kind-joint"} <= set(card.data.tags)
+    assert card.data.license is None
+    assert card.data.datasets is None
     measured = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert measured == {"agree_at_1": 0.812, "slm_agree_at_1": 0.7, "spearman": 0.5, "lm_kl": 0.01}
     assert card.data.model_name == version
@@ -46,5 +48,7 @@ def test_model_card_shows_no_folder_of_ours(
         training={},
     )
     card = ModelCard.load(registry.folder(version) / "README.md")
-    assert card.data.base_model is None and str(models["slm"].parent) not in card.content
-    assert BINS not in card.text and "Nothing was measured" in card.text
+    assert card.data.base_model is None
+    assert str(models["slm"].parent) not in card.content
+    assert BINS not in card.text
+    assert "Nothing was measured" in card.text

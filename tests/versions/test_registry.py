@@ -59,10 +59,12 @@ def test_what_is_loaded_is_what_was_published(registry: Registry, runtime: Model
     assert first.startswith("v0001-joint-base-")
     loaded = registry.load(first, runtime, "tok")
     assert (loaded.version, loaded.kind, loaded.reads) == (first, SelectorKind.JOINT, Reading.BASE)
-    assert loaded.adapter is not None and selector.adapter is not None
+    assert loaded.adapter is not None
+    assert selector.adapter is not None
     pairs = zip(loaded.adapter.parameters(), selector.adapter.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert loaded.bin_deltas is not None and torch.equal(loaded.bin_deltas, selector.bin_deltas)
+    assert loaded.bin_deltas is not None
+    assert torch.equal(loaded.bin_deltas, selector.bin_deltas)
 
 
 @pytest.mark.parametrize("case", BAD_VERSIONS)
@@ -99,9 +101,11 @@ def test_a_job_publishes_once(registry: Registry, runtime: ModelRuntime) -> None
     publish(registry, runtime, seed=1)
     before = sorted(p.name for p in registry.root.iterdir())
     assert publish(registry, runtime, seed=2, job="job-7") == first
-    assert sorted(p.name for p in registry.root.iterdir()) == before and len(registry.names()) == 2
+    assert sorted(p.name for p in registry.root.iterdir()) == before
+    assert len(registry.names()) == 2
     found = registry.find_job("job-7")
-    assert found is not None and found.version == first
+    assert found is not None
+    assert found.version == first
 
 
 def test_versions_are_ordered_beyond_four_digits(registry: Registry, runtime: ModelRuntime) -> None:
@@ -119,7 +123,8 @@ def test_scoring_is_kept(registry: Registry, runtime: ModelRuntime) -> None:
         registry, runtime, SelectorKind.RESERVED, scoring=Scoring.BINARY, standardise=True
     )
     loaded = registry.load(version, runtime, "tok")
-    assert loaded.scoring is Scoring.BINARY and loaded.standardise
+    assert loaded.scoring is Scoring.BINARY
+    assert loaded.standardise
     card = (registry.folder(version) / "README.md").read_text(encoding="utf-8")
     assert "logit of the second of 16" in card
 
@@ -170,7 +175,8 @@ def test_killed_publishers_leave_nothing_to_repair(
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         end = time.monotonic() + moments.uniform(0.01, 0.3)
         while time.monotonic() < end:
             for name in registry.names():
@@ -185,6 +191,7 @@ def test_killed_publishers_leave_nothing_to_repair(
         assert versions.live() is None or versions.live() in registry.names()
     last = publish(registry, runtime, seed=99)
     versions.promote(last)
-    assert len(reported) > 3 and versions.live() == last
+    assert len(reported) > 3
+    assert versions.live() == last
     assert not [p for p in registry.root.iterdir() if p.name.startswith((".publishing", ".LIVE"))]
     assert versions.events(last)[-1]["event"] == "live"

@@ -65,7 +65,10 @@ def test_the_verbs(
     assert s2t_versions(registry, "promote", a) == (0, f"live: {a}\n")
     assert "10% of the requests" in s2t_versions(registry, "promote", b, "--share", "0.1")[1]
     status, text = s2t_versions(registry, "list")
-    assert status == 0 and "90%" in text and "10%" in text and "0.832" in text
+    assert status == 0
+    assert "90%" in text
+    assert "10%" in text
+    assert "0.832" in text
     rows = json.loads(s2t_versions(registry, "list", "--json")[1])
     assert [(r["version"], r["live"], r["share"]) for r in rows] == [
         (a, True, 0.9),
@@ -75,7 +78,8 @@ def test_the_verbs(
     changed = {(c["section"], c["name"]): c["difference"] for c in found}
     assert changed[("metrics", "agree_at_1")] == pytest.approx(0.02)
     assert ("data", "snapshot") in changed
-    assert ("files", WEIGHTS) in changed and ("settings", "kind") not in changed
+    assert ("files", WEIGHTS) in changed
+    assert ("settings", "kind") not in changed
     assert "+0.02" in s2t_versions(registry, "diff", a, b)[1]
     verdict = judge(paired(200, 6, 0.6, 0.7), None, against=a)
     versions.record("gate", b, **verdict.as_json())
@@ -84,7 +88,10 @@ def test_the_verbs(
     assert s2t_versions(registry, "verify")[0] == 0
     (registry.folder(b) / WEIGHTS).write_bytes(b"x")
     status, text = s2t_versions(registry, "verify", "all")
-    assert status == 1 and f"ok  {a}" in text and f"FAIL  {b}: " in text and "hash" in text
+    assert status == 1
+    assert f"ok  {a}" in text
+    assert f"FAIL  {b}: " in text
+    assert "hash" in text
     assert s2t_versions(registry, "export", a, str(tmp_path / "out"))[0] == 0
     assert (tmp_path / "out" / BINS).is_file()
 
@@ -101,4 +108,6 @@ def test_verify_with_the_model_and_export_merged(
     status, text = s2t_versions(registry, "verify", version, "--model")
     assert status == 1 and "another tokenizer" in text  # "tok" is nobody's digest
     status, text = s2t_versions(registry, "export", version, str(tmp_path / "m"), "--merged")
-    assert status == 0 and "reserved bins" in text and (tmp_path / "m/model.safetensors").is_file()
+    assert status == 0
+    assert "reserved bins" in text
+    assert (tmp_path / "m/model.safetensors").is_file()

@@ -85,7 +85,8 @@ def test_canary_through_the_service(tmp_path: Path) -> None:
         shares = {v.name: (v.live, round(v.share, 6)) for v in client.versions()}
         assert shares == {old: (True, 0.7), new: (False, 0.3)}
         first = versions_of(client)
-        assert set(first) == {old, new} and 8 <= first.count(new) <= 30
+        assert set(first) == {old, new}
+        assert 8 <= first.count(new) <= 30
         assert versions_of(client) == first
         assert set(versions_of(client, version=old)) == {old}
         assert client.rollback() == old

@@ -45,7 +45,8 @@ def test_bad_versions_are_refused_and_the_old_one_serves(
     versions.promote(good)
     watcher = VersionWatcher(versions, runtime, "tok")
     serving = watcher.lookup(None)
-    assert serving is not None and serving.version == good
+    assert serving is not None
+    assert serving.version == good
     spoil(registry.root / bad)
     with pytest.raises(VersionError, match=message):
         asyncio.run(watcher.obtain(bad))
@@ -121,7 +122,8 @@ def test_canary_gets_its_share_and_a_retry_the_same_version(
     ids = [f"request-{i}" for i in range(4000)]
     chosen = choices(here, ids)
     assert chosen == choices(there, ids) == choices(here, ids)
-    assert 0.17 < chosen.count(new) / len(ids) < 0.23 and set(chosen) == {old, new}
+    assert 0.17 < chosen.count(new) / len(ids) < 0.23
+    assert set(chosen) == {old, new}
     versions.promote(new, 0.6)
     here.refresh()
     wider = choices(here, ids)
@@ -171,7 +173,8 @@ def test_a_version_pushed_out_of_memory_stays_itself(
     with pytest.raises(VersionNotFoundError, match=names[1]):
         watcher.lookup(names[1])
     again = asyncio.run(watcher.obtain(names[1]))
-    assert held.version == again.version == names[1] and again is not held
+    assert held.version == again.version == names[1]
+    assert again is not held
 
 
 def test_no_request_is_without_a_version_while_versions_are_swapped(
@@ -192,7 +195,8 @@ def test_no_request_is_without_a_version_while_versions_are_swapped(
         asked = 0
         while not swapping.done():
             chosen = watcher.choose(f"{asked}")
-            assert chosen is not None and await watcher.obtain(chosen.version) is not None
+            assert chosen is not None
+            assert await watcher.obtain(chosen.version) is not None
             asked += 1
             await asyncio.sleep(0)
         await swapping
