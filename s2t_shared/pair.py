@@ -34,7 +34,7 @@ from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.requests import PromptLike, new_request
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest
-from s2t_shared.versions.registry import open_version
+from s2t_shared.versions.live import open_version
 
 CALIBRATIONS = Path("~/.cache/s2t/calibration")
 KV_GIB = 4.0  # of each model; taken as it is needed

@@ -17,7 +17,7 @@ from s2t_shared import files
 from s2t_shared.files import locked, new_file, new_folder, publish_folder, write_atomically
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.spool import Spool
-from s2t_shared.versions.registry import Registry
+from s2t_shared.versions.registry import LEFTOVERS, writer_lock
 from tests.helpers.rollouts import make_rollout
 
 # -- locks ----------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_everything_that_locks_works_on_nfs(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool", 1 << 20)
     spool.append([b"x"])
     spool.close()
-    with Registry(tmp_path / "versions")._writing():
+    with writer_lock(tmp_path / "versions", LEFTOVERS):
         pass
 
 

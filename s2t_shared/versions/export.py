@@ -1,8 +1,7 @@
-"""A version as a folder for other programs: PEFT's files as they are, or a plain Hugging Face model
-with the LoRA merged into its weights (for `proposals: adapted`, where the adapter acts on every
-token).
+"""Exports a version for other programs: PEFT's files, or a plain Hugging Face model.
 
-Knows folders and weights; not which version is live.
+The plain model has the LoRA merged into its weights, so the adapter acts on every token, as with
+`proposals: adapted`. Knows folders and weights; not which version is live.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from s2t_shared.versions.manifest import (
     verify_files,
     verify_weights,
 )
-from s2t_shared.versions.model_card import hub_id
+from s2t_shared.versions.model_card import card_header
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -48,71 +47,76 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `notes`: what differs from the base model's folder beyond the merged
-    weights."""
+    """A folder that was written.
+
+    notes: differences from the base model beyond the merged weights.
+    """
 
     folder: Path
     notes: tuple[str, ...] = ()
 
 
 def export_adapter(version: Path, folder: Path) -> Exported:
-    """Copy a version's checked files to `folder`: PEFT loads them, `s2t generate --selector FOLDER`
-    too.
+    """Copy a version's checked files to `folder`. PEFT and `s2t generate --selector` load it.
 
-    Raises: ConfigError: `folder` is not empty or cannot be written. VersionError: the version is
-        damaged.
+    Raises:
+        ConfigError: `folder` is not empty or cannot be written.
+        VersionError: the version is damaged.
     """
     manifest = read_manifest(version)
     verify_files(version, manifest)
-    with _new_folder(folder) as aside:
+    with _new_folder(folder) as staging:
         for name in (*manifest.files, MANIFEST):
-            shutil.copyfile(version / name, aside / name)
+            shutil.copyfile(version / name, staging / name)
     return Exported(folder)
 
 
 def export_merged(version: Path, base_model: str, folder: Path) -> Exported:
-    """Write the SLM with the version's LoRA merged into it, in the base model's dtype: what
-    `AutoModelForCausalLM.from_pretrained` loads. Reserved-row deltas are added to the head's rows;
-    a tied head is untied for it, and rows the model does not have are made. The generation config
-    suppresses the reserved ids.
+    """Write the SLM with the version's LoRA merged into it, in the base model's dtype.
+
+    `AutoModelForCausalLM.from_pretrained` loads the folder. The deltas of reserved rows are added
+    to the head's rows: a tied head is untied, and rows that the model lacks are made. The
+    generation config suppresses the reserved ids.
 
     Raises:
-        ConfigError: `folder` is not empty or cannot be written. ModelLoadError: no such base model.
+        ConfigError: `folder` is not empty or cannot be written.
+        ModelLoadError: there is no such base model.
         VersionError: the version is damaged, or was trained for another model.
     """
     manifest = read_manifest(version)
     verify_files(version, manifest)
     verify_weights(version, manifest)
     source = resolve_model(base_model)
-    if (digest := model_digest(source)) != manifest.slm_digest:
+    digest = model_digest(source)
+    if digest != manifest.slm_digest:
         raise VersionError(
-            f"version {manifest.version!r} was trained for another SLM (digest {manifest.slm_digest}, "
-            f"{base_model!r} is {digest}); name its base model ({manifest.base_model!r})"
+            f"version {manifest.version!r} was trained for another SLM (digest "
+            f"{manifest.slm_digest}, {base_model!r} is {digest}); "
+            f"name its base model ({manifest.base_model!r})"
         )
-    with _new_folder(folder) as aside:
+    with _new_folder(folder) as staging:
         model = _load(source)
         _merge(model, version)
         notes = _add_reserved_rows(model, version, manifest) if BINS in manifest.files else []
-        _never_generate_reserved(model, manifest)
-        model.save_pretrained(aside)
+        _suppress_reserved(model, manifest)
+        model.save_pretrained(staging)
         for pattern in TOKENIZER_FILES:
             for file in source.glob(pattern):
-                shutil.copyfile(file, aside / file.name)
-        (aside / CARD).write_text(_card(manifest, notes), encoding="utf-8")
+                shutil.copyfile(file, staging / file.name)
+        (staging / CARD).write_text(_card(manifest, notes), encoding="utf-8")
     return Exported(folder, tuple(notes))
 
 
 def _load(source: Path) -> Any:
-    """With the generation settings of its folder."""
+    """The model, with the generation settings of its folder."""
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
         if (source / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)
         return model
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelLoadError(
-            f"model folder {str(source)!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ModelLoadError(f"model folder {str(source)!r} cannot be loaded: {reason}") from error
 
 
 @torch.no_grad()
@@ -125,6 +129,7 @@ def _merge(model: nn.Module, version: Path) -> None:
 
 @torch.no_grad()
 def _add_reserved_rows(model: Any, version: Path, manifest: Manifest) -> list[str]:
+    """Add the deltas to the head's rows. Returns notes on what else had to change."""
     notes = []
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
@@ -133,18 +138,19 @@ def _add_reserved_rows(model: Any, version: Path, manifest: Manifest) -> list[st
         model.config.get_text_config().tie_word_embeddings = False
         head.weight = nn.Parameter(head.weight.detach().clone())
         notes.append(
-            "the output head is no longer tied to the embeddings (tie_word_embeddings: false), which makes "
-            "the model larger by one head"
+            "the output head is no longer tied to the embeddings (tie_word_embeddings: false), "
+            "which makes the model larger by one head"
         )
-    rows = max(manifest.reserved_ids) + 1
-    if rows > (had := head.weight.shape[0]):
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    rows = head.weight.shape[0]
+    first, last = min(manifest.reserved_ids), max(manifest.reserved_ids)
+    if last >= rows:
+        model.resize_token_embeddings(last + 1, mean_resizing=False)
         head = model.get_output_embeddings()
-        head.weight[had:] = 0.0
-        model.get_input_embeddings().weight[had:] = 0.0
+        head.weight[rows:] = 0.0
+        model.get_input_embeddings().weight[rows:] = 0.0
         notes.append(
-            f"the vocabulary has {rows} rows instead of {had}: this model has no spare rows, so the reserved "
-            "ids got rows of their own"
+            f"the vocabulary has {last + 1} rows instead of {rows}: this model has no spare rows, "
+            "so the reserved ids got rows of their own"
         )
     deltas = load_file(version / BINS)["deltas"]
     ids = torch.tensor(manifest.reserved_ids)
@@ -154,53 +160,45 @@ def _add_reserved_rows(model: Any, version: Path, manifest: Manifest) -> list[st
             f"({len(ids)}, {head.weight.shape[1]}) is needed; publish it again"
         )
     head.weight[ids] = (head.weight[ids].float() + deltas).to(head.weight.dtype)
-    return [
-        *notes,
-        f"the head's rows {min(manifest.reserved_ids)} to {max(manifest.reserved_ids)} hold the reserved "
-        "bins",
-    ]
+    notes.append(f"the head's rows {first} to {last} hold the reserved bins")
+    return notes
 
 
-def _never_generate_reserved(model: Any, manifest: Manifest) -> None:
-    """As in the service, where they are masked in every distribution that generates."""
+def _suppress_reserved(model: Any, manifest: Manifest) -> None:
+    """Mask the reserved ids in generation, as the service does."""
     rows = model.get_output_embeddings().weight.shape[0]
-    if reserved := [i for i in manifest.reserved_ids if i < rows]:
-        model.generation_config.suppress_tokens = sorted(
-            {*(model.generation_config.suppress_tokens or ()), *reserved}
-        )
+    reserved = {i for i in manifest.reserved_ids if i < rows}
+    if reserved:
+        suppressed = model.generation_config.suppress_tokens or ()
+        model.generation_config.suppress_tokens = sorted(reserved | set(suppressed))
 
 
 def _card(manifest: Manifest, notes: list[str]) -> str:
-    base = hub_id(manifest.base_model)
-    header = (
-        "---\n"
-        + (f"base_model: {base}\nbase_model_relation: merge\n" if base else "")
-        + (
-            "library_name: transformers\npipeline_tag: text-generation\ntags:\n- select-to-think\n---\n"
-        )
-    )
-    notes = [
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["select-to-think"],
+    }
+    lines = [
         "a plain Hugging Face model: every token is proposed with the adapter on",
         *notes,
-        f"the version's manifest: `{json.dumps(manifest.metrics)}`",
+        f"the version's metrics: `{json.dumps(manifest.metrics)}`",
     ]
-    return (
-        f"{header}\n# {manifest.version}, merged\n\n"
-        + "\n".join(f"- {note}" for note in notes)
-        + "\n"
-    )
+    items = "\n".join(f"- {line}" for line in lines)
+    header = card_header(manifest, "merge", metadata)
+    return f"{header}\n# {manifest.version}, merged\n\n{items}\n"
 
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """As `files.new_folder`, with our errors."""
+    """`files.new_folder` with errors of this package."""
     try:
-        with new_folder(folder.absolute()) as aside:
-            yield aside
+        with new_folder(folder.absolute()) as staging:
+            yield staging
     except FileExistsError as error:
         raise ConfigError(
-            f"cannot write to {str(folder)!r}: it exists and is not an empty folder; name a new one, "
-            "nothing is ever overwritten"
+            f"cannot write to {str(folder)!r}: it exists and is not an empty folder; "
+            "name a new one, nothing is ever overwritten"
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error

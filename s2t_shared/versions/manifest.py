@@ -1,8 +1,7 @@
-"""What a published version says of itself, and whether its files bear it out. Knows one folder; not
-which is live.
+"""The manifest of a published version, and checks of the version's files against it.
 
-The checks here need no model: names, hashes, shapes, finite values. That a version fits an SLM is
-checked when it is loaded (`registry.load_version`).
+The checks here need no model: names, hashes, shapes, finite values. `registry.load_version` checks
+that a version fits an SLM. Knows one folder; not which version is live.
 """
 
 from __future__ import annotations
@@ -28,23 +27,18 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 BINS = "bins.safetensors"
 SCHEMA_VERSION = 2  # 2 adds `job`, `scoring` and `standardise`; 1 is read as their defaults
-DATA_SUFFIXES = {
-    ".safetensors",
-    ".json",
-    ".jsonl",
-    ".md",
-    ".svg",
-    ".png",
-    ".csv",
-    ".txt",
-}  # nothing that unpickles
+RANK_AXIS = {"lora_A": 0, "lora_B": 1}
+# Files of other kinds, such as pickles, are never read.
+DATA_SUFFIXES = {".safetensors", ".json", ".jsonl", ".md", ".svg", ".png", ".csv", ".txt"}
 
 
 class Manifest(BaseModel):
-    """What a version is, what it fits, and what was measured of it.
+    """What a version is, which models it fits, and what was measured of it.
 
-    `job`: id of the training job that made it, "" for none. `scoring`: how reserved logits become a
-    score. `files`: SHA-256 of every other file of the folder."""
+    thresholds: trigger -> budget -> threshold. snapshot: id of the labels it was trained on. job:
+    id of the training job that made it, "" for none. created_at: Unix seconds. files: SHA-256 of
+    every other file of the folder, by name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,7 +66,11 @@ class Manifest(BaseModel):
 
     @property
     def calibration(self) -> Calibration:
-        """Thresholds per trigger and budget. Raises VersionError: not a calibration."""
+        """Thresholds per trigger and budget.
+
+        Raises:
+            VersionError: `thresholds` is not a calibration.
+        """
         try:
             return Calibration.from_json(json.dumps(self.thresholds))
         except ValueError as error:
@@ -82,130 +80,154 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises VersionError: missing, not JSON, or not of a schema this program reads."""
+    """The manifest of the version in `folder`.
+
+    Raises:
+        VersionNotFoundError: the folder has none.
+        VersionError: it is not JSON, or not of a schema that this program reads.
+    """
+    where = f"version {folder.name!r}"
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        schema = (
-            content["schema_version"]
-            if isinstance(content, dict) and "schema_version" in content
-            else 1
-        )
+        schema = content.get("schema_version", 1) if isinstance(content, dict) else 1
         if not 1 <= schema <= SCHEMA_VERSION:
             raise VersionError(
-                f"version {folder.name!r} has schema {schema}, this program reads 1 to "
-                f"{SCHEMA_VERSION}; train it again, or read it with the program that made it"
+                f"{where} has schema {schema}, this program reads 1 to {SCHEMA_VERSION}; "
+                "train it again, or read it with the program that made it"
             )
         return Manifest.model_validate(content)
     except FileNotFoundError as error:
         raise VersionNotFoundError(
             f"{folder.name!r} has no {MANIFEST}: not a published version"
         ) from error
-    except (OSError, ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
-        reason = (
-            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-            if isinstance(error, ValidationError)
-            else str(error).splitlines()[0]
-        )
-        raise VersionError(
-            f"version {folder.name!r}: {MANIFEST} is broken ({reason}); publish it again"
-        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _broken_manifest(where, f"{first['loc']}: {first['msg']}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise _broken_manifest(where, str(error).splitlines()[0]) from error
+
+
+def _broken_manifest(where: str, reason: str) -> VersionError:
+    return VersionError(f"{where}: {MANIFEST} is broken ({reason}); publish it again")
+
+
+# -- files ----------------------------------------------------------------------------------------
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raises VersionError: a file is missing, leads elsewhere, is of a kind that is not read, or
-    differs from its hash in the manifest."""
+    """Compare the files in `folder` with the manifest.
+
+    Raises:
+        VersionError: a file is missing, outside the folder, of a kind that is not read, or differs
+            from its hash.
+    """
     where = f"version {folder.name!r}"
-    needed = {
-        ADAPTER_CONFIG,
-        ADAPTER_WEIGHTS,
-        *({BINS} if manifest.kind is not SelectorKind.PREFIX else ()),
-    }
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink():
-            raise VersionError(
-                f"{where}: file {name!r} is missing from its folder (it names a place elsewhere, which "
-                "is never read); publish it again"
-            )
-        if path.suffix not in DATA_SUFFIXES:
-            raise VersionError(
-                f"{where}: {name} is not a safetensors or data file, and nothing else is ever read; "
-                "save the weights as safetensors and publish it again"
-            )
-        if not path.is_file():
-            raise VersionError(f"{where}: file {name!r} is missing; publish it again")
-        try:
-            found = sha256_file(path)
-        except OSError as error:
-            raise VersionError(
-                f"{where}: {name} cannot be read ({error.strerror}); check the registry's storage"
-            ) from error
-        if found != expected:
-            raise VersionError(
-                f"{where}: {name} does not match its hash in the manifest; it is damaged or was "
-                "changed: publish it again"
-            )
-    if missing := sorted(needed - set(manifest.files)):
+    for name, digest in manifest.files.items():
+        _verify_file(where, folder, name, digest)
+    needed = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    if manifest.kind is not SelectorKind.PREFIX:
+        needed.add(BINS)
+    missing = sorted(needed - set(manifest.files))
+    if missing:
         raise VersionError(
-            f"{where}: {missing[0]} is missing, which a version of kind {manifest.kind.value!r} needs; "
-            "publish it again"
+            f"{where}: {missing[0]} is missing, which a version of kind "
+            f"{manifest.kind.value!r} needs; publish it again"
         )
 
 
+def _verify_file(where: str, folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if Path(name).name != name or path.is_symlink():
+        raise VersionError(
+            f"{where}: file {name!r} is missing from its folder (it names a place elsewhere, "
+            "which is never read); publish it again"
+        )
+    if path.suffix not in DATA_SUFFIXES:
+        raise VersionError(
+            f"{where}: {name} is not a safetensors or data file, and nothing else is ever read; "
+            "save the weights as safetensors and publish it again"
+        )
+    if not path.is_file():
+        raise VersionError(f"{where}: file {name!r} is missing; publish it again")
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise VersionError(
+            f"{where}: {name} cannot be read ({error.strerror}); check the registry's storage"
+        ) from error
+    if found != digest:
+        raise VersionError(
+            f"{where}: {name} does not match its hash in the manifest; "
+            "it is damaged or was changed: publish it again"
+        )
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
 def verify_weights(folder: Path, manifest: Manifest) -> None:
-    """What of the weights can be checked without the model: rank, pairs, shapes, finite values.
+    """Check rank, pairs, shapes and finite values of the weights, without a model.
 
     Raises:
-        VersionError: one of them is wrong.
+        VersionError: one of them is wrong, or a file cannot be read.
     """
     where = f"version {folder.name!r}"
     try:
-        rank = int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
-        layers: dict[str, dict[str, int]] = {}
-        for name, tensor in _tensors(folder / ADAPTER_WEIGHTS):
-            path, _, side = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-            axis = {"lora_A": 0, "lora_B": 1}.get(side)
-            if axis is None or tensor.dim() != 2:
-                raise VersionError(
-                    f"{where}: {ADAPTER_WEIGHTS} holds {name!r}, which is not a LoRA matrix"
-                )
-            if tensor.shape[axis] != rank:
-                raise VersionError(
-                    f"{where}: {name} has shape {tuple(tensor.shape)}, which does not fit rank {rank} "
-                    f"of {ADAPTER_CONFIG}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise VersionError(f"{where}: {name} has NaN or infinite values")
-            layers.setdefault(path, {})[side] = 1
-        if not layers or any(len(sides) != 2 for sides in layers.values()):
-            raise VersionError(f"{where}: {ADAPTER_WEIGHTS} lacks a LoRA matrix, or holds none")
-        for name, tensor in _tensors(folder / BINS) if BINS in manifest.files else ():
-            if name == "deltas" and (
-                tensor.dim() != 2
-                or tensor.shape[0] != manifest.bins
-                or not torch.isfinite(tensor).all()
-            ):
-                raise VersionError(
-                    f"{where}: {BINS} must be finite and of shape ({manifest.bins}, hidden), it has "
-                    f"shape {tuple(tensor.shape)}"
-                )
+        _verify_adapter(where, folder)
+        if BINS in manifest.files:
+            _verify_bins(where, folder, manifest.bins)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VersionError(
             f"{where}: the adapter cannot be read ({error}); publish it again"
         ) from error
 
 
+def _verify_adapter(where: str, folder: Path) -> None:
+    rank = int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
+    sides_of: dict[str, set[str]] = {}
+    for name, tensor in _tensors(folder / ADAPTER_WEIGHTS):
+        path, _, side = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+        if side not in RANK_AXIS or tensor.dim() != 2:
+            raise VersionError(
+                f"{where}: {ADAPTER_WEIGHTS} holds {name!r}, which is not a LoRA matrix"
+            )
+        if tensor.shape[RANK_AXIS[side]] != rank:
+            raise VersionError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, "
+                f"which does not fit rank {rank} of {ADAPTER_CONFIG}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise VersionError(f"{where}: {name} has NaN or infinite values")
+        sides_of.setdefault(path, set()).add(side)
+    if not sides_of or any(len(sides) != 2 for sides in sides_of.values()):
+        raise VersionError(f"{where}: {ADAPTER_WEIGHTS} lacks a LoRA matrix, or holds none")
+
+
+def _verify_bins(where: str, folder: Path, bins: int) -> None:
+    for name, tensor in _tensors(folder / BINS):
+        if name != "deltas":
+            continue
+        shape = tuple(tensor.shape)
+        if len(shape) != 2 or shape[0] != bins or not torch.isfinite(tensor).all():
+            raise VersionError(
+                f"{where}: {BINS} must be finite and of shape ({bins}, hidden), "
+                f"it has shape {shape}"
+            )
+
+
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """One at a time: an adapter need not fit twice."""
+    """Names and tensors of a safetensors file. Holds one tensor at a time in memory."""
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - not a dict
             yield name, opened.get_tensor(name)
 
 
+# -- differences ----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Change:
-    """One thing in which two versions differ. `section`: settings, training, metrics, data, models
-    or files. `difference`: b - a where both are numbers, else None."""
+    """One field in which two versions differ. section: a key of `SECTIONS` or `OPEN_SECTIONS`."""
 
     section: str
     name: str
@@ -214,13 +236,14 @@ class Change:
 
     @property
     def difference(self) -> float | None:
-        numbers = all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) for x in (self.a, self.b)
-        )
-        return self.b - self.a if numbers and math.isfinite(self.b - self.a) else None
+        """b - a where both are numbers, else None."""
+        if not (_is_number(self.a) and _is_number(self.b)):
+            return None
+        difference = self.b - self.a
+        return difference if math.isfinite(difference) else None
 
 
-SECTIONS = {
+SECTIONS = {  # section -> fields of the manifest
     "settings": (
         "kind",
         "reads",
@@ -234,19 +257,23 @@ SECTIONS = {
     "data": ("snapshot", "job"),
     "models": ("base_model", "slm_digest", "llm_digest", "tokenizer_digest"),
 }
+OPEN_SECTIONS = ("training", "metrics", "thresholds", "files")  # fields that are dictionaries
 
 
 def changes(a: Manifest, b: Manifest) -> list[Change]:
-    """In what `b` differs from `a`; None stands for what one of them does not have."""
-    left, right = a.model_dump(mode="json"), b.model_dump(mode="json")
-    pairs = [
-        (section, name, left[name], right[name])
-        for section, names in SECTIONS.items()
-        for name in names
-    ]
-    for section in ("training", "metrics", "thresholds", "files"):
-        names = dict.fromkeys([*left[section], *right[section]])
-        pairs += [
-            (section, name, left[section].get(name), right[section].get(name)) for name in names
-        ]
-    return [Change(*pair) for pair in pairs if pair[2] != pair[3]]
+    """Fields in which `b` differs from `a`. None stands for a value that one of them lacks."""
+    left = a.model_dump(mode="json")
+    right = b.model_dump(mode="json")
+    compared = []
+    for section, names in SECTIONS.items():
+        for name in names:
+            compared.append(Change(section, name, left[name], right[name]))
+    for section in OPEN_SECTIONS:
+        for name in dict.fromkeys([*left[section], *right[section]]):
+            old, new = left[section].get(name), right[section].get(name)
+            compared.append(Change(section, name, old, new))
+    return [change for change in compared if change.a != change.b]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

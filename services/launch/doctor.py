@@ -17,8 +17,8 @@ import torch
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from s2t_shared.labels.stream import LabelStream
+from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.manifest import verify_files
-from s2t_shared.versions.registry import Registry
 from services.client import Client
 from services.launch.local import check_models, check_port, check_security
 from services.launch.redis_server import open_redis
@@ -97,11 +97,12 @@ def check_redis(config: Config) -> str:
 
 
 def check_versions(config: Config) -> str:
-    registry = Registry(config.versions)
+    versions = LiveVersions(config.versions)
+    registry = versions.registry
     names = registry.names()
     for name in names:
         verify_files(registry.root / name, registry.manifest(name))
-    return f"{len(names)} complete, live: {registry.live() or 'none'}"
+    return f"{len(names)} complete, live: {versions.live() or 'none'}"
 
 
 def check_service(address: str) -> str:

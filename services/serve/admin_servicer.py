@@ -1,6 +1,6 @@
 """The operator's door: versions of the local selector, and counts of labels.
 
-Knows the wire, the registry and the label store; no Ray, no models.
+Knows the wire, the versions and the label store; no Ray, no models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from s2t_shared.labels.stream import LabelStream
 from s2t_shared.pb.v1 import admin_pb2 as pb
 from s2t_shared.pb.v1 import admin_pb2_grpc
 from s2t_shared.types import LabelCounts, PublishedVersion
-from s2t_shared.versions.registry import Registry
+from s2t_shared.versions.live import LiveVersions
 from services.rpc import wire
 from services.serve.generation_servicer import ProposerLostError, Proposers, refuse
 
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    """`AdminService` over the registry and the label store.
+    """`AdminService` over the published versions and the label store.
 
     stream, drain: None where no Redis is configured.
     """
@@ -37,13 +37,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self,
         *,
-        registry: Registry,
+        versions: LiveVersions,
         lake: Lake,
         proposers: Proposers,
         stream: LabelStream | None = None,
         drain: Drain | None = None,
     ) -> None:
-        self._registry = registry
+        self._live_versions = versions
         self._lake = lake
         self._proposers = proposers
         self._stream = stream
@@ -64,7 +64,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def RollbackVersion(
         self, message: pb.RollbackVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.RollbackVersionResponse:
-        live = await _in_thread(context, self._registry.rollback)
+        live = await _in_thread(context, self._live_versions.rollback)
         return pb.RollbackVersionResponse(live=live or "")
 
     async def CountLabels(
@@ -80,8 +80,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     # -- blocking, on another thread --------------------------------------------------------------
 
     def _versions(self) -> list[PublishedVersion]:
-        state = self._registry.state()
-        manifests, broken = self._registry.manifests()
+        state = self._live_versions.state()
+        manifests, broken = self._live_versions.registry.manifests()
         for reason in broken.values():
             log.error("%s", reason)
         versions = []
@@ -99,8 +99,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return versions
 
     def _promote(self, version: str, share: float | None) -> pb.PromoteVersionResponse:
-        self._registry.promote(version, share)
-        state = self._registry.state()
+        self._live_versions.promote(version, share)
+        state = self._live_versions.state()
         canary = state.canary.version if state.canary is not None else ""
         return pb.PromoteVersionResponse(live=state.version or "", canary=canary)
 

@@ -31,7 +31,7 @@ from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.policy import Calibration
-from s2t_shared.versions.registry import Registry
+from s2t_shared.versions.live import LiveVersions
 from services.serve.admin_servicer import AdminServicer
 from services.serve.engine_thread import EngineThread
 from services.serve.gateway_server import GatewayServer
@@ -66,7 +66,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     runtime = _load_slm(config)
     remote = await _connect_selector(config, runtime, tokenizer, selectors)
     labels = LabelRecorder(_label_writer(config))
-    versions = VersionWatcher(Registry(config.versions), runtime, tokenizer.digest)
+    versions = VersionWatcher(LiveVersions(config.versions), runtime, tokenizer.digest)
     settings = config.proposer
     excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
     engine = Engine(
@@ -181,7 +181,7 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
     stream = LabelStream(config.redis.url) if config.redis.url else None
     drain = _drain(config, stream, lake) if stream is not None else None
     admin = AdminServicer(
-        registry=Registry(config.versions),
+        versions=LiveVersions(config.versions),
         lake=lake,
         proposers=proposers,
         stream=stream,

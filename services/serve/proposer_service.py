@@ -39,8 +39,10 @@ class ServingVersions(Protocol):
     def live_version(self) -> str: ...
 
     @property
-    def canary(self) -> tuple[str, float]:
-        """The canary's version ("" for none) and its share of the requests."""
+    def canary_version(self) -> str: ...
+
+    @property
+    def canary_share(self) -> float: ...
 
     def choose(self, request_id: str) -> LocalSelector | None:
         """The local selector of a request that names none; None when none is live."""
@@ -120,7 +122,6 @@ class ProposerService:
         """What this proposer runs, and what it holds now."""
         slm = self._engine.slm
         load = self.load
-        canary_version, canary_share = self._versions.canary
         llm_digest = self._selector.info.digest if self._selector.reachable else ""
         return ServiceDescription(
             slm_digest=slm.digest,
@@ -129,8 +130,8 @@ class ProposerService:
             llm_digest=llm_digest,
             max_length=slm.max_length,
             live_version=self._versions.live_version,
-            canary_version=canary_version,
-            canary_share=canary_share,
+            canary_version=self._versions.canary_version,
+            canary_share=self._versions.canary_share,
             calibrated_triggers=tuple(self._calibration.thresholds),
             running_sequences=load.running,
             waiting_sequences=load.waiting,

@@ -1,85 +1,109 @@
-"""Which local selector a request gets: watches the registry's LIVE file and loads a new version
-beside the old.
+"""Which local selector a request gets. Follows the registry's LIVE file and loads new versions.
 
-A version is read and checked completely, off the decoding thread, before it is offered; a bad one
-is refused and the old one keeps serving. A request holds the object it was given, so nothing is
-ever switched under it, not even while it waits.
+A version is read and checked completely, on another thread than decoding, before requests get it.
+A version that cannot be loaded is refused, and the one before keeps serving. A request holds the
+local selector that it was given, so a swap never changes a running answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from s2t_shared.errors import S2TError, VersionError, VersionNotFoundError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.versions.registry import Registry
+from s2t_shared.versions.live import NOTHING_LIVE, Live, LiveVersions
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
-RETRY_S = 10.0  # a refused version is looked at again: shared storage may show a file late
-# versions beside the live one and the canary that stay loaded: those just replaced or asked for by
-# name
-KEPT = 4
+RETRY_S = 10.0  # a refused version is loaded again: shared storage may show a file late
+MAX_SPARE = 4  # loaded versions that do not serve: those just replaced, or named by a request
+POINTER = "LIVE"  # stands for the pointer file among the refusals
 
 
 @dataclass(frozen=True, eq=False)
 class _Serving:
-    """Replaced as one, so that a reader never sees half a change."""
+    """What serves here and its local selectors by version. Replaced as one, never changed."""
 
-    live: LocalSelector | None = None
-    canary: LocalSelector | None = None
-    share: float = 0.0
+    state: Live
+    selectors: Mapping[str, LocalSelector]
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a version cannot be loaded, and when to load it again (`time.monotonic`)."""
+
+    reason: str
+    retry_at: float
 
 
 class VersionWatcher:
-    """Loaded versions by name. Thread-safe: the engine looks up, a watcher loads."""
+    """The local selectors that requests can get, by version. Thread-safe."""
 
-    def __init__(self, registry: Registry, runtime: ModelRuntime, tokenizer_digest: str) -> None:
-        self._registry, self._runtime, self._tokenizer_digest = registry, runtime, tokenizer_digest
-        self._lock, self._loading = threading.Lock(), threading.Lock()
-        self._serving = _Serving()
+    def __init__(
+        self, versions: LiveVersions, runtime: ModelRuntime, tokenizer_digest: str
+    ) -> None:
+        self._versions = versions
+        self._runtime = runtime
+        self._tokenizer_digest = tokenizer_digest
+        self._lock = threading.Lock()  # of `_loaded`
+        self._loading = threading.Lock()
+        self._serving = _Serving(NOTHING_LIVE, {})
         self._loaded: OrderedDict[str, LocalSelector] = OrderedDict()  # least recently used first
-        self._refused: dict[str, tuple[str, float]] = {}  # name -> (why, when to look again)
+        self._refusals: dict[str, _Refusal] = {}
         self.refresh()
-        threading.Thread(target=self._watch, daemon=True, name="live-selector").start()
+        threading.Thread(target=self._watch, daemon=True, name="version-watcher").start()
+
+    # -- what serves ------------------------------------------------------------------------------
 
     @property
     def live_version(self) -> str:
-        live = self._serving.live
-        return live.version if live is not None else ""
+        """The version that is live here, "" for none."""
+        return self._serving.state.version or ""
 
     @property
-    def canary(self) -> tuple[str, float]:
-        """The canary that serves here and its share of the requests; ("", 0) for none."""
-        serving = self._serving
-        return (serving.canary.version, serving.share) if serving.canary is not None else ("", 0.0)
+    def canary_version(self) -> str:
+        """The canary that serves here, "" for none."""
+        canary = self._serving.state.canary
+        return canary.version if canary is not None else ""
+
+    @property
+    def canary_share(self) -> float:
+        """The canary's share of the requests that name no version, 0 for no canary."""
+        canary = self._serving.state.canary
+        return canary.share if canary is not None else 0.0
+
+    # -- local selectors of requests --------------------------------------------------------------
 
     def choose(self, request_id: str) -> LocalSelector | None:
-        """For a request that names none: the canary for its share of the request ids, else the live
-        one; None when none is live. The same id gets the same one, on every replica and on a
-        retry."""
+        """The local selector of a request that names no version; None when none is live.
+
+        The canary gets its share of the request ids. The same id gets the same version, on every
+        replica and on a retry.
+        """
         serving = self._serving
-        if serving.canary is not None and _position(request_id) < serving.share:
-            return serving.canary
-        return serving.live
+        version = serving.state.choose(request_id)
+        return serving.selectors[version] if version is not None else None
 
     def lookup(self, version: str | None) -> LocalSelector | None:
-        """None: the live one (or None when there is none); "": none; else a loaded version.
+        """The local selector of a loaded version. None stands for the live one, "" for none.
 
         Raises:
-            VersionNotFoundError: not loaded; `obtain` loads.
+            VersionNotFoundError: it is not loaded; `obtain` loads it.
         """
+        serving = self._serving
         if version is None:
-            return self._serving.live
-        if version == "":
+            version = serving.state.version
+        if not version:
             return None
+        if version in serving.selectors:
+            return serving.selectors[version]
         with self._lock:
             if version not in self._loaded:
                 raise VersionNotFoundError(f"version {version!r} is not loaded")
@@ -87,11 +111,11 @@ class VersionWatcher:
             return self._loaded[version]
 
     async def obtain(self, version: str) -> LocalSelector:
-        """The version of this name. Loads on another thread: other answers stream on.
+        """The local selector of this version. Loads it on another thread if it is not loaded.
 
         Raises:
-            VersionNotFoundError: there is none of this name.
-            VersionError: it is corrupt or made for another model.
+            VersionNotFoundError: there is no such version.
+            VersionError: it is damaged or made for another model.
         """
         try:
             loaded = self.lookup(version)
@@ -100,87 +124,117 @@ class VersionWatcher:
         assert loaded is not None
         return loaded
 
-    def refresh(self) -> None:
-        """Follow the registry. A version that cannot be loaded leaves the present one live; a
-        canary that cannot be loaded gets no requests."""
-        try:
-            state = self._registry.state()
-        except VersionError as error:
-            self._refuse("", error)
-            return
-        self._refused.pop("", None)
-        old = self._serving
-        live = self._obtain(state.version, old.live, old.live) if state.version else None
-        canary = self._obtain(state.canary.version, old.canary, None) if state.canary else None
-        new = _Serving(live, canary, state.canary.share if state.canary and canary else 0.0)
-        if new.live is not old.live or new.canary is not old.canary or new.share != old.share:
-            log.info("live selector: %s -> %s", _name(old), _name(new))
-            self._serving = new
-        current = {state.version, state.canary.version if state.canary else None}
-        self._refused = {name: why for name, why in self._refused.items() if name in current}
+    # -- following the registry -------------------------------------------------------------------
 
-    def _obtain(
-        self, version: str, present: LocalSelector | None, otherwise: LocalSelector | None
-    ) -> LocalSelector | None:
-        if present is not None and present.version == version:
-            return present
-        if version in self._refused and time.monotonic() < self._refused[version][1]:
-            return otherwise
+    def refresh(self) -> None:
+        """Serve what the registry says.
+
+        A live version that cannot be loaded leaves the one before live. A canary that cannot be
+        loaded gets no requests.
+        """
         try:
-            if (
-                version in self._loaded
-            ):  # sound when it was read; the next replica to start must be able to read it too
-                self._registry.verify(version)
+            wanted = self._versions.state()
+        except VersionError as error:
+            self._refuse(POINTER, error)
+            return
+        selectors: dict[str, LocalSelector] = {}
+        history: tuple[str, ...] = ()
+        live = self._live_for(wanted)
+        if live is not None:
+            selectors[live.version] = live
+            history = (live.version,)
+        canary = None
+        trial = self._canary_for(wanted)
+        if trial is not None:
+            selectors[trial.version] = trial
+            canary = wanted.canary
+        old = self._serving.state
+        new = Live(history=history, canary=canary)
+        if new != old:
+            log.info("local selectors: %s -> %s", _describe(old), _describe(new))
+            self._serving = _Serving(new, selectors)
+        self._forget_refusals(wanted)
+
+    def _live_for(self, wanted: Live) -> LocalSelector | None:
+        if wanted.version is None:
+            return None
+        present = self.lookup(None)
+        if present is not None and present.version == wanted.version:
+            return present
+        loaded = self._load_unless_refused(wanted.version)
+        return loaded if loaded is not None else present
+
+    def _canary_for(self, wanted: Live) -> LocalSelector | None:
+        if wanted.canary is None:
+            return None
+        version = wanted.canary.version
+        if version == self.canary_version:
+            return self._serving.selectors[version]
+        return self._load_unless_refused(version)
+
+    def _load_unless_refused(self, version: str) -> LocalSelector | None:
+        """The local selector of a version that is about to serve; None if it is refused."""
+        refusal = self._refusals.get(version)
+        if refusal is not None and time.monotonic() < refusal.retry_at:
+            return None
+        try:
+            if version in self._loaded:
+                # It was sound when it was read. The next replica must be able to read it, too.
+                self._versions.registry.verify(version)
             return self._load(version)
         except S2TError as error:
             self._refuse(version, error)
-            return otherwise
+            return None
 
     def _load(self, version: str) -> LocalSelector:
-        with self._loading:  # asked for by many at once, it is read once
+        with self._loading:  # a version that many requests name at once is read once
             with self._lock:
                 loaded = self._loaded.get(version)
             if loaded is None:
-                loaded = self._registry.load(version, self._runtime, self._tokenizer_digest)
+                registry = self._versions.registry
+                loaded = registry.load(version, self._runtime, self._tokenizer_digest)
             with self._lock:
                 self._loaded[version] = loaded
                 self._loaded.move_to_end(version)
-                serving = (self._serving.live, self._serving.canary, loaded)
-                spare = [
-                    name
-                    for name, selector in self._loaded.items()
-                    if all(selector is not s for s in serving)
-                ]
-                for name in spare[: max(0, len(spare) - KEPT)]:
-                    del self._loaded[name]
+                self._drop_spare(version)
             return loaded
 
+    def _drop_spare(self, newest: str) -> None:
+        serving = self._serving.selectors
+        spare = [name for name in self._loaded if name not in serving and name != newest]
+        for name in spare[: max(0, len(spare) - MAX_SPARE)]:
+            del self._loaded[name]
+
+    # -- refusals ---------------------------------------------------------------------------------
+
     def _refuse(self, version: str, error: S2TError) -> None:
-        if self._refused.get(version, ("",))[0] != str(error):
-            log.error(
-                "version refused, %s keeps serving: %s", self.live_version or "no selector", error
-            )
-        self._refused[version] = (str(error), time.monotonic() + RETRY_S)
+        reason = str(error)
+        known = self._refusals.get(version)
+        if known is None or known.reason != reason:
+            log.error("version refused, %s keeps serving: %s", self._live_name, reason)
+        self._refusals[version] = _Refusal(reason, time.monotonic() + RETRY_S)
+
+    def _forget_refusals(self, wanted: Live) -> None:
+        """Drop refusals of versions that are no longer wanted."""
+        current = {wanted.version}
+        if wanted.canary is not None:
+            current.add(wanted.canary.version)
+        self._refusals = {name: why for name, why in self._refusals.items() if name in current}
 
     def _watch(self) -> None:
         while True:
             time.sleep(WATCH_S)
             try:
                 self.refresh()
-            except Exception:  # noqa: BLE001 - whatever one version does to us, the next one must be seen
-                log.exception(
-                    "following the registry failed; %s keeps serving",
-                    self.live_version or "no selector",
-                )
+            except Exception:  # noqa: BLE001 - one bad version must not hide the next one
+                log.exception("following the registry failed; %s keeps serving", self._live_name)
+
+    @property
+    def _live_name(self) -> str:
+        return self.live_version or "no local selector"
 
 
-def _position(request_id: str) -> float:
-    """Where an id lies in [0, 1), evenly spread."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8], "big") / 2**64
-
-
-def _name(serving: _Serving) -> str:
-    name = serving.live.version if serving.live else "none"
-    return (
-        f"{name} (canary {serving.canary.version}, {serving.share:g})" if serving.canary else name
-    )
+def _describe(state: Live) -> str:
+    live = state.version or "none"
+    canary = state.canary
+    return f"{live} (canary {canary.version}, {canary.share:g})" if canary is not None else live

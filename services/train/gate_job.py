@@ -2,7 +2,7 @@
 same problems.
 
 The numbers are made here, in one process with the SLM (no LLM: labels say what it would select);
-`s2t_shared.gate` judges them. Nothing here trained or chose anything on the labels it uses
+`s2t_shared.versions.gate` judges them. Nothing here trained or chose anything on the labels it uses
 (`trees.Part.TEST`).
 """
 
@@ -30,8 +30,8 @@ from s2t_shared.policy import Calibration
 from s2t_shared.training.dataset import TrainingData
 from s2t_shared.training.objective import DistillSettings, evaluate_selector
 from s2t_shared.types import Answer, DecodeOptions, GenerateRequest, Mode, Policy, Prompt, Trigger
-from s2t_shared.versions.gate import GateSettings, Paired, Verdict, judge
-from s2t_shared.versions.registry import Registry
+from s2t_shared.versions.gate import GateSettings, Paired, Verdict, judge, objection
+from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions
 from services.evaluation import Problem, load_problems
 
 MAX_NEW_TOKENS = 256
@@ -81,9 +81,11 @@ def judge_version(config: Config, version: str, settings: DistillSettings, devic
     folder = resolve_model(config.slm.model)
     runtime = ModelRuntime.load(str(folder), config.slm.dtype, device, config.slm.kv_bytes)
     tokenizer = Tokenizer.load(folder, config.slm.chat_template)
-    registry, training = Registry(config.versions), config.training
+    training = config.training
+    versions = LiveVersions(config.versions)
+    registry = versions.registry
     new = registry.load(version, runtime, tokenizer.digest)
-    old = _live(registry, runtime, tokenizer)
+    old = _live(versions, runtime, tokenizer)
     snapshot = Lake(config.lake).snapshot(registry.manifest(version).snapshot)
     data = TrainingData(
         snapshot, runtime.digest, settings.weigh, held_out_labels=settings.held_out_labels
@@ -115,7 +117,7 @@ def judge_version(config: Config, version: str, settings: DistillSettings, devic
 
 
 def enact(
-    registry: Registry, version: str, verdict: Verdict, promote: bool = True
+    versions: LiveVersions, version: str, verdict: Verdict, promote: bool = True
 ) -> tuple[bool, str]:
     """Make `version` live if the gate opened and no operator objects; whether it is, and why (not).
 
@@ -124,17 +126,24 @@ def enact(
     """
     reasons = verdict.reasons
     if verdict.passed and promote:
-        if not (objection := registry.objection(version)):
-            registry.promote(version)
+        # A promotion mends a damaged pointer file.
+        state = versions.state(if_damaged=NOTHING_LIVE)
+        objected = objection(state, versions.events(version), version)
+        if not objected:
+            versions.promote(version)
             return True, "; ".join(reasons)
-        reasons = (objection, *reasons)
+        reasons = (objected, *reasons)
     return False, ("" if verdict.passed and not promote else "not promoted: ") + "; ".join(reasons)
 
 
-def _live(registry: Registry, runtime: ModelRuntime, tokenizer: Tokenizer) -> LocalSelector | None:
+def _live(
+    versions: LiveVersions, runtime: ModelRuntime, tokenizer: Tokenizer
+) -> LocalSelector | None:
     try:
-        live = registry.live()
-        return registry.load(live, runtime, tokenizer.digest) if live is not None else None
+        live = versions.live()
+        if live is None:
+            return None
+        return versions.registry.load(live, runtime, tokenizer.digest)
     except VersionError:
         return None  # a broken or foreign live version is no bar to a sound one
 

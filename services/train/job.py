@@ -38,7 +38,7 @@ from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 from s2t_shared import errors  # noqa: E402
 from s2t_shared.config import Config, TrainingConfig  # noqa: E402
 from s2t_shared.decode.calibrate import load_calibration  # noqa: E402
-from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError, VersionError  # noqa: E402
+from s2t_shared.errors import ConfigError, EvaluationSplitError, S2TError  # noqa: E402
 from s2t_shared.files import locked, write_atomically  # noqa: E402
 from s2t_shared.labels.lake import Lake  # noqa: E402
 from s2t_shared.labels.shards import Snapshot  # noqa: E402
@@ -50,6 +50,7 @@ from s2t_shared.training.checkpoints import load_checkpoint  # noqa: E402
 from s2t_shared.training.losses import MarginFilter, Objective  # noqa: E402
 from s2t_shared.training.objective import DistillSettings  # noqa: E402
 from s2t_shared.training.trainer import Distilled, Point, distil  # noqa: E402
+from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions  # noqa: E402
 from s2t_shared.versions.manifest import Manifest  # noqa: E402
 from s2t_shared.versions.registry import Registry  # noqa: E402
 from services.train.curves import CurveWriter, curve_files  # noqa: E402
@@ -142,7 +143,7 @@ def train(
         manifest = registry.find_job(job.id)
         if manifest is None:
             raise S2TError(f"training job {job.id} ended without a version; run it again")
-        outcome = _gate(config, registry, manifest, promote)
+        outcome = _gate(config, manifest, promote)
     except (
         ConfigError,
         EvaluationSplitError,
@@ -161,11 +162,11 @@ def job_of(config: Config, snapshot: str, slm_digest: str) -> Job:
     Raises:
         VersionError: `training.init_from` names a version that is not there.
     """
-    registry, init = Registry(config.versions), config.training.init_from
+    versions, init = LiveVersions(config.versions), config.training.init_from
     if init == "live":
-        init = registry.live() or ""
+        init = versions.live() or ""
     elif init:
-        registry.folder(init)
+        versions.registry.folder(init)
     content = json.dumps(
         [
             snapshot,
@@ -470,24 +471,18 @@ def _manifest(
 # -- the gate -------------------------------------------------------------------------------------
 
 
-def _gate(config: Config, registry: Registry, manifest: Manifest, promote: bool) -> TrainOutcome:
+def _gate(config: Config, manifest: Manifest, promote: bool) -> TrainOutcome:
     """Judge the version where a worker has room for the SLM; promote it when the gate opens."""
-    if _live(registry) == manifest.version:
+    versions = LiveVersions(config.versions)
+    if versions.state(if_damaged=NOTHING_LIVE).version == manifest.version:
         agreed = manifest.metrics["agree_at_1"]
         return _outcome(manifest, True, f"{manifest.version} is live already", agreed, {})
     verdict = judge_apart(config, manifest.version, distill_config(config.training))
-    registry.record(manifest.version, verdict)
-    promoted, reason = enact(registry, manifest.version, verdict, promote)
+    versions.record("gate", manifest.version, **verdict.as_json())
+    promoted, reason = enact(versions, manifest.version, verdict, promote)
     return _outcome(
         manifest, promoted, reason, verdict.figures.get("agree_at_1_old"), verdict.figures
     )
-
-
-def _live(registry: Registry) -> str | None:
-    try:
-        return registry.live()
-    except VersionError:
-        return None  # a damaged pointer is mended by the next promotion
 
 
 def _outcome(

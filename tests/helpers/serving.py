@@ -22,7 +22,7 @@ from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import BUDGETS, Calibration
 from s2t_shared.types import Trigger
-from s2t_shared.versions.registry import Registry
+from s2t_shared.versions.live import LiveVersions
 from services.rpc import channels
 from services.serve.admin_servicer import AdminServicer
 from services.serve.engine_thread import EngineThread
@@ -75,8 +75,12 @@ class FixedVersions:
         return self.live.version if self.live is not None else ""
 
     @property
-    def canary(self) -> tuple[str, float]:
-        return (self.on_trial.version, self.share) if self.on_trial is not None else ("", 0.0)
+    def canary_version(self) -> str:
+        return self.on_trial.version if self.on_trial is not None else ""
+
+    @property
+    def canary_share(self) -> float:
+        return self.share if self.on_trial is not None else 0.0
 
     def choose(self, request_id: str) -> LocalSelector | None:
         return self.on_trial if request_id in self.canary_ids else self.live
@@ -122,7 +126,7 @@ def gateway_config(folder: Path, **settings: Any) -> Config:
 async def gateway(config: Config, proposers: Any) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the real gateway server before `proposers`."""
     admin = AdminServicer(
-        registry=Registry(config.versions), lake=Lake(config.lake), proposers=proposers
+        versions=LiveVersions(config.versions), lake=Lake(config.lake), proposers=proposers
     )
     server = GatewayServer(config, proposers, admin)
     await server.start()

@@ -35,6 +35,7 @@ from s2t_shared.types import (
     Prompt,
     Trigger,
 )
+from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.manifest import Manifest
 from s2t_shared.versions.registry import Registry
 from services.client import Client
@@ -126,7 +127,7 @@ def test_the_closed_loop_from_traffic_to_a_better_version(
             }
         }
     )
-    registry, noisy = Registry(config.versions), publish_noise(config)
+    versions, noisy = LiveVersions(config.versions), publish_noise(config)
     client.promote(noisy)
     wait_until_live(client, noisy)
     before = accuracy_of_local(service)
@@ -156,15 +157,15 @@ def test_the_closed_loop_from_traffic_to_a_better_version(
     done = outcomes[0]
     assert done.promoted and done.training_labels >= 200 and noisy in done.reason, done.reason
     assert done.figures["difference_low"] > 0 and done.figures["task_problems"] == 40
-    assert [e["event"] for e in registry.events(done.version)] == ["gate", "live"]
+    assert [e["event"] for e in versions.events(done.version)] == ["gate", "live"]
     wait_until_live(client, done.version)
     served = client.generate(PROBLEMS[0].prompt, mode="s2t_local")
     assert served.versions.local_selector == done.version
     assert accuracy_of_local(service) > before
 
-    registry.promote(noisy)  # as if the process had died between publishing and promoting
+    versions.promote(noisy)  # as if the process had died between publishing and promoting
     again = train(config)
-    assert again.version == done.version and again.promoted and registry.live() == done.version
+    assert again.version == done.version and again.promoted and versions.live() == done.version
 
 
 def publish_noise(config: Config) -> str:

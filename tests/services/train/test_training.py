@@ -33,6 +33,7 @@ from s2t_shared.training.checkpoints import load_checkpoint, save_checkpoint
 from s2t_shared.training.objective import DistillSettings
 from s2t_shared.training.trainer import Distilled, distil, trained_tensors
 from s2t_shared.versions.gate import Verdict
+from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.registry import Registry
 from services.train.follow import trained_until
 from services.train.gate_job import enact, judge_version, task_problems
@@ -398,8 +399,7 @@ def test_the_gate_lets_the_better_version_pass(config: Config, tmp_path: Path) -
     assert "Agree@1" in verdict.reasons[0] and "the SLM alone" in verdict.reasons[0]
     assert verdict.figures["task_problems"] == 6
     assert verdict.figures["agree_at_1"] == pytest.approx(good.metrics["agree_at_1"])
-    registry = Registry(config.versions)
-    registry.promote(good.version)
+    LiveVersions(config.versions).promote(good.version)
     poor = with_training(config, learning_rate=1e-9, steps=1)
     nothing = train_and_publish(poor, job(poor), publishes=True)
     assert nothing is not None
@@ -538,32 +538,32 @@ def test_automatic_promotion_respects_the_operator(config: Config) -> None:
         for c in (config, with_training(config, seed=1))
     )
     assert first is not None and second is not None
-    registry, passed = Registry(config.versions), Verdict(True, ("better",))
+    versions, passed = LiveVersions(config.versions), Verdict(True, ("better",))
     assert (
-        enact(registry, first.version, passed, promote=False) == (False, "better")
-        and registry.live() is None
+        enact(versions, first.version, passed, promote=False) == (False, "better")
+        and versions.live() is None
     )
-    assert enact(registry, first.version, passed) == (True, "better")
-    assert enact(registry, second.version, passed)[0] and registry.rollback() == first.version
-    registry.record(second.version, passed)
-    promoted, reason = enact(registry, second.version, passed)
-    assert not promoted and registry.live() == first.version
+    assert enact(versions, first.version, passed) == (True, "better")
+    assert enact(versions, second.version, passed)[0] and versions.rollback() == first.version
+    versions.record("gate", second.version, **passed.as_json())
+    promoted, reason = enact(versions, second.version, passed)
+    assert not promoted and versions.live() == first.version
     assert (
         reason.startswith("not promoted: it was rolled back")
         and f"s2t versions promote {second.version}" in reason
     )
-    registry.promote(second.version, 0.1)
-    state = registry.state()
+    versions.promote(second.version, 0.1)
+    state = versions.state()
     for version in (first.version, second.version):
-        promoted, reason = enact(registry, version, passed)
-        assert not promoted and "canary" in reason and registry.state() == state
-    registry.promote(second.version)  # the operator's last word
-    registry.promote(first.version)
+        promoted, reason = enact(versions, version, passed)
+        assert not promoted and "canary" in reason and versions.state() == state
+    versions.promote(second.version)  # the operator's last word
+    versions.promote(first.version)
     assert (
-        enact(registry, second.version, passed) == (True, "better")
-        and registry.live() == second.version
+        enact(versions, second.version, passed) == (True, "better")
+        and versions.live() == second.version
     )
-    assert enact(registry, first.version, Verdict(False, ("worse",))) == (
+    assert enact(versions, first.version, Verdict(False, ("worse",))) == (
         False,
         "not promoted: worse",
     )
