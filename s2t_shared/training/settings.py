@@ -188,6 +188,11 @@ class TrainingSettings(BaseModel):
         return siblings + int(self.reads is Reading.BASE)
 
     @property
+    def device(self) -> str:
+        """torch device of a worker."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    @property
     def context_cache_bytes(self) -> int:
         """Memory for contexts that are read once."""
         return int(self.context_cache_gib * (1 << 30))
