@@ -138,8 +138,8 @@ class TrainingSettings(BaseModel):
     # -- the workers ------------------------------------------------------------------------------
 
     workers: int = Field(1, ge=1, description="Ray Train workers")
-    gpus_per_worker: float = Field(0.0, ge=0)
-    cpus_per_worker: float = Field(0.5, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0, description="0: training runs on CPUs")
+    cpus_per_worker: float = Field(0.5, gt=0, description="that Ray reserves")
     sharding: Literal["ddp", "fsdp"] = Field(
         "ddp", description="fsdp: each worker holds a part of the SLM's layers"
     )

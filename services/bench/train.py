@@ -440,7 +440,7 @@ def _equality(
     )
     figures = []
     for what, case, reg in (("L_sel", several, 0.0), ("L_sel + L_reg", at_end, config.reg_weight)):
-        mine = replace(config, reg_weight=reg)
+        mine = config.model_copy(update={"reg_weight": reg})
         selector = _selector(runtime.model, reserved, mine)
         found = [
             _gradients(selector, [training_loss(runtime, selector, [case], mine)]),
