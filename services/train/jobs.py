@@ -123,8 +123,7 @@ def close_job(config: Config, job: Job) -> None:
         if not (folder / LOCK).exists():
             continue  # not a job's folder
         with suppress(OSError), locked(folder / LOCK, wait=False) as held:
-            note = folder / NOTE
-            is_past = not note.exists() or _modified(note) <= closed_at
+            is_past = _modified(folder / NOTE) <= closed_at
             if held and is_past:  # not held: the job runs
                 _remove_checkpoints(folder)
     forget_job(config, job)
@@ -136,7 +135,11 @@ def forget_job(config: Config, job: Job) -> None:
 
 
 def _modified(path: Path) -> float:
-    return path.stat().st_mtime
+    """Unix seconds; 0 where there is no such file."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _remove_checkpoints(folder: Path) -> None:

@@ -17,22 +17,22 @@ from s2t_shared.training.trainer import Distilled, distil
 from s2t_shared.types import Reading, SelectorKind
 from tests.helpers.rollouts import learnable, make_rollouts
 
-CASES = [
-    (
-        TrainingSettings(
-            kind=kind,
-            reads=reads,
-            steps=8,
-            batch_labels=4,
-            max_tokens=40,
-            learning_rate=1e-3,
-            validate_every=4,
-        ),
-        sharded,
+
+def short_run(kind: SelectorKind, reads: Reading) -> TrainingSettings:
+    return TrainingSettings(
+        kind=kind,
+        reads=reads,
+        steps=8,
+        batch_labels=4,
+        max_tokens=40,
+        learning_rate=1e-3,
+        validate_every=4,
     )
-    for kind, reads in ((SelectorKind.PREFIX, Reading.BASE), (SelectorKind.JOINT, Reading.ADAPTED))
-    for sharded in (False, True)
-]
+
+
+PREFIX = short_run(SelectorKind.PREFIX, Reading.BASE)
+JOINT = short_run(SelectorKind.JOINT, Reading.ADAPTED)
+CASES = [(PREFIX, False), (PREFIX, True), (JOINT, False), (JOINT, True)]  # settings, sharded
 
 
 def in_worker(rank: int, world: int, folder: str, model: str) -> None:
@@ -65,7 +65,7 @@ def train_here(model: str, settings: TrainingSettings, sharded: bool = False) ->
 @pytest.mark.slow
 def test_two_workers_train_what_one_does(models: dict[str, Path], tmp_path: Path) -> None:
     """The same batches, the same mean gradient: the same weights and figures, on both workers,
-    whether each holds the whole SLM or half of every layer. Batches of one tree leave a worker
+    whether each holds the whole SLM or half of every layer. Batches of one rollout leave a worker
     without a share."""
     mp.spawn(in_worker, (2, str(tmp_path), str(models["slm"])), nprocs=2)
     for number, (settings, _) in enumerate(CASES):
@@ -83,18 +83,11 @@ def test_two_workers_train_what_one_does(models: dict[str, Path], tmp_path: Path
 def resume_in_worker(rank: int, folder: str, model: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    settings, runtime = (
-        TrainingSettings(steps=3, checkpoint_every=1, max_tokens=40),
-        ModelRuntime.load(model),
-    )
+    settings = TrainingSettings(steps=3, checkpoint_every=1, max_tokens=40)
+    runtime = ModelRuntime.load(model)
+    rollouts = make_rollouts(60, runtime.digest)
     try:
-        distil(
-            runtime,
-            (),
-            make_rollouts(60, runtime.digest),
-            settings,
-            checkpoints=Path(folder) / str(rank),
-        )
+        distil(runtime, (), rollouts, settings, checkpoints=Path(folder) / str(rank))
     except RuntimeError as error:
         Path(f"{folder}/error.{rank}").write_text(str(error), encoding="utf-8")
     finally:
@@ -105,14 +98,11 @@ def resume_in_worker(rank: int, folder: str, model: str) -> None:
 def test_workers_that_stand_apart_are_told(models: dict[str, Path], tmp_path: Path) -> None:
     """A node that does not share the folder would train from another step: an error on all, before
     any step."""
-    runtime, model = ModelRuntime.load(str(models["slm"])), str(models["slm"])
-    distil(
-        runtime,
-        (),
-        make_rollouts(60, runtime.digest),
-        TrainingSettings(steps=3, checkpoint_every=1, max_tokens=40),
-        checkpoints=tmp_path / "0",
-    )
+    model = str(models["slm"])
+    runtime = ModelRuntime.load(model)
+    settings = TrainingSettings(steps=3, checkpoint_every=1, max_tokens=40)
+    rollouts = make_rollouts(60, runtime.digest)
+    distil(runtime, (), rollouts, settings, checkpoints=tmp_path / "0")
     mp.spawn(resume_in_worker, (str(tmp_path), model), nprocs=2)
     for rank in (0, 1):
         text = (tmp_path / f"error.{rank}").read_text(encoding="utf-8")

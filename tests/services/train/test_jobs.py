@@ -24,20 +24,19 @@ def test_a_job_is_what_decides_its_outcome(config: Config) -> None:
     workers, sharding, number format. What the gate wants is not."""
     first = job_now(config)
     assert job_now(config) == first == job_now(with_training(config, gate_min_problems=3))
+    bfloat16 = config.slm.model_copy(update={"dtype": "bfloat16"})
     others = [
-        with_training(config, **{name: value})
-        for name, value in (("steps", 61), ("workers", 2), ("sharding", "fsdp"))
+        with_training(config, steps=61),
+        with_training(config, workers=2),
+        with_training(config, sharding="fsdp"),
+        config.model_copy(update={"slm": bfloat16}),
     ]
-    others.append(
-        config.model_copy(update={"slm": config.slm.model_copy(update={"dtype": "bfloat16"})})
-    )
     assert len({first.id, *(job_now(other).id for other in others)}) == 5
     assert job_of(config, "another", "slm").id != job_of(config, "snapshot", "slm").id
     with pytest.raises(VersionError, match="v0009"):
         job_now(with_training(config, init_from="v0009-nothing"))
-    assert (
-        job_now(with_training(config, init_from="live")).id == first.id
-    )  # nothing is live: from the beginning
+    # Nothing is live: from the beginning.
+    assert job_now(with_training(config, init_from="live")).id == first.id
 
 
 def test_an_unfinished_job_is_found_again(config: Config) -> None:
@@ -54,10 +53,8 @@ def test_an_unfinished_job_is_found_again(config: Config) -> None:
     assert unfinished_job(with_training(config, steps=7)) is None
     close_job(config, task)
     assert unfinished_job(config) is None and open_job(config, print) != task
-    assert (
-        not list(task.folder(config).glob("step-*"))
-        and (task.folder(config) / "tensorboard").is_dir()
-    )
+    assert not list(task.folder(config).glob("step-*"))
+    assert (task.folder(config) / "tensorboard").is_dir()
     (task.folder(config) / "job.json").write_text(json.dumps(vars(task)), encoding="utf-8")
     assert unfinished_job(config) == task
     shutil.rmtree(config.lake / "snapshots" / task.snapshot)
@@ -84,3 +81,4 @@ def test_closing_a_job_clears_what_is_past(config: Config) -> None:
         "later",
     }
     assert not (folders["ours"] / "job.json").exists() and (folders["later"] / "job.json").exists()
+    close_job(config, Job("ours", "", ""))  # once more, as another command may have done

@@ -97,7 +97,7 @@ def _newest(config: Config, job: Job) -> int:
     return max((int(p.name[5:]) for p in job.folder(config).glob("step-*")), default=0)
 
 
-class Place:
+class WorkerContext:
     """One of `size` training workers, as Ray Train tells it."""
 
     def __init__(self, size: int) -> None:
@@ -120,16 +120,15 @@ def test_an_error_among_workers_stops_them_all_and_is_not_lost(
     arguments = {"config": config.model_dump(mode="json"), "job": vars(task)}
     task.folder(config).mkdir(parents=True)
     for size in (1, 2):
-        monkeypatch.setattr("ray.train.get_context", lambda size=size: Place(size))
+        monkeypatch.setattr("ray.train.get_context", lambda size=size: WorkerContext(size))
         if size == 1:
             alone = run_worker(arguments)
         else:
             with pytest.raises(StoreError, match="is gone"):
                 run_worker(arguments)
     noted = json.loads((task.folder(config) / "failure.json").read_text(encoding="utf-8"))
-    assert (
-        noted == alone and type(error_of(noted)) is StoreError and "is gone" in str(error_of(noted))
-    )
+    assert noted == alone
+    assert type(error_of(noted)) is StoreError and "is gone" in str(error_of(noted))
 
 
 def test_the_job_publishes_what_it_trained(config: Config) -> None:
@@ -142,17 +141,13 @@ def test_the_job_publishes_what_it_trained(config: Config) -> None:
     manifest = train_and_publish(config, task, publishes=True)
     assert manifest is not None and manifest.job == task.id and manifest.snapshot == task.snapshot
     assert manifest.training["steps"] == 6 == manifest.training["steps_done"]
-    registry, runtime, tokenizer = (
-        Registry(config.versions),
-        ModelRuntime.load(config.slm.model),
-        Tokenizer.load(resolve_model(config.slm.model)),
-    )
+    registry = Registry(config.versions)
+    runtime = ModelRuntime.load(config.slm.model)
+    tokenizer = Tokenizer.load(resolve_model(config.slm.model))
     local = registry.load(manifest.version, runtime, tokenizer.digest)
     assert local.reserved_ids == reserved_ids(tokenizer, runtime.vocab_rows)
-    assert (local.scoring, local.standardise) == (
-        Scoring.BINARY,
-        True,
-    ) and manifest.fusion == local.fusion
+    assert (local.scoring, local.standardise) == (Scoring.BINARY, True)
+    assert manifest.fusion == local.fusion
     folder = registry.folder(manifest.version)
     curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
     assert [p["step"] for p in curve] == list(range(7)) and curve[0]["train_loss"] is None
@@ -167,16 +162,12 @@ def test_the_job_publishes_what_it_trained(config: Config) -> None:
 
 def test_a_lake_of_several_llms_trains_on_one_and_says_so(config: Config) -> None:
     digest = ModelRuntime.load(config.slm.model).digest
-    Lake(config.lake).write(
-        [
-            replace(r, rollout_id=f"other-{r.rollout_id}", llm_digest="other")
-            for r in make_rollouts(5, digest)
-        ]
-    )
+    others = []
+    for rollout in make_rollouts(5, digest):
+        name = f"other-{rollout.rollout_id}"
+        others.append(replace(rollout, rollout_id=name, llm_digest="other"))
+    Lake(config.lake).write(others)
     config = with_training(config, steps=2)
     manifest = train_and_publish(config, job_now(config), publishes=True)
-    assert (
-        manifest is not None
-        and manifest.llm_digest == "llm"
-        and manifest.training["skipped_labels"] == 15
-    )
+    assert manifest is not None and manifest.llm_digest == "llm"
+    assert manifest.training["skipped_labels"] == 15
