@@ -1,6 +1,7 @@
-"""Every setting, as inert data: one YAML file, overridden by the environment
-(`S2T_GATEWAY__PORT=50052`), overridden by the command line. Unknown keys are refused with the
-nearest name. Nothing here loads a model or opens a port.
+"""Every setting as inert data.
+
+One YAML file, overridden by the environment (`S2T_GATEWAY__PORT=50052`), overridden by the command
+line. Unknown keys are refused with the nearest name. Nothing here loads a model or opens a port.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
+from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.types import MAX_CANDIDATES, Mode, Trigger
 
 ENVIRONMENT_PREFIX = "S2T_"
@@ -62,7 +65,7 @@ class Placement(_Section):
 class ProposerConfig(Placement):
     max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
     max_ongoing_requests: int = Field(
-        256, ge=1, description="requests a replica accepts before it says 'busy'"
+        256, ge=1, description="requests a replica accepts before it refuses more"
     )
     prefill_chunk_tokens: int = Field(
         256, ge=16, description="prompt tokens read per step, beside the decoding of others"
@@ -90,7 +93,7 @@ class GatewayConfig(Placement):
 
 
 class SecurityConfig(_Section):
-    """Needed as soon as a host above is not loopback."""
+    """Needed as soon as the gateway or the LLM selector listens beyond loopback."""
 
     certificate: Path | None = Field(None, description="PEM file of the servers' certificate chain")
     key: Path | None = Field(None, description="PEM file of its private key")
@@ -106,7 +109,7 @@ class SecurityConfig(_Section):
 
 
 class DefaultsConfig(_Section):
-    """What a request gets that does not say."""
+    """What a request gets that leaves a setting out."""
 
     mode: Mode = Mode.S2T
     trigger: Trigger = Trigger.ENTROPY
@@ -143,92 +146,6 @@ class LabelsConfig(_Section):
     )
 
 
-class TrainingConfig(_Section):
-    """Settings of `s2t train`; see `losses.LossConfig` and `objective.DistillSettings` for what
-    they do."""
-
-    kind: Literal["reserved", "prefix", "joint"] = "prefix"
-    reads: Literal["base", "adapted"] = "base"
-    objective: Literal["top1_ce", "kl", "pairwise_margin", "plain"] = "top1_ce"
-    scoring: Literal["expected", "binary"] = "expected"
-    standardise: bool = Field(
-        False, description="reserved scores to mean 0, variance 1 over a context's candidates"
-    )
-    fusion: bool = Field(
-        False, description="choose lambda, the weight of the SLM's log-probability in the score"
-    )
-    steps: int = Field(1000, ge=1)
-    batch_labels: int = Field(64, ge=1, description="labels per step, of all workers together")
-    max_tokens: int = Field(
-        16_384, ge=1, description="tokens of one forward; more of a batch is accumulated"
-    )
-    learning_rate: float = Field(3e-4, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_share: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    temperature: float = Field(0.1, gt=0, description="T of the reserved score")
-    row_scale: float = Field(1.0, ge=0)
-    ce_weight: float = Field(1.0, ge=0)
-    kl_weight: float = Field(0.5, ge=0)
-    hinge_weight: float = Field(0.1, ge=0)
-    hinge_margin: float = Field(0.1, ge=0)
-    reg_weight: float = Field(0.1, ge=0)
-    teacher_temperature: float = Field(
-        1.0, gt=0, description="of the LLM's distribution over the candidates"
-    )
-    teacher_margin: Literal["none", "weight", "drop"] = "none"
-    margin_power: float = Field(1.0, ge=0)
-    margin_eps: float = Field(1e-3, ge=0)
-    min_margin: float = Field(0.0, ge=0, le=1)
-    min_mass: float = Field(
-        1e-3,
-        ge=0,
-        le=1,
-        description="labels with less LLM probability on the candidates are left out",
-    )
-    validate_every: int = Field(0, ge=0, description="steps; 0: a tenth of all")
-    patience: int = Field(3, ge=1, description="validations without improvement before stopping")
-    checkpoint_every: int = Field(100, ge=1, description="steps")
-    held_out_labels: int = Field(
-        4096, ge=1, description="to validate on, and as many to test on, at most"
-    )
-    kept_gib: float = Field(
-        2.0, ge=0, description="reads: base, unsharded: memory for contexts that are read once"
-    )
-    seed: int = 0
-    init_from: str = Field(
-        "", description="start from this version's weights, or from the 'live' one's"
-    )
-    workers: int = Field(1, ge=1)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    cpus_per_worker: float = Field(0.5, gt=0)
-    sharding: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="fsdp: each worker holds a part of the SLM's layers"
-    )
-    gate_problems: Path | None = Field(
-        None,
-        description='JSONL of training problems with "answer"; None: the bundled '
-        "ones with the bundled SLM, else no task set",
-    )
-    gate_problem_count: int = Field(100, ge=0)
-    gate_budget: float = Field(
-        0.05, gt=0, le=1, description="share of steps that may trigger on the task set"
-    )
-    gate_min_gain: float = Field(
-        0.0, description="of Agree@1 on held-out labels, at the lower end of its interval"
-    )
-    gate_max_lm_kl: float = Field(0.1, gt=0, description="nats per token")
-    gate_max_task_loss: float | None = Field(
-        None, ge=0, le=1, description="None: only a significant loss is refused"
-    )
-    gate_min_problems: int = Field(
-        20, ge=1, description="held-out problems, below which nothing is judged"
-    )
-
-
 class CalibrationConfig(_Section):
     prompts: Path | None = Field(
         None, description="JSONL of training prompts; None: the bundled ones"
@@ -250,7 +167,7 @@ class Config(_Section):
     redis: RedisConfig = RedisConfig()
     labels: LabelsConfig = LabelsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingSettings = TrainingSettings()
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
@@ -274,23 +191,24 @@ def load_config(
     environment: Mapping[str, str] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Defaults < `base` or file < environment < overrides (dotted keys, None values ignored).
+    """The configuration: defaults < `base` or file < environment < overrides.
+
+    base: values by section, where there is no file. overrides: by dotted key; None values are
+    ignored.
 
     Raises:
-        ConfigError: unreadable file, unknown key (with the nearest name), or a value out of range.
+        ConfigError: an unreadable file, an unknown key (with the nearest name), a value out of
+            range, or settings that contradict each other.
     """
     values: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file is not None:
         values = _read_yaml(file)
-    environment = os.environ if environment is None else environment
+    if environment is None:
+        environment = os.environ
     for name, text in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX):
-            _set(
-                values,
-                name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", "."),
-                yaml.safe_load(text),
-                name,
-            )
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            _set(values, key, yaml.safe_load(text), name)
     for key, value in (overrides or {}).items():
         if value is not None:
             _set(values, key, value, key)
@@ -302,19 +220,22 @@ def load_config(
 
 
 def check_exposure(config: Config) -> None:
-    """Raises ConfigError: a server would listen beyond loopback without TLS and a token."""
+    """Refuse servers beyond loopback without TLS and a token.
+
+    Raises:
+        ConfigError: `gateway.host` or `selector.host` is such a server.
+    """
     security = config.security
     if security.insecure:
         return
     secured = security.certificate and security.key and security.token_file
-    for name, host in (
-        ("gateway.host", config.gateway.host),
-        ("selector.host", config.selector.host),
-    ):
+    hosts = {"gateway.host": config.gateway.host, "selector.host": config.selector.host}
+    for name, host in hosts.items():
         if host not in LOOPBACK and not secured:
             raise ConfigError(
-                f"{name}={host}: listening beyond loopback needs security.certificate, security.key and "
-                "security.token_file (or security.insecure: true, if the network is yours alone)"
+                f"{name}={host}: listening beyond loopback needs security.certificate, "
+                "security.key and security.token_file (or security.insecure: true, if the network "
+                "is yours alone)"
             )
 
 
@@ -346,18 +267,16 @@ def _set(values: dict[str, Any], dotted: str, value: Any, source: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
-        if item["type"] == "extra_forbidden":
-            known = _fields_at(location[:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-            lines.append(
-                f"unknown setting {'.'.join(location)!r}; nearest: {'.'.join([*location[:-1], *near])!r}"
-            )
-        else:
-            lines.append(f"{'.'.join(location)}={item['input']!r}: {item['msg']}")
-    return "; ".join(lines)
+    return "; ".join(_explain_item(item) for item in error.errors())
+
+
+def _explain_item(item: ErrorDetails) -> str:
+    path = [str(part) for part in item["loc"]]
+    if item["type"] != "extra_forbidden":
+        return f"{'.'.join(path)}={item['input']!r}: {item['msg']}"
+    *section, name = path
+    [nearest] = difflib.get_close_matches(name, _fields_at(section), n=1, cutoff=0.0)
+    return f"unknown setting {'.'.join(path)!r}; nearest: {'.'.join([*section, nearest])!r}"
 
 
 def _fields_at(path: list[str]) -> list[str]:

@@ -61,6 +61,28 @@ class Trigger(str, Enum):
         return self not in (Trigger.NEVER, Trigger.ALWAYS)
 
 
+class SelectorKind(str, Enum):
+    """Which tokens a local selector looks at to score candidates; see `model.local_selector`."""
+
+    RESERVED = "reserved"
+    PREFIX = "prefix"
+    JOINT = "joint"
+
+
+class Reading(str, Enum):
+    """Over whose keys and values a local selector reads the context."""
+
+    BASE = "base"  # the base model's: an activated LoRA
+    ADAPTED = "adapted"  # the adapter's own: an ordinary LoRA
+
+
+class Scoring(str, Enum):
+    """How the logits of the reserved rows become a score."""
+
+    EXPECTED = "expected"  # the expected bin value
+    BINARY = "binary"  # the logit of the second bin
+
+
 class Proposals(str, Enum):
     """Which weights of the SLM propose tokens: the base ones, or with the local selector's
     adapter."""

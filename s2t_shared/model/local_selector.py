@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
@@ -30,25 +29,9 @@ from s2t_shared.model.kv_pool import Slot
 from s2t_shared.model.lora import Adapter
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.policy import Calibration
-
-
-class SelectorKind(str, Enum):
-    RESERVED = "reserved"
-    PREFIX = "prefix"
-    JOINT = "joint"
-
-
-class Reading(str, Enum):
-    BASE = "base"
-    ADAPTED = "adapted"
-
-
-class Scoring(str, Enum):
-    """How reserved logits become a score."""
-
-    EXPECTED = "expected"
-    BINARY = "binary"
-
+from s2t_shared.types import Reading as Reading
+from s2t_shared.types import Scoring as Scoring
+from s2t_shared.types import SelectorKind as SelectorKind
 
 VARIANCE_FLOOR = 1e-8  # equal scores stay equal when they are standardised, and have a gradient
 

@@ -1,10 +1,9 @@
-"""Training checkpoints: tensors and a few plain values, written aside, synced, renamed. Nothing is
-ever unpickled.
+"""Training checkpoints: tensors and a few plain values, each in a folder of its own.
 
-    folder/step-00000150/  tensors.safetensors  state.json    there whole or not at all
+    folder/step-00000150/  tensors.safetensors  state.json    complete or absent
 
-The last two are kept: were the newest damaged by its disk, the one before still resumes. Knows
-files, not training.
+Nothing is ever unpickled. The last two are kept: if the disk damages the newest, the one before
+still resumes. Knows files, not training.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`state`: what JSON can say."""
+    """state: what JSON can express."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -40,7 +39,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Write the checkpoint of `step` durably, then let old ones go. One writer at a time.
+    """Write the checkpoint of `step` durably, then remove old ones. One writer at a time.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -48,20 +47,20 @@ def save_checkpoint(
     try:
         for unfinished in folder.glob(".step-*"):  # of writers that died
             shutil.rmtree(unfinished, ignore_errors=True)
-        # What it replaces is unreadable, or it would have been resumed from.
-        with new_folder(folder / f"step-{step:08d}", replace=True) as aside:
+        # A folder of that name is unreadable: a readable one would have been resumed from.
+        with new_folder(folder / f"step-{step:08d}", replace=True) as draft:
+            on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
             save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                aside / TENSORS,
+                {name: tensor.contiguous() for name, tensor in on_cpu.items()}, draft / TENSORS
             )
-            content = {"step": step, "sha256": sha256_file(aside / TENSORS), "state": dict(state)}
-            (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
+            content = {"step": step, "sha256": sha256_file(draft / TENSORS), "state": dict(state)}
+            (draft / STATE).write_text(json.dumps(content), encoding="utf-8")
         for old in _present(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise StoreError(
-            f"the training folder {folder.name!r} cannot be written: {error.strerror or error}; free or "
-            "grant space there"
+            f"the training folder {folder.name!r} cannot be written: {error.strerror or error}; "
+            "free or grant space there"
         ) from error
 
 
@@ -73,7 +72,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             if content["sha256"] == sha256_file(path / TENSORS):
                 return Checkpoint(int(content["step"]), load_file(path / TENSORS), content["state"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            continue  # damaged: the one before it is as good, only older
+            continue  # damaged: the one before it is only older
     return None
 
 

@@ -34,8 +34,9 @@ from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import threshold_for
 from s2t_shared.statistics import clustered_difference, paired_difference
 from s2t_shared.training.dataset import Part, TrainingData, part_of
-from s2t_shared.training.losses import Objective
-from s2t_shared.training.objective import DistillSettings, Evaluation, evaluate_selector
+from s2t_shared.training.evaluate import Evaluation, evaluate_local_selector
+from s2t_shared.training.losses import label_weight
+from s2t_shared.training.settings import Objective, TrainingSettings
 from s2t_shared.training.trainer import distil
 from s2t_shared.types import (
     WARMUP_STEPS,
@@ -134,14 +135,8 @@ class Curve:
         ]
         self._held_out = [r for r in self._rollouts if part_of(r) is not Part.TRAINING]
         config = self._config(UNTRAINED_KIND, 0)
-        data = TrainingData(
-            self._rollouts,
-            self.models.slm.digest,
-            config.weigh,
-            config.batch_labels,
-            config.held_out_labels,
-        )
-        self._weigh, self._test = config.weigh, data.test  # the same for every point
+        data = TrainingData(self._rollouts, self.models.slm.digest, config)
+        self._test = data.test  # the same for every point
         if (largest := max(curve.counts)) > data.labels:
             raise ConfigError(
                 f"--counts: {largest} training labels wanted, the lake has {data.labels}; harvest more, "
@@ -168,6 +163,7 @@ class Curve:
 
     def subset(self, count: int) -> list[Rollout]:
         """The first training problems that together have at least `count` labels that train."""
+        settings = self._config(UNTRAINED_KIND, 0)
         chosen: list[Rollout] = []
         labels, last = 0, None
         for rollout in self._rollouts:
@@ -176,7 +172,7 @@ class Curve:
             if labels >= count and (rollout.task, rollout.problem) != last:
                 break
             chosen.append(rollout)
-            labels += sum(self._weigh(label) > 0 for label in rollout.labels)
+            labels += sum(label_weight(label, settings) > 0 for label in rollout.labels)
             last = rollout.task, rollout.problem
         return chosen
 
@@ -188,7 +184,7 @@ class Curve:
         config = self._config(UNTRAINED_KIND, 0)
 
         def control(name: str, mine: LocalSelector | None) -> Point:
-            found = evaluate_selector(self.models.slm, selector, self._test, config)
+            found = evaluate_local_selector(self.models.slm, selector, self._test, config)
             return self._point(name, found, found.agreed if mine else found.slm_agreed, mine)
 
         return {SLM: lambda: control(SLM, None), UNTRAINED: lambda: control(UNTRAINED, selector)}
@@ -204,7 +200,7 @@ class Curve:
         )
         seconds = time.perf_counter() - started
         point = self._point(
-            name, distilled.evaluation, distilled.evaluation.agreed, distilled.selector, count
+            name, distilled.evaluation, distilled.evaluation.agreed, distilled.local_selector, count
         )
         return replace(
             point,
@@ -214,9 +210,9 @@ class Curve:
             seconds=seconds,
         )
 
-    def _config(self, name: str, seed: int) -> DistillSettings:
+    def _config(self, name: str, seed: int) -> TrainingSettings:
         kind, reads = KINDS.get(name, (SelectorKind.PREFIX, Reading.ADAPTED))
-        return DistillSettings(
+        return TrainingSettings(
             kind=kind,
             reads=reads,
             steps=self.curve.steps,

@@ -25,7 +25,8 @@ from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import new_adapter
 from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
-from s2t_shared.training.objective import DistillSettings, training_loss
+from s2t_shared.training.loss import training_loss
+from s2t_shared.training.settings import TrainingSettings
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.published import LossWeights, PublishedTrainer
 from services.bench.workload import Settings
@@ -156,7 +157,7 @@ def _load(settings: Settings) -> tuple[ModelRuntime, tuple[int, ...]]:
     return runtime, reserved_ids(Tokenizer.load(resolve_model(settings.slm)), runtime.vocab_rows)
 
 
-def _selector(model: Any, reserved: Sequence[int], config: DistillSettings) -> LocalSelector:
+def _selector(model: Any, reserved: Sequence[int], config: TrainingSettings) -> LocalSelector:
     """A trainable one with random weights: at a new one's start half of the gradients are zero."""
     adapter = new_adapter(model, config.rank, config.alpha, config.seed)
     generator, head = (
@@ -222,7 +223,7 @@ def _time(
 
         return side
 
-    def packed(config: DistillSettings) -> Callable[[], float]:
+    def packed(config: TrainingSettings) -> Callable[[], float]:
         selector = _selector(runtime.model, reserved, config)
         return timed(
             selector, lambda: iter([training_loss(runtime, selector, rollouts, config)]), labels
@@ -279,7 +280,7 @@ def _spread(rollouts: Sequence[Rollout], count: int) -> list[tuple[Rollout, Labe
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 
-def _weights(config: DistillSettings) -> LossWeights:
+def _weights(config: TrainingSettings) -> LossWeights:
     return LossWeights(
         ce=config.ce_weight,
         hinge=config.hinge_weight,
@@ -338,9 +339,9 @@ class Memory:
     labels: int
 
 
-def _settings(side: tuple[SelectorKind, Reading]) -> DistillSettings:
+def _settings(side: tuple[SelectorKind, Reading]) -> TrainingSettings:
     kind, reads = side
-    return DistillSettings(kind=kind, reads=reads)
+    return TrainingSettings(kind=kind, reads=reads)
 
 
 def _peak_memory(work: Work, name: str) -> Memory:
@@ -439,7 +440,7 @@ def _equality(
     )
     figures = []
     for what, case, reg in (("L_sel", several, 0.0), ("L_sel + L_reg", at_end, config.reg_weight)):
-        mine = replace(config, reg_weight=reg)
+        mine = config.model_copy(update={"reg_weight": reg})
         selector = _selector(runtime.model, reserved, mine)
         found = [
             _gradients(selector, [training_loss(runtime, selector, [case], mine)]),

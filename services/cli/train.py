@@ -1,12 +1,14 @@
-"""`s2t train`: flags to settings, progress, and what a run prints. The work is in `training` and
-`follow`."""
+"""`s2t train`: flags to settings, progress, and what a run prints.
+
+The work is in `services.train.job` and `services.train.follow`.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +16,9 @@ from s2t_shared.errors import InvalidRequestError
 from services.cli.options import ConfigFile, DataDir, Json, settings_beside_service, show
 from services.cli.progress import progress
 
-if TYPE_CHECKING:
-    from services.train.job import TrainProgress
+if TYPE_CHECKING:  # these import torch and Ray
+    from services.train.job import TrainOutcome
+    from services.train.progress import TrainProgress
 
 
 def train(
@@ -44,7 +47,9 @@ def train(
     json_out: Json = False,
 ) -> None:
     """Distil the labels into a new version (a Ray Train job) and make it live if it is better.
-    Killed, the same command goes on where it was."""
+
+    Killed, the same command goes on where it was.
+    """
     from services.launch.local import local_ray
     from services.train import follow as following
     from services.train.job import train as run_training
@@ -69,22 +74,25 @@ def train(
         training__seed=seed,
     )
 
-    def report(outcome: Any) -> None:
-        print(json.dumps(asdict(outcome)), flush=True) if follow and json_out else show(
-            asdict(outcome), json_out
-        )
+    def report(outcome: TrainOutcome) -> None:
+        if follow and json_out:
+            print(json.dumps(asdict(outcome)), flush=True)  # one line a round
+        else:
+            show(asdict(outcome), json_out)
 
     try:
         with progress("training steps", None, json_out) as shown:
 
-            def advance(now: TrainProgress) -> None:
+            def on_progress(now: TrainProgress) -> None:
                 shown.update(now.step, now.steps, _figures(now))
 
             if follow:
-                following.follow(resolved, every_labels, max_rounds, promote, advance, say, report)
+                following.follow(
+                    resolved, every_labels, max_rounds, promote, on_progress, say, report
+                )
                 return
             with local_ray():
-                outcome = run_training(resolved, promote, advance, say)
+                outcome = run_training(resolved, promote, on_progress, say)
         report(outcome)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from the last checkpoint")
@@ -92,4 +100,7 @@ def train(
 
 
 def _figures(now: TrainProgress) -> str:
-    return f"loss {now.loss:.3f}, validation loss {now.validation_loss:.3f}, Agree@1 {now.agree_at_1:.3f}"
+    return (
+        f"loss {now.loss:.3f}, validation loss {now.validation_loss:.3f}, "
+        f"Agree@1 {now.agree_at_1:.3f}"
+    )

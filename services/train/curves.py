@@ -1,5 +1,4 @@
-"""Training curves: TensorBoard events while a job runs, a plot and the numbers for the version it
-publishes."""
+"""Training curves: TensorBoard events while a job runs, numbers and a plot for its version."""
 
 from __future__ import annotations
 
@@ -17,12 +16,15 @@ from torch.utils.tensorboard import SummaryWriter
 from s2t_shared.training.trainer import Point
 
 matplotlib.use("Agg")
-CURVE, PLOT = "curve.json", "curve.png"
+CURVE = "curve.json"
+PLOT = "curve.png"
 
 
 class CurveWriter:
-    """TensorBoard events of one job in `folder`; after a resume, what was written beyond its step
-    is hidden."""
+    """Writes the TensorBoard events of one job into `folder`.
+
+    After a resume, TensorBoard hides what was written beyond the step it resumes from.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -30,6 +32,7 @@ class CurveWriter:
         self._validated = -1
 
     def write(self, step: int, loss: float, point: Point) -> None:
+        """Record one step's loss, and the validation of `point` if it is new."""
         if self._writer is None:
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         self._writer.add_scalar("loss/training", loss, step)
@@ -46,15 +49,18 @@ class CurveWriter:
 
 
 def curve_files(curve: Sequence[Point]) -> dict[str, bytes]:
-    """What a version carries: the numbers as JSON (null: nothing yet), and their plot."""
-    rows = [
-        {name: value if math.isfinite(value) else None for name, value in asdict(p).items()}
-        for p in curve
-    ]
+    """Files of a version by name: the numbers as JSON (null: not measured), and their plot."""
+    rows = []
+    for point in curve:
+        row = {}
+        for name, value in asdict(point).items():
+            row[name] = value if math.isfinite(value) else None
+        rows.append(row)
     return {CURVE: (json.dumps(rows, indent=1) + "\n").encode(), PLOT: _plot(curve)}
 
 
 def _plot(curve: Sequence[Point]) -> bytes:
+    """A PNG image."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     losses, agreement = figure.subplots(1, 2)
     steps = [p.step for p in curve]

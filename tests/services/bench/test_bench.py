@@ -22,7 +22,7 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.pair import Pair
 from s2t_shared.training.dataset import Part, part_of
-from s2t_shared.training.objective import training_loss
+from s2t_shared.training.loss import training_loss
 from s2t_shared.types import Prompt
 from services.bench import train as bench_training
 from services.bench import workload

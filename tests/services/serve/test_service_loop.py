@@ -23,8 +23,8 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
 from s2t_shared.pair import Pair
-from s2t_shared.training.objective import DistillSettings
-from s2t_shared.training.trainer import new_selector, trained_tensors
+from s2t_shared.training.new_local_selector import new_local_selector, trained_tensors
+from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.types import (
     Answer,
     DecodeOptions,
@@ -171,9 +171,9 @@ def test_the_closed_loop_from_traffic_to_a_better_version(
 def publish_noise(config: Config) -> str:
     """A version whose adapter is random."""
     runtime, tokenizer = ModelRuntime.load(str(SLM_DIR)), Tokenizer.load(SLM_DIR)
-    settings = DistillSettings()
+    settings = TrainingSettings()
     reserved = reserved_ids(tokenizer, runtime.vocab_rows)
-    selector = new_selector(runtime, reserved, settings)
+    selector = new_local_selector(runtime, reserved, settings)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in trained_tensors(selector):
