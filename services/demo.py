@@ -108,7 +108,8 @@ def run_demo(
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {line}")
 
         say(
-            "starting Redis, Ray, selector (LLM), proposer (SLM) and gateway; this takes about half a minute"
+            "starting Redis, Ray, selector (LLM), proposer (SLM) and gateway; "
+            "this takes about half a minute"
         )
         with running_service(config, say) as service:
             say(f"service ready at {service.address} (gRPC)")
@@ -126,11 +127,11 @@ def run_demo(
 def run_loop(
     service: RunningService, size: DemoSize, say: Callable[[str], None], console: Console
 ) -> dict[str, Any]:
+    """Ask, harvest, train, swap and ask again; returns the figures of the JSON file."""
     target = Target(service.address)
     held_out = bundled_problems(size.problems)
-    run_mode(
-        target, BEFORE[0], held_out[:64], MAX_NEW_TOKENS
-    )  # first calls are slow; greedy's time is the yardstick
+    # The first calls of a service are slow, and the other modes' times are divided by greedy's.
+    run_mode(target, BEFORE[0], held_out[:64], MAX_NEW_TOKENS)
     results = [_ask(target, spec, held_out, say) for spec in BEFORE]
     hits = local_sufficiency(target, held_out, MAX_NEW_TOKENS)
     say(
