@@ -24,6 +24,7 @@ from s2t_shared.types import (
 
 DEFAULT_BUDGET = 0.01
 DEFAULT_SAMPLES = 8
+DEFAULT_SAMPLING = Sampling()
 PromptLike = str | Prompt | Sequence[int] | Sequence[Mapping[str, str]]
 Name = TypeVar("Name", bound=Enum)
 
@@ -40,7 +41,7 @@ def new_request(
     max_new_tokens: int = 256,
     version: str | None = None,
     stop: Sequence[str] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     steps: bool = False,
     request_id: str = "",
 ) -> GenerateRequest:
@@ -97,11 +98,11 @@ def as_prompt(prompt: PromptLike) -> Prompt:
 
 
 def _messages(prompt: Sequence[Any]) -> tuple[Message, ...]:
-    messages = []
+    messages: list[Message] = []
     for message in prompt:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise InvalidRequestError(
-                f"prompt: message {len(messages)} must have the keys role and content, and no others"
+                f"prompt: message {len(messages)} must have the keys role and content only"
             )
         messages.append(Message(message["role"], message["content"]))
     return tuple(messages)

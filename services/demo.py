@@ -263,7 +263,7 @@ def _swap_under_load(
     time.sleep(1.0)
     stop.set()
     thread.join()
-    report = _check_swap(target, asked, before, second.version, collected)
+    report = check_swap(target, asked, before, second.version, collected)
     say(
         f"swapped {before} -> {second.version} under load: {report.in_flight} requests "
         f"({report.old} on the old, {report.new} on the new version), {report.failed} failed, "
@@ -285,7 +285,7 @@ def _ask_each(
     return answer_all(target, requests, concurrency)
 
 
-def _check_swap(
+def check_swap(
     target: Target,
     asked: Sequence[Problem],
     old: str,
@@ -352,7 +352,7 @@ def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Pr
             ):
                 steps += piece.steps
             if any(step.flipped for step in steps):
-                marked = "".join(_marked(step, tokenizer) for step in steps)
+                marked = "".join(marked_text(step, tokenizer) for step in steps)
                 console.print(
                     "\nOne answer (yellow: the LLM agreed; red → green: the LLM selected another "
                     f"candidate)\n  {problem.prompt.text}\n {marked}"
@@ -361,8 +361,8 @@ def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Pr
     console.print("No divergence point changed a token in the first 20 answers.")
 
 
-def _marked(step: Step, tokenizer: Tokenizer) -> str:
-    """A Step's text in rich's markup."""
+def marked_text(step: Step, tokenizer: Tokenizer) -> str:
+    """A Step's text in rich's markup: yellow if the LLM agreed, red -> green if it did not."""
     if not step.triggered or not step.text:
         return step.text
     if not step.flipped:
