@@ -1,4 +1,4 @@
-"""Everything that can go wrong for a user, as one tree.
+"""The errors that a user can cause or mend, as one tree.
 
     S2TError
       InvalidRequestError        one request or input line is wrong
@@ -15,8 +15,7 @@
       UnauthenticatedError       no token, or a wrong one
 
 A message says what is wrong, where, and how to mend it. Bugs are `assert`s, never one of these.
-Nothing here knows a transport: `services.wire` maps each class to a gRPC status, `services.cli` to
-an exit status.
+`services.rpc.wire` maps each class to a gRPC status, `services.cli` to an exit status.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class ConfigError(S2TError):
 
 
 class TokenizerMismatchError(ConfigError):
-    """SLM and LLM tokenize differently, so one's candidate ids mean nothing to the other."""
+    """SLM and LLM have different tokenizers, so that their token ids cannot be compared."""
 
 
 class ModelLoadError(S2TError):
@@ -51,7 +50,7 @@ class VersionNotFoundError(VersionError):
 
 
 class EvaluationSplitError(S2TError):
-    """Calibration, harvesting or training on an evaluation split is refused."""
+    """Calibration, harvest or training was pointed at an evaluation split."""
 
 
 class OverloadedError(S2TError):

@@ -1,14 +1,13 @@
-"""Requests from plain values: what a person writes, checked and turned into the types.
+"""Builds requests from plain values: text, names of modes, numbers.
 
-Needs the standard library only, so that the client, the command line and the in-process front door
-share it.
+Imports the standard library only. The client, the command line and `Pair` share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.types import (
@@ -25,6 +24,7 @@ from s2t_shared.types import (
 
 DEFAULT_BUDGET = 0.01
 DEFAULT_SAMPLES = 8
+DEFAULT_SAMPLING = Sampling()
 PromptLike = str | Prompt | Sequence[int] | Sequence[Mapping[str, str]]
 Name = TypeVar("Name", bound=Enum)
 
@@ -41,7 +41,7 @@ def new_request(
     max_new_tokens: int = 256,
     version: str | None = None,
     stop: Sequence[str] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     steps: bool = False,
     request_id: str = "",
 ) -> GenerateRequest:
@@ -83,14 +83,29 @@ def new_request(
 
 
 def as_prompt(prompt: PromptLike) -> Prompt:
-    """A prompt from text, chat messages ({"role", "content"}) or token ids."""
+    """A prompt from text, chat messages ({"role", "content"}) or token ids.
+
+    Raises:
+        InvalidRequestError: a chat message has other keys than role and content.
+    """
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):
         return Prompt(text=prompt)
     if prompt and isinstance(prompt[0], Mapping):
-        return Prompt(messages=tuple(Message(**message) for message in prompt))  # type: ignore[arg-type]
+        return Prompt(messages=_messages(prompt))
     return Prompt(token_ids=tuple(prompt))  # type: ignore[arg-type]
+
+
+def _messages(prompt: Sequence[Any]) -> tuple[Message, ...]:
+    messages: list[Message] = []
+    for message in prompt:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise InvalidRequestError(
+                f"prompt: message {len(messages)} must have the keys role and content only"
+            )
+        messages.append(Message(message["role"], message["content"]))
+    return tuple(messages)
 
 
 def parse_mode(text: str) -> tuple[Mode, int]:

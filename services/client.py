@@ -1,7 +1,8 @@
-"""A small client for Python: needs grpcio and protobuf only.
+"""The Python client. Imports grpcio and protobuf only.
 
+>>> from services.client import Client
 >>> with Client("127.0.0.1:50051") as client:
-...     for piece in client.stream("Eva has 20 coins . ...", mode="s2t", budget=0.05):
+...     for piece in client.stream("Eva has 20 coins .", mode="s2t", budget=0.05):
 ...         print(piece.text, end="")
 
 Answers, Steps and descriptions are the value types of `s2t_shared.types`.
@@ -90,8 +91,8 @@ class Client:
     ) -> Iterator[AnswerPiece]:
         """Pieces as they are decided; the last one has `.answer`.
 
-        stream_steps: each piece also has the Steps behind its text. Breaking off the iteration
-        cancels the answer. `settings` as in `generate`.
+        stream_steps: each piece also has the Steps that produced its text. Leaving the iteration
+        early cancels the answer. `settings` as in `generate`.
 
         Raises:
             S2TError: the request was refused or could not be answered.

@@ -108,7 +108,8 @@ def run_demo(
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {line}")
 
         say(
-            "starting Redis, Ray, selector (LLM), proposer (SLM) and gateway; this takes about half a minute"
+            "starting Redis, Ray, selector (LLM), proposer (SLM) and gateway; "
+            "this takes about half a minute"
         )
         with running_service(config, say) as service:
             say(f"service ready at {service.address} (gRPC)")
@@ -126,11 +127,11 @@ def run_demo(
 def run_loop(
     service: RunningService, size: DemoSize, say: Callable[[str], None], console: Console
 ) -> dict[str, Any]:
+    """Ask, harvest, train, swap and ask again; returns the figures of the JSON file."""
     target = Target(service.address)
     held_out = bundled_problems(size.problems)
-    run_mode(
-        target, BEFORE[0], held_out[:64], MAX_NEW_TOKENS
-    )  # first calls are slow; greedy's time is the yardstick
+    # The first calls of a service are slow, and the other modes' times are divided by greedy's.
+    run_mode(target, BEFORE[0], held_out[:64], MAX_NEW_TOKENS)
     results = [_ask(target, spec, held_out, say) for spec in BEFORE]
     hits = local_sufficiency(target, held_out, MAX_NEW_TOKENS)
     say(
@@ -262,7 +263,7 @@ def _swap_under_load(
     time.sleep(1.0)
     stop.set()
     thread.join()
-    report = _check_swap(target, asked, before, second.version, collected)
+    report = check_swap(target, asked, before, second.version, collected)
     say(
         f"swapped {before} -> {second.version} under load: {report.in_flight} requests "
         f"({report.old} on the old, {report.new} on the new version), {report.failed} failed, "
@@ -284,7 +285,7 @@ def _ask_each(
     return answer_all(target, requests, concurrency)
 
 
-def _check_swap(
+def check_swap(
     target: Target,
     asked: Sequence[Problem],
     old: str,
@@ -351,7 +352,7 @@ def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Pr
             ):
                 steps += piece.steps
             if any(step.flipped for step in steps):
-                marked = "".join(_marked(step, tokenizer) for step in steps)
+                marked = "".join(marked_text(step, tokenizer) for step in steps)
                 console.print(
                     "\nOne answer (yellow: the LLM agreed; red → green: the LLM selected another "
                     f"candidate)\n  {problem.prompt.text}\n {marked}"
@@ -360,8 +361,8 @@ def _print_marked_answer(console: Console, target: Target, held_out: Sequence[Pr
     console.print("No divergence point changed a token in the first 20 answers.")
 
 
-def _marked(step: Step, tokenizer: Tokenizer) -> str:
-    """A Step's text in rich's markup."""
+def marked_text(step: Step, tokenizer: Tokenizer) -> str:
+    """A Step's text in rich's markup: yellow if the LLM agreed, red -> green if it did not."""
     if not step.triggered or not step.text:
         return step.text
     if not step.flipped:

@@ -1,5 +1,7 @@
-"""Every mode on the same problems through a running service: accuracy with intervals, cost, local
-sufficiency."""
+"""Evaluates modes on the same problems through a running service.
+
+Figures: accuracy with intervals, cost, and local sufficiency (Hit@K).
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,10 @@ class ModeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeResult:
-    """Figures of one mode. `seconds`: wall time for all problems at the same concurrency as the
-    other modes."""
+    """Figures of one mode.
+
+    seconds: wall time for all problems, at the same concurrency as the other modes.
+    """
 
     spec: ModeSpec
     correct: tuple[bool, ...]
@@ -177,7 +181,7 @@ def local_sufficiency(
 ) -> dict[int, float]:
     """Hit@1/2/4/8 at the top `share` of steps by KL of greedy SLM rollouts. Stores no label.
 
-    The warm-up is left out, as it is where requests are decoded.
+    Warm-up steps are left out, because they never trigger in decoding either.
     """
     options = DecodeOptions(max_new_tokens=max_new_tokens, score_rollout=True)
     requests = [
@@ -189,7 +193,8 @@ def local_sufficiency(
         )
         for problem in problems
     ]
-    answers = [a for a in answer_all(target, requests) if isinstance(a, Answer)]
+    outcomes = answer_all(target, requests)
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
     total = sum(len(answer.steps) for answer in answers)
     scored: list[tuple[float, int]] = []
     for answer in answers:
@@ -218,8 +223,7 @@ def answers_match(expected: str, pattern: str = "") -> Callable[[str], bool]:
 
 
 def load_problems(file: Path | None, count: int, pattern: str) -> list[Problem]:
-    """Problems of a JSONL file with "answer" beside the prompt, or the bundled pair's held-out
-    ones.
+    """Problems of a JSONL file whose lines have an "answer"; without a file the bundled pair's.
 
     Raises:
         ConfigError: the file cannot be read, or a line has no prompt or no answer.
@@ -264,7 +268,7 @@ def as_rows(results: Sequence[ModeResult]) -> dict[str, dict[str, Any]]:
 
 
 def table(results: Sequence[ModeResult], title: str) -> Table:
-    """The same for people."""
+    """The figures as a table for the terminal."""
     first = results[0]
     shown = Table(title=title, title_justify="left")
     for column in (

@@ -1,6 +1,6 @@
-"""Many requests at once to a running service: the async side of harvest, evaluation and the demo.
+"""Asks a running service many requests at once, for harvest, evaluation and the demo.
 
-Bounded concurrency, answers in input order, a request's own error in its place.
+Concurrency is bounded. Outcomes are in input order; a request that failed has its error there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Target:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What each call must carry."""
+        """The metadata that each call must carry."""
         return channels.call_metadata(self.token)
 
 
@@ -114,7 +114,10 @@ def answer_all(
     timeout_s: float = 300.0,
     on_answer: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Ask all requests; returns outcomes in input order. `on_answer` is called as each is done."""
+    """Ask all requests; returns outcomes in input order.
+
+    timeout_s: seconds of each call. on_answer: called with each outcome when it is known.
+    """
 
     async def main() -> list[Outcome]:
         async with target.open_channel() as channel:

@@ -1,7 +1,6 @@
-"""Opening gRPC servers and channels: credentials, the token, limits. One place for every server of
-ours.
+"""Opens gRPC servers and channels with credentials, token and limits.
 
-Needs grpcio only.
+Every server and client of the project uses these. Imports grpcio only.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def read_token(file: Path | None) -> str | None:
     token = _read(file).strip()
     if len(token) < MIN_TOKEN_BYTES:
         raise ConfigError(
-            f"token file {str(file)!r}: its token has {len(token)} bytes, at least {MIN_TOKEN_BYTES} are "
-            f"needed; make one: openssl rand -hex 32 > {file}"
+            f"token file {str(file)!r}: its token has {len(token)} bytes, at least "
+            f"{MIN_TOKEN_BYTES} are needed; make one: openssl rand -hex 32 > {file}"
         )
     if not all(0x21 <= byte <= 0x7E for byte in token):
         raise ConfigError(
@@ -135,6 +134,7 @@ def open_channel(address: str, authority: Path | None, asynchronous: bool = True
 
 
 def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call: the bearer token, if there is one."""
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 

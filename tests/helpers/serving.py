@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -30,6 +30,7 @@ from services.serve.gateway_server import GatewayServer
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 
+Result = TypeVar("Result")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 UNSURE_AT = (4, 6)  # behind the warm-up
 ALTERNATIVE = "other"
@@ -125,16 +126,36 @@ def gateway_config(folder: Path, **settings: Any) -> Config:
 @asynccontextmanager
 async def gateway(config: Config, proposers: Any) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the real gateway server before `proposers`."""
+    async with gateway_address(config, proposers) as address:
+        async with channels.open_channel(address, None) as channel:
+            yield channel
+
+
+@asynccontextmanager
+async def gateway_address(config: Config, proposers: Any) -> AsyncIterator[str]:
+    """The address of the real gateway server before `proposers`."""
     admin = AdminServicer(
         versions=LiveVersions(config.versions), lake=Lake(config.lake), proposers=proposers
     )
     server = GatewayServer(config, proposers, admin)
     await server.start()
     try:
-        async with channels.open_channel(f"127.0.0.1:{server.port}", None) as channel:
-            yield channel
+        yield f"127.0.0.1:{server.port}"
     finally:
         await server.stop(grace_s=0.0)
+
+
+def with_gateway(folder: Path, service: ProposerService, work: Callable[[str], Result]) -> Result:
+    """The result of blocking work with the address of a gateway before `service`."""
+
+    async def main() -> Result:
+        async with gateway_address(gateway_config(folder), service) as address:
+            return await asyncio.to_thread(work, address)
+
+    try:
+        return asyncio.run(main())
+    finally:
+        service.close()
 
 
 async def becomes(holds: Callable[[], bool], within_s: float = 5.0) -> bool:

@@ -69,7 +69,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PromoteVersion(self, request, context):
-        """Makes a version live, or the canary for a share of the requests; requests under way keep theirs.
+        """Makes a version live, or the canary for a share of the requests. Requests under way keep the
+        version that they started with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -303,31 +303,31 @@ class DescribeServiceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeServiceResponse(_message.Message):
-    __slots__ = ("slm_digest", "tokenizer_digest", "llm_digest", "max_length", "live_version", "calibrated_triggers", "template_digest", "proposers", "canary_version", "canary_share", "running_sequences", "waiting_sequences", "live_kv_slots")
+    __slots__ = ("slm_digest", "tokenizer_digest", "template_digest", "llm_digest", "max_length", "live_version", "canary_version", "canary_share", "calibrated_triggers", "proposers", "running_sequences", "waiting_sequences", "live_kv_slots")
     SLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     LIVE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    CALIBRATED_TRIGGERS_FIELD_NUMBER: _ClassVar[int]
-    TEMPLATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    PROPOSERS_FIELD_NUMBER: _ClassVar[int]
     CANARY_VERSION_FIELD_NUMBER: _ClassVar[int]
     CANARY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_TRIGGERS_FIELD_NUMBER: _ClassVar[int]
+    PROPOSERS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LIVE_KV_SLOTS_FIELD_NUMBER: _ClassVar[int]
     slm_digest: str
     tokenizer_digest: str
+    template_digest: str
     llm_digest: str
     max_length: int
     live_version: str
-    calibrated_triggers: _containers.RepeatedScalarFieldContainer[Trigger]
-    template_digest: str
-    proposers: int
     canary_version: str
     canary_share: float
+    calibrated_triggers: _containers.RepeatedScalarFieldContainer[Trigger]
+    proposers: int
     running_sequences: int
     waiting_sequences: int
     live_kv_slots: int
-    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_version: _Optional[str] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., template_digest: _Optional[str] = ..., proposers: _Optional[int] = ..., canary_version: _Optional[str] = ..., canary_share: _Optional[float] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_slots: _Optional[int] = ...) -> None: ...
+    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., template_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_version: _Optional[str] = ..., canary_version: _Optional[str] = ..., canary_share: _Optional[float] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., proposers: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_slots: _Optional[int] = ...) -> None: ...

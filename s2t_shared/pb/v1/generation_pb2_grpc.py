@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Answers prompts. Every error has a gRPC status and a text that says what, where and how to mend it.
+    """Answers prompts. Every error has a gRPC status. Its text says what is wrong, where, and how to
+    mend it.
     """
 
     def __init__(self, channel):
@@ -53,7 +54,8 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Answers prompts. Every error has a gRPC status and a text that says what, where and how to mend it.
+    """Answers prompts. Every error has a gRPC status. Its text says what is wrong, where, and how to
+    mend it.
     """
 
     def StreamGenerate(self, request, context):
@@ -64,14 +66,14 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """The same in one message.
+        """Returns the finished answer in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DescribeService(self, request, context):
-        """What this service runs: digests, limits, the live local selector.
+        """Describes what the service runs: digests, limits, the live local selector.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +106,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Answers prompts. Every error has a gRPC status and a text that says what, where and how to mend it.
+    """Answers prompts. Every error has a gRPC status. Its text says what is wrong, where, and how to
+    mend it.
     """
 
     @staticmethod

@@ -59,7 +59,7 @@ class SelectionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DescribeModel(self, request, context):
-        """Which LLM answers here.
+        """Describes the LLM that this selector runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,7 +1,7 @@
-"""The border between our types and the wire: messages <-> types, errors <-> gRPC status, both ways.
+"""Converts value types to protobuf messages, errors to gRPC statuses, and both back.
 
-Nothing else knows both, but the servicers and clients that send the messages. Needs grpcio and
-protobuf only, so that a client can use it without torch or Ray.
+Only servicers and clients, which send the messages, know protobuf besides. Imports grpcio and
+protobuf only, so that a client needs neither torch nor Ray.
 """
 
 from services.rpc.wire.admin import (

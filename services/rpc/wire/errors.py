@@ -1,4 +1,4 @@
-"""Errors <-> gRPC status: the class of an error travels in the trailing metadata, for our own clients."""
+"""Errors <-> gRPC statuses. The trailing metadata names the error's class for our own clients."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
 
 
 def status_of(error: errors.S2TError) -> grpc.StatusCode:
+    """The status of an error's class or nearest base class."""
     for kind, status in STATUS.items():
         if isinstance(error, kind):
             return status
@@ -35,13 +36,14 @@ def status_of(error: errors.S2TError) -> grpc.StatusCode:
 
 
 async def abort(context: Any, error: errors.S2TError) -> None:
-    """End a call with the error's status and text; its class travels along, for our own clients."""
+    """End a call with the error's status and text. The trailing metadata names its class."""
     await context.abort(status_of(error), str(error), ((ERROR_KIND, type(error).__name__),))
 
 
 def error_of(error: grpc.RpcError) -> errors.S2TError:
-    """A call's failure, as the error the server raised (for clients and proposers)."""
-    code, details = error.code(), error.details() or "no details"
+    """The error that the server raised, from the failure of a call."""
+    code = error.code()
+    details = error.details() or "no details"
     names = {kind.__name__: kind for kind in STATUS}
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_KIND and value in names:

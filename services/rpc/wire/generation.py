@@ -1,7 +1,7 @@
 """Requests, answers, Steps and descriptions <-> `generation.proto`.
 
-`write_request` says everything; `write_settings` says what a person said and leaves the rest to
-the deployment's defaults, which `read_request` fills in.
+`write_request` sets every field. `write_settings` sets the fields that a caller named and leaves
+the others unset; `read_request` fills those with the deployment's defaults.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
-from s2t_shared.requests import PromptLike, as_prompt
+from s2t_shared.requests import DEFAULT_SAMPLES, PromptLike, as_prompt, by_name, parse_mode
 from s2t_shared.types import (
     Answer,
     AnswerPiece,
@@ -73,7 +73,7 @@ def _member(table: dict[int, E], number: int, field: str) -> E:
 
 
 def write_request(request: GenerateRequest) -> pb.GenerationParameters:
-    """The whole request: no default of the deployment applies."""
+    """Every field of the request is set, so that no default of the deployment applies."""
     options = request.options
     policy = options.policy
     message = pb.GenerationParameters(
@@ -103,32 +103,34 @@ def write_request(request: GenerateRequest) -> pb.GenerationParameters:
 
 
 def write_settings(prompt: PromptLike, **settings: Any) -> pb.GenerationParameters:
-    """What a person says: mode and trigger by name, and any field of `GenerationParameters`.
+    """Settings by keyword: mode and trigger by name, and any field of `GenerationParameters`.
 
     `sampling` and `labels` are a `Sampling` and a `LabelOptions`, or dictionaries of some of their
     fields. Fields that are not given stay unset, so that the deployment's defaults apply.
 
     Raises:
-        InvalidRequestError: an unknown mode, trigger or field.
+        InvalidRequestError: an unknown mode, trigger or field, or budget and threshold together.
     """
-    mode = str(settings.pop("mode", "") or "")
-    trigger = str(settings.pop("trigger", "") or "")
-    name, at, samples = mode.partition("@")
-    if at and samples.isdigit():
-        settings["samples"] = int(samples)
-        mode = name
+    if settings.get("budget") is not None and settings.get("threshold") is not None:
+        raise InvalidRequestError("give a threshold or a budget, not both")
+    mode = settings.pop("mode", None)
+    if mode:
+        kind, samples = parse_mode(mode.lower())
+        settings["mode"] = _number(MODES, kind)
+        if "@" in mode:
+            settings["samples"] = samples
+    trigger = settings.pop("trigger", None)
+    if trigger:
+        kind_of_trigger = by_name(Trigger, trigger.lower(), "trigger")
+        settings["trigger"] = _number(TRIGGERS, kind_of_trigger)
     if isinstance(settings.get("sampling"), Sampling):
         settings["sampling"] = _write_sampling(settings["sampling"])
     if isinstance(settings.get("labels"), LabelOptions):
         settings["labels"] = _write_label_options(settings["labels"])
-    if mode:
-        settings["mode"] = f"MODE_{mode.upper()}"
-    if trigger:
-        settings["trigger"] = f"TRIGGER_{trigger.upper().replace('-', '_')}"
     try:
         message = pb.GenerationParameters(**settings)
     except (ValueError, TypeError) as error:
-        raise InvalidRequestError(f"unknown mode, trigger or setting: {error}") from error
+        raise InvalidRequestError(f"unknown setting, or a wrong value: {error}") from error
     _write_prompt(message, as_prompt(prompt))
     return message
 
@@ -140,8 +142,8 @@ def read_request(
 ) -> GenerateRequest:
     """A client's request with the deployment's defaults filled in.
 
-    call_timeout_s: seconds left to the RPC, None for no limit. The nearer of it and the request's
-    own timeout stands.
+    call_timeout_s: seconds left to the RPC, None for no limit. The smaller of it and the request's
+    own timeout applies.
 
     Raises:
         InvalidRequestError: an unknown enum value, or no prompt.
@@ -158,7 +160,7 @@ def read_request(
         prompt=_read_prompt(message),
         options=_read_options(message, defaults),
         budget=budget,
-        samples=message.samples if message.HasField("samples") else 8,
+        samples=message.samples if message.HasField("samples") else DEFAULT_SAMPLES,
         stop=tuple(message.stop),
         timeout_s=min(timeouts, default=0.0),
         return_steps=message.return_steps,
@@ -273,8 +275,8 @@ def _read_prompt(message: pb.GenerationParameters) -> Prompt:
     if form == "text":
         return Prompt(text=message.text)
     if form == "messages":
-        told = message.messages.messages
-        return Prompt(messages=tuple(Message(m.role, m.content) for m in told))
+        messages = [Message(m.role, m.content) for m in message.messages.messages]
+        return Prompt(messages=tuple(messages))
     if form == "token_ids":
         return Prompt(token_ids=tuple(message.token_ids.ids))
     raise InvalidRequestError("prompt: missing; give text, messages or token_ids")
@@ -330,7 +332,7 @@ def read_answer(message: pb.Answer) -> Answer:
 
 
 def write_step(step: Step) -> pb.Step:
-    """`support` and `llm` stay behind; what is known of them is in the other fields."""
+    """A Step without `support` and `llm`; the figures made of them are sent."""
     return pb.Step(
         index=step.index,
         token_id=step.token_id,

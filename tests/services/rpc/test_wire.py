@@ -1,4 +1,4 @@
-"""The wire in both directions: reading what was written gives the value back, for every type and field."""
+"""The wire in both directions: reading what was written gives the value back, for every field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2t_shared.config import DefaultsConfig
-from s2t_shared.errors import InvalidRequestError
+from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
+from s2t_shared.pb.v1 import admin_pb2, selection_pb2
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.types import (
     Answer,
@@ -25,10 +26,13 @@ from s2t_shared.types import (
     Message,
     Mode,
     Policy,
+    PositionScores,
     Prompt,
     Proposals,
     PublishedVersion,
     Sampling,
+    ScoreQuery,
+    ScoreReply,
     ServiceDescription,
     Step,
     Trigger,
@@ -133,6 +137,32 @@ ANSWERS = st.builds(
     labels_stored=COUNT,
     rollout=st.binary(max_size=4),
 )
+DESCRIPTIONS = st.builds(
+    ServiceDescription,
+    slm_digest=TEXT,
+    tokenizer_digest=TEXT,
+    template_digest=TEXT,
+    llm_digest=TEXT,
+    max_length=COUNT,
+    live_version=TEXT,
+    canary_version=TEXT,
+    canary_share=REAL,
+    calibrated_triggers=st.lists(TRIGGERS, max_size=3).map(tuple),
+    proposers=COUNT,
+    running_sequences=COUNT,
+    waiting_sequences=COUNT,
+    live_kv_slots=COUNT,
+)
+VERSIONS = st.builds(
+    PublishedVersion,
+    name=TEXT,
+    kind=TEXT,
+    reads=TEXT,
+    live=st.booleans(),
+    created_at=REAL,
+    share=REAL,
+    metrics=st.dictionaries(TEXT, REAL, max_size=2),
+)
 PIECES = st.builds(AnswerPiece, TEXT, st.lists(STEPS, max_size=2).map(tuple), maybe(ANSWERS))
 
 
@@ -169,35 +199,62 @@ def test_a_piece_survives(piece: AnswerPiece) -> None:
     assert wire.read_piece(sent) == piece
 
 
-def test_what_a_service_says_survives() -> None:
-    description = ServiceDescription(
-        slm_digest="a",
-        tokenizer_digest="b",
-        template_digest="c",
-        llm_digest="d",
-        max_length=5,
-        live_version="v1",
-        canary_version="v2",
-        canary_share=0.25,
-        calibrated_triggers=(Trigger.KL, Trigger.MARGIN),
-        proposers=2,
-        running_sequences=3,
-        waiting_sequences=4,
-        live_kv_slots=6,
+@given(DESCRIPTIONS)
+def test_a_description_survives(description: ServiceDescription) -> None:
+    message = wire.write_description(description).SerializeToString()
+    assert wire.read_description(pb.DescribeServiceResponse.FromString(message)) == description
+
+
+@given(VERSIONS)
+def test_a_version_survives(version: PublishedVersion) -> None:
+    message = wire.write_version(version).SerializeToString()
+    assert wire.read_version(admin_pb2.Version.FromString(message)) == version
+
+
+@given(st.builds(LabelCounts, COUNT, COUNT, COUNT, COUNT))
+def test_label_counts_survive(counts: LabelCounts) -> None:
+    message = wire.write_label_counts(counts).SerializeToString()
+    assert wire.read_label_counts(admin_pb2.CountLabelsResponse.FromString(message)) == counts
+
+
+@given(st.data())
+def test_a_query_and_its_reply_survive(data: st.DataObject) -> None:
+    """Ragged groups of candidates, empty ones among them, come back in their places."""
+    groups = data.draw(st.lists(IDS, min_size=1, max_size=4))
+    query = ScoreQuery(
+        token_ids=tuple(range(len(groups))) + data.draw(IDS),
+        positions=tuple(range(len(groups))),
+        candidate_ids=tuple(groups),
+        excluded_ids=data.draw(IDS),
+        vocab_size=data.draw(COUNT),
+        sequence_id=data.draw(TEXT),
     )
-    assert wire.read_description(wire.write_description(description)) == description
-    version = PublishedVersion(
-        name="v1",
-        kind="prefix",
-        reads="base",
-        live=True,
-        created_at=1.5,
-        share=0.75,
-        metrics={"agree_at_1": 0.5},
-    )
-    assert wire.read_version(wire.write_version(version)) == version
-    counts = LabelCounts(1, 2, 3, 4)
-    assert wire.read_label_counts(wire.write_label_counts(counts)) == counts
+    sent = selection_pb2.ScoreRequest.FromString(wire.write_query(query).SerializeToString())
+    assert wire.read_query(sent) == query
+    positions = []
+    for group in groups:
+        log_probs = data.draw(st.lists(REAL32, min_size=len(group), max_size=len(group)))
+        positions.append(PositionScores(tuple(log_probs), data.draw(COUNT)))
+    reply = ScoreReply(tuple(positions), data.draw(TEXT))
+    answer = selection_pb2.ScoreResponse.FromString(wire.write_reply(reply).SerializeToString())
+    assert wire.read_reply(query, answer) == reply
+
+
+def test_a_reply_that_does_not_fit_is_refused() -> None:
+    query = ScoreQuery(token_ids=(1,), positions=(0,), candidate_ids=((5, 6),))
+    for log_probs, top_ids in (([-1.0], [5]), ([-1.0, -2.0], []), ([-1.0, -2.0, -3.0], [5])):
+        response = selection_pb2.ScoreResponse(log_probs=log_probs, top_ids=top_ids)
+        with pytest.raises(SelectorUnavailableError, match="does not fit its query"):
+            wire.read_reply(query, response)
+
+
+def test_steps_are_streamed_only_where_they_can_be() -> None:
+    """`stream_steps` is of the streaming call."""
+    parameters = wire.write_settings("a prompt")
+    streamed = pb.StreamGenerateRequest(parameters=parameters, stream_steps=True)
+    assert wire.read_request(streamed, DefaultsConfig(), None).stream_steps
+    whole = pb.GenerateRequest(parameters=parameters)
+    assert not wire.read_request(whole, DefaultsConfig(), None).stream_steps
 
 
 def test_what_a_person_leaves_out_is_the_deployments_choice() -> None:
@@ -217,7 +274,30 @@ def test_what_a_person_leaves_out_is_the_deployments_choice() -> None:
     assert read(labels=labels).labels == labels
 
 
-@pytest.mark.parametrize("settings", [{"mode": "nope"}, {"trigger": "x"}, {"colour": "red"}])
-def test_an_unknown_setting_is_named(settings: dict[str, str]) -> None:
-    with pytest.raises(InvalidRequestError, match="unknown mode, trigger or setting"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "nope"}, "mode='nope': unknown"),
+        ({"mode": "greedy@3"}, "only majority takes a number"),
+        ({"trigger": "x"}, "trigger='x': unknown"),
+        ({"colour": "red"}, "unknown setting.*colour"),
+        ({"sampling": {"warmth": 1}}, "unknown setting.*warmth"),
+        ({"budget": 0.1, "threshold": 0.5}, "not both"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
         wire.write_settings("p", **settings)
+
+
+@pytest.mark.parametrize("second", [{"role": "user"}, {"role": "u", "text": "x"}, "text", 3])
+def test_a_wrong_chat_message_is_named(second: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="message 1 must have the keys role and content"):
+        wire.write_settings([{"role": "user", "content": "x"}, second])
+
+
+def test_modes_are_named_as_everywhere() -> None:
+    """Members of the enum, capitals and dashes name a mode too."""
+    for mode in (Mode.S2T_LOCAL, "s2t_local", "S2T_LOCAL", "s2t-local"):
+        assert wire.write_settings("p", mode=mode).mode == pb.MODE_S2T_LOCAL
+    assert not wire.write_settings("p", mode="majority").HasField("samples")

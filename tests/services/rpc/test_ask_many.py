@@ -1,0 +1,53 @@
+"""Many requests at once: input order, errors in their places, bounded concurrency."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+from s2t_shared.errors import InvalidRequestError
+from s2t_shared.requests import new_request
+from s2t_shared.types import Answer
+from services.rpc.ask_many import Outcome, Target, answer_all, bounded, describe
+from tests.helpers.serving import LLM_TEXT, SLM_TEXT, proposer_service, with_gateway
+
+
+def test_outcomes_are_in_input_order(tmp_path: Path) -> None:
+    s2t = new_request("x", "s2t", threshold=0.3, request_id="a")
+    requests = [
+        s2t,
+        replace(s2t, request_id="b", samples=8, budget=7.0),
+        new_request("x", "greedy", request_id="c"),
+    ]
+    seen: list[Outcome] = []
+
+    def work(address: str) -> list[Outcome]:
+        assert describe(Target(address)).slm_digest
+        return answer_all(Target(address), iter(requests), on_answer=seen.append)
+
+    first, refused, last = with_gateway(tmp_path, proposer_service(), work)
+    assert isinstance(first, Answer) and first.text == LLM_TEXT
+    assert isinstance(refused, InvalidRequestError) and "budget" in str(refused)
+    assert isinstance(last, Answer) and last.text == SLM_TEXT
+    assert len(seen) == 3
+
+
+def test_no_request_is_no_call() -> None:
+    assert answer_all(Target("127.0.0.1:1"), []) == []
+
+
+def test_concurrency_is_bounded() -> None:
+    running = 0
+    most = 0
+
+    async def work(item: int) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001 * (item % 3))
+        running -= 1
+        return item * 2
+
+    assert asyncio.run(bounded(range(20), work, 4)) == [2 * i for i in range(20)]
+    assert most == 4
