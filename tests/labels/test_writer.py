@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -328,35 +327,3 @@ def test_an_outage_leaves_few_files(tmp_path: Path) -> None:
         *range(20)
     )
     writer.close()
-
-
-def test_a_durable_answer_waits_and_a_plain_one_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from services.serve import (
-        proposer_replica,  # its models are not needed: what it does with a finished rollout is
-    )
-
-    def keep(writer: LabelWriter, durable: bool) -> None:
-        asyncio.run(proposer_replica.ProposerReplica._keep(None, rollout(1), writer, durable))  # type: ignore[arg-type]
-
-    writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool")
-    keep(writer, durable=True)
-    assert spooled(tmp_path / "spool") == names(1)
-    writer.close()
-    keep(writer, durable=False)
-    assert writer.dropped.total() == 2
-    with pytest.raises(StoreError, match="could not be stored durably; send the request again"):
-        keep(writer, durable=True)
-    with open_redis(None, tmp_path / "redis") as server:
-        assert server.process is not None
-        writer = LabelWriter(LabelStream(server.url), tmp_path / "spool")
-        os.kill(server.process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(proposer_replica, "DURABLE_S", 0.2)
-        with pytest.raises(StoreError, match="could not be stored durably"):
-            keep(writer, durable=True)
-        os.kill(server.process.pid, signal.SIGCONT)
-        eventually(
-            lambda: writer.written == 2
-        )  # stored nevertheless: sent again, it is the same rollout
-        writer.close()
