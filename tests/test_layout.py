@@ -120,11 +120,10 @@ def test_only_app_binds() -> None:
 
 
 def test_there_is_one_way_to_lock_a_file() -> None:
-    """But for Redis, whose server inherits the lock with its log."""
     locking = [
         file.stem for file in [*MODULES, *SERVICES] if "flock" in file.read_text(encoding="utf-8")
     ]
-    assert sorted(locking) == ["files", "redis_server"]
+    assert sorted(locking) == ["files"]
 
 
 def test_files_and_functions_stay_small() -> None:

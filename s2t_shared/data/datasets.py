@@ -26,7 +26,7 @@ import yaml
 
 from s2t_shared.errors import ConfigError, EvaluationSplitError, InvalidRequestError
 from s2t_shared.files import sha256_file
-from s2t_shared.labels.label import EVALUATION_SPLITS, check_split
+from s2t_shared.splits import EVALUATION_SPLITS, check_split
 
 Record = tuple[
     int, Any

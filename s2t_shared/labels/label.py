@@ -1,10 +1,14 @@
-"""What a selection label is. Labels travel and rest inside the `Rollout` they were found in: its
-tokens once, then each labelled position, which is also how the trainer reads them.
+"""What a selection label is, and how the Steps of an answer become labels.
+
+Labels are stored and sent inside their `Rollout`: the tokens of an answer once, and each labelled
+position. The dataclasses `Label` and `Rollout` are the one schema. The metadata of each field says
+its type, its range and its meaning. JSON, `check_rollout`, the lake's Parquet files (`shards`) and
+the exported data set (`export`) follow from it.
 
 Labels arrive at least once and are deduplicated by `label_id`, a hash of everything that a label's
 value depends on: context, candidates, and the digests of SLM, LLM, tokenizer and chat template.
-(Only the last digits of a value depend on more: the arithmetic's precision, and what was in the
-same batch.) Knows Steps; no files, Redis, models.
+(Only the last digits of a value depend on more: on the arithmetic's precision, and on what was in
+the same batch.) Knows Steps; no files, no Redis, no models.
 """
 
 from __future__ import annotations
@@ -13,101 +17,140 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from s2t_shared import policy as decide
-from s2t_shared.errors import EvaluationSplitError, StoreError
-from s2t_shared.types import SUPPORT_SIZE, WARMUP_STEPS, CandidateRule, LabelOptions, Step
+from s2t_shared import policy
+from s2t_shared.errors import StoreError
+from s2t_shared.labels.schema import check_values, column, rank_column, read_row
+from s2t_shared.splits import check_split, is_held_out
+from s2t_shared.types import (
+    WARMUP_STEPS,
+    CandidateRule,
+    LabelOptions,
+    LabelRule,
+    Step,
+    Trigger,
+)
 
 SCHEMA_VERSION = 2
-EVALUATION_SPLITS = frozenset(
-    {"test", "eval", "evaluation", "heldout", "held_out", "held-out", "val", "validation", "dev"}
-)
-HELD_OUT_SHARE = 0.1
+
+# -- the schema -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One LLM selection, at one position of a rollout.
+    """One LLM selection, at one position of a rollout. Log-probabilities are natural."""
 
-    position: tokens before it; the context is `rollout.token_ids[:position]`. candidate_ids: the
-    SLM's top K in its order; slm_log_probs and llm_log_probs: natural logs of the same candidates
-    over each model's whole vocabulary. llm_top_rank: place of the LLM's top-1 in the SLM's order, 0
-    = first, -1 = outside its top 64. mass: the LLM's probability on the candidates. kl, entropy:
-    nats, on the SLM's top-64 support.
-    """
-
-    label_id: str
-    position: int
-    candidate_ids: tuple[int, ...]
-    slm_log_probs: tuple[float, ...]
-    llm_log_probs: tuple[float, ...]
-    llm_top_id: int
-    llm_top_rank: int
-    mass: float
-    kl: float
-    entropy: float
+    label_id: str = field(
+        metadata=column("string", "hash of all that the label's value depends on; unique")
+    )
+    position: int = field(
+        metadata=column("int32", "tokens of the rollout before the label: its context")
+    )
+    candidate_ids: tuple[int, ...] = field(
+        metadata=column("list<int32>", "the SLM's top K tokens, best first")
+    )
+    slm_log_probs: tuple[float, ...] = field(
+        metadata=column("list<float32>", "the SLM's log-probability of each candidate")
+    )
+    llm_log_probs: tuple[float, ...] = field(
+        metadata=column("list<float32>", "the LLM's log-probability of each candidate")
+    )
+    llm_top_id: int = field(
+        metadata=column("int32", "the LLM's first choice over its whole vocabulary")
+    )
+    llm_top_rank: int = field(
+        metadata=rank_column(
+            "int32", "its place in the SLM's order, 0 = first, -1 = not in its top 64"
+        )
+    )
+    mass: float = field(
+        metadata=column("float32", "the LLM's probability on the candidates together")
+    )
+    kl: float = field(metadata=column("float32", "D(p_SLM || p_LLM) on the SLM's top 64, nats"))
+    entropy: float = field(metadata=column("float32", "of p_SLM on its top 64, nats"))
 
     @property
     def best(self) -> int:
-        """Index of the LLM's best candidate (ties to the SLM's order)."""
-        return max(range(len(self.candidate_ids)), key=lambda i: (self.llm_log_probs[i], -i))
+        """Index of the LLM's best candidate (ties go to the SLM's order)."""
+        return self.llm_log_probs.index(max(self.llm_log_probs))
+
+    def signal(self, trigger: Trigger) -> float:
+        """The value of a trigger at this position. Labels hold entropy and KL only."""
+        assert trigger in (Trigger.ENTROPY, Trigger.KL), trigger
+        return self.kl if trigger is Trigger.KL else self.entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One answer and its labels.
 
-    token_ids: prompt and answer; the first `prompt_length` are the prompt. source: "plain" (greedy
-    SLM, then scored), "intervened" (S2T decoding) or "online". entropy, kl (nats), llm_top_rank: of
-    every position of the answer where all were scored, else empty; they say how often the LLM's
-    choice is among the SLM's first K, also where no label is.
+    source: "plain" (the SLM's own greedy answer, then scored), "intervened" (S2T decoding) or
+    "online" (served). entropy, kl, llm_top_rank: of every position of the answer where all were
+    scored, else empty. They say how often the LLM's choice is among the SLM's first K, also where
+    no label is.
     """
 
-    rollout_id: str
-    request_id: str
-    problem_id: str
-    task: str
-    split: str
-    source: str
-    token_ids: tuple[int, ...]
-    prompt_length: int
-    entropy: tuple[float, ...]
-    kl: tuple[float, ...]
-    llm_top_rank: tuple[int, ...]
-    labels: tuple[Label, ...]
-    slm_digest: str
-    llm_digest: str
-    tokenizer_digest: str
-    template_digest: str
-    created_at: float
-    schema_version: int = SCHEMA_VERSION
+    rollout_id: str = field(metadata=column("string", "joins the labels of one answer"))
+    request_id: str = field(metadata=column("string", "of the request that made the answer"))
+    problem_id: str = field(metadata=column("string", "as the harvest named it"))
+    task: str = field(metadata=column("string", "as the harvest named it"))
+    split: str = field(metadata=column("string", "of the data set that the prompt is from"))
+    source: str = field(
+        metadata=column(
+            "string",
+            "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)",
+        )
+    )
+    token_ids: tuple[int, ...] = field(metadata=column("list<int32>", "prompt and answer"))
+    prompt_length: int = field(
+        metadata=column("int32", "tokens of the context that are the prompt", low=1)
+    )
+    entropy: tuple[float, ...] = field(
+        metadata=column("list<float32>", "of p_SLM at each answer token, nats")
+    )
+    kl: tuple[float, ...] = field(
+        metadata=column("list<float32>", "D(p_SLM || p_LLM) at each answer token, nats")
+    )
+    llm_top_rank: tuple[int, ...] = field(
+        metadata=rank_column("list<int16>", "place of the LLM's first choice at each answer token")
+    )
+    labels: tuple[Label, ...] = field(metadata=column("list<label>", "the labelled positions"))
+    slm_digest: str = field(metadata=column("string", "of the SLM's weights"))
+    llm_digest: str = field(metadata=column("string", "of the LLM's weights"))
+    tokenizer_digest: str = field(metadata=column("string", "of their common tokenizer"))
+    template_digest: str = field(metadata=column("string", "of the chat template"))
+    created_at: float = field(metadata=column("float64", "Unix seconds"))
+    schema_version: int = field(default=SCHEMA_VERSION, metadata=column("int32", "of this schema"))
 
     @property
     def problem(self) -> str:
-        """What a split into training and held-out problems goes by: the problem's id, else the
-        prompt itself."""
-        return (
-            self.problem_id
-            or hashlib.sha256(json.dumps(self.token_ids[: self.prompt_length]).encode()).hexdigest()
-        )
+        """What a split into training and held-out problems goes by: the problem's id, else a hash
+        of the prompt."""
+        if self.problem_id:
+            return self.problem_id
+        prompt_ids = self.token_ids[: self.prompt_length]
+        return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
 
     @property
     def held_out(self) -> bool:
-        """Split by problem, by hash: stable when the lake grows, and no problem is on both
-        sides."""
-        digest = hashlib.sha256(f"{self.task}/{self.problem}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+        """Whether no training run may see the labels."""
+        return is_held_out(self.task, self.problem)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Rollout:
-        """Raises StoreError: not a rollout of this schema version, or one whose values cannot
-        be."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            StoreError: not a rollout of this schema version, or a value is impossible.
+            EvaluationSplitError: it comes from an evaluation split.
+        """
         try:
             row = json.loads(text)
             if row["schema_version"] != SCHEMA_VERSION:
@@ -116,95 +159,92 @@ class Rollout:
                 )
             rollout = cls.from_row(row)
             check_rollout(rollout)
-            return rollout
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise StoreError(f"not labels: {type(error).__name__}: {error}") from error
+        return rollout
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Rollout:
         """From a row of the lake or of JSON: the same names, lists for tuples."""
-        labels = tuple(Label(**_values(Label, label, _LABEL_LISTS)) for label in row["labels"])
-        return cls(**_values(cls, row, _ROLLOUT_LISTS) | {"labels": labels})
+        labels = tuple(Label(**read_row(Label, label)) for label in row["labels"])
+        return cls(**read_row(Rollout, row) | {"labels": labels})
 
 
-_LABEL_LISTS = ("candidate_ids", "slm_log_probs", "llm_log_probs")
-_ROLLOUT_LISTS = ("token_ids", "entropy", "kl", "llm_top_rank")
-
-
-def _values(kind: type[Any], row: dict[str, Any], lists: tuple[str, ...]) -> dict[str, Any]:
-    return {f.name: tuple(row[f.name]) if f.name in lists else row[f.name] for f in fields(kind)}
-
-
-def check_split(split: str) -> None:
-    """Raises EvaluationSplitError: calibrating, harvesting or training there would spoil every
-    figure."""
-    if split.strip().lower() in EVALUATION_SPLITS or not split.strip():
-        raise EvaluationSplitError(
-            f"split {split!r}: labels and thresholds must never come from an evaluation split; "
-            "use training problems (split 'train')"
-        )
+# -- checks ---------------------------------------------------------------------------------------
 
 
 def check_rollout(rollout: Rollout) -> None:
-    """What a JSON text alone does not promise: anyone who can reach Redis may have written it.
+    """Check the values of a rollout. Anyone who can reach Redis may have written it.
 
-    Raises: StoreError: a value has the wrong type or range. EvaluationSplitError: it comes from an
-        evaluation split.
+    Raises:
+        StoreError: a value has the wrong type, range or length.
+        EvaluationSplitError: it comes from an evaluation split.
     """
-    n = len(rollout.token_ids)
-    whole = [*rollout.token_ids, rollout.prompt_length]
-    real: list[Any] = [*rollout.entropy, *rollout.kl]
-    texts = [
-        getattr(rollout, f.name)
-        for f in fields(Rollout)
-        if f.name.endswith("_id") or f.name.endswith("_digest")
-    ]
-    for label in rollout.labels:
-        whole += [label.position, label.llm_top_id, *label.candidate_ids]
-        real += [*label.slm_log_probs, *label.llm_log_probs, label.mass, label.kl, label.entropy]
-        texts.append(label.label_id)
-        k = len(label.candidate_ids)
-        if not k == len(label.slm_log_probs) == len(label.llm_log_probs) > 0:
-            raise StoreError(
-                "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
-            )
-    ranks = [*rollout.llm_top_rank, *(label.llm_top_rank for label in rollout.labels)]
-    if not (
-        all(type(i) is int and 0 <= i < 2**31 for i in whole)
-        and all(type(i) is int and -1 <= i < SUPPORT_SIZE for i in ranks)
-    ):
-        raise StoreError("token ids, ranks and positions must be whole numbers in range")
-    if (
-        not all(_is_float32(x) for x in real)
-        or type(rollout.created_at) is not float
-        or not math.isfinite(rollout.created_at)
-    ):
-        raise StoreError(
-            "log-probabilities, entropy, kl, mass and created_at must be finite numbers"
-        )
-    try:
-        "".join([*texts, rollout.task, rollout.split, rollout.source]).encode()
-    except (TypeError, UnicodeEncodeError):
-        raise StoreError("ids, digests, task, split and source must be texts") from None
-    if not 0 < rollout.prompt_length <= n or not all(
-        0 < label.position <= n for label in rollout.labels
-    ):
-        raise StoreError("prompt_length and label positions must lie inside token_ids")
+    check_values(rollout)
+    length = len(rollout.token_ids)
+    answer_length = length - rollout.prompt_length
+    if answer_length < 0:
+        raise StoreError("prompt_length: must lie inside token_ids")
     for values in (rollout.entropy, rollout.kl, rollout.llm_top_rank):
-        if len(values) not in (0, n - rollout.prompt_length):
+        if len(values) not in (0, answer_length):
             raise StoreError("entropy, kl, llm_top_rank: one value per answer token, or none")
+    for label in rollout.labels:
+        _check_label(label, length)
     check_split(rollout.split)
 
 
-def _is_float32(value: Any) -> bool:
-    return (
-        type(value) is float and abs(value) < 1e30 or type(value) is int and abs(value) <= 1 << 24
-    )
+def _check_label(label: Label, length: int) -> None:
+    check_values(label)
+    if not 0 < label.position <= length:
+        raise StoreError("position: must lie inside token_ids")
+    count = len(label.candidate_ids)
+    if not count or {len(label.slm_log_probs), len(label.llm_log_probs)} != {count}:
+        raise StoreError(
+            "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
+        )
+
+
+# -- which positions are labels -------------------------------------------------------------------
+
+
+def is_label(rules: Iterable[LabelRule], index: int, signal: Callable[[Trigger], float]) -> bool:
+    """Whether a scored position is a label: it lies behind the warm-up, and the signal of one rule
+    is strictly above its threshold.
+
+    index: of the token in the answer, 0-based. signal: gives the value of a trigger there.
+    """
+    if index < WARMUP_STEPS:
+        return False
+    return any(signal(rule.trigger) > rule.threshold for rule in rules)
+
+
+def relabelled(rollout: Rollout, rules: Sequence[LabelRule]) -> Rollout:
+    """The rollout with those of its labels that `rules` mark. Rules are of entropy and KL."""
+    marked = []
+    for label in rollout.labels:
+        if is_label(rules, label.position - rollout.prompt_length, label.signal):
+            marked.append(label)
+    return with_labels(rollout, tuple(marked))
+
+
+def _is_label(step: Step, rules: Sequence[LabelRule]) -> bool:
+    if not _is_scored(step):
+        return False
+    if not rules:
+        return step.triggered
+    return is_label(rules, step.index, partial(policy.step_signal, step))
+
+
+def _is_scored(step: Step) -> bool:
+    return step.support is not None and step.llm is not None
+
+
+# -- from Steps to a rollout ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Digests:
-    """Which models, tokenizer and chat template a label's numbers come from."""
+    """Which models, tokenizer and chat template the numbers of a label come from."""
 
     slm: str
     llm: str
@@ -221,32 +261,18 @@ def rollout_of(
     request_id: str,
     source: str = "online",
 ) -> Rollout:
-    """Fold the Steps of one answer into its rollout: a label for every LLM selection, or, of a
-    scored rollout, for every position that one of `options.rules` marks.
+    """Fold the Steps of one answer into its rollout.
+
+    Every LLM selection becomes a label, or, of a scored rollout, every position that one of
+    `options.rules` marks.
 
     Raises:
         EvaluationSplitError: `options.split` names an evaluation split.
     """
     check_split(options.split)
-    token_ids = (*prompt_ids, *(step.token_id for step in steps))
-    start = len(prompt_ids)
-    labels, context = (
-        [],
-        hashlib.sha256(
-            json.dumps([SCHEMA_VERSION, *asdict(digests).values(), *prompt_ids]).encode()
-        ),
-    )
-    for i, step in enumerate(steps):
-        if step.support is not None and step.llm is not None and _is_label(step, options):
-            labels.append(_label(context.copy(), start + i, step, rule))
-        context.update(b",%d" % step.token_id)
-    entropy: tuple[float, ...] = ()
-    kl: tuple[float, ...] = ()
-    ranks: tuple[int, ...] = ()
-    if steps and all(step.support is not None and step.llm is not None for step in steps):
-        measured = [_position(step) for step in steps]
-        entropy, kl = tuple(m[0] for m in measured), tuple(m[1] for m in measured)
-        ranks = tuple(m[2] for m in measured)
+    figures = [_figures(step) for step in steps if _is_scored(step)]
+    if len(figures) < len(steps):
+        figures = []
     rollout = Rollout(
         rollout_id="",
         request_id=request_id,
@@ -254,11 +280,11 @@ def rollout_of(
         task=options.task,
         split=options.split,
         source=source,
-        token_ids=token_ids,
-        prompt_length=start,
-        entropy=entropy,
-        kl=kl,
-        llm_top_rank=ranks,
+        token_ids=(*prompt_ids, *(step.token_id for step in steps)),
+        prompt_length=len(prompt_ids),
+        entropy=tuple(entropy for entropy, _, _ in figures),
+        kl=tuple(kl for _, kl, _ in figures),
+        llm_top_rank=tuple(rank for _, _, rank in figures),
         labels=(),
         slm_digest=digests.slm,
         llm_digest=digests.llm,
@@ -266,63 +292,66 @@ def rollout_of(
         template_digest=digests.template,
         created_at=time.time(),
     )
-    return with_labels(rollout, tuple(labels))
+    return with_labels(rollout, _labels(prompt_ids, steps, rule, options.rules, digests))
 
 
 def with_labels(rollout: Rollout, labels: tuple[Label, ...]) -> Rollout:
     """The rollout with these labels, under the id that goes with them."""
-    r = rollout
     key = [
-        r.request_id,
-        r.token_ids,
+        rollout.request_id,
+        rollout.token_ids,
         [label.label_id for label in labels],
-        bool(r.llm_top_rank),
-        r.slm_digest,
-        r.llm_digest,
-        r.tokenizer_digest,
-        r.template_digest,
+        bool(rollout.llm_top_rank),
+        rollout.slm_digest,
+        rollout.llm_digest,
+        rollout.tokenizer_digest,
+        rollout.template_digest,
     ]
-    return replace(rollout, labels=labels, rollout_id=_hash(key))
+    text = json.dumps([SCHEMA_VERSION, *key], separators=(",", ":"))
+    rollout_id = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return replace(rollout, labels=labels, rollout_id=rollout_id)
 
 
-def _is_label(step: Step, options: LabelOptions) -> bool:
-    if not options.rules:
-        return step.triggered
-    if step.index < WARMUP_STEPS:
-        return False
-    return any(decide.step_signal(step, r.trigger) > r.threshold for r in options.rules)
-
-
-def _position(step: Step) -> tuple[float, float, int]:
-    """Entropy and KL of a scored step, and the rank of the LLM's first choice."""
-    assert step.support is not None and step.llm is not None
-    support, llm = step.support, step.llm
-    rank = support.ids.index(llm.top_id) if llm.top_id in support.ids else -1
-    return decide.entropy(support.log_probs), decide.kl(support.log_probs, llm.log_probs), rank
+def _labels(
+    prompt_ids: Sequence[int],
+    steps: Sequence[Step],
+    rule: CandidateRule,
+    rules: Sequence[LabelRule],
+    digests: Digests,
+) -> tuple[Label, ...]:
+    labels = []
+    models = [digests.slm, digests.llm, digests.tokenizer, digests.template]
+    context = hashlib.sha256(json.dumps([SCHEMA_VERSION, *models, *prompt_ids]).encode())
+    for i, step in enumerate(steps):
+        if _is_label(step, rules):
+            labels.append(_label(context.copy(), len(prompt_ids) + i, step, rule))
+        context.update(b",%d" % step.token_id)
+    return tuple(labels)
 
 
 def _label(context: hashlib._Hash, position: int, step: Step, rule: CandidateRule) -> Label:
-    """`context`: a hash of all tokens before `position` and of what scored them."""
+    """context: a hash of all tokens before `position` and of what scored them."""
     assert step.support is not None and step.llm is not None
-    k = decide.candidate_count(rule, step.support.log_probs)
-    candidates, scores = step.support.ids[:k], step.llm.log_probs[:k]
-    entropy, kl, rank = _position(step)
-    context.update(json.dumps(["candidates", *candidates]).encode())
+    count = policy.candidate_count(rule, step.support.log_probs)
+    candidate_ids = step.support.ids[:count]
+    llm_log_probs = step.llm.log_probs[:count]
+    entropy, kl, rank = _figures(step)
+    context.update(json.dumps(["candidates", *candidate_ids]).encode())
     return Label(
         label_id=context.hexdigest()[:32],
         position=position,
-        candidate_ids=candidates,
-        slm_log_probs=step.support.log_probs[:k],
-        llm_log_probs=scores,
+        candidate_ids=candidate_ids,
+        slm_log_probs=step.support.log_probs[:count],
+        llm_log_probs=llm_log_probs,
         llm_top_id=step.llm.top_id,
         llm_top_rank=rank,
-        mass=sum(math.exp(score) for score in scores),
+        mass=sum(math.exp(x) for x in llm_log_probs),
         kl=kl,
         entropy=entropy,
     )
 
 
-def _hash(parts: list[Any]) -> str:
-    return hashlib.sha256(
-        json.dumps([SCHEMA_VERSION, *parts], separators=(",", ":")).encode()
-    ).hexdigest()[:32]
+def _figures(step: Step) -> tuple[float, float, int]:
+    """Entropy, KL and the LLM's rank. The engine computes them wherever it keeps the support."""
+    assert step.entropy is not None and step.kl is not None and step.llm_top_rank is not None
+    return step.entropy, step.kl, step.llm_top_rank

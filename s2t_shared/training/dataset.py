@@ -20,8 +20,9 @@ from dataclasses import replace
 from enum import Enum
 
 from s2t_shared.errors import ConfigError, StoreError
-from s2t_shared.labels.label import Label, Rollout, check_split
+from s2t_shared.labels.label import Label, Rollout
 from s2t_shared.labels.shards import Shard, Snapshot
+from s2t_shared.splits import check_split
 
 Source = Snapshot | Sequence[Rollout]
 BUFFER = 2048  # trees; of an epoch no more are in memory, beside one window

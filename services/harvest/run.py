@@ -20,9 +20,10 @@ from typing import Any
 from s2t_shared.data import prompts as prompt_files
 from s2t_shared.data.prompts import PromptSource, fingerprint
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
-from s2t_shared.labels.label import Label, Rollout, check_split, with_labels
+from s2t_shared.labels.label import Label, Rollout, with_labels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.policy import threshold_for
+from s2t_shared.splits import check_split
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest.journal import CHUNK, Chunk, HarvestRun
 from services.harvest.rollouts import (

@@ -10,8 +10,9 @@ import logging
 from dataclasses import replace
 
 from s2t_shared.errors import ConfigError, SelectorUnavailableError, StoreError
-from s2t_shared.labels.label import Digests, Rollout, check_split, rollout_of
+from s2t_shared.labels.label import Digests, Rollout, rollout_of
 from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.splits import check_split
 from s2t_shared.types import Answer, GenerateRequest, LabelOptions, Mode
 
 log = logging.getLogger(__name__)

@@ -385,7 +385,7 @@ def test_a_snapshot_stays_whatever_the_lake_does(lake: Lake) -> None:
 
 WORKER = """
 import random, sys, tempfile
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path.insert(0, {root!r})
 from dataclasses import replace
 from pathlib import Path
 from tests.helpers.lake import rollout
@@ -423,6 +423,11 @@ def killed(command: list[str], alive_s: Callable[[], float]) -> list[str]:
     return text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
 
 
+def numbers_after(word: str, lines: list[str]) -> list[int]:
+    return [int(line.split()[1]) for line in lines if line.startswith(word)]
+
+
+@pytest.mark.kill
 def test_killed_at_random_moments(lake: Lake) -> None:
     """Two processes write, compact, delete, prune and freeze; each is killed again and again. What
     either of them acknowledged is there once; what was deleted is not; nothing needs repair."""
@@ -434,18 +439,18 @@ def test_killed_at_random_moments(lake: Lake) -> None:
         random.seed(base)
         for life in range(8):
             first = base + life * 100_000
-            said = killed(
+            lines = killed(
                 [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(lake.root), str(first)],
                 lambda: random.uniform(0.05, 0.6),
             )
             with lock:
-                mine = [int(line.split()[1]) for line in said if line.startswith("wrote")]
-                written.update(names(*(n for n in mine if n % 5)))
-                last = max(
-                    (int(line.split()[1]) for line in said if line.startswith("deleted")),
-                    default=-1,
-                )
-                doomed.update(names(*(n for n in mine if n % 5 == 0 and n <= last)))
+                acknowledged = numbers_after("wrote", lines)
+                last_deletion = max(numbers_after("deleted", lines), default=-1)
+                for n in acknowledged:
+                    if n % 5:
+                        written.update(names(n))
+                    elif n <= last_deletion:
+                        doomed.update(names(n))
             lake.shards()  # readable right after a crash
             for snapshot in (lake.root / "snapshots").glob("[!.]*"):
                 try:

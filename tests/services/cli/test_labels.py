@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError, TokenizerMismatchError
-from s2t_shared.labels.export import _size_category, export_labels
+from s2t_shared.labels.export import size_category, export_labels
 from s2t_shared.labels.label import Label, Rollout, check_rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.tokenizer import Tokenizer
@@ -369,7 +369,7 @@ def test_a_lake_without_held_out_problems_exports(tmp_path: Path) -> None:
     ],
 )
 def test_size_categories_are_the_hub_s(count: int, name: str) -> None:
-    assert _size_category(count) == name
+    assert size_category(count) == name
 
 
 # -- delete ---------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ STEP = Step(
     triggered=True,
     support=Support((7, 8), (-0.5, -1.0)),
     llm=PositionScores((-0.1, -3.0), 7),
+    entropy=0.66,
+    kl=0.42,
+    llm_top_rank=0,
 )
 
 
