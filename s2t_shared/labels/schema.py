@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from s2t_shared.errors import StoreError
@@ -31,11 +31,11 @@ class Column:
     low: int = 0
     high: int = LARGEST_INT32
 
-    @property
+    @cached_property
     def is_list(self) -> bool:
         return self.type.startswith("list<")
 
-    @property
+    @cached_property
     def item_type(self) -> str:
         """The type of one item of a list; of other columns the type."""
         return self.type.removeprefix("list<").removesuffix(">")
@@ -86,7 +86,8 @@ def check_values(stored: Any) -> None:
     for name, kind in columns(schema).items():
         value = getattr(stored, name)
         accepts = ACCEPTS.get(kind.item_type, kind.is_in_range)
-        if not all(map(accepts, value if kind.is_list else (value,))):
+        accepted = all(map(accepts, value)) if kind.is_list else accepts(value)
+        if not accepted:
             raise StoreError(f"{name}: not a {kind.type}, or out of range")
 
 

@@ -24,7 +24,7 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
-from services.launch.redis_server import free_port, find_program
+from services.launch.redis_server import find_program, free_port
 from tests.helpers.lake import rollout
 
 pytestmark = pytest.mark.kill

@@ -24,7 +24,7 @@ from s2t_shared.labels.spool import read_records
 from s2t_shared.labels.stream import LABELS, LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
-from services.launch.redis_server import RedisServer, free_port, find_program, open_redis
+from services.launch.redis_server import RedisServer, find_program, free_port, open_redis
 from tests.helpers.lake import ids_in, names, rollout
 from tests.helpers.redis import eventually
 

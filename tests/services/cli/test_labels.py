@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError, TokenizerMismatchError
-from s2t_shared.labels.export import size_category, export_labels
+from s2t_shared.labels.export import export_labels, size_category
 from s2t_shared.labels.label import Label, Rollout, check_rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.redis_connection import open_client, place_of
 from services.launch import redis_server
-from services.launch.redis_server import RedisServer, free_port, find_program, open_redis
+from services.launch.redis_server import RedisServer, find_program, free_port, open_redis
 from tests.helpers.redis import eventually
 
 
