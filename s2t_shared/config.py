@@ -5,6 +5,7 @@ nearest name. Nothing here loads a model or opens a port.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping
@@ -271,13 +272,16 @@ def load_config(
     file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Defaults < file < environment < overrides (dotted keys, None values ignored).
+    """Defaults < `base` or file < environment < overrides (dotted keys, None values ignored).
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest name), or a value out of range.
     """
-    values: dict[str, Any] = _read_yaml(file) if file is not None else {}
+    values: dict[str, Any] = copy.deepcopy(dict(base or {}))
+    if file is not None:
+        values = _read_yaml(file)
     environment = os.environ if environment is None else environment
     for name, text in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX):

@@ -28,7 +28,7 @@ from s2t_shared.errors import ConfigError, TokenizerMismatchError
 from s2t_shared.files import new_folder
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.schema import Column, columns
+from s2t_shared.labels.schema import Column, Kind, columns
 from s2t_shared.labels.shards import arrow_fields, arrow_type
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.splits import HELD_OUT_SHARE
@@ -42,27 +42,23 @@ SPLITS = ("train", "heldout")
 # A row says where its label lies by its own context, and has a split of its own.
 NOT_OF_LABEL = ("position",)
 NOT_OF_ROLLOUT = ("request_id", "split", "created_at", "schema_version")
-LABEL_COLUMNS = {n: c for n, c in columns(Label).items() if n not in NOT_OF_LABEL}
-ROLLOUT_COLUMNS = {
-    name: column
-    for name, column in columns(Rollout).items()
-    if not column.is_list and name not in NOT_OF_ROLLOUT
-}
-COLUMNS: dict[str, Column] = {
-    "context_ids": Column("list<int32>", "the full prefix: prompt, then the answer so far"),
-    **LABEL_COLUMNS,
-    "step": Column("int32", "0-based index of the token in the answer"),
-    "split": Column("string", "train or heldout, by problem"),
-    **ROLLOUT_COLUMNS,
-}
-TEXT_COLUMNS: dict[str, Column] = {
-    "context": Column("string", "context_ids as text, special tokens shown"),
-    "candidates": Column("list<string>", "each candidate as text"),
-}
+LABEL_COLUMNS = tuple(c for c in columns(Label) if c.name not in NOT_OF_LABEL)
+ROLLOUT_COLUMNS = tuple(c for c in columns(Rollout) if not c.many and c.name not in NOT_OF_ROLLOUT)
+COLUMNS = (
+    Column("context_ids", Kind.WHOLE, "the full prefix: prompt, then the answer so far", True),
+    *LABEL_COLUMNS,
+    Column("step", Kind.WHOLE, "0-based index of the token in the answer", False),
+    Column("split", Kind.TEXT, "train or heldout, by problem", False),
+    *ROLLOUT_COLUMNS,
+)
+TEXT_COLUMNS = (
+    Column("context", Kind.TEXT, "context_ids as text, special tokens shown", False),
+    Column("candidates", Kind.TEXT, "each candidate as text", True),
+)
 
 
-def _columns(with_text: bool) -> dict[str, Column]:
-    return COLUMNS | TEXT_COLUMNS if with_text else COLUMNS
+def _columns(with_text: bool) -> tuple[Column, ...]:
+    return COLUMNS + TEXT_COLUMNS if with_text else COLUMNS
 
 
 # -- the export -----------------------------------------------------------------------------------
@@ -173,10 +169,10 @@ def _rows(rollout: Rollout, tokenizer: Tokenizer | None) -> Iterator[dict[str, A
             f"labels were made with the tokenizer {rollout.tokenizer_digest}, --with-text "
             f"names one with digest {tokenizer.digest}; give the SLM they were made with"
         )
-    of_rollout = {name: getattr(rollout, name) for name in ROLLOUT_COLUMNS}
+    of_rollout = {column.name: getattr(rollout, column.name) for column in ROLLOUT_COLUMNS}
     of_rollout["split"] = _split(rollout)
     for label in rollout.labels:
-        of_label = {name: getattr(label, name) for name in LABEL_COLUMNS}
+        of_label = {column.name: getattr(label, column.name) for column in LABEL_COLUMNS}
         row = of_rollout | of_label
         row["context_ids"] = rollout.token_ids[: label.position]
         row["step"] = label.position - rollout.prompt_length
@@ -207,7 +203,7 @@ class _ParquetFile:
 
     suffix = "parquet"
 
-    def __init__(self, path: Path, columns: dict[str, Column]) -> None:
+    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
         self._schema = pa.schema(arrow_fields(columns))
         self._stream = path.open("wb")
         self._writer = pq.ParquetWriter(self._stream, self._schema, compression="zstd")
@@ -227,8 +223,8 @@ class _JsonlFile:
 
     suffix = "jsonl"
 
-    def __init__(self, path: Path, columns: dict[str, Column]) -> None:
-        self._names = tuple(columns)
+    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
+        self._names = [column.name for column in columns]
         self._stream = path.open("wb")
 
     def write(self, rows: Sequence[dict[str, Any]]) -> int:
@@ -251,7 +247,7 @@ class _SplitWriter:
         folder: Path,
         split: str,
         kind: type[_ParquetFile] | type[_JsonlFile],
-        columns: dict[str, Column],
+        columns: Sequence[Column],
         shard_bytes: int,
     ) -> None:
         self._folder = folder
@@ -365,8 +361,8 @@ def dataset_card(exported: Exported, with_text: bool = False) -> str:
     """The README.md of an export, with the hub's metadata at its head."""
     metadata = yaml.safe_dump(_metadata(exported), sort_keys=False, allow_unicode=True)
     described = []
-    for name, column in _columns(with_text).items():
-        described.append((f"`{name}`", arrow_type(column), column.doc))
+    for column in _columns(with_text):
+        described.append((f"`{column.name}`", arrow_type(column), column.doc))
     pairs = [(*pair, count) for pair, count in sorted(exported.pairs.items())]
     body = CARD.format(
         splits=_table((split, exported.labels[split]) for split in SPLITS),

@@ -17,14 +17,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from s2t_shared import policy
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.schema import check_values, column, rank_column, read_row
+from s2t_shared.labels.schema import Kind, check_columns, column, read_columns
 from s2t_shared.splits import check_split, is_held_out
 from s2t_shared.types import (
     WARMUP_STEPS,
@@ -36,95 +35,70 @@ from s2t_shared.types import (
 )
 
 SCHEMA_VERSION = 2
+TEXT, WHOLE, RANK, RANK16, REAL, TIME = Kind
 
 # -- the schema -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One LLM selection, at one position of a rollout. Log-probabilities are natural."""
+    """One LLM selection, at one position of a rollout: its context is `token_ids[:position]`."""
 
-    label_id: str = field(
-        metadata=column("string", "hash of all that the label's value depends on; unique")
+    label_id: str = column(TEXT, "hash of all that the label's value depends on; unique")
+    position: int = column(WHOLE, "tokens of the rollout before the labelled one")
+    candidate_ids: tuple[int, ...] = column(WHOLE, "the SLM's top K tokens, best first", many=True)
+    slm_log_probs: tuple[float, ...] = column(
+        REAL, "the SLM's natural-log probability of each candidate", many=True
     )
-    position: int = field(
-        metadata=column("int32", "tokens of the rollout before the label: its context")
+    llm_log_probs: tuple[float, ...] = column(
+        REAL, "the LLM's natural-log probability of each candidate", many=True
     )
-    candidate_ids: tuple[int, ...] = field(
-        metadata=column("list<int32>", "the SLM's top K tokens, best first")
+    llm_top_id: int = column(WHOLE, "the LLM's first choice over its whole vocabulary")
+    llm_top_rank: int = column(
+        RANK, "its place in the SLM's order, 0 = first, -1 = outside the SLM's top 64"
     )
-    slm_log_probs: tuple[float, ...] = field(
-        metadata=column("list<float32>", "the SLM's log-probability of each candidate")
-    )
-    llm_log_probs: tuple[float, ...] = field(
-        metadata=column("list<float32>", "the LLM's log-probability of each candidate")
-    )
-    llm_top_id: int = field(
-        metadata=column("int32", "the LLM's first choice over its whole vocabulary")
-    )
-    llm_top_rank: int = field(
-        metadata=rank_column(
-            "int32", "its place in the SLM's order, 0 = first, -1 = not in its top 64"
-        )
-    )
-    mass: float = field(
-        metadata=column("float32", "the LLM's probability on the candidates together")
-    )
-    kl: float = field(metadata=column("float32", "D(p_SLM || p_LLM) on the SLM's top 64, nats"))
-    entropy: float = field(metadata=column("float32", "of p_SLM on its top 64, nats"))
+    mass: float = column(REAL, "the LLM's probability on the candidates together")
+    kl: float = column(REAL, "D(p_SLM || p_LLM) on the SLM's top 64, nats")
+    entropy: float = column(REAL, "of p_SLM on its top 64, nats")
 
     @property
     def best(self) -> int:
         """Index of the LLM's best candidate (ties go to the SLM's order)."""
         return self.llm_log_probs.index(max(self.llm_log_probs))
 
-    def signal(self, trigger: Trigger) -> float:
-        """The value of a trigger at this position. Labels hold entropy and KL only."""
-        assert trigger in (Trigger.ENTROPY, Trigger.KL), trigger
-        return self.kl if trigger is Trigger.KL else self.entropy
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One answer and its labels.
 
-    source: "plain" (the SLM's own greedy answer, then scored), "intervened" (S2T decoding) or
-    "online" (served). entropy, kl, llm_top_rank: of every position of the answer where all were
-    scored, else empty. They say how often the LLM's choice is among the SLM's first K, also where
-    no label is.
+    entropy, kl and llm_top_rank say how often the LLM's choice is among the SLM's first K, also
+    where no label is.
     """
 
-    rollout_id: str = field(metadata=column("string", "joins the labels of one answer"))
-    request_id: str = field(metadata=column("string", "of the request that made the answer"))
-    problem_id: str = field(metadata=column("string", "as the harvest named it"))
-    task: str = field(metadata=column("string", "as the harvest named it"))
-    split: str = field(metadata=column("string", "of the data set that the prompt is from"))
-    source: str = field(
-        metadata=column(
-            "string",
-            "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)",
-        )
+    rollout_id: str = column(TEXT, "joins the labels of one answer")
+    request_id: str = column(TEXT, "of the request that was answered")
+    problem_id: str = column(TEXT, "as the harvest named it")
+    task: str = column(TEXT, "as the harvest named it")
+    split: str = column(TEXT, "that the prompt comes from")
+    source: str = column(
+        TEXT, "whose path it lies on: plain (the SLM's), intervened (S2T's) or online (served)"
     )
-    token_ids: tuple[int, ...] = field(metadata=column("list<int32>", "prompt and answer"))
-    prompt_length: int = field(
-        metadata=column("int32", "tokens of the context that are the prompt", low=1)
+    token_ids: tuple[int, ...] = column(WHOLE, "prompt and answer", many=True)
+    prompt_length: int = column(WHOLE, "tokens of the context that are the prompt")
+    entropy: tuple[float, ...] = column(
+        REAL, "of each answer position, nats; empty where not all were scored", many=True
     )
-    entropy: tuple[float, ...] = field(
-        metadata=column("list<float32>", "of p_SLM at each answer token, nats")
+    kl: tuple[float, ...] = column(REAL, "D(p_SLM || p_LLM) of the same positions", many=True)
+    llm_top_rank: tuple[int, ...] = column(
+        RANK16, "place of the LLM's first choice at the same positions", many=True
     )
-    kl: tuple[float, ...] = field(
-        metadata=column("list<float32>", "D(p_SLM || p_LLM) at each answer token, nats")
-    )
-    llm_top_rank: tuple[int, ...] = field(
-        metadata=rank_column("list<int16>", "place of the LLM's first choice at each answer token")
-    )
-    labels: tuple[Label, ...] = field(metadata=column("list<label>", "the labelled positions"))
-    slm_digest: str = field(metadata=column("string", "of the SLM's weights"))
-    llm_digest: str = field(metadata=column("string", "of the LLM's weights"))
-    tokenizer_digest: str = field(metadata=column("string", "of their common tokenizer"))
-    template_digest: str = field(metadata=column("string", "of the chat template"))
-    created_at: float = field(metadata=column("float64", "Unix seconds"))
-    schema_version: int = field(default=SCHEMA_VERSION, metadata=column("int32", "of this schema"))
+    labels: tuple[Label, ...]
+    slm_digest: str = column(TEXT, "of the SLM's weights")
+    llm_digest: str = column(TEXT, "of the LLM's weights")
+    tokenizer_digest: str = column(TEXT, "of their common tokenizer")
+    template_digest: str = column(TEXT, "of the chat template")
+    created_at: float = column(TIME, "when it was made, Unix seconds")
+    schema_version: int = column(WHOLE, "of these columns", default=SCHEMA_VERSION)
 
     @property
     def problem(self) -> str:
@@ -166,8 +140,8 @@ class Rollout:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Rollout:
         """From a row of the lake or of JSON: the same names, lists for tuples."""
-        labels = tuple(Label(**read_row(Label, label)) for label in row["labels"])
-        return cls(**read_row(Rollout, row) | {"labels": labels})
+        labels = tuple(Label(**read_columns(Label, label)) for label in row["labels"])
+        return cls(labels=labels, **read_columns(Rollout, row))
 
 
 # -- checks ---------------------------------------------------------------------------------------
@@ -180,10 +154,10 @@ def check_rollout(rollout: Rollout) -> None:
         StoreError: a value has the wrong type, range or length.
         EvaluationSplitError: it comes from an evaluation split.
     """
-    check_values(rollout)
+    check_columns(rollout)
     length = len(rollout.token_ids)
     answer_length = length - rollout.prompt_length
-    if answer_length < 0:
+    if not 0 < rollout.prompt_length <= length:
         raise StoreError("prompt_length: must lie inside token_ids")
     for values in (rollout.entropy, rollout.kl, rollout.llm_top_rank):
         if len(values) not in (0, answer_length):
@@ -194,7 +168,7 @@ def check_rollout(rollout: Rollout) -> None:
 
 
 def _check_label(label: Label, length: int) -> None:
-    check_values(label)
+    check_columns(label)
     if not 0 < label.position <= length:
         raise StoreError("position: must lie inside token_ids")
     count = len(label.candidate_ids)
@@ -207,24 +181,12 @@ def _check_label(label: Label, length: int) -> None:
 # -- which positions are labels -------------------------------------------------------------------
 
 
-def is_label(rules: Iterable[LabelRule], index: int, signal: Callable[[Trigger], float]) -> bool:
-    """Whether a scored position is a label: it lies behind the warm-up, and the signal of one rule
-    is strictly above its threshold.
+def is_label(signals: Mapping[Trigger, float], rules: Iterable[LabelRule]) -> bool:
+    """Whether a scored position is a label: the signal of one rule is strictly above its threshold.
 
-    index: of the token in the answer, 0-based. signal: gives the value of a trigger there.
+    signals: the values of the rules' triggers at the position, which lies behind the warm-up.
     """
-    if index < WARMUP_STEPS:
-        return False
-    return any(signal(rule.trigger) > rule.threshold for rule in rules)
-
-
-def relabelled(rollout: Rollout, rules: Sequence[LabelRule]) -> Rollout:
-    """The rollout with those of its labels that `rules` mark. Rules are of entropy and KL."""
-    marked = []
-    for label in rollout.labels:
-        if is_label(rules, label.position - rollout.prompt_length, label.signal):
-            marked.append(label)
-    return with_labels(rollout, tuple(marked))
+    return any(signals[rule.trigger] > rule.threshold for rule in rules)
 
 
 def _is_label(step: Step, rules: Sequence[LabelRule]) -> bool:
@@ -232,7 +194,10 @@ def _is_label(step: Step, rules: Sequence[LabelRule]) -> bool:
         return False
     if not rules:
         return step.triggered
-    return is_label(rules, step.index, partial(policy.step_signal, step))
+    if step.index < WARMUP_STEPS:
+        return False
+    signals = {rule.trigger: policy.step_signal(step, rule.trigger) for rule in rules}
+    return is_label(signals, rules)
 
 
 def _is_scored(step: Step) -> bool:

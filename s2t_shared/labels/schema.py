@@ -1,94 +1,22 @@
-"""The columns of stored dataclasses: type, meaning and range, in the metadata of each field.
+"""The columns of labels and rollouts: a type, a check and a meaning for every field, said once.
 
-A dataclass whose fields are declared with `column` is its own schema. Whatever depends on the
-field list asks for `columns`. Type names are Arrow's; pyarrow itself is needed in `shards` only.
+`Label` and `Rollout` declare their fields with `column`. The Arrow schema of the lake, the check of
+what comes out of Redis, and the columns and documentation of an export follow from that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from functools import cache
 from typing import Any
 
 from s2t_shared.errors import StoreError
 from s2t_shared.types import SUPPORT_SIZE
 
-LARGEST_INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Column:
-    """Type, meaning and range of one field.
-
-    type: name of an Arrow type, of a nested dataclass, or a list of them: "list<int32>".
-    low, high: range of whole numbers, both included.
-    """
-
-    type: str
-    doc: str
-    low: int = 0
-    high: int = LARGEST_INT32
-
-    @cached_property
-    def is_list(self) -> bool:
-        return self.type.startswith("list<")
-
-    @cached_property
-    def item_type(self) -> str:
-        """The type of one item of a list; of other columns the type."""
-        return self.type.removeprefix("list<").removesuffix(">")
-
-    def is_in_range(self, value: Any) -> bool:
-        return type(value) is int and self.low <= value <= self.high
-
-
-def column(type: str, doc: str, low: int = 0, high: int = LARGEST_INT32) -> dict[str, Column]:
-    """Metadata of a dataclass field."""
-    return {"column": Column(type, doc, low, high)}
-
-
-def rank_column(type: str, doc: str) -> dict[str, Column]:
-    """Metadata of a field that holds places in the SLM's support, -1 for outside."""
-    return column(type, doc, low=-1, high=SUPPORT_SIZE - 1)
-
-
-@cache
-def columns(schema: Any) -> dict[str, Column]:
-    """The columns of a dataclass by name, in order."""
-    return {f.name: f.metadata["column"] for f in fields(schema)}
-
-
-def read_row(schema: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The dataclass's arguments from a row of the lake or of JSON: tuples for lists.
-
-    Raises:
-        KeyError: a value is missing.
-        TypeError: a value is not a list where a list belongs.
-    """
-    values = {}
-    for name, kind in columns(schema).items():
-        values[name] = tuple(row[name]) if kind.is_list else row[name]
-    return values
-
-
-# -- checks ---------------------------------------------------------------------------------------
-
-
-def check_values(stored: Any) -> None:
-    """Check types and ranges of a dataclass's values. Nested dataclasses are not looked into.
-
-    Raises:
-        StoreError: a value has the wrong type or range.
-    """
-    schema: Any = type(stored)
-    for name, kind in columns(schema).items():
-        value = getattr(stored, name)
-        accepts = ACCEPTS.get(kind.item_type, kind.is_in_range)
-        accepted = all(map(accepts, value)) if kind.is_list else accepts(value)
-        if not accepted:
-            raise StoreError(f"{name}: not a {kind.type}, or out of range")
+LARGEST_FLOAT32 = 1e30  # about; far above every value that can be meant
 
 
 def _is_text(value: Any) -> bool:
@@ -96,28 +24,95 @@ def _is_text(value: Any) -> bool:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:
         return False
     return True
 
 
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and -1 <= value < SUPPORT_SIZE
+
+
 def _is_float32(value: Any) -> bool:
-    if type(value) is float:
-        return abs(value) < 1e30
-    return type(value) is int and abs(value) <= 1 << 24
+    if type(value) is int:
+        return abs(value) <= 1 << 24
+    return type(value) is float and abs(value) < LARGEST_FLOAT32
 
 
-def _is_float64(value: Any) -> bool:
+def _is_time(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
-def _is_nested(value: Any) -> bool:
-    return hasattr(value, "__dataclass_fields__")
+class Kind(Enum):
+    """What a value is: its Arrow type, its check, and what a value must be, in words."""
+
+    TEXT = ("string", _is_text, "must be a text")
+    WHOLE = ("int32", _is_whole, "must be a whole number from 0 to 2^31 - 1")
+    RANK = ("int32", _is_rank, f"must be a whole number from -1 to {SUPPORT_SIZE - 1}")
+    RANK16 = ("int16", _is_rank, f"must be a whole number from -1 to {SUPPORT_SIZE - 1}")
+    REAL = ("float32", _is_float32, "must be a finite number that float32 can hold")
+    TIME = ("float64", _is_time, "must be a finite number of seconds")
+
+    def __init__(self, arrow: str, check: Callable[[Any], bool], rule: str) -> None:
+        self.arrow = arrow
+        self.check = check
+        self.rule = rule
 
 
-ACCEPTS: dict[str, Callable[[Any], bool]] = {
-    "string": _is_text,
-    "float32": _is_float32,
-    "float64": _is_float64,
-    "label": _is_nested,
-}
+@dataclass(frozen=True)
+class Column:
+    """One field. many: a list of values."""
+
+    name: str
+    kind: Kind
+    doc: str
+    many: bool
+
+    def read(self, value: Any) -> Any:
+        """The field's value from JSON or Arrow, where tuples are lists."""
+        return tuple(value) if self.many else value
+
+    def check(self, value: Any) -> None:
+        """Check a value.
+
+        Raises:
+            StoreError: it has the wrong type or range.
+        """
+        values: Iterable[Any] = value if self.many else (value,)
+        if not all(map(self.kind.check, values)):
+            raise StoreError(f"{self.name}: {self.kind.rule}")
+
+
+def column(kind: Kind, doc: str, *, many: bool = False, default: Any = MISSING) -> Any:
+    """A dataclass field that is a column."""
+    return field(default=default, metadata={"kind": kind, "doc": doc, "many": many})
+
+
+@cache
+def columns(schema: Any) -> tuple[Column, ...]:
+    """The columns of a dataclass, in order. Fields that are no columns are left out."""
+    found = []
+    for f in fields(schema):
+        if "kind" in f.metadata:
+            found.append(Column(f.name, f.metadata["kind"], f.metadata["doc"], f.metadata["many"]))
+    return tuple(found)
+
+
+def read_columns(schema: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a dataclass from a row of the lake or of JSON."""
+    return {found.name: found.read(row[found.name]) for found in columns(schema)}
+
+
+def check_columns(row: Any) -> None:
+    """Check every column of a dataclass instance.
+
+    Raises:
+        StoreError: a value has the wrong type or range; the text names its column.
+    """
+    schema: Any = type(row)
+    for found in columns(schema):
+        found.check(getattr(row, found.name))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,25 @@ ARROW_TYPES: dict[str, pa.DataType] = {
 
 def arrow_type(column: Column) -> pa.DataType:
     """The Arrow type of a column."""
-    item = ARROW_TYPES[column.item_type]
-    return pa.list_(item) if column.is_list else item
+    item = ARROW_TYPES[column.kind.arrow]
+    return pa.list_(item) if column.many else item
 
 
-def arrow_fields(columns: Mapping[str, Column]) -> list[tuple[str, pa.DataType]]:
+def arrow_fields(columns: Iterable[Column]) -> list[tuple[str, pa.DataType]]:
     """Names and Arrow types of columns, in order."""
-    return [(name, arrow_type(column)) for name, column in columns.items()]
+    return [(column.name, arrow_type(column)) for column in columns]
 
 
-ARROW_TYPES["label"] = pa.struct(arrow_fields(columns(Label)))
-SCHEMA = pa.schema(
-    arrow_fields(columns(Rollout)), metadata={"s2t_schema_version": str(SCHEMA_VERSION)}
-)
+def _arrow_schema() -> pa.Schema:
+    """A row is a rollout; its labels are a list of structs, at the place that `Rollout` gives
+    them."""
+    types = dict(arrow_fields(columns(Rollout)))
+    types["labels"] = pa.list_(pa.struct(arrow_fields(columns(Label))))
+    ordered = [(f.name, types[f.name]) for f in fields(Rollout)]
+    return pa.schema(ordered, metadata={"s2t_schema_version": str(SCHEMA_VERSION)})
+
+
+SCHEMA = _arrow_schema()
 
 
 def to_table(rollouts: Sequence[Rollout]) -> pa.Table:

@@ -35,6 +35,16 @@ def bench_score(
     return Report(f"score: {settings.slm}, {settings.dtype}", tuple(figures))
 
 
+def _timed(work: Callable[[], object]) -> Callable[[], float]:
+    def side() -> float:
+        started = clock()
+        for _ in range(INNER):
+            work()
+        return (clock() - started) / INNER
+
+    return side
+
+
 def _at(
     settings: Settings,
     models: Models,
@@ -54,15 +64,6 @@ def _at(
         assert slots is not None
         opened.append(slots)
         return slots, _support(models, slots, ids)
-
-    def timed(work: Callable[[], object]) -> Callable[[], float]:
-        def side() -> float:
-            started = clock()
-            for _ in range(INNER):
-                work()
-            return (clock() - started) / INNER
-
-        return side
 
     def decode(slots: SequenceSlots) -> None:
         slots.slot.truncate(prefix - 1)
@@ -95,13 +96,13 @@ def _at(
         )
 
     first, _ = ready(SelectorKind.PREFIX, Reading.BASE)
-    sides: dict[str, Callable[[], float]] = {"decode": timed(lambda: decode(first))}
+    sides: dict[str, Callable[[], float]] = {"decode": _timed(lambda: decode(first))}
     for kind in SelectorKind:
-        sides[f"{kind.value}, base"] = timed(score(*ready(kind, Reading.BASE)))
+        sides[f"{kind.value}, base"] = _timed(score(*ready(kind, Reading.BASE)))
     adapted = ready(SelectorKind.JOINT, Reading.ADAPTED)
     score(*adapted, gap=prefix)()  # the adapter reads the prompt once
-    sides[f"joint, adapted, gap {gap}"] = timed(score(*adapted, gap=gap))
-    sides[f"reading {gap} tokens"] = timed(lambda: read_gap(adapted[0]))
+    sides[f"joint, adapted, gap {gap}"] = _timed(score(*adapted, gap=gap))
+    sides[f"reading {gap} tokens"] = _timed(lambda: read_gap(adapted[0]))
     if naive:
         sides["published way (K whole prefixes)"] = _published(models, ids, adapted, k)
     seconds = take_turns(sides, settings.repeats, on_turn)

@@ -44,11 +44,11 @@ from services.cli.options import (  # noqa: E402
     DataDir,
     Json,
     TokenFile,
-    progress,
     settings,
     target,
     wide_console,
 )
+from services.cli.progress import progress  # noqa: E402
 from services.cli.train import train  # noqa: E402
 from services.cli.versions import versions_app  # noqa: E402
 
@@ -164,9 +164,9 @@ def evaluate(
         if mode.can_trigger:
             known = by_name(Trigger, trigger, "--trigger")
             spec = replace(spec, trigger=known.value, budget=budget)
-        with progress(len(items), spec.label, json_out) as advance:
+        with progress(spec.label, len(items), json_out) as shown:
             result = evaluation.run_mode(
-                service, spec, items, max_new_tokens, seed, on_answer=advance
+                service, spec, items, max_new_tokens, seed, on_answer=shown.advance
             )
         results.append(result)
     if json_out:

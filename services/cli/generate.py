@@ -17,7 +17,8 @@ import typer
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.requests import by_name, new_request
 from s2t_shared.types import Answer, GenerateRequest, Prompt, Proposals, Sampling, Step
-from services.cli.options import ConfigFile, DataDir, progress, settings
+from services.cli.options import ConfigFile, DataDir, settings
+from services.cli.progress import progress
 
 
 def generate(
@@ -94,8 +95,8 @@ def generate(
         threads=threads,
     )
     template = pair.with_thresholds(template, calibration_prompts, _say)
-    with progress(count_lines(input), "answers") as advance:
-        failed = generate_file(pair, template, input, output, steps, advance)
+    with progress("answers", count_lines(input)) as shown:
+        failed = generate_file(pair, template, input, output, steps, shown.advance)
     if failed:
         _say(f"{failed} of the input lines failed, see above; the others are in {output}")
         raise typer.Exit(1)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.requests import by_name
@@ -27,11 +22,13 @@ from services.cli.options import (
     show,
     target,
 )
+from services.cli.progress import progress
 
 if TYPE_CHECKING:
     from s2t_shared.pair import Pair
+    from services.harvest.rollouts import HarvestOptions, RolloutSource
+    from services.harvest.run import HarvestOutcome, Prompts
 
-LINE_EVERY_S = 30.0
 POSITIONS = {
     "kl": (Trigger.KL,),
     "entropy": (Trigger.ENTROPY,),
@@ -99,22 +96,16 @@ def harvest(
     """Turn training prompts into selection labels. The same command again goes on where it was
     stopped."""
     from s2t_shared.data.prompts import PromptSource
-    from s2t_shared.labels.lake import Lake
     from services.harvest import run as harvesting
     from services.harvest.rollouts import (
         HarvestOptions,
         PairRollouts,
-        RolloutSource,
         ServiceRollouts,
     )
 
-    for stop in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # both, also where a shell started us with one of them ignored
+    # Both, also where a shell started us with one of them ignored.
+    for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
-    if positions not in POSITIONS:
-        raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
     prompt_source = PromptSource(
         source=prompts,
         split=split,
@@ -129,7 +120,7 @@ def harvest(
     options = HarvestOptions(
         task=task,
         split=split,
-        triggers=tuple(r.trigger for r in rules) or POSITIONS[positions],
+        triggers=tuple(rule.trigger for rule in rules) or _triggers(positions),
         budget=budget,
         thresholds=rules,
         candidates=candidates,
@@ -148,11 +139,41 @@ def harvest(
         service = target(address, config, token_file)
         source = ServiceRollouts(service, out is not None, concurrency)
         lake = out or resolved.lake
+    _harvest(source, asked, lake, options, again, json_out)
+
+
+def _triggers(positions: str) -> tuple[Trigger, ...]:
+    """What `--positions` says.
+
+    Raises:
+        InvalidRequestError: unknown.
+    """
+    if positions not in POSITIONS:
+        raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
+    return POSITIONS[positions]
+
+
+def _harvest(
+    source: RolloutSource,
+    prompts: Prompts,
+    lake: Path,
+    options: HarvestOptions,
+    again: bool,
+    json_out: bool,
+) -> None:
+    """Run, show progress, and print what came of it."""
+    from s2t_shared.labels.lake import Lake
+    from services.harvest.run import harvest as run_harvest
+
     try:
-        with reporting(asked.total, json_out) as on_progress:
-            outcome = harvesting.harvest(
-                source, asked, Lake(lake), options, on_progress, say, again
-            )
+        with progress("prompts", prompts.total, json_out) as shown:
+
+            def on_progress(outcome: HarvestOutcome) -> None:
+                rate = outcome.new_labels / shown.seconds
+                note = f"{outcome.labels:,} labels, {rate:.1f} labels/s"
+                shown.update(outcome.answered, note=note)
+
+            outcome = run_harvest(source, prompts, Lake(lake), options, on_progress, say, again)
     except KeyboardInterrupt:
         print(
             "s2t: stopped; what was finished is kept, and the same command goes on from there",
@@ -234,63 +255,3 @@ def _text_of(file: Path | None) -> str | None:
         raise ConfigError(
             f"--chat-template {str(file)!r} cannot be read: {error.strerror}"
         ) from error
-
-
-@contextmanager
-def reporting(total: int | None, quiet: bool) -> Iterator[Any]:
-    """Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda outcome: None
-    elif console.is_terminal:
-        with Progress(
-            TextColumn("prompts"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-        ) as bar:
-            task = bar.add_task("prompts", total=total, rate="")
-            clock = _Clock()
-            yield lambda outcome: bar.update(
-                task, completed=outcome.answered, rate=clock.rate(outcome)
-            )
-    else:
-        clock = _Clock()
-
-        def line(outcome: Any) -> None:
-            if clock.due():
-                left = clock.left(outcome, total)
-                print(
-                    f"s2t: {outcome.answered} of {total if total is not None else '?'} prompts, {clock.rate(outcome)}"
-                    f"{f', about {left / 60:.0f} min left' if left is not None else ''}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        yield line
-
-
-class _Clock:
-    """Rates since this start; what earlier starts did is not counted."""
-
-    def __init__(self) -> None:
-        self._began = self._said = time.monotonic()
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        if now - self._said < LINE_EVERY_S:
-            return False
-        self._said = now
-        return True
-
-    def rate(self, outcome: Any) -> str:
-        seconds = max(1e-3, time.monotonic() - self._began)
-        return f"{outcome.labels:,} labels, {outcome.new_labels / seconds:.1f} labels/s"
-
-    def left(self, outcome: Any, total: int | None) -> float | None:
-        done = outcome.answered - outcome.resumed
-        if total is None or not done:
-            return None
-        return (total - outcome.answered) / done * (time.monotonic() - self._began)

@@ -14,17 +14,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError
+from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, StoreError
 from s2t_shared.requests import by_name
 from services.cli.options import (
     ConfigFile,
     DataDir,
     Json,
-    progress,
     settings,
     show,
     wide_console,
 )
+from services.cli.progress import progress
 
 if TYPE_CHECKING:
     from s2t_shared.config import Config
@@ -65,19 +65,27 @@ def stats(
     lake: LakeFolder = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
+    flush: Annotated[
+        bool, typer.Option("--flush", help="first let a running service write what it has")
+    ] = False,
     json_out: Json = False,
 ) -> None:
     """How much there is, of what, and how often the LLM's choice is among the SLM's first K."""
     from s2t_shared.labels.stats import measure_labels
 
     opened, resolved = _open(lake, config, data_dir)
+    queued = _queued(opened, resolved, flush)
     measured = measure_labels(opened)
-    in_redis = _redis_counts(resolved) if resolved.redis.url else {}
     if json_out:
-        figures = asdict(measured) | {"label_share": measured.label_share} | in_redis
+        figures = asdict(measured) | {"label_share": measured.label_share} | queued
         print(json.dumps(figures))
         return
-    show(_shown(measured) | _shown_redis(in_redis), as_json=False)
+    show(_shown(measured) | _shown_queued(queued), as_json=False)
+    if queued.get("in_redis"):
+        print(
+            f"{queued['in_redis']} rollouts are still on their way and not counted above; they are "
+            f"in the lake within {resolved.labels.shard_age_s:.0f} s (--flush writes them now)"
+        )
     wide_console().print(_hit_table(measured))
 
 
@@ -104,6 +112,32 @@ def _shown(measured: LabelStats) -> dict[str, Any]:
     }
 
 
+def _queued(lake: Lake, config: Config, flush: bool) -> dict[str, Any]:
+    """Counts of rollouts that are not in the lake yet, by a running service or the configured
+    Redis. Counts that cannot be had are None.
+
+    Raises:
+        ConfigError: `flush` without a service.
+    """
+    from services.client import Client
+    from services.launch.service_record import find_service
+    from services.rpc import channels
+
+    service = find_service(config.data_dir) if lake.root == config.lake else None
+    if service is None:
+        if flush:
+            raise ConfigError(f"--flush: no service runs on {str(config.data_dir)!r}")
+        return _redis_counts(config) if config.redis.url else {}
+    security = config.security
+    token = channels.read_token(security.token_file)
+    with Client(service.address, token, security.authority, timeout_s=60.0) as client:
+        try:
+            counts = client.count_labels(flush=flush)
+        except S2TError as error:
+            return {"in_redis": None, "dead_letters": None, "redis_error": str(error)}
+    return {"in_redis": counts.queued, "dead_letters": counts.dead_letters}
+
+
 def _redis_counts(config: Config) -> dict[str, Any]:
     """Counts of what is in Redis. When Redis is away they are None: the verb is about the lake and
     must not fail."""
@@ -118,7 +152,7 @@ def _redis_counts(config: Config) -> dict[str, Any]:
     return {"in_redis": counts.rollouts, "dead_letters": counts.dead_letters}
 
 
-def _shown_redis(counts: dict[str, Any]) -> dict[str, Any]:
+def _shown_queued(counts: dict[str, Any]) -> dict[str, Any]:
     shown = {}
     for name, value in counts.items():
         shown[name.replace("_", " ")] = "unknown" if value is None else value
@@ -181,8 +215,8 @@ def export(
 
         tokenizer = Tokenizer.load(resolve_model(with_text))
     rollouts = sum(shard.rollouts for shard in opened.shards())
-    with progress(rollouts, "rollouts", json_out) as advance:
-        exported = export_labels(opened, folder, kind, tokenizer, lambda labels: advance())
+    with progress("rollouts", rollouts, json_out) as shown:
+        exported = export_labels(opened, folder, kind, tokenizer, lambda labels: shown.advance())
     result: dict[str, Any] = {"folder": str(folder), "labels": exported.total}
     for split in SPLITS:
         result[split] = exported.labels[split]

@@ -4,14 +4,12 @@ itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.config import Config, load_config
 
@@ -24,22 +22,34 @@ Address = Annotated[str | None, typer.Option(help="host:port of a running servic
 TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
 
 
-@contextmanager
-def progress(total: int, what: str, quiet: bool = False) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere; yields a function to call once per finished item."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda: None
-        return
-    with Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+def settings(
+    config: Path | None, base: Mapping[str, Any] | None = None, **overrides: Any
+) -> Config:
+    """The resolved settings. base: values instead of a file's; overrides: `section__name`."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(config, dotted, base=base)
 
 
-def settings(config: Path | None, **overrides: Any) -> Config:
-    return load_config(config, {key.replace("__", "."): value for key, value in overrides.items()})
+def settings_beside_service(
+    config: Path | None, say: Callable[[str], None], **overrides: Any
+) -> Config:
+    """The settings of a verb that works on a service's labels and versions.
+
+    Without a file of its own it takes the configuration of the service that runs on the data
+    folder. With one it says in which shared settings the two differ.
+    """
+    from services.launch.service_record import find_service
+
+    own = settings(config, **overrides)
+    service = find_service(own.data_dir)
+    if service is None:
+        return own
+    if config is None:
+        say(f"using the configuration of the service at {service.address}")
+        return settings(None, base=service.config, **overrides)
+    for difference in service.differences(own):
+        say(f"differs from the service at {service.address}: {difference}")
+    return own
 
 
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:

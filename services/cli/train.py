@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from s2t_shared.errors import InvalidRequestError
-from services.cli.options import ConfigFile, DataDir, Json, settings, show
+from services.cli.options import ConfigFile, DataDir, Json, settings_beside_service, show
+from services.cli.progress import progress
 
-LINE_EVERY_S = 30.0
+if TYPE_CHECKING:
+    from services.train.job import TrainProgress
 
 
 def train(
@@ -54,8 +51,13 @@ def train(
 
     if every_labels < 1 or (max_rounds is not None and max_rounds < 1):
         raise InvalidRequestError("--every-labels and --max-rounds must be at least 1")
-    resolved = settings(
+
+    def say(line: str) -> None:
+        print(f"s2t: {line}", file=sys.stderr, flush=True)
+
+    resolved = settings_beside_service(
         config,
+        say,
         data_dir=str(data_dir) if data_dir else None,
         training__kind=kind,
         training__reads=reads,
@@ -67,16 +69,17 @@ def train(
         training__seed=seed,
     )
 
-    def say(line: str) -> None:
-        print(f"s2t: {line}", file=sys.stderr, flush=True)
-
     def report(outcome: Any) -> None:
         print(json.dumps(asdict(outcome)), flush=True) if follow and json_out else show(
             asdict(outcome), json_out
         )
 
     try:
-        with training_progress(json_out) as advance:
+        with progress("training steps", None, json_out) as shown:
+
+            def advance(now: TrainProgress) -> None:
+                shown.update(now.step, now.steps, _figures(now))
+
             if follow:
                 following.follow(resolved, every_labels, max_rounds, promote, advance, say, report)
                 return
@@ -88,43 +91,5 @@ def train(
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def training_progress(quiet: bool) -> Iterator[Any]:
-    """A bar with loss, Agree@1 and time left on a terminal, a line now and then elsewhere; yields
-    what to call with each `TrainProgress`."""
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda now: None
-        return
-    if not console.is_terminal:
-        started = last = time.monotonic()
-
-        def line(now: Any) -> None:
-            nonlocal last
-            if time.monotonic() - last >= LINE_EVERY_S or now.step == now.steps:
-                last = time.monotonic()
-                left = (last - started) / max(1, now.step) * (now.steps - now.step)
-                print(
-                    f"s2t: step {now.step} of {now.steps}: {_figures(now)}, about {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        yield line
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=None, figures="reading labels")
-        yield lambda now: bar.update(
-            task, total=now.steps, completed=now.step, figures=_figures(now)
-        )
-
-
-def _figures(now: Any) -> str:
+def _figures(now: TrainProgress) -> str:
     return f"loss {now.loss:.3f}, validation loss {now.validation_loss:.3f}, Agree@1 {now.agree_at_1:.3f}"

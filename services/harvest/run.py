@@ -20,7 +20,7 @@ from typing import Any
 from s2t_shared.data import prompts as prompt_files
 from s2t_shared.data.prompts import PromptSource, fingerprint
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
-from s2t_shared.labels.label import Label, Rollout, with_labels
+from s2t_shared.labels.label import Rollout, is_label, with_labels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.policy import threshold_for
 from s2t_shared.splits import check_split
@@ -146,51 +146,66 @@ def _firsts(prompts: Prompts, options: HarvestOptions) -> Iterator[Row]:
 def _plan(
     run: HarvestRun, source: RolloutSource, prompts: Prompts, options: HarvestOptions
 ) -> dict[str, Rollout]:
-    """Fix the thresholds. Returns the rollouts made for that, by request, where they are also the
-    harvest's own."""
+    """Fix the thresholds.
+
+    Returns the rollouts made for that, by request, where they are also the harvest's own.
+    """
     if options.thresholds:
         run.plan(options.thresholds)
         return {}
-    rolled: dict[str, Rollout] = {}
+    rollouts = _calibration_rollouts(run, source, prompts, options)
+    entropies: list[float] = []
+    divergences: list[float] = []
+    for rollout in rollouts.values():
+        entropies += rollout.entropy[WARMUP_STEPS:]
+        divergences += rollout.kl[WARMUP_STEPS:]
+    signals = {Trigger.ENTROPY: entropies, Trigger.KL: divergences}
+    total = sum(len(rollout.kl) for rollout in rollouts.values())
+    rules = []
+    for trigger in options.triggers:
+        rules.append(LabelRule(trigger, threshold_for(options.budget, signals[trigger], total)))
+    run.plan(tuple(rules))
+    return rollouts if source.returns_labels and not options.intervene else {}
+
+
+def _calibration_rollouts(
+    run: HarvestRun, source: RolloutSource, prompts: Prompts, options: HarvestOptions
+) -> dict[str, Rollout]:
+    """Greedy rollouts of the first prompts, every position a label.
+
+    Raises:
+        ConfigError: they say too little to calibrate on.
+    """
+    rollouts: dict[str, Rollout] = {}
     failed: list[S2TError] = []
 
     def on_rollout(request: RolloutRequest, outcome: Outcome) -> None:
         if isinstance(outcome, Rollout):
-            rolled[request.request_id] = outcome
+            rollouts[request.request_id] = outcome
         elif isinstance(outcome, S2TError):
             failed.append(outcome)
 
-    source.make_rollouts(
-        (
-            RolloutRequest(
-                request_id=_request_id(run, row),
-                problem_id=str(row["id"]),
-                prompt=prompt,
-                rules=EVERYWHERE,
-                calibrating=True,
-            )
-            for row, prompt in _firsts(prompts, options)
-            if isinstance(prompt, Prompt)
-        ),
-        options,
-        on_rollout,
-    )
-    signals = {
-        Trigger.ENTROPY: [x for r in rolled.values() for x in r.entropy[WARMUP_STEPS:]],
-        Trigger.KL: [x for r in rolled.values() for x in r.kl[WARMUP_STEPS:]],
-    }
-    if not signals[Trigger.KL] or any(not isinstance(e, InvalidRequestError) for e in failed):
+    def requests() -> Iterator[RolloutRequest]:
+        for row, prompt in _firsts(prompts, options):
+            if isinstance(prompt, Prompt):
+                yield RolloutRequest(
+                    request_id=_request_id(run, row),
+                    problem_id=str(row["id"]),
+                    prompt=prompt,
+                    rules=EVERYWHERE,
+                    calibrating=True,
+                )
+
+    source.make_rollouts(requests(), options, on_rollout)
+    says_something = any(len(rollout.kl) > WARMUP_STEPS for rollout in rollouts.values())
+    unanswered = any(not isinstance(error, InvalidRequestError) for error in failed)
+    if unanswered or not says_something:
+        reason = failed[0] if failed else "there are none"
         raise ConfigError(
             "no thresholds could be calibrated: of the first prompts "
-            f"{len(rolled)} gave a rollout ({failed[0] if failed else 'there are none'})"
+            f"{len(rollouts)} gave a rollout ({reason})"
         )
-    total = sum(len(r.kl) for r in rolled.values())
-    run.plan(
-        tuple(
-            LabelRule(t, threshold_for(options.budget, signals[t], total)) for t in options.triggers
-        )
-    )
-    return rolled if source.returns_labels and not options.intervene else {}
+    return rollouts
 
 
 def _request_id(run: HarvestRun, row: dict[str, Any]) -> str:
@@ -198,12 +213,13 @@ def _request_id(run: HarvestRun, row: dict[str, Any]) -> str:
 
 
 def _relabelled(rollout: Rollout, rules: tuple[LabelRule, ...]) -> Rollout:
-    def marked(label: Label) -> bool:
-        return any(
-            (label.kl if r.trigger is Trigger.KL else label.entropy) > r.threshold for r in rules
-        )
-
-    return with_labels(rollout, tuple(label for label in rollout.labels if marked(label)))
+    """The rollout with those of its labels that the rules mark."""
+    marked = []
+    for label in rollout.labels:
+        signals = {Trigger.KL: label.kl, Trigger.ENTROPY: label.entropy}
+        if is_label(signals, rules):
+            marked.append(label)
+    return with_labels(rollout, tuple(marked))
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # Serve logs to files in 
 import ray  # noqa: E402 - the environment above is read at import
 from ray import serve  # noqa: E402
 from ray.serve.config import HTTPOptions, ProxyLocation  # noqa: E402
+from ray.serve.schema import ApplicationStatus  # noqa: E402
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure  # noqa: E402
 from s2t_shared.errors import ConfigError, S2TError  # noqa: E402
@@ -27,6 +28,7 @@ from s2t_shared.model.runtime import resolve_model  # noqa: E402
 from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 from services.launch.redis_server import open_redis  # noqa: E402
+from services.launch.service_record import recorded  # noqa: E402
 from services.rpc import channels  # noqa: E402
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
@@ -95,18 +97,17 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
         yield
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if reuse:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local":
+        reuse = False
+    if reuse and _join(address or "auto", quiet):
         try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            pass
-        else:
-            try:
-                yield
-            finally:
-                ray.shutdown()
-            return
+            yield
+        finally:
+            ray.shutdown()
+        return
     ray.init(
+        address="local",
         num_cpus=int(num_cpus or max(2, os.cpu_count() or 2)),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
@@ -116,6 +117,26 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, quiet: dict[str, Any]) -> bool:
+    """Connect to a running Ray cluster; whether there is one.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
+    """
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address == "auto":
+            return False
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: this Ray cluster cannot be joined ({reason}); start it "
+            "(ray start --head), correct the address, or unset RAY_ADDRESS for a Ray of this "
+            "machine's own"
+        ) from error
+    return True
 
 
 @contextmanager
@@ -144,24 +165,46 @@ def running_service(
         )
         with local_ray(reuse=reuse_ray):
             say("Ray ready")
-            with _application(resolved) as address:
+            with _application(resolved) as address, recorded(resolved, address):
                 yield RunningService(address, resolved)
     finally:
         redis.stop()
 
 
+def check_free() -> None:
+    """Check that no service of ours runs in this Ray cluster: a second one would replace it.
+
+    Raises:
+        ConfigError: one runs, or is being started; with its address, where it says it.
+    """
+    running = serve.status().applications.get(APPLICATION)
+    if running is None or running.status == ApplicationStatus.DELETING:
+        return
+    try:
+        gateway = serve.get_deployment_handle("Gateway", APPLICATION)
+        where = f"at {gateway.address.remote().result(timeout_s=5)}"
+    except Exception as error:  # noqa: BLE001 - the border to Serve: it may raise anything here
+        where = f"but does not say where ({type(error).__name__})"
+    raise ConfigError(
+        f"a service runs in this Ray cluster already ({where}, {running.status.value}), and a second "
+        "one would replace it; stop the first one (Ctrl-C there, or `serve delete "
+        f"{APPLICATION}` if it was left behind), or give this one a Ray of its own: "
+        "RAY_ADDRESS=local s2t serve"
+    )
+
+
 @contextmanager
 def _application(config: Config) -> Iterator[str]:
+    """The service's address, while it runs."""
     serve.start(proxy_location=ProxyLocation.Disabled, http_options=HTTPOptions(host="127.0.0.1"))
+    check_free()
     try:
         try:
             serve.run(build_application(config), name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
             raise ConfigError(f"the service did not start: {_reason(error)}") from error
-        port = (
-            serve.get_deployment_handle("Gateway", APPLICATION).port.remote().result(timeout_s=30)
-        )
-        yield f"{config.gateway.host}:{port}"
+        gateway = serve.get_deployment_handle("Gateway", APPLICATION)
+        yield str(gateway.address.remote().result(timeout_s=30))
     finally:
         # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve may
         # be in use.

@@ -15,11 +15,16 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """proposers: Serve's handle of the proposer deployment."""
         check_exposure(config)
+        self._host = config.gateway.host
         self._server = build.gateway_server(config, ServeProposers(proposers))
         await self._server.start()
 
     async def port(self) -> int:
         return self._server.port
+
+    async def address(self) -> str:
+        """host:port, as clients are told."""
+        return f"{self._host}:{self._server.port}"
 
     async def __del__(self) -> None:
         await self._server.stop()

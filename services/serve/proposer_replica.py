@@ -13,9 +13,12 @@ from services.serve.proposer_service import ProposerService
 
 
 class ProposerReplica:
-    """A `ProposerService` that Serve runs. Serve cancels the calls of callers that go away."""
+    """A `ProposerService` that Serve runs.
 
-    async def __init__(self, config: Config, selectors: Any = None) -> None:  # type: ignore[misc]  # Serve awaits it
+    Serve awaits `__init__`, and cancels the calls of callers that go away.
+    """
+
+    async def __init__(self, config: Config, selectors: Any = None) -> None:  # type: ignore[misc]
         """selectors: Serve's handle of the selector deployment, None where there is none."""
         self._service = await build.proposer_service(config, selectors)
 

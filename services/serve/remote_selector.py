@@ -125,7 +125,7 @@ class RemoteSelector:
         """Learn the selectors' addresses. Admit those that tokenize as the SLM does."""
         try:
             found = set(await self._find_addresses())
-        except Exception as error:  # noqa: BLE001 - the border to Serve: whatever it raises means "not now"
+        except Exception as error:  # noqa: BLE001 - whatever Serve raises means "not now"
             log.info("selectors cannot be listed now: %s", type(error).__name__)
             return
         for address in self._stubs.keys() - found:

@@ -43,9 +43,9 @@ def scripted_slm(words: list[str] = WORDS, **options: Any) -> ScriptedSLM:
     return ScriptedSLM(words, unsure_at=UNSURE_AT, alternatives=[ALTERNATIVE], **options)
 
 
-def slow_slm(words: int = 4000) -> ScriptedSLM:
+def slow_slm(**options: Any) -> ScriptedSLM:
     """Says one word for seconds."""
-    return ScriptedSLM(["word"] * words, step_s=0.002)
+    return ScriptedSLM(["word"] * 4000, step_s=0.002, **options)
 
 
 def scripted_llm(slm: ScriptedSLM, **options: Any) -> ScriptedSelector:

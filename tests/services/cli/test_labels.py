@@ -24,8 +24,10 @@ from s2t_shared.labels.export import export_labels, size_category
 from s2t_shared.labels.label import Label, Rollout, check_rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.types import LabelCounts
 from services.cli.labels import labels_app
 from services.launch.redis_server import open_redis
+from services.launch.service_record import ServiceRecord
 from tests.helpers.models import word_tokenizer
 
 PROMPT, ANSWER = 6, 10
@@ -479,3 +481,39 @@ def test_verify_checks_values_too(lake: Lake) -> None:
     label = replace(broken.labels[0], candidate_ids=(1,))  # fewer candidates than log-probabilities
     lake.write([replace(broken, labels=(label,))])
     assert s2t_labels("verify", lake.root)[0] == 1
+
+
+def test_stats_beside_a_service_count_what_is_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right after a harvest they used to say 0 labels, without a hint that 549 were on their way."""
+    counts = LabelCounts(queued=12, in_lake=0, dead_letters=1)
+    asked: list[bool] = []
+
+    class FakeClient:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            pass
+
+        def __enter__(self) -> FakeClient:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def count_labels(self, flush: bool) -> LabelCounts:
+            asked.append(flush)
+            return counts
+
+    record = ServiceRecord("127.0.0.1:1", 1, {})
+    monkeypatch.setattr("services.client.Client", FakeClient)
+    monkeypatch.setattr("services.launch.service_record.find_service", lambda folder: record)
+    (tmp_path / "labels").mkdir()
+    outcome = CliRunner().invoke(labels_app, ["stats", "--data-dir", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output
+    assert "12 rollouts are still on their way" in outcome.output
+    outcome = CliRunner().invoke(
+        labels_app, ["stats", "--data-dir", str(tmp_path), "--flush", "--json"]
+    )
+    told = json.loads(outcome.output)
+    assert (told["in_redis"], told["dead_letters"]) == (12, 1)
+    assert asked == [False, True]

@@ -167,6 +167,36 @@ def test_a_client_that_leaves_cancels_the_serve_call(
     asyncio.run(run())
 
 
+class HeldContext:
+    """Stands for gRPC's context of a call whose handler somebody keeps."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[object], None]] = []
+
+    def time_remaining(self) -> None:
+        return None
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        self.callbacks.append(callback)
+
+
+def test_a_handler_that_is_kept_between_two_messages_still_cancels() -> None:
+    """Python closes a suspended handler when it is collected, and that may be never."""
+
+    async def run() -> None:
+        handle, context = ServeHandle("x"), HeldContext()
+        servicer = GenerationServicer(Config(), ServeProposers(handle))
+        request = pb.StreamGenerateRequest(parameters={"text": "x"})
+        handler = servicer.StreamGenerate(request, context)
+        await anext(handler)
+        assert not handle.responses[0].cancelled
+        for callback in context.callbacks:
+            callback(context)
+        assert await becomes(lambda: handle.responses[0].cancelled, 0.25)
+
+    asyncio.run(run())
+
+
 # -- a proposer with a model: a cancelled call frees its place ------------------------------------
 
 

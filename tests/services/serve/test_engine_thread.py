@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
 
 from s2t_shared.decode.engine import Engine, EngineLoad
+from s2t_shared.decode.scripted import ScriptedTokenizer
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.types import AnswerPiece, DecodeOptions, GenerateRequest, Prompt, Step
 from services.serve.engine_thread import EngineThread, OngoingAnswer
@@ -82,6 +84,39 @@ def test_a_caller_that_leaves_while_it_is_accepted_leaves_nothing() -> None:
                 builder, _ = call.result()
                 engine.cancel(builder)
         assert await becomes(lambda: engine.load == NOTHING)
+
+    asyncio.run(run())
+    engine.close()
+
+
+class BlockingTokenizer(ScriptedTokenizer):
+    """Encodes only when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoding = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        self.encoding.set()
+        self.may_go_on.wait(5)
+        return super().encode(prompt)
+
+
+def test_a_request_that_is_accepted_too_late_is_cancelled() -> None:
+    """Its caller went away while the engine's thread was accepting it."""
+    tokenizer = BlockingTokenizer()
+    slm = slow_slm(tokenizer=tokenizer)
+    engine = EngineThread(Engine(slm), tokenizer)
+
+    async def run() -> None:
+        call = asyncio.create_task(engine.submit(REQUEST))
+        assert await becomes(tokenizer.encoding.is_set)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        tokenizer.may_go_on.set()
+        await asyncio.sleep(0.05)  # now it is accepted
+        assert await becomes(lambda: engine.load == NOTHING, 0.25)
 
     asyncio.run(run())
     engine.close()

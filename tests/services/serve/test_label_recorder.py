@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from s2t_shared.decode.decide import with_figures
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.label import Digests, Rollout, rollout_of
 from s2t_shared.labels.stream import LabelStream
@@ -21,15 +22,14 @@ from services.serve.label_recorder import LabelRecorder
 
 NO_REDIS = "redis://127.0.0.1:1/0"
 DIGESTS = Digests(slm="slm", llm="llm", tokenizer="tok")
-STEP = Step(
-    index=0,
-    token_id=7,
-    triggered=True,
-    support=Support((7, 8), (-0.5, -1.0)),
-    llm=PositionScores((-0.1, -3.0), 7),
-    entropy=0.66,
-    kl=0.42,
-    llm_top_rank=0,
+STEP = with_figures(
+    Step(
+        index=0,
+        token_id=7,
+        triggered=True,
+        support=Support((7, 8), (-0.5, -1.0)),
+        llm=PositionScores((-0.1, -3.0), 7),
+    )
 )
 
 

@@ -117,6 +117,27 @@ def test_a_sequence_stays_with_its_replica() -> None:
     asyncio.run(main())
 
 
+def test_a_replica_that_fails_is_not_asked_for_a_while() -> None:
+    """Otherwise every query would wait for a connection that fails."""
+
+    async def main() -> None:
+        one, first = await start_selection_server(OPEN)
+        two, second = await start_selection_server(OPEN)
+        selector = remote([first, second])
+        await selector.refresh()
+        names = [name for name in map(str, range(30)) if selector.replicas_for(name)[0] == first]
+        await one.stop(0)
+        query = ScoreQuery(
+            token_ids=(1,), positions=(0,), candidate_ids=((4, 5),), sequence_id=names[0]
+        )
+        (future,) = selector.submit([query])
+        assert (await asyncio.wrap_future(future)).positions[0].top_id == 7
+        assert selector.replicas_for(names[0]) == [second]
+        await two.stop(0)
+
+    asyncio.run(main())
+
+
 def test_addresses_that_cannot_be_listed_change_nothing() -> None:
     async def main() -> None:
         server, address = await start_selection_server(OPEN)

@@ -235,7 +235,7 @@ def test_harvest_through_the_service(service: RunningService, pair: Pair, tmp_pa
     harvest(PairRollouts(pair), prompts, alone, options)
 
     def kill(outcome: HarvestOutcome) -> None:
-        if outcome.heard not in (40, 90):
+        if outcome.answered not in (40, 90):
             return
         for actor in ray.util.list_named_actors(all_namespaces=True):
             name = actor["name"]

@@ -34,12 +34,10 @@ from s2t_shared.training.objective import DistillSettings
 from s2t_shared.training.trainer import Distilled, distil, trained_tensors
 from s2t_shared.versions.gate import Verdict
 from s2t_shared.versions.registry import Registry
-from services.cli.train import training_progress
 from services.train.follow import trained_until
 from services.train.gate_job import enact, judge_version, task_problems
 from services.train.job import (
     Job,
-    TrainProgress,
     _close_job,
     _error_of,
     _open_job,
@@ -590,17 +588,3 @@ def test_settings_agree_with_the_trainer() -> None:
     assert distill_config(TrainingConfig()) == DistillSettings()
     with pytest.raises(ConfigError, match="kind prefix"):
         distill_config(TrainingConfig(standardise=True))
-
-
-def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """Loss, Agree@1 and the time left, at the latest with the last step; nothing where the output
-    is for machines."""
-    with training_progress(quiet=False) as advance:
-        advance(TrainProgress(step=5, steps=10, loss=1.25, validation_loss=1.5, agree_at_1=0.625))
-        advance(TrainProgress(step=10, steps=10, loss=1.0, validation_loss=1.5, agree_at_1=0.75))
-    assert capsys.readouterr().err == (
-        "s2t: step 10 of 10: loss 1.000, validation loss 1.500, Agree@1 0.750, about 0 s left\n"
-    )
-    with training_progress(quiet=True) as advance:
-        advance(TrainProgress(step=10, steps=10, loss=1.0, validation_loss=1.5, agree_at_1=0.75))
-    assert capsys.readouterr().err == ""

@@ -94,7 +94,9 @@ def test_the_two_versions_select_differently(models: dict[str, Path]) -> None:
     answers = []
     for seed, (kind, reads) in enumerate(SIDES):
         selector = random_selector(runtime, reserved, kind, reads, seed)
-        engine = Engine(Proposer(runtime, reserved), None, lambda version, s=selector: s, 1)
+        engine = Engine(
+            Proposer(runtime, reserved), None, lambda version, s=selector: s, max_num_seqs=1
+        )
         sequence = engine.add(
             DecodeRequest(
                 request_id="x",
@@ -140,14 +142,14 @@ def test_canary_through_the_service(tmp_path: Path) -> None:
 
         def versions() -> list[str]:
             return [
-                client.generate("Eva has 20 coins .", f"r{i}", **ask).versions.selector
+                client.generate("Eva has 20 coins .", f"r{i}", **ask).versions.local_selector
                 for i in range(60)
             ]
 
         first = versions()
         assert set(first) == {old, new} and 8 <= first.count(new) <= 30 and versions() == first
         assert {
-            client.generate("Eva has", f"r{i}", version=old, **ask).versions.selector
+            client.generate("Eva has", f"r{i}", version=old, **ask).versions.local_selector
             for i in range(60)
         } == {old}
         assert client.rollback() == old

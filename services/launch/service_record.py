@@ -1,0 +1,84 @@
+"""The record of a running service in its data folder: where it listens, and how it is configured.
+
+Verbs that work beside a service (`s2t train`, `s2t labels stats`) find it there, so that they use
+its configuration instead of their own defaults. Holds no password and no token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from s2t_shared.config import Config
+from s2t_shared.files import write_atomically
+
+FILE = "service.json"
+CONNECT_TIMEOUT_S = 1.0
+# What must agree between a service and who works on its labels and versions.
+SHARED_SETTINGS = ("slm", "llm", "calibration", "data_dir")
+
+
+@dataclass(frozen=True)
+class ServiceRecord:
+    """A running service: `address` is host:port of its gateway, `config` its settings."""
+
+    address: str
+    pid: int
+    config: dict[str, Any]
+
+    def differences(self, config: Config) -> list[str]:
+        """Shared settings of `config` that are not the service's, each with both values."""
+        own = _public(config)
+        found = []
+        for section in SHARED_SETTINGS:
+            for name, theirs, mine in _pairs(section, self.config.get(section), own[section]):
+                if theirs != mine:
+                    found.append(f"{name}: the service has {theirs!r}, this command {mine!r}")
+        return found
+
+
+def _pairs(name: str, theirs: Any, mine: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Leaves of two settings, by their dotted names."""
+    if not isinstance(mine, dict):
+        yield name, theirs, mine
+        return
+    for key, value in mine.items():
+        other = theirs.get(key) if isinstance(theirs, dict) else None
+        yield from _pairs(f"{name}.{key}", other, value)
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """The settings without what is secret or only the service's own."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    del values["redis"]["url"]
+    del values["security"]
+    return values
+
+
+@contextmanager
+def recorded(config: Config, address: str) -> Iterator[None]:
+    """Leave a record in the data folder while the block runs."""
+    file = config.data_dir / FILE
+    record = ServiceRecord(address, os.getpid(), _public(config))
+    write_atomically(file, json.dumps(asdict(record), indent=2))
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def find_service(data_dir: Path) -> ServiceRecord | None:
+    """The service that runs on this data folder; None where none is recorded or none answers."""
+    try:
+        record = ServiceRecord(**json.loads((data_dir / FILE).read_text(encoding="utf-8")))
+        host, _, port = record.address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S):
+            return record
+    except (OSError, ValueError, TypeError):
+        return None
