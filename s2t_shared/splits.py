@@ -1,19 +1,26 @@
-"""Which splits are for evaluation. Calibrating, harvesting or training there would spoil every figure."""
+"""Which problems are for training.
+
+An evaluation split is refused by its name. A tenth of the problems is held out from training,
+chosen by a hash, so that a problem stays on its side when the collection grows.
+"""
 
 from __future__ import annotations
+
+import hashlib
 
 from s2t_shared.errors import EvaluationSplitError
 
 EVALUATION_SPLITS = frozenset(
     {"test", "eval", "evaluation", "heldout", "held_out", "held-out", "val", "validation", "dev"}
 )
+HELD_OUT_SHARE = 0.1
 
 
 def check_split(split: str) -> None:
-    """Refuse an evaluation split.
+    """Refuse to calibrate, harvest or train on an evaluation split: it would spoil every figure.
 
     Raises:
-        EvaluationSplitError: the split is for evaluation, or has no name.
+        EvaluationSplitError: `split` names an evaluation split, or nothing.
     """
     name = split.strip().lower()
     if not name or name in EVALUATION_SPLITS:
@@ -21,3 +28,9 @@ def check_split(split: str) -> None:
             f"split {split!r}: labels and thresholds must never come from an evaluation split; "
             "use training problems (split 'train')"
         )
+
+
+def is_held_out(task: str, problem: str) -> bool:
+    """Whether no training run may see the labels of this problem."""
+    digest = hashlib.sha256(f"{task}/{problem}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32

@@ -19,7 +19,7 @@ from hypothesis import settings  # noqa: E402
 
 from tests.helpers.models import build_models  # noqa: E402
 
-pytest_plugins = ["tests.helpers.redis", "tests.helpers.lake"]
+pytest_plugins = ["tests.helpers.redis", "tests.helpers.lake", "tests.helpers.scored_rollouts"]
 torch.set_num_threads(1)
 # The same examples on every run, and no time limit on a busy machine: a red test means changed
 # code.

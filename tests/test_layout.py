@@ -128,7 +128,7 @@ HOMES = {  # dependency -> packages or modules that may import it
     "transformers": "s2t_shared.model s2t_shared.bundled s2t_shared.versions.export services.bench",
     "psutil": "services.bench",
     "matplotlib": "services.bench services.train",
-    "fcntl": "s2t_shared.files services.launch.redis_server",
+    "fcntl": "s2t_shared.files",
 }
 
 

@@ -1,5 +1,5 @@
-"""The second half of the ledger's way: out of the stream, into the lake (the picture is at the top
-of `store`)."""
+"""The second half of a label's way: out of the Redis stream, into the lake. The picture is at the
+top of `writer`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.shards import to_table
 from s2t_shared.labels.stream import DEAD_LETTERS, Entry, LabelStream
-from s2t_shared.labels.writer import FIRST_BACKOFF_S, MAX_BACKOFF_S
+from s2t_shared.labels.writer import next_backoff
 
 log = logging.getLogger(__name__)
 READ_ENTRIES = 256
-MAX_BUFFER_BYTES = (
-    16 << 20
-)  # of JSON: rollouts of long contexts are written in smaller shards, not from more memory
-SUSPECT_DELIVERIES = (
-    2  # from then on an entry is handled alone: others must not be blamed for what it does
-)
+# Of JSON: long contexts make smaller shards, not a larger buffer.
+MAX_BUFFER_BYTES = 16 << 20
+# From so many deliveries on an entry is read alone: it may end its reader, and the others must not
+# be blamed.
+SUSPECT_DELIVERIES = 2
 MAX_DELIVERIES = 5
 HOUSEKEEPING_EVERY_S = 600.0
 
 
 class Drain:
-    """Moves rollouts from the stream to the lake, at least once, joins small shards there and
+    """Moves rollouts from the stream to the lake, at least once. Joins small shards there and
     applies retention (`max_age_days`, `max_gib`; 0: keep all).
 
-    An entry is deleted only after it is durable in the lake. One that is not a rollout becomes a
-    dead letter, and so does one that was delivered more than MAX_DELIVERIES times and never
+    An entry is deleted only after it is durable in the lake. An entry that is not a rollout becomes
+    a dead letter. So does one that was delivered more than MAX_DELIVERIES times and never
     acknowledged: it ends its reader each time. Several drains may run: each reads its own share,
-    says that it lives, and takes over what a dead one left for `reclaim_idle_s`. `flush` may be
-    called from any thread; `run_once` from one (`start` is that one).
+    renews its claims, and takes over what a dead one has not renewed for `reclaim_idle_s`. `flush`
+    may be called from any thread, `run_once` from one; `start` starts that one.
     """
 
     def __init__(
         self,
-        store: LabelStream,
+        stream: LabelStream,
         lake: Lake,
         shard_rows: int = 2000,
         shard_age_s: float = 60.0,
@@ -52,64 +51,68 @@ class Drain:
         consumer: str | None = None,
         reclaim_idle_s: float = 30.0,
     ) -> None:
-        self._store, self._lake, self._shard_rows, self._shard_age_s = (
-            store,
-            lake,
-            shard_rows,
-            shard_age_s,
-        )
-        self._max_age_s, self._max_bytes = max_age_days * 86_400, int(max_gib * (1 << 30))
+        self._stream = stream
+        self._lake = lake
+        self._shard_rows = shard_rows
+        self._shard_age_s = shard_age_s
+        self._max_age_s = max_age_days * 86_400
+        self._max_bytes = int(max_gib * (1 << 30))
+        self._reclaim_idle_s = reclaim_idle_s
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._reclaim_idle_s, self._next_reclaim, self._next_keep = reclaim_idle_s, 0.0, 0.0
-        self._buffer: dict[
-            bytes, Rollout
-        ] = {}  # by entry id: one that is delivered twice counts once
-        self._buffer_bytes, self._oldest, self._alone = 0, 0.0, False
-        self._in_lake: list[bytes] = []  # written, but Redis has not heard so yet
+        self._next_reclaim = 0.0
+        self._next_renewal = 0.0
+        self._buffer = _Buffer()
+        self._unacknowledged: list[bytes] = []  # in the lake, but Redis does not know it yet
         self._lock = threading.RLock()  # of the buffer; not held while waiting for entries
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    # -- what others call -------------------------------------------------------------------------
+
     def run_once(self, block_ms: int = 0) -> int:
-        """Read what there is (waiting up to `block_ms` for it), write a shard when one is due;
-        entries read.
+        """Read entries, waiting for them up to `block_ms`, and write a shard when one is due.
+
+        Returns the number of entries read.
 
         Raises:
             StoreError: Redis or the lake cannot be used. Nothing is lost: call again.
         """
         with self._lock:
             self._acknowledge()
-            self._keep()
-            due = self._due()
-        entries = [] if due else self._receive(block_ms)
+            self._renew()
+            is_due = self._is_due()
+        entries = [] if is_due else self._receive(block_ms)
         with self._lock:
             for entry in entries:
                 self._take(entry)
-            if self._due():
+            if self._is_due():
                 self._write()
         return len(entries)
 
     def flush(self) -> int:
-        """Write everything that is buffered or in the stream to the lake and acknowledge it; its
-        rollouts.
+        """Write everything that is buffered or in the stream to the lake and acknowledge it.
+
+        Returns the number of rollouts.
 
         Raises:
             StoreError: Redis or the lake cannot be used.
         """
         with self._lock:
             self._acknowledge()
-            self._store.create_group()
-            rows, entries = 0, None
-            while entries is None or len(entries) == READ_ENTRIES:
-                entries = self._store.read(self.consumer, READ_ENTRIES, 0)
+            self._stream.create_group()
+            rows = 0
+            is_empty = False
+            while not is_empty:
+                entries = self._stream.read(self.consumer, READ_ENTRIES, 0)
                 for entry in entries:
                     self._take(entry)
-                if self._buffer_bytes >= MAX_BUFFER_BYTES:
+                if self._buffer.bytes >= MAX_BUFFER_BYTES:
                     rows += self._write()
+                is_empty = len(entries) < READ_ENTRIES
             return rows + self._write()
 
     def housekeep(self) -> None:
-        """Join small shards, apply retention, remove what crashes have left.
+        """Join small shards, apply retention, remove leftover files of crashes.
 
         Raises:
             StoreError: the lake cannot be used.
@@ -124,8 +127,8 @@ class Drain:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and write what it had buffered; what cannot be written now waits in Redis
-        for another."""
+        """End the thread and write what it had buffered. What cannot be written now stays in Redis
+        for another drain."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -136,135 +139,160 @@ class Drain:
         except StoreError as error:
             log.warning("labels wait for the next drain: %s", error)
 
-    def _due(self) -> bool:
-        return bool(self._buffer) and (
-            self._alone
-            or len(self._buffer) >= self._shard_rows
-            or self._buffer_bytes >= MAX_BUFFER_BYTES
-            or time.monotonic() - self._oldest >= self._shard_age_s
-        )
-
-    def _receive(self, block_ms: int) -> list[Entry]:
-        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer))
-        if time.monotonic() >= self._next_reclaim:
-            self._store.create_group()  # here, so that a Redis that lost its data is mended too
-            if reclaimed := self._reclaim(room):
-                return reclaimed  # there may be more: look again at once
-            self._next_reclaim = time.monotonic() + min(10.0, self._reclaim_idle_s)
-        if self._buffer:
-            block_ms = min(
-                block_ms,
-                max(0, math.ceil((self._oldest + self._shard_age_s - time.monotonic()) * 1000)),
-            )
-        try:
-            return self._store.read(self.consumer, room, block_ms)
-        except StoreError:
-            self._next_reclaim = 0.0
-            raise
-
-    def _reclaim(self, room: int) -> list[Entry]:
-        """Take over what another left: many at once, but one that may have ended its reader alone.
-
-        Not XAUTOCLAIM: it counts a delivery for every entry it returns, so that a reader that one
-        of them ends would bring all of them nearer to the dead letters.
-        """
-        waiting = [
-            (i, n)
-            for i, n in self._store.unacknowledged(self._reclaim_idle_s, room)
-            if i not in self._buffer
-        ]
-        if calm := [i for i, n in waiting if n < SUSPECT_DELIVERIES]:
-            return self._store.claim(self.consumer, calm, self._reclaim_idle_s)
-        for entry_id, deliveries in sorted(
-            waiting, key=lambda w: w[1]
-        ):  # the worst last: kills are mostly chance
-            with self._lock:
-                self._write()
-            for entry in self._store.claim(self.consumer, [entry_id], self._reclaim_idle_s):
-                if deliveries <= MAX_DELIVERIES:
-                    self._alone = True
-                    return [entry]
-                self._bury(
-                    entry,
-                    f"delivered {deliveries} times, never acknowledged: does it end its reader?",
-                )
-        return []
-
-    def _take(self, entry: Entry) -> None:
-        if entry.entry_id in self._buffer:
-            return
-        text = entry.fields.get(b"rollout", b"")
-        try:
-            rollout = Rollout.from_json(text)
-        except S2TError as error:
-            self._bury(entry, f"{type(error).__name__}: {error}"[:500])
-            return
-        if not self._buffer:
-            self._oldest = time.monotonic()
-        self._buffer[entry.entry_id] = rollout
-        self._buffer_bytes += len(text)
-
-    def _bury(self, entry: Entry, reason: str) -> None:
-        self._store.dead_letter(entry, reason)
-        log.warning("stream entry %s moved to %s", entry.entry_id.decode(), DEAD_LETTERS)
-
-    def _write(self) -> int:
-        rows = len(self._buffer)
-        if rows:
-            try:
-                self._lake.write(list(self._buffer.values()))
-            except StoreError:
-                raise
-            except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
-                if not self._bury_misfits():
-                    raise  # none of the rollouts is to blame: they wait
-                self._lake.write(list(self._buffer.values()))
-            self._in_lake.extend(self._buffer)
-            self._buffer.clear()
-            self._buffer_bytes, self._alone = 0, False
-        self._acknowledge()
-        return rows
-
-    def _bury_misfits(self) -> int:
-        """Bury those, and only those, that make no row by themselves; how many."""
-        misfits: dict[bytes, Exception] = {}
-        for entry_id, rollout in self._buffer.items():
-            try:
-                to_table([rollout])
-            except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
-                misfits[entry_id] = error
-        for entry_id, reason in misfits.items():
-            self._bury(
-                Entry(entry_id, {b"rollout": self._buffer[entry_id].to_json().encode()}),
-                f"the lake cannot hold it: {type(reason).__name__}",
-            )
-            del self._buffer[entry_id]
-        return len(misfits)
-
-    def _acknowledge(self) -> None:
-        self._store.remove(self._in_lake)
-        self._in_lake.clear()
-
-    def _keep(self) -> None:
-        """Others must not take what this drain has in hand, however long the lake refuses it."""
-        if time.monotonic() >= self._next_keep:
-            self._next_keep = time.monotonic() + self._reclaim_idle_s / 3
-            self._store.keep(self.consumer, list(self._buffer))
-
     def _run(self) -> None:
-        backoff, next_housekeeping = 0.0, time.monotonic()
+        backoff = 0.0
+        next_housekeeping = time.monotonic()
         while not self._stop.wait(backoff):
             try:
                 self.run_once(block_ms=500)
                 if time.monotonic() >= next_housekeeping:
                     next_housekeeping = time.monotonic() + HOUSEKEEPING_EVERY_S
                     self.housekeep()
-            except Exception as error:  # noqa: BLE001 - a thread's border: it must go on, or labels pile up unseen
-                if not backoff:  # of a foreign error the type only: its text may quote a label
-                    log.warning(
-                        "label drain waits: %s",
-                        error if isinstance(error, StoreError) else type(error),
-                    )
-                backoff = min(MAX_BACKOFF_S, backoff * 2 or FIRST_BACKOFF_S)
-            else:
                 backoff = 0.0
+            except Exception as error:  # noqa: BLE001 - a thread's border: it must go on, or labels pile up unseen
+                if not backoff:
+                    # Of a foreign error the type only: its text may quote a label.
+                    reason = error if isinstance(error, StoreError) else type(error)
+                    log.warning("label drain waits: %s", reason)
+                backoff = next_backoff(backoff)
+
+    # -- out of the stream ------------------------------------------------------------------------
+
+    def _receive(self, block_ms: int) -> list[Entry]:
+        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.rollouts))
+        if time.monotonic() >= self._next_reclaim:
+            self._stream.create_group()  # here, so that a Redis that lost its data is mended too
+            reclaimed = self._reclaim(room)
+            if reclaimed:
+                return reclaimed  # there may be more: look again at once
+            self._next_reclaim = time.monotonic() + min(10.0, self._reclaim_idle_s)
+        if self._buffer.rollouts:
+            due_in_s = self._buffer.oldest + self._shard_age_s - time.monotonic()
+            block_ms = min(block_ms, max(0, math.ceil(due_in_s * 1000)))
+        try:
+            return self._stream.read(self.consumer, room, block_ms)
+        except StoreError:
+            self._next_reclaim = 0.0
+            raise
+
+    def _reclaim(self, room: int) -> list[Entry]:
+        """Take over what another drain left: many entries at once, but a suspect one alone.
+
+        Not XAUTOCLAIM: it counts a delivery for every entry it returns, so a reader that one of
+        them ends would bring all of them nearer to the dead letters.
+        """
+        suspects: list[tuple[int, bytes]] = []
+        harmless: list[bytes] = []
+        for entry_id, deliveries in self._stream.unacknowledged(self._reclaim_idle_s, room):
+            if entry_id in self._buffer.rollouts:
+                continue
+            if deliveries < SUSPECT_DELIVERIES:
+                harmless.append(entry_id)
+            else:
+                suspects.append((deliveries, entry_id))
+        if harmless:
+            return self._stream.claim(self.consumer, harmless, self._reclaim_idle_s)
+        suspects.sort(key=lambda suspect: suspect[0])  # the worst last: kills are mostly chance
+        for deliveries, entry_id in suspects:
+            with self._lock:
+                self._write()
+            for entry in self._stream.claim(self.consumer, [entry_id], self._reclaim_idle_s):
+                if deliveries <= MAX_DELIVERIES:
+                    self._buffer.is_suspect = True
+                    return [entry]
+                self._dead_letter(
+                    entry,
+                    f"delivered {deliveries} times, never acknowledged: does it end its reader?",
+                )
+        return []
+
+    def _renew(self) -> None:
+        """Renew the claims, so that others do not take the entries while the lake refuses them."""
+        if time.monotonic() >= self._next_renewal:
+            self._next_renewal = time.monotonic() + self._reclaim_idle_s / 3
+            self._stream.renew(self.consumer, list(self._buffer.rollouts))
+
+    def _take(self, entry: Entry) -> None:
+        """Buffer the rollout of an entry, or make the entry a dead letter."""
+        if entry.entry_id in self._buffer.rollouts:
+            return
+        text = entry.fields.get(b"rollout", b"")
+        try:
+            rollout = Rollout.from_json(text)
+        except S2TError as error:
+            self._dead_letter(entry, f"{type(error).__name__}: {error}"[:500])
+            return
+        self._buffer.add(entry.entry_id, rollout, len(text))
+
+    def _dead_letter(self, entry: Entry, reason: str) -> None:
+        self._stream.dead_letter(entry, reason)
+        log.warning("stream entry %s moved to %s", entry.entry_id.decode(), DEAD_LETTERS)
+
+    # -- into the lake ----------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        buffer = self._buffer
+        if not buffer.rollouts:
+            return False
+        is_full = len(buffer.rollouts) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
+        is_old = time.monotonic() - buffer.oldest >= self._shard_age_s
+        return buffer.is_suspect or is_full or is_old
+
+    def _write(self) -> int:
+        """Write the buffer to the lake and acknowledge it. Returns the number of rollouts."""
+        rows = len(self._buffer.rollouts)
+        if rows:
+            try:
+                self._write_buffer()
+            except StoreError:
+                raise
+            except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
+                if not self._drop_misfits():
+                    raise  # no rollout is to blame: they wait
+                self._write_buffer()
+            self._unacknowledged.extend(self._buffer.rollouts)
+            self._buffer = _Buffer()
+        self._acknowledge()
+        return rows
+
+    def _write_buffer(self) -> None:
+        self._lake.write(list(self._buffer.rollouts.values()))
+
+    def _drop_misfits(self) -> int:
+        """Make dead letters of the rollouts that by themselves make no row. Returns how many."""
+        reasons: dict[bytes, str] = {}
+        for entry_id, rollout in self._buffer.rollouts.items():
+            try:
+                to_table([rollout])
+            except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
+                reasons[entry_id] = f"the lake cannot hold it: {type(error).__name__}"
+        for entry_id, reason in reasons.items():
+            text = self._buffer.rollouts[entry_id].to_json().encode()
+            self._dead_letter(Entry(entry_id, {b"rollout": text}), reason)
+            del self._buffer.rollouts[entry_id]
+        return len(reasons)
+
+    def _acknowledge(self) -> None:
+        self._stream.remove(self._unacknowledged)
+        self._unacknowledged.clear()
+
+
+class _Buffer:
+    """Rollouts that are not in the lake yet.
+
+    rollouts: by entry id, so that an entry that is delivered twice counts once. bytes: of their
+    JSON. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader, so it
+    is written at once.
+    """
+
+    def __init__(self) -> None:
+        self.rollouts: dict[bytes, Rollout] = {}
+        self.bytes = 0
+        self.oldest = 0.0
+        self.is_suspect = False
+
+    def add(self, entry_id: bytes, rollout: Rollout, size: int) -> None:
+        if not self.rollouts:
+            self.oldest = time.monotonic()
+        self.rollouts[entry_id] = rollout
+        self.bytes += size

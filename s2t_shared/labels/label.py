@@ -1,10 +1,14 @@
-"""What a selection label is. Labels travel and rest inside the `Rollout` they were found in: its
-tokens once, then each labelled position, which is also how the trainer reads them.
+"""What a selection label is, and how the Steps of an answer become labels.
+
+Labels are stored and sent inside their `Rollout`: the tokens of an answer once, and each labelled
+position. The dataclasses `Label` and `Rollout` are the one schema. The metadata of each field says
+its type, its range and its meaning. JSON, `check_rollout`, the lake's Parquet files (`shards`) and
+the exported data set (`export`) follow from it.
 
 Labels arrive at least once and are deduplicated by `label_id`, a hash of everything that a label's
 value depends on: context, candidates, and the digests of SLM, LLM, tokenizer and chat template.
-(Only the last digits of a value depend on more: the arithmetic's precision, and what was in the
-same batch.) Knows Steps; no files, Redis, models.
+(Only the last digits of a value depend on more: on the arithmetic's precision, and on what was in
+the same batch.) Knows Steps; no files, no Redis, no models.
 """
 
 from __future__ import annotations
@@ -13,14 +17,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from s2t_shared import policy
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.schema import Kind, check_columns, column, columns
-from s2t_shared.policy import candidate_count, step_signal
-from s2t_shared.splits import check_split
+from s2t_shared.labels.schema import Kind, check_columns, column, read_columns
+from s2t_shared.splits import check_split, is_held_out
 from s2t_shared.types import (
     WARMUP_STEPS,
     CandidateRule,
@@ -31,8 +35,9 @@ from s2t_shared.types import (
 )
 
 SCHEMA_VERSION = 2
-HELD_OUT_SHARE = 0.1
 TEXT, WHOLE, RANK, RANK16, REAL, TIME = Kind
+
+# -- the schema -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +63,8 @@ class Label:
 
     @property
     def best(self) -> int:
-        """Index of the LLM's best candidate (ties to the SLM's order)."""
-        return max(range(len(self.candidate_ids)), key=lambda i: (self.llm_log_probs[i], -i))
+        """Index of the LLM's best candidate (ties go to the SLM's order)."""
+        return self.llm_log_probs.index(max(self.llm_log_probs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,27 +102,29 @@ class Rollout:
 
     @property
     def problem(self) -> str:
-        """What a split into training and held-out problems goes by: the problem's id, else the
-        prompt itself."""
-        return (
-            self.problem_id
-            or hashlib.sha256(json.dumps(self.token_ids[: self.prompt_length]).encode()).hexdigest()
-        )
+        """What a split into training and held-out problems goes by: the problem's id, else a hash
+        of the prompt."""
+        if self.problem_id:
+            return self.problem_id
+        prompt_ids = self.token_ids[: self.prompt_length]
+        return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
 
     @property
     def held_out(self) -> bool:
-        """Split by problem, by hash: stable when the lake grows, and no problem is on both
-        sides."""
-        digest = hashlib.sha256(f"{self.task}/{self.problem}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+        """Whether no training run may see the labels."""
+        return is_held_out(self.task, self.problem)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Rollout:
-        """Raises StoreError: not a rollout of this schema version, or one whose values cannot
-        be."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            StoreError: not a rollout of this schema version, or a value is impossible.
+            EvaluationSplitError: it comes from an evaluation split.
+        """
         try:
             row = json.loads(text)
             if row["schema_version"] != SCHEMA_VERSION:
@@ -126,55 +133,83 @@ class Rollout:
                 )
             rollout = cls.from_row(row)
             check_rollout(rollout)
-            return rollout
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise StoreError(f"not labels: {type(error).__name__}: {error}") from error
+        return rollout
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Rollout:
         """From a row of the lake or of JSON: the same names, lists for tuples."""
-        labels = tuple(Label(**_values(Label, label)) for label in row["labels"])
-        return cls(labels=labels, **_values(cls, row))
+        labels = tuple(Label(**read_columns(Label, label)) for label in row["labels"])
+        return cls(labels=labels, **read_columns(Rollout, row))
 
 
-def _values(kind: type[Any], row: dict[str, Any]) -> dict[str, Any]:
-    return {c.name: c.read(row[c.name]) for c in columns(kind)}
+# -- checks ---------------------------------------------------------------------------------------
 
 
 def check_rollout(rollout: Rollout) -> None:
-    """What a JSON text alone does not promise: anyone who can reach Redis may have written it.
+    """Check the values of a rollout. Anyone who can reach Redis may have written it.
 
     Raises:
-        StoreError: a value has the wrong type or range.
+        StoreError: a value has the wrong type, range or length.
         EvaluationSplitError: it comes from an evaluation split.
     """
     check_columns(rollout)
-    tokens = len(rollout.token_ids)
-    answer = tokens - rollout.prompt_length
-    if not 0 < rollout.prompt_length <= tokens:
+    length = len(rollout.token_ids)
+    answer_length = length - rollout.prompt_length
+    if not 0 < rollout.prompt_length <= length:
         raise StoreError("prompt_length: must lie inside token_ids")
     for values in (rollout.entropy, rollout.kl, rollout.llm_top_rank):
-        if len(values) not in (0, answer):
+        if len(values) not in (0, answer_length):
             raise StoreError("entropy, kl, llm_top_rank: one value per answer token, or none")
     for label in rollout.labels:
-        _check_label(label, tokens)
+        _check_label(label, length)
     check_split(rollout.split)
 
 
-def _check_label(label: Label, tokens: int) -> None:
+def _check_label(label: Label, length: int) -> None:
     check_columns(label)
-    if not 0 < label.position <= tokens:
+    if not 0 < label.position <= length:
         raise StoreError("position: must lie inside token_ids")
-    k = len(label.candidate_ids)
-    if not k == len(label.slm_log_probs) == len(label.llm_log_probs) > 0:
+    count = len(label.candidate_ids)
+    if not count or {len(label.slm_log_probs), len(label.llm_log_probs)} != {count}:
         raise StoreError(
             "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
         )
 
 
+# -- which positions are labels -------------------------------------------------------------------
+
+
+def is_label(signals: Mapping[Trigger, float], rules: Iterable[LabelRule]) -> bool:
+    """Whether a scored position is a label: the signal of one rule is strictly above its threshold.
+
+    signals: the values of the rules' triggers at the position, which lies behind the warm-up.
+    """
+    return any(signals[rule.trigger] > rule.threshold for rule in rules)
+
+
+def _is_label(step: Step, rules: Sequence[LabelRule]) -> bool:
+    if not _is_scored(step):
+        return False
+    if not rules:
+        return step.triggered
+    if step.index < WARMUP_STEPS:
+        return False
+    signals = {rule.trigger: policy.step_signal(step, rule.trigger) for rule in rules}
+    return is_label(signals, rules)
+
+
+def _is_scored(step: Step) -> bool:
+    return step.support is not None and step.llm is not None
+
+
+# -- from Steps to a rollout ----------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Digests:
-    """Which models, tokenizer and chat template a label's numbers come from."""
+    """Which models, tokenizer and chat template the numbers of a label come from."""
 
     slm: str
     llm: str
@@ -191,24 +226,18 @@ def rollout_of(
     request_id: str,
     source: str = "online",
 ) -> Rollout:
-    """Fold the Steps of one answer into its rollout: a label for every LLM selection, or, of a
-    scored rollout, for every position that one of `options.rules` marks.
+    """Fold the Steps of one answer into its rollout.
+
+    Every LLM selection becomes a label, or, of a scored rollout, every position that one of
+    `options.rules` marks.
 
     Raises:
         EvaluationSplitError: `options.split` names an evaluation split.
     """
     check_split(options.split)
-    token_ids = (*prompt_ids, *(step.token_id for step in steps))
-    start = len(prompt_ids)
-    key = [SCHEMA_VERSION, *asdict(digests).values(), *prompt_ids]
-    context = hashlib.sha256(json.dumps(key).encode())
-    labels = []
-    for i, step in enumerate(steps):
-        if step.support is not None and step.llm is not None and _is_label(step, options):
-            labels.append(_label(context.copy(), start + i, step, rule))
-        context.update(b",%d" % step.token_id)
-    scored = bool(steps) and all(s.support is not None and s.llm is not None for s in steps)
-    measured = [s for s in steps if scored and s.entropy is not None and s.kl is not None]
+    figures = [_figures(step) for step in steps if _is_scored(step)]
+    if len(figures) < len(steps):
+        figures = []
     rollout = Rollout(
         rollout_id="",
         request_id=request_id,
@@ -216,11 +245,11 @@ def rollout_of(
         task=options.task,
         split=options.split,
         source=source,
-        token_ids=token_ids,
-        prompt_length=start,
-        entropy=tuple(s.entropy for s in measured if s.entropy is not None),
-        kl=tuple(s.kl for s in measured if s.kl is not None),
-        llm_top_rank=tuple(s.llm_top_rank for s in measured if s.llm_top_rank is not None),
+        token_ids=(*prompt_ids, *(step.token_id for step in steps)),
+        prompt_length=len(prompt_ids),
+        entropy=tuple(entropy for entropy, _, _ in figures),
+        kl=tuple(kl for _, kl, _ in figures),
+        llm_top_rank=tuple(rank for _, _, rank in figures),
         labels=(),
         slm_digest=digests.slm,
         llm_digest=digests.llm,
@@ -228,63 +257,66 @@ def rollout_of(
         template_digest=digests.template,
         created_at=time.time(),
     )
-    return with_labels(rollout, tuple(labels))
+    return with_labels(rollout, _labels(prompt_ids, steps, rule, options.rules, digests))
 
 
 def with_labels(rollout: Rollout, labels: tuple[Label, ...]) -> Rollout:
     """The rollout with these labels, under the id that goes with them."""
-    r = rollout
     key = [
-        r.request_id,
-        r.token_ids,
+        rollout.request_id,
+        rollout.token_ids,
         [label.label_id for label in labels],
-        bool(r.llm_top_rank),
-        r.slm_digest,
-        r.llm_digest,
-        r.tokenizer_digest,
-        r.template_digest,
+        bool(rollout.llm_top_rank),
+        rollout.slm_digest,
+        rollout.llm_digest,
+        rollout.tokenizer_digest,
+        rollout.template_digest,
     ]
-    return replace(rollout, labels=labels, rollout_id=_hash(key))
+    text = json.dumps([SCHEMA_VERSION, *key], separators=(",", ":"))
+    rollout_id = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return replace(rollout, labels=labels, rollout_id=rollout_id)
 
 
-def is_label(signals: Mapping[Trigger, float], rules: Sequence[LabelRule]) -> bool:
-    """Whether a position is a label: one of its signals lies above its rule's threshold."""
-    return any(signals[rule.trigger] > rule.threshold for rule in rules)
-
-
-def _is_label(step: Step, options: LabelOptions) -> bool:
-    if not options.rules:
-        return step.triggered
-    if step.index < WARMUP_STEPS:
-        return False
-    signals = {rule.trigger: step_signal(step, rule.trigger) for rule in options.rules}
-    return is_label(signals, options.rules)
+def _labels(
+    prompt_ids: Sequence[int],
+    steps: Sequence[Step],
+    rule: CandidateRule,
+    rules: Sequence[LabelRule],
+    digests: Digests,
+) -> tuple[Label, ...]:
+    labels = []
+    models = [digests.slm, digests.llm, digests.tokenizer, digests.template]
+    context = hashlib.sha256(json.dumps([SCHEMA_VERSION, *models, *prompt_ids]).encode())
+    for i, step in enumerate(steps):
+        if _is_label(step, rules):
+            labels.append(_label(context.copy(), len(prompt_ids) + i, step, rule))
+        context.update(b",%d" % step.token_id)
+    return tuple(labels)
 
 
 def _label(context: hashlib._Hash, position: int, step: Step, rule: CandidateRule) -> Label:
     """context: a hash of all tokens before `position` and of what scored them."""
-    assert step.support is not None
-    assert step.llm is not None
-    assert step.llm_top_rank is not None and step.kl is not None and step.entropy is not None
-    k = candidate_count(rule, step.support.log_probs)
-    candidate_ids = step.support.ids[:k]
-    llm_log_probs = step.llm.log_probs[:k]
+    assert step.support is not None and step.llm is not None
+    count = policy.candidate_count(rule, step.support.log_probs)
+    candidate_ids = step.support.ids[:count]
+    llm_log_probs = step.llm.log_probs[:count]
+    entropy, kl, rank = _figures(step)
     context.update(json.dumps(["candidates", *candidate_ids]).encode())
     return Label(
         label_id=context.hexdigest()[:32],
         position=position,
         candidate_ids=candidate_ids,
-        slm_log_probs=step.support.log_probs[:k],
+        slm_log_probs=step.support.log_probs[:count],
         llm_log_probs=llm_log_probs,
         llm_top_id=step.llm.top_id,
-        llm_top_rank=step.llm_top_rank,
-        mass=sum(math.exp(log_prob) for log_prob in llm_log_probs),
-        kl=step.kl,
-        entropy=step.entropy,
+        llm_top_rank=rank,
+        mass=sum(math.exp(x) for x in llm_log_probs),
+        kl=kl,
+        entropy=entropy,
     )
 
 
-def _hash(parts: list[Any]) -> str:
-    return hashlib.sha256(
-        json.dumps([SCHEMA_VERSION, *parts], separators=(",", ":")).encode()
-    ).hexdigest()[:32]
+def _figures(step: Step) -> tuple[float, float, int]:
+    """Entropy, KL and the LLM's rank. The engine computes them wherever it keeps the support."""
+    assert step.entropy is not None and step.kl is not None and step.llm_top_rank is not None
+    return step.entropy, step.kl, step.llm_top_rank

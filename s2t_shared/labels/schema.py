@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from s2t_shared.errors import StoreError
@@ -76,9 +77,13 @@ class Column:
         return tuple(value) if self.many else value
 
     def check(self, value: Any) -> None:
-        """Raises StoreError: the value has the wrong type or range."""
+        """Check a value.
+
+        Raises:
+            StoreError: it has the wrong type or range.
+        """
         values: Iterable[Any] = value if self.many else (value,)
-        if not all(self.kind.check(one) for one in values):
+        if not all(map(self.kind.check, values)):
             raise StoreError(f"{self.name}: {self.kind.rule}")
 
 
@@ -87,13 +92,19 @@ def column(kind: Kind, doc: str, *, many: bool = False, default: Any = MISSING) 
     return field(default=default, metadata={"kind": kind, "doc": doc, "many": many})
 
 
-def columns(kind: type[Any]) -> tuple[Column, ...]:
-    """The columns of a dataclass, in order; fields that are no columns are left out."""
+@cache
+def columns(schema: Any) -> tuple[Column, ...]:
+    """The columns of a dataclass, in order. Fields that are no columns are left out."""
     found = []
-    for f in fields(kind):
+    for f in fields(schema):
         if "kind" in f.metadata:
             found.append(Column(f.name, f.metadata["kind"], f.metadata["doc"], f.metadata["many"]))
     return tuple(found)
+
+
+def read_columns(schema: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a dataclass from a row of the lake or of JSON."""
+    return {found.name: found.read(row[found.name]) for found in columns(schema)}
 
 
 def check_columns(row: Any) -> None:
@@ -102,5 +113,6 @@ def check_columns(row: Any) -> None:
     Raises:
         StoreError: a value has the wrong type or range; the text names its column.
     """
-    for found in columns(type(row)):
+    schema: Any = type(row)
+    for found in columns(schema):
         found.check(getattr(row, found.name))

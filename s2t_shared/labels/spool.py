@@ -1,13 +1,14 @@
-"""The disk spool: where a producer's entries are safe while Redis is away, or cannot say that it
-has them on disk.
+"""The disk spool: where a writer's entries are safe while Redis is away, or does not confirm that
+it has them on disk.
 
-    spool/ .lock             held for a moment, to make, adopt or remove a folder <writer>/lock
-      held for as long as the writer lives, however it dies <writer>/<number>.entries   a segment:
-      records (length, CRC-32, bytes), appended, fsynced, never changed
+    spool/
+      .lock                        held for a moment, to make, adopt or remove a folder
+      <writer>/lock                held for as long as the writer lives, however it dies
+      <writer>/<number>.entries    a segment: records (length, CRC-32, bytes), appended and synced
 
-A segment is removed when its entries are durable elsewhere. The folder of a dead writer is adopted
-by a living one. A record that a crash cut short was never promised: reading ends there. Knows bytes
-and files; not what they mean.
+A segment is removed when its entries are durable elsewhere. A living writer adopts the folder of a
+dead one. Reading ends at a record that a crash cut short: nobody was promised it. Knows bytes and
+files; not what the bytes mean.
 """
 
 from __future__ import annotations
@@ -32,155 +33,142 @@ SUFFIX = ".entries"
 
 
 class Spool:
-    """One writer's folder under `root`, and those it adopted; `max_bytes` bounds them together.
-    Thread-safe.
+    """One writer's folder under `root`, and the folders that it adopted. Thread-safe.
 
-    Raises:
-        StoreError: `root` cannot be written.
+    max_bytes: bounds all these folders together. Every method raises StoreError where the disk
+    refuses.
     """
 
     def __init__(self, root: Path, max_bytes: int) -> None:
-        self._root, self._max_bytes = root, max_bytes
+        self._root = root
+        self._max_bytes = max_bytes
         self._folder = root / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._lock = threading.Lock()  # of what follows
-        self._open: IO[bytes] | None = None
-        self._path, self._size, self._made = self._folder, 0, 0
-        self._held: dict[Path, ExitStack] = {}  # folder -> its lock
+        self._lock = threading.Lock()  # of all below
+        self._open: IO[bytes] | None = None  # the segment being written: its stream, path and size
+        self._path = self._folder
+        self._size = 0
+        self._segments_made = 0
+        self._folder_locks: dict[Path, ExitStack] = {}
         with self._guarded():
-            with self._alone():
+            with self._folders_locked():
                 self._folder.mkdir()
-                lock = _hold(self._folder)
+                lock = _lock_folder(self._folder)
                 assert lock is not None, "nobody else knows this folder"
-                self._held[self._folder] = lock
+                self._folder_locks[self._folder] = lock
             sync(root)
         self.adopt()
 
-    def append(self, entries: Sequence[bytes]) -> None:
-        """Returns once all entries are on disk.
+    # -- one segment after the other --------------------------------------------------------------
 
-        Raises: StoreError: `max_bytes` is reached or the disk refuses. None of the entries is kept
-            then.
+    def append(self, entries: Sequence[bytes]) -> None:
+        """Write entries; they are on disk when the call returns.
+
+        Raises:
+            StoreError: `max_bytes` is reached or the disk refuses; then no entry was written.
         """
-        records = b"".join(HEADER.pack(len(entry), zlib.crc32(entry)) + entry for entry in entries)
+        records = b"".join(_record(entry) for entry in entries)
         with self._guarded():
-            if sum(path.stat().st_size for path in self._files()) + len(records) > self._max_bytes:
+            used = sum(path.stat().st_size for path in self._files())
+            if used + len(records) > self._max_bytes:
                 raise StoreError(
                     f"the label spool {self._root.name!r} is full ({self._max_bytes >> 20} MiB); "
                     "see that Redis answers, or raise labels.spool_mib"
                 )
-            if self._open is None:
-                self._path = self._folder / f"{self._made:08d}{SUFFIX}"
-                self._made += 1
-                self._open, self._size = self._path.open("xb", buffering=0), 0
-                sync(self._folder)
+            stream = self._open or self._new_segment()
             try:
-                _write_all(self._open, records)
-                os.fsync(self._open.fileno())
+                _write_all(stream, records)
+                os.fsync(stream.fileno())
             except OSError:
-                self._abandon()
+                self._truncate(stream)
                 raise
             self._size += len(records)
             if self._size >= SEGMENT_BYTES:
                 self._seal()
 
-    def _abandon(self) -> None:
-        """After a failed write or fsync nobody knows what is on disk: back to what was promised,
-        and a new segment."""
-        assert self._open is not None
+    def _new_segment(self) -> IO[bytes]:
+        self._path = self._folder / f"{self._segments_made:08d}{SUFFIX}"
+        self._segments_made += 1
+        self._size = 0
+        self._open = self._path.open("xb", buffering=0)
+        sync(self._folder)
+        return self._open
+
+    def _truncate(self, stream: IO[bytes]) -> None:
+        """Cut the segment back to what was promised, and end it: after a failed write or fsync
+        nobody knows what is on disk."""
         try:
-            os.ftruncate(self._open.fileno(), self._size)
+            os.ftruncate(stream.fileno(), self._size)
         finally:
             self._seal()
 
     def _seal(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-            if not self._size:
-                self._path.unlink()
+        if self._open is None:
+            return
+        self._open.close()
+        self._open = None
+        if not self._size:
+            self._path.unlink()
 
     def _files(self) -> list[Path]:
-        return [path for folder in list(self._held) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+        files: list[Path] = []
+        for folder in self._folder_locks:
+            files.extend(_segments_in(folder))
+        return files
 
     def segments(self) -> list[Path]:
-        """What waits here, oldest first, of this writer and of those it adopted, without the one
-        being written.
-
-        Raises:
-            StoreError: the disk refuses.
-        """
+        """Segments of this writer and of adopted ones, without the one being written. Oldest
+        first within a folder."""
         with self._guarded():
             return [path for path in self._files() if self._open is None or path != self._path]
 
     def seal(self) -> None:
-        """What comes later goes to another segment.
-
-        Raises:
-            StoreError: the disk refuses.
-        """
+        """End the segment being written; later entries go to a new one."""
         with self._guarded():
             self._seal()
 
     def read(self, segment: Path) -> list[bytes]:
-        """The entries of a segment, up to the first one that a crash cut short.
-
-        Raises:
-            StoreError: the disk refuses.
-        """
+        """The entries of a segment, up to the first one that a crash cut short."""
         with self._guarded():
-            return list(_records(segment.read_bytes()))
+            return list(read_records(segment.read_bytes()))
 
     def remove(self, segment: Path) -> None:
-        """The segment's entries are durable elsewhere.
-
-        Raises:
-            StoreError: the disk refuses.
-        """
+        """Remove a segment whose entries are durable elsewhere."""
         with self._guarded():
             segment.unlink(missing_ok=True)
 
-    def adopt(self) -> None:
-        """Take over the folders of writers that have died; let go of adopted ones that are empty.
+    # -- folders ----------------------------------------------------------------------------------
 
-        Raises:
-            StoreError: the disk refuses.
-        """
-        with self._guarded(), self._alone():
+    def adopt(self) -> None:
+        """Take over the folders of dead writers; release adopted ones that are empty."""
+        with self._guarded(), self._folders_locked():
             for folder in self._root.iterdir():
-                if (
-                    folder.is_dir()
-                    and folder not in self._held
-                    and (lock := _hold(folder)) is not None
-                ):
-                    self._held[folder] = lock
-            for folder in [
-                f for f in self._held if f != self._folder and not any(f.glob(f"*{SUFFIX}"))
-            ]:
-                self._release(folder)
+                if folder.is_dir() and folder not in self._folder_locks:
+                    lock = _lock_folder(folder)
+                    if lock is not None:
+                        self._folder_locks[folder] = lock
+            for folder in list(self._folder_locks):
+                if folder != self._folder and not _segments_in(folder):
+                    self._release(folder)
 
     def close(self) -> None:
-        """Leave what waits to whoever opens the spool next.
-
-        Raises:
-            StoreError: the disk refuses.
-        """
+        """Leave what is in the spool to whoever opens it next."""
         with self._guarded():
             self._seal()
-            with self._alone():
-                for folder in list(self._held):
+            with self._folders_locked():
+                for folder in list(self._folder_locks):
                     self._release(folder)
 
     def _release(self, folder: Path) -> None:
-        lock = self._held.pop(folder)
+        lock = self._folder_locks.pop(folder)
         try:
-            if not any(folder.glob(f"*{SUFFIX}")):
+            if not _segments_in(folder):
                 shutil.rmtree(folder)
         finally:
             lock.close()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While folders come, change hands or go."""
+    def _folders_locked(self) -> Iterator[None]:
+        """No other process makes, adopts or removes a folder meanwhile."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # labels hold users' text
         with locked(self._root / ".lock"):
             yield
@@ -192,32 +180,47 @@ class Spool:
             with self._lock:
                 yield
         except OSError as error:
+            reason = error.strerror or error
             raise StoreError(
-                f"the label spool {self._root.name!r} cannot be used: {error.strerror or error}; free or "
-                "grant space there"
+                f"the label spool {self._root.name!r} cannot be used: {reason}; free or grant "
+                "space there"
             ) from error
 
 
-def _hold(folder: Path) -> ExitStack | None:
-    """Lock a folder until the stack is closed; None: its writer lives, or is another user's."""
+def _lock_folder(folder: Path) -> ExitStack | None:
+    """Lock a folder until the stack is closed. None: its writer lives, or is another user's."""
     with ExitStack() as stack, suppress(PermissionError):
         if stack.enter_context(locked(folder / "lock", wait=False)):
             return stack.pop_all()
     return None
 
 
-def _write_all(stream: IO[bytes], content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[stream.write(view) or 0 :]
+def _segments_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{SUFFIX}"))
 
 
-def _records(content: bytes) -> Iterator[bytes]:
-    at = 0
-    while at + HEADER.size <= len(content):
-        length, crc = HEADER.unpack_from(content, at)
-        entry = content[at + HEADER.size : at + HEADER.size + length]
+# -- records --------------------------------------------------------------------------------------
+
+
+def _record(entry: bytes) -> bytes:
+    return HEADER.pack(len(entry), zlib.crc32(entry)) + entry
+
+
+def read_records(content: bytes) -> Iterator[bytes]:
+    """The entries in a segment's bytes, up to the first one that is cut short or damaged."""
+    start = 0
+    while start + HEADER.size <= len(content):
+        length, crc = HEADER.unpack_from(content, start)
+        start += HEADER.size
+        entry = content[start : start + length]
         if len(entry) < length or zlib.crc32(entry) != crc:
             return
         yield entry
-        at += HEADER.size + length
+        start += length
+
+
+def _write_all(stream: IO[bytes], content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        written = stream.write(view) or 0
+        view = view[written:]

@@ -1,11 +1,14 @@
-"""What the label lake holds: how much, of what, and how often the LLM's choice is among the SLM's
-first K (Hit@K) at the positions that a trigger would pick. One pass, constant memory but for the
-problems' names. Pure numbers."""
+"""Statistics of the label lake: how much, of what, and Hit@K.
+
+Hit@K is the share of positions where the LLM's choice is among the SLM's first K. It is given for
+all positions, for the labelled ones, and for those that a trigger would pick. Reads the lake once,
+in constant memory but for the problems' names.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,43 +19,51 @@ from s2t_shared.types import WARMUP_STEPS
 
 HIT_AT = (1, 2, 4, 8)
 TOP_SHARES = (0.01, 0.05, 0.10)
-BINS, LOWEST, HIGHEST = 8192, 1e-7, 1e3  # of a signal in nats, in equal ratios of 0.3 %
+# Histogram of a signal in nats: bins of equal ratio, 0.3 % wide.
+BINS = 8192
+LOWEST = 1e-7
+HIGHEST = 1e3
 
 
-class _Signal:
-    """Positions by the strength of one signal: how many, and how many of them hit at each K."""
+class _Histogram:
+    """Scored positions by the strength of one signal: how many, and how many hits at each K."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(BINS, dtype=np.int64)
         self._hits = np.zeros((BINS, len(HIT_AT)), dtype=np.int64)
 
     def add(self, values: np.ndarray, hits: np.ndarray) -> None:
-        """values: [n] nats; hits: [n, 4] bool."""
-        place = (
-            np.log(np.clip(values, LOWEST, HIGHEST) / LOWEST)
-            / math.log(HIGHEST / LOWEST)
-            * (BINS - 1)
-        )
-        np.add.at(self._counts, place.astype(np.int64), 1)
-        np.add.at(self._hits, place.astype(np.int64), hits)
+        """values: [n], nats; hits: [n, 4], bool."""
+        ratios = np.clip(values, LOWEST, HIGHEST) / LOWEST
+        scale = (BINS - 1) / math.log(HIGHEST / LOWEST)
+        bins = (np.log(ratios) * scale).astype(np.int64)
+        np.add.at(self._counts, bins, 1)
+        np.add.at(self._hits, bins, hits)
 
     def hit_at(self, positions: int) -> dict[int, float | None]:
-        """Hit@K of the `positions` strongest; of those that tie in the last bin, the mean."""
-        above = np.minimum(np.cumsum(self._counts[::-1]), positions)
+        """Hit@K of the `positions` strongest. Of those in the last bin the mean counts."""
+        counts = self._counts[::-1]
+        hits = self._hits[::-1]
+        above = np.minimum(np.cumsum(counts), positions)
         taken = np.diff(above, prepend=0)
-        share = taken / np.maximum(self._counts[::-1], 1)
-        found = share @ self._hits[::-1]
         total = int(taken.sum())
-        return {k: float(found[i] / total) if total else None for i, k in enumerate(HIT_AT)}
+        if not total:
+            return dict.fromkeys(HIT_AT)
+        shares = taken / np.maximum(counts, 1)
+        found = shares @ hits
+        return {k: float(n / total) for k, n in zip(HIT_AT, found, strict=True)}
 
 
 @dataclass(kw_only=True)
 class LabelStats:
-    """Figures of a lake. `pairs`: labels by "SLM digest / LLM digest"; `answer_tokens`: of all
-    rollouts; `positions`: of those, scored ones. `mass`: the LLM's mean probability on a label's
-    candidates. `hits`: Hit@K by which positions ("all", "labelled", "kl top 1 %", ...); None where
-    there are none. A top share counts all scored positions and takes none of the warm-up, as a
-    budget does. Times are Unix seconds."""
+    """Figures of a lake. Times are Unix seconds; None where there is nothing to measure.
+
+    answer_tokens: of all rollouts; positions: those of them that were scored.
+    mass: mean probability that the LLM puts on the candidates of a label.
+    tasks, sources: labels by name. pairs: labels by "SLM digest / LLM digest".
+    hits: Hit@K by name of the positions ("all", "labelled", "kl top 1 %", ...). As with a budget, a
+    top share is one of all scored positions, and none of the warm-up is among them.
+    """
 
     shards: int = 0
     bytes: int = 0
@@ -85,48 +96,72 @@ def measure_labels(lake: Lake) -> LabelStats:
     shards = lake.shards()
     stats = LabelStats(
         shards=len(shards),
-        bytes=sum(s.bytes for s in shards),
-        oldest=min((s.first for s in shards), default=None),
-        newest=max((s.last for s in shards), default=None),
+        bytes=sum(shard.bytes for shard in shards),
+        oldest=min((shard.first for shard in shards), default=None),
+        newest=max((shard.last for shard in shards), default=None),
     )
-    tasks, sources, pairs = Counter[str](), Counter[str](), Counter[str]()
-    problems: set[int] = set()
-    every, labelled, by_kl, by_entropy = _Signal(), _Signal(), _Signal(), _Signal()
+    problems: set[int] = set()  # hashes of 64 bits, rather than the names
     mass = 0.0
+    hits = _Hits()
     for rollout in lake.rollouts():
-        count = len(rollout.labels)
-        stats.rollouts += 1
-        stats.labels += count
-        stats.held_out_labels += count * rollout.held_out
-        stats.answer_tokens += len(rollout.token_ids) - rollout.prompt_length
-        stats.positions += len(rollout.llm_top_rank)
-        tasks[rollout.task] += count
-        sources[rollout.source] += count
-        pairs[f"{rollout.slm_digest} / {rollout.llm_digest}"] += count
+        _count(stats, rollout)
         problems.add(hash((rollout.task, rollout.problem)))
         mass += sum(label.mass for label in rollout.labels)
-        _add_positions(rollout, every, by_kl, by_entropy)
-        ranks = np.asarray([label.llm_top_rank for label in rollout.labels], dtype=np.int64)
-        labelled.add(np.ones(count), _hits(ranks))
-    stats.problems, stats.mass = len(problems), mass / stats.labels if stats.labels else None
-    stats.tasks, stats.sources, stats.pairs = dict(tasks), dict(sources), dict(pairs)
-    stats.hits = {"all": every.hit_at(stats.positions), "labelled": labelled.hit_at(stats.labels)}
-    for name, signal in (("kl", by_kl), ("entropy", by_entropy)):
-        for share in TOP_SHARES:
-            stats.hits[f"{name} top {share:.0%}"] = signal.hit_at(
-                max(1, int(share * stats.positions))
-            )
+        hits.add(rollout)
+    stats.problems = len(problems)
+    stats.mass = mass / stats.labels if stats.labels else None
+    stats.hits = hits.by_positions(stats.positions, stats.labels)
     return stats
 
 
-def _add_positions(rollout: Rollout, every: _Signal, by_kl: _Signal, by_entropy: _Signal) -> None:
-    hits = _hits(np.asarray(rollout.llm_top_rank, dtype=np.int64))
-    every.add(np.ones(len(hits)), hits)
-    by_kl.add(np.asarray(rollout.kl)[WARMUP_STEPS:], hits[WARMUP_STEPS:])
-    by_entropy.add(np.asarray(rollout.entropy)[WARMUP_STEPS:], hits[WARMUP_STEPS:])
+def _count(stats: LabelStats, rollout: Rollout) -> None:
+    labels = len(rollout.labels)
+    stats.rollouts += 1
+    stats.labels += labels
+    stats.answer_tokens += len(rollout.token_ids) - rollout.prompt_length
+    stats.positions += len(rollout.llm_top_rank)
+    if rollout.held_out:
+        stats.held_out_labels += labels
+    _add(stats.tasks, rollout.task, labels)
+    _add(stats.sources, rollout.source, labels)
+    _add(stats.pairs, f"{rollout.slm_digest} / {rollout.llm_digest}", labels)
 
 
-def _hits(ranks: np.ndarray) -> np.ndarray:
-    """[n] ranks -> [n, 4] bool."""
-    hits: np.ndarray = (ranks[:, None] >= 0) & (ranks[:, None] < np.asarray(HIT_AT))
+def _add(counts: dict[str, int], name: str, count: int) -> None:
+    counts[name] = counts.get(name, 0) + count
+
+
+class _Hits:
+    """Histograms of all, of labelled, and of scored positions by KL and entropy."""
+
+    def __init__(self) -> None:
+        self._all = _Histogram()
+        self._labelled = _Histogram()
+        self._signals = {"kl": _Histogram(), "entropy": _Histogram()}
+
+    def add(self, rollout: Rollout) -> None:
+        hits = _hits(rollout.llm_top_rank)
+        self._all.add(np.ones(len(hits)), hits)
+        for name, histogram in self._signals.items():
+            values = np.asarray(getattr(rollout, name))
+            histogram.add(values[WARMUP_STEPS:], hits[WARMUP_STEPS:])
+        labelled = _hits([label.llm_top_rank for label in rollout.labels])
+        self._labelled.add(np.ones(len(labelled)), labelled)
+
+    def by_positions(self, positions: int, labels: int) -> dict[str, dict[int, float | None]]:
+        found = {
+            "all": self._all.hit_at(positions),
+            "labelled": self._labelled.hit_at(labels),
+        }
+        for name, histogram in self._signals.items():
+            for share in TOP_SHARES:
+                count = max(1, int(share * positions))
+                found[f"{name} top {share:.0%}"] = histogram.hit_at(count)
+        return found
+
+
+def _hits(ranks: Sequence[int]) -> np.ndarray:
+    """Whether the LLM's choice is among the SLM's first K: ranks [n] -> [n, 4], bool."""
+    column = np.asarray(ranks, dtype=np.int64)[:, None]
+    hits: np.ndarray = (column >= 0) & (column < np.asarray(HIT_AT))
     return hits

@@ -1,20 +1,16 @@
-"""The ledger's way from a proposer to the lake; here its first half, `LabelWriter`. `drain` is the
-second.
+"""The first half of a label's way to the lake: `LabelWriter`. `drain` is the second half.
 
-    engine --> LabelWriter --XADD, WAITAOF--> Redis stream --XREADGROUP--> Drain --Lake.write-->
-               Parquet lake queue in memory                append-only file             buffer
-               |
-                 |  away, full, slow,         holds a rollout until        full: reads no more  v durable:
-                 v  does not confirm          it is in the lake            until it has written only then XACK + XDEL
-               Spool on disk --XADD--^
+    engine --> LabelWriter --XADD, WAITAOF--> Redis stream --XREADGROUP--> Drain --> Parquet lake
+               queue in memory                append-only file             buffer
+                    |                              ^
+                    | Redis is away, full, slow,   |        XACK and XDEL only after
+                    v or does not confirm          |        the shard is durable
+               Spool on disk ----------XADD--------+
 
-Nothing presses back on decoding: a slow lake lengthens the stream, a Redis that is away or full
-lengthens the spool; only a full spool or a full queue loses labels, which are counted, and the
-writer's future says so. Delivery is *at least once*: a crash or a lost answer anywhere on the way
-repeats rollouts, and the lake's readers drop repeats.
-
-Knows rollouts; no models, no decoding, no text. Redis itself is touched in `redis_client` only,
-files in `spool`.
+Decoding is never back-pressured. A slow lake lengthens the stream; a Redis that is away or full
+lengthens the spool. Only a full spool or a full queue loses labels: they are counted, and the
+writer's future holds an error. Delivery is *at least once*: a crash or a lost reply repeats
+rollouts, and the lake's readers drop duplicates. Knows rollouts; no models, no decoding, no text.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,58 +28,72 @@ from pathlib import Path
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.spool import Spool
-from s2t_shared.labels.stream import LabelStream
+from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 
 log = logging.getLogger(__name__)
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
-BATCH_BYTES = 1 << 20  # of JSON, about, per question to Redis and per fsync of the spool
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 2.0
+BATCH_BYTES = 1 << 20  # of JSON, about, for one call of Redis and one fsync of the spool
 WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
-SETTLED_S = (
-    3.0  # what a server took so long ago is synced, where its policy is "always" or "everysec"
-)
+# A server that syncs "always" or "everysec" has on disk what it took so long ago.
+SETTLED_S = 3.0
 ADOPT_EVERY_S = 10.0
 
 
-@dataclass
+def next_backoff(backoff_s: float) -> float:
+    """The pause after one more failure; 0 means that there was none before."""
+    return min(MAX_BACKOFF_S, backoff_s * 2 or FIRST_BACKOFF_S)
+
+
+@dataclass(frozen=True)
 class _Write:
+    """Rollouts that one call of `LabelWriter.write` queued."""
+
     rollouts: tuple[Rollout, ...]
     future: Future[None] = field(default_factory=Future)
 
     @cached_property
     def labels(self) -> int:
-        return sum(len(r.labels) for r in self.rollouts)
+        return sum(len(rollout.labels) for rollout in self.rollouts)
 
     @cached_property
     def bytes(self) -> int:
-        """Of JSON, about."""
-        return sum(
-            1000
-            + 8 * len(r.token_ids)
-            + 45 * len(r.entropy)
-            + sum(250 + 50 * len(label.candidate_ids) for label in r.labels)
-            for r in self.rollouts
-        )
+        """Approximate size of the JSON encoding."""
+        return sum(_json_bytes(rollout) for rollout in self.rollouts)
+
+
+def _json_bytes(rollout: Rollout) -> int:
+    labels = sum(250 + 50 * len(label.candidate_ids) for label in rollout.labels)
+    return 1000 + 8 * len(rollout.token_ids) + 45 * len(rollout.entropy) + labels
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A segment that a server took without confirming it: by which run of the server, when, and its
-    last entry."""
+    """A segment that a server took without confirming it.
+
+    run_id: of the server. at: `time.monotonic()`. last: the segment's last entry in the stream.
+    """
 
     run_id: str
     at: float
-    last: tuple[int, int]
+    last: EntryNumber
+
+    def is_durable(self, server: Persistence) -> bool:
+        """Whether the same run of the server has the segment on disk, or the drain has read it."""
+        if server.fsyncs and time.monotonic() - self.at > SETTLED_S:
+            return True
+        return server.oldest is None or server.oldest > self.last
 
 
 class LabelWriter:
     """Takes rollouts from the decode loop without ever making it wait, and stores them durably.
 
-    One thread gives them to Redis, and when Redis does not confirm, to the spool; another brings
-    what is in the spool to Redis, also that of writers that died. A segment of the spool is removed
-    when the server confirmed its entries (`WAITAOF`). A server without that command has them when
-    its append-only file is synced by policy, SETTLED_S have passed, and its run_id (INFO) is still
-    the one that took them; one that syncs nothing, when the drain has taken them from the stream.
-    Else they are sent again.
+    One thread sends them to Redis and, when Redis does not confirm, writes them to the spool.
+    Another sends what is in the spool to Redis, also what dead writers left there. A segment of the
+    spool is removed when the server confirmed its entries (`WAITAOF`). A server without that
+    command has them when its append-only file is synced by policy, SETTLED_S have passed, and its
+    run_id (INFO) is still the same. A server that syncs nothing has them when the drain has taken
+    them from the stream. Otherwise they are sent again.
 
     written, dropped (by reason): labels since the start.
 
@@ -93,73 +103,85 @@ class LabelWriter:
 
     def __init__(
         self,
-        store: LabelStream,
+        stream: LabelStream,
         spool: Path,
         spool_bytes: int = 1 << 30,
         queue_bytes: int = 64 << 20,
     ) -> None:
-        self._store = store.with_timeout(WRITE_TIMEOUT_S)
-        self._spool, self._capacity = Spool(spool, spool_bytes), queue_bytes
-        self.written, self.dropped = 0, Counter[str]()
-        self._waiting: deque[_Write] = deque()
-        self._waiting_bytes = 0
+        self._stream = stream.with_timeout(WRITE_TIMEOUT_S)
+        self._spool = Spool(spool, spool_bytes)
+        self._capacity = queue_bytes
+        self.written = 0
+        self.dropped = Counter[str]()
+        self._queue: deque[_Write] = deque()
+        self._queue_bytes = 0
         self._changed = threading.Condition()  # of the queue and the counts
-        self._closed = False
-        self._confirms = threading.Event()  # Redis answers, and says what it has on disk
-        self._confirms.set()
-        self._spooled, self._closing = threading.Event(), threading.Event()
+        self._is_closed = False
+        self._redis_confirms = threading.Event()  # Redis answers, and confirms what is on its disk
+        self._redis_confirms.set()
+        self._spooled = threading.Event()
+        self._closing = threading.Event()
         self._sent: dict[Path, _Sent] = {}
-        self._threads = [
-            threading.Thread(target=self._store_all, name="label-writer", daemon=True),
-            threading.Thread(target=self._deliver_all, name="label-spool", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._storing = threading.Thread(target=self._store_all, name="label-writer", daemon=True)
+        self._sending = threading.Thread(target=self._send_all, name="label-spool", daemon=True)
+        self._storing.start()
+        self._sending.start()
+
+    @property
+    def writes_to_redis(self) -> bool:
+        """Whether Redis confirmed the last write; otherwise the spool is used first."""
+        return self._redis_confirms.is_set()
 
     def write(self, rollouts: Sequence[Rollout]) -> Future[None]:
-        """Queue rollouts; the future is done when they are durable. Never blocks, never raises:
-        what finds no room is dropped and counted, and its future holds a StoreError."""
+        """Queue rollouts. Never blocks, never raises.
+
+        The future is done when they are durable. Rollouts that find no room are dropped and
+        counted, and their future holds a StoreError.
+        """
         write = _Write(tuple(rollouts))
         write.future.set_running_or_notify_cancel()  # a caller that gives up changes nothing
         with self._changed:
-            refused = (
-                "the writer is closed"
-                if self._closed
-                else "queue full"
-                if self._waiting_bytes + write.bytes > self._capacity
-                else ""
-            )
-            if not refused:
-                self._waiting.append(write)
-                self._waiting_bytes += write.bytes
+            refusal = self._refusal(write)
+            if not refusal:
+                self._queue.append(write)
+                self._queue_bytes += write.bytes
                 self._changed.notify_all()
-        if refused:
-            self._drop([write], refused, f"labels dropped: {refused}")
+        if refusal:
+            self._drop([write], refusal, f"labels dropped: {refusal}")
         return write.future
 
+    def _refusal(self, write: _Write) -> str:
+        """Why the queue does not take a write, or ""."""
+        if self._is_closed:
+            return "the writer is closed"
+        if self._queue_bytes + write.bytes > self._capacity:
+            return "queue full"
+        return ""
+
     def close(self, timeout_s: float = 5.0) -> None:
-        """Store what is queued, in the spool what Redis does not take, then end. What is in the
-        spool then is brought to Redis by the next writer there."""
+        """Store what is queued, in the spool what Redis does not take, then end.
+
+        The next writer on this spool sends what is in it to Redis.
+        """
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
         self._closing.set()
         self._spooled.set()
-        for thread in self._threads:
+        for thread in (self._storing, self._sending):
             thread.join(timeout_s + WRITE_TIMEOUT_S)
         with self._changed:
-            left = list(self._waiting) if self._threads[0].is_alive() else []
-        if left:
-            self._drop(
-                left, "closed", "labels dropped: the service ended before they could be stored"
-            )
+            remaining = list(self._queue) if self._storing.is_alive() else []
+        if remaining:
+            text = "labels dropped: the service ended before they could be stored"
+            self._drop(remaining, "closed", text)
         try:
             self._spool.close()
         except StoreError as error:
             log.warning("%s", error)
-        self._store.close()
+        self._stream.close()
 
-    # -- the writer's thread
+    # -- the storing thread: queue to Redis or spool ----------------------------------------------
 
     def _store_all(self) -> None:
         while batch := self._next_batch():
@@ -169,21 +191,23 @@ class LabelWriter:
                 self._drop(batch, "a bug", f"labels dropped: {type(error).__name__}")
             with self._changed:
                 for write in batch:
-                    self._waiting.popleft()
-                    self._waiting_bytes -= write.bytes
+                    self._queue.popleft()
+                    self._queue_bytes -= write.bytes
 
     def _next_batch(self) -> list[_Write]:
-        """Empty at the end. They stay in the queue until they are stored: they count against its
-        capacity."""
+        """The first writes of the queue; empty at the end.
+
+        They stay in the queue until they are stored, so that they count against its capacity.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or bool(self._waiting))
+            self._changed.wait_for(lambda: self._is_closed or bool(self._queue))
             batch: list[_Write] = []
             size = 0
-            for write in self._waiting:
-                if batch and size + write.bytes > BATCH_BYTES:
+            for write in self._queue:
+                size += write.bytes
+                if batch and size > BATCH_BYTES:
                     break
                 batch.append(write)
-                size += write.bytes
             return batch
 
     def _store_batch(self, batch: list[_Write]) -> None:
@@ -194,11 +218,8 @@ class LabelWriter:
                 texts += [rollout.to_json().encode() for rollout in write.rollouts]
                 good.append(write)
             except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
-                self._drop(
-                    [write],
-                    "not serialisable",
-                    f"labels dropped: they cannot be serialised ({error})",
-                )
+                text = f"labels dropped: they cannot be serialised ({error})"
+                self._drop([write], "not serialisable", text)
         try:
             if texts:
                 self._make_durable(texts)
@@ -212,27 +233,31 @@ class LabelWriter:
                 write.future.set_result(None)
 
     def _make_durable(self, texts: list[bytes]) -> None:
-        """In Redis or in the spool, in this order only while Redis is known to be well. Raises
-        StoreError: in none."""
-        first, second = (
-            (self._to_redis, self._to_spool)
-            if self._confirms.is_set()
-            else (self._to_spool, self._to_redis)
-        )
+        """Store in Redis or in the spool. The spool comes first unless Redis is known to be well.
+
+        Raises:
+            StoreError: neither took them.
+        """
+        if not self._redis_confirms.is_set():
+            try:
+                self._to_spool(texts)
+            except StoreError:
+                self._to_redis(texts)
+            return
         try:
-            first(texts)
+            self._to_redis(texts)
         except StoreError as error:
-            if self._confirms.is_set():
-                self._confirms.clear()
-                log.warning("labels wait in the spool: %s", error)
-            second(texts)
+            self._redis_confirms.clear()
+            log.warning("labels wait in the spool: %s", error)
+            self._to_spool(texts)
 
     def _to_redis(self, texts: list[bytes]) -> None:
-        if not self._store.append(texts).durable:
+        if not self._stream.append(texts).durable:
             raise StoreError(
-                f"Redis at {self._store.place} does not say that labels are on its disk (WAITAOF)"
+                f"Redis at {self._stream.place} does not confirm that labels are on its disk "
+                "(WAITAOF)"
             )
-        self._confirms.set()
+        self._redis_confirms.set()
 
     def _to_spool(self, texts: list[bytes]) -> None:
         self._spool.append(texts)
@@ -247,10 +272,11 @@ class LabelWriter:
         for write in lost:
             write.future.set_exception(StoreError(text))
 
-    # -- the spool's thread
+    # -- the sending thread: spool to Redis -------------------------------------------------------
 
-    def _deliver_all(self) -> None:
-        backoff, next_adoption = 0.0, time.monotonic() + ADOPT_EVERY_S
+    def _send_all(self) -> None:
+        backoff = 0.0
+        next_adoption = time.monotonic() + ADOPT_EVERY_S
         while not self._closing.wait(backoff):
             try:
                 if time.monotonic() >= next_adoption:
@@ -259,34 +285,34 @@ class LabelWriter:
                 self._spooled.clear()
                 if (
                     self._closing.is_set()
-                ):  # looked at after `clear`: `close` sets it before it wakes us
+                ):  # asked after `clear`: `close` sets it before it wakes us
                     return
-                waits = self._deliver()
+                is_waiting = self._send_segments()
                 backoff = 0.0
             except StoreError as error:
-                log.log(logging.DEBUG if backoff else logging.INFO, "the spool waits: %s", error)
-                backoff = min(MAX_BACKOFF_S, backoff * 2 or FIRST_BACKOFF_S)
+                level = logging.DEBUG if backoff else logging.INFO
+                log.log(level, "the spool waits: %s", error)
+                backoff = next_backoff(backoff)
                 continue
             except Exception as error:  # noqa: BLE001 - a thread's border: it must go on
                 log.error("the spool waits: %s", type(error).__name__)
                 backoff = MAX_BACKOFF_S
                 continue
-            self._spooled.wait(0.5 if waits else max(0.0, next_adoption - time.monotonic()))
+            pause = 0.5 if is_waiting else max(0.0, next_adoption - time.monotonic())
+            self._spooled.wait(pause)
 
-    def _deliver(self) -> bool:
-        """Send what has not been sent, remove what is durable there; whether there may be more to
-        do."""
+    def _send_segments(self) -> bool:
+        """Send segments that were not sent, remove those that are durable. Returns whether there
+        were any."""
         segments = self._spool.segments()
-        if all(
-            segment in self._sent for segment in segments
-        ):  # else an outage would leave many small ones
+        # Only when nothing else is left: otherwise an outage would leave many small segments.
+        if all(segment in self._sent for segment in segments):
             self._spool.seal()
             segments = self._spool.segments()
         if not segments:
             return False
-        server = (
-            self._store.persistence()
-        )  # before anything is sent: the run that takes it is this one, or unknown
+        # Before anything is sent: the run that takes a segment is this one, or unknown.
+        server = self._stream.persistence()
         for segment in segments:
             sent = self._sent.get(segment)
             if sent is None or sent.run_id != server.run_id:
@@ -294,22 +320,20 @@ class LabelWriter:
                 if self._closing.is_set():
                     break
                 self._send(segment, server.run_id)
-            elif (
-                (server.fsyncs and time.monotonic() - sent.at > SETTLED_S)
-                or server.oldest is None
-                or server.oldest > sent.last
-            ):
+            elif sent.is_durable(server):
                 self._remove(segment)
         return True
 
     def _send(self, segment: Path, run_id: str) -> None:
-        confirmed, last = True, (0, 0)
+        is_confirmed = True
+        last = (0, 0)
         for texts in _batches(self._spool.read(segment)):
-            appended = self._store.append(texts)
-            confirmed, last = confirmed and appended.durable, appended.last
-        if confirmed:
+            appended = self._stream.append(texts)
+            is_confirmed = is_confirmed and appended.durable
+            last = appended.last
+        if is_confirmed:
             self._remove(segment)
-            self._confirms.set()
+            self._redis_confirms.set()
         else:
             self._sent[segment] = _Sent(run_id, time.monotonic(), last)
 
@@ -318,13 +342,16 @@ class LabelWriter:
         self._spool.remove(segment)
 
 
-def _batches(texts: Sequence[bytes]) -> list[list[bytes]]:
-    batches: list[list[bytes]] = []
-    size = BATCH_BYTES
+def _batches(texts: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """The texts in order, in lists that end once they hold BATCH_BYTES."""
+    batch: list[bytes] = []
+    size = 0
     for text in texts:
-        if size >= BATCH_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(text)
+        batch.append(text)
         size += len(text)
-    return batches
+        if size >= BATCH_BYTES:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch

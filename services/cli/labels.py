@@ -1,5 +1,5 @@
-"""`s2t labels`: the lake on the command line. Parses, asks, prints; lake, label_stats and
-label_export do the work."""
+"""`s2t labels`: the lake on the command line. Parses, asks and prints; `s2t_shared.labels` does the
+work."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ DAY_S = 86_400.0
 
 
 def _open(folder: Path | None, config: Path | None, data_dir: Path | None) -> tuple[Lake, Config]:
-    """Raises ConfigError: there is no such folder (a verb must not make one)."""
+    """The lake and the configuration.
+
+    Raises:
+        ConfigError: there is no such folder (a verb must not make one).
+    """
     from s2t_shared.labels.lake import Lake
 
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
@@ -51,6 +55,9 @@ def _open(folder: Path | None, config: Path | None, data_dir: Path | None) -> tu
             "(s2t harvest)"
         )
     return Lake(root), resolved
+
+
+# -- stats ----------------------------------------------------------------------------------------
 
 
 @labels_app.command()
@@ -67,49 +74,51 @@ def stats(
     from s2t_shared.labels.stats import measure_labels
 
     opened, resolved = _open(lake, config, data_dir)
-    waiting = _on_their_way(opened, resolved, flush)
+    queued = _queued(opened, resolved, flush)
     measured = measure_labels(opened)
     if json_out:
-        print(json.dumps({**asdict(measured), "label_share": measured.label_share, **waiting}))
+        figures = asdict(measured) | {"label_share": measured.label_share} | queued
+        print(json.dumps(figures))
         return
-    pairs = (
-        f"{len(measured.pairs)} (never trained on together)"
-        if len(measured.pairs) > 1
-        else len(measured.pairs)
-    )
-    show(
-        {
-            "rollouts": measured.rollouts,
-            "labels": measured.labels,
-            "held-out labels": measured.held_out_labels,
-            "problems": measured.problems,
-            "tasks": _counts(measured.tasks),
-            "sources": _counts(measured.sources),
-            "model pairs": pairs,
-            "answer tokens": measured.answer_tokens,
-            "scored": measured.positions,
-            "label share": _figure(measured.label_share, ".2%"),
-            "mean mass": _figure(measured.mass, ".3f"),
-            "shards": measured.shards,
-            "size": f"{measured.bytes / (1 << 20):.1f} MiB",
-            "made": f"{_date(measured.oldest)} to {_date(measured.newest)}",
-            **{
-                name.replace("_", " "): "unknown" if value is None else value
-                for name, value in waiting.items()
-            },
-        },
-        as_json=False,
-    )
-    if waiting.get("in_redis"):
+    show(_shown(measured) | _shown_queued(queued), as_json=False)
+    if queued.get("in_redis"):
         print(
-            f"{waiting['in_redis']} rollouts are still on their way and not counted above; they are "
+            f"{queued['in_redis']} rollouts are still on their way and not counted above; they are "
             f"in the lake within {resolved.labels.shard_age_s:.0f} s (--flush writes them now)"
         )
     wide_console().print(_hit_table(measured))
 
 
-def _on_their_way(lake: Lake, config: Config, flush: bool) -> dict[str, Any]:
-    """Rollouts that are not in the lake yet, by a running service or the configured Redis."""
+def _shown(measured: LabelStats) -> dict[str, Any]:
+    """What people see, by its title."""
+    pairs = str(len(measured.pairs))
+    if len(measured.pairs) > 1:
+        pairs = f"{pairs} (never trained on together)"
+    return {
+        "rollouts": measured.rollouts,
+        "labels": measured.labels,
+        "held-out labels": measured.held_out_labels,
+        "problems": measured.problems,
+        "tasks": _counts(measured.tasks),
+        "sources": _counts(measured.sources),
+        "model pairs": pairs,
+        "answer tokens": measured.answer_tokens,
+        "scored": measured.positions,
+        "label share": _figure(measured.label_share, ".2%"),
+        "mean mass": _figure(measured.mass, ".3f"),
+        "shards": measured.shards,
+        "size": f"{measured.bytes / (1 << 20):.1f} MiB",
+        "made": f"{_date(measured.oldest)} to {_date(measured.newest)}",
+    }
+
+
+def _queued(lake: Lake, config: Config, flush: bool) -> dict[str, Any]:
+    """Counts of rollouts that are not in the lake yet, by a running service or the configured
+    Redis. Counts that cannot be had are None.
+
+    Raises:
+        ConfigError: `flush` without a service.
+    """
     from services.client import Client
     from services.launch.service_record import find_service
     from services.rpc import channels
@@ -130,32 +139,44 @@ def _on_their_way(lake: Lake, config: Config, flush: bool) -> dict[str, Any]:
 
 
 def _redis_counts(config: Config) -> dict[str, Any]:
-    """What waits in Redis; an answer about the lake must not fail with it."""
+    """Counts of what is in Redis. When Redis is away they are None: the verb is about the lake and
+    must not fail."""
     from s2t_shared.labels.stream import LabelStream
 
     try:
-        store = LabelStream(str(config.redis.url))
-        counts = store.counts()
-        store.close()
+        stream = LabelStream(str(config.redis.url))
+        counts = stream.counts()
+        stream.close()
     except StoreError as error:
         return {"in_redis": None, "dead_letters": None, "redis_error": str(error)}
     return {"in_redis": counts.rollouts, "dead_letters": counts.dead_letters}
 
 
+def _shown_queued(counts: dict[str, Any]) -> dict[str, Any]:
+    shown = {}
+    for name, value in counts.items():
+        shown[name.replace("_", " ")] = "unknown" if value is None else value
+    return shown
+
+
 def _hit_table(measured: LabelStats) -> Table:
+    from s2t_shared.labels.stats import HIT_AT
+
     table = Table(title="LLM's choice among the SLM's first K", title_justify="left")
     table.add_column("positions")
-    for k in next(iter(measured.hits.values())):
+    for k in HIT_AT:
         table.add_column(f"Hit@{k}", justify="right")
     for name, hits in measured.hits.items():
-        table.add_row(name, *(_figure(hit, ".3f") for hit in hits.values()))
+        table.add_row(name, *(_figure(hits[k], ".3f") for k in HIT_AT))
     return table
 
 
 def _counts(values: dict[str, int]) -> str:
-    shown = sorted(values.items(), key=lambda item: -item[1])
-    rest = f", and {len(shown) - 10} more" if len(shown) > 10 else ""
-    return ", ".join(f"{name or '(none)'} {count}" for name, count in shown[:10]) + rest
+    largest = sorted(values.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{name or '(none)'} {count}" for name, count in largest[:10])
+    if len(largest) > 10:
+        text = f"{text}, and {len(largest) - 10} more"
+    return text
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -164,6 +185,9 @@ def _figure(value: float | None, form: str) -> str:
 
 def _date(seconds: float | None) -> str:
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+# -- export ---------------------------------------------------------------------------------------
 
 
 @labels_app.command()
@@ -190,19 +214,18 @@ def export(
         from s2t_shared.model.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(resolve_model(with_text))
-    total = sum(shard.rollouts for shard in opened.shards())
-    with progress("rollouts", total, json_out) as shown:
+    rollouts = sum(shard.rollouts for shard in opened.shards())
+    with progress("rollouts", rollouts, json_out) as shown:
         exported = export_labels(opened, folder, kind, tokenizer, lambda labels: shown.advance())
-    show(
-        {
-            "folder": str(folder),
-            "labels": exported.total,
-            **{split: exported.labels[split] for split in SPLITS},
-            "rollouts": exported.rollouts,
-            "snapshot": exported.snapshot,
-        },
-        json_out,
-    )
+    result: dict[str, Any] = {"folder": str(folder), "labels": exported.total}
+    for split in SPLITS:
+        result[split] = exported.labels[split]
+    result["rollouts"] = exported.rollouts
+    result["snapshot"] = exported.snapshot
+    show(result, json_out)
+
+
+# -- delete ---------------------------------------------------------------------------------------
 
 
 @labels_app.command()
@@ -222,51 +245,69 @@ def delete(
 ) -> None:
     """Delete labels, in the lake with its snapshots and quarantine, and on their way there. Doing
     it again changes nothing."""
-    chosen = {"problem_id": problem_id, "request_id": request_id, "task": task}
-    named = [(field, value) for field, value in chosen.items() if value is not None]
-    retention = older_than is not None or keep_gib is not None
-    if len(named) + retention != 1:
+    fields = {"problem_id": problem_id, "request_id": request_id, "task": task}
+    by_field = [(field, value) for field, value in fields.items() if value is not None]
+    by_retention = older_than is not None or keep_gib is not None
+    if len(by_field) + by_retention != 1:
         raise InvalidRequestError(
             "say what to delete with one of --problem-id, --request-id, --task, or with "
             "--older-than and --keep-gib"
         )
-    if not all(limit is None or 0 < limit < 1e9 for limit in (older_than, keep_gib)):
-        raise InvalidRequestError("--older-than (days) and --keep-gib must be numbers above 0")
     opened, _ = _open(lake, config, data_dir)
-    age_s, size = (
-        (older_than or 0.0) * DAY_S,
-        max(1, int(keep_gib * GIB)) if keep_gib is not None else 0,
-    )
-    what = _retention(opened, age_s, size) if retention else _matching(opened, *named[0])
-    _confirm(f"{what} in {str(opened.root)!r}", yes)
-    removed = opened.prune(age_s, size) if retention else opened.delete(*named[0])
-    if any((opened.root / "quarantine").glob("shard-*")):
+    if by_retention:
+        removed = _delete_by_retention(opened, older_than, keep_gib, yes)
+    else:
+        [(field, value)] = by_field
+        removed = _delete_by_field(opened, field, value, yes)
+    quarantine = opened.root / "quarantine"
+    if any(quarantine.glob("shard-*")):
         print(
-            f"s2t: what cannot be read in {str(opened.root / 'quarantine')!r} was not searched; remove that folder "
+            f"s2t: what cannot be read in {str(quarantine)!r} was not searched; remove that folder "
             "when it is needed no more",
             file=sys.stderr,
         )
     show({"deleted rollouts": removed}, json_out)
 
 
-def _matching(lake: Lake, field: str, value: str) -> str:
-    from s2t_shared.labels.lake import Deletion
+def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
+    from s2t_shared.labels.deletions import Deletion
 
     deletion = Deletion.of(field, value)
-    found = [len(r.labels) for r in lake.rollouts() if deletion.matches(r)]
-    return f"{len(found)} rollouts with {sum(found)} labels of {field} {value!r}, and what of it is on its way,"
-
-
-def _retention(lake: Lake, age_s: float, size: int) -> str:
-    gone = lake.prunable(age_s, size)
-    return (
-        f"{len(gone)} of {len(lake.shards())} shards: {sum(s.rollouts for s in gone)} rollouts with "
-        f"{sum(s.labels for s in gone)} labels, made until {_date(gone[-1].last if gone else None)},"
+    found = [len(rollout.labels) for rollout in lake.rollouts() if deletion.matches(rollout)]
+    _confirm(
+        f"{len(found)} rollouts with {sum(found)} labels of {field} {value!r}, and what of it is "
+        f"on its way, in {str(lake.root)!r}",
+        yes,
     )
+    return lake.delete(field, value)
+
+
+def _delete_by_retention(
+    lake: Lake, older_than: float | None, keep_gib: float | None, yes: bool
+) -> int:
+    for limit in (older_than, keep_gib):
+        if limit is not None and not 0 < limit < 1e9:
+            raise InvalidRequestError("--older-than (days) and --keep-gib must be numbers above 0")
+    max_age_s = (older_than or 0.0) * DAY_S
+    max_bytes = 0 if keep_gib is None else max(1, int(keep_gib * GIB))
+    shards = lake.prunable(max_age_s, max_bytes)
+    newest = shards[-1].last if shards else None
+    _confirm(
+        f"{len(shards)} of {len(lake.shards())} shards: "
+        f"{sum(shard.rollouts for shard in shards)} rollouts with "
+        f"{sum(shard.labels for shard in shards)} labels, made until {_date(newest)}, "
+        f"in {str(lake.root)!r}",
+        yes,
+    )
+    return lake.prune(max_age_s, max_bytes)
 
 
 def _confirm(what: str, yes: bool) -> None:
-    """Raises ConfigError: nobody can be asked."""
+    """Say what is deleted, and ask unless `yes`.
+
+    Raises:
+        ConfigError: nobody can be asked.
+    """
     print(f"s2t: deleting {what} for good", file=sys.stderr)
     if yes:
         return
@@ -280,6 +321,9 @@ def _on_terminal() -> bool:
     return sys.stdin.isatty()
 
 
+# -- verify ---------------------------------------------------------------------------------------
+
+
 @labels_app.command()
 def verify(
     lake: LakeFolder = None,
@@ -290,25 +334,22 @@ def verify(
 ) -> None:
     """Check hash, schema and values of every shard; exit status 1 where one is bad."""
     opened, _ = _open(lake, config, data_dir)
-    wrong = opened.verify()
-    if quarantine and wrong:
-        opened.quarantine(wrong)
-    shards = len(opened.shards()) if quarantine or not wrong else None
+    bad = opened.verify()
+    quarantined = quarantine and bool(bad)
+    if quarantined:
+        opened.quarantine(bad)
+    good_shards = len(opened.shards()) if quarantined or not bad else None
     if json_out:
-        print(
-            json.dumps(
-                {"bad": wrong, "quarantined": bool(quarantine and wrong), "good_shards": shards}
-            )
-        )
+        print(json.dumps({"bad": bad, "quarantined": quarantined, "good_shards": good_shards}))
     else:
-        for name, reason in wrong.items():
+        for name, reason in bad.items():
             wide_console().print(f"[red]BAD[/red] {escape(name)}: {escape(reason)}", soft_wrap=True)
-        if wrong and quarantine:
+        if quarantined:
             print(
-                f"moved to {opened.root / 'quarantine'}; {shards} good shards remain; run the harvest again with "
-                "--again to make them anew"
+                f"moved to {opened.root / 'quarantine'}; {good_shards} good shards remain; "
+                "run the harvest again with --again to make them anew"
             )
-        elif not wrong:
-            print(f"{shards} shards, all well")
-    if wrong:
+        elif not bad:
+            print(f"{good_shards} shards, all well")
+    if bad:
         raise typer.Exit(1)

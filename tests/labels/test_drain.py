@@ -13,9 +13,11 @@ import redis
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, Entry, LabelStream
-from services.launch.redis_server import RedisServer, _free_port, open_redis
+from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, LabelStream, StreamCounts
+from s2t_shared.redis_connection import open_client
+from services.launch.redis_server import RedisServer, free_port, open_redis
 from tests.helpers.lake import ids_in, names, rollout
 from tests.helpers.redis import eventually
 
@@ -24,25 +26,28 @@ def rows(lake: Lake) -> int:
     return sum(shard.rollouts for shard in lake.shards())
 
 
+def pending(client: redis.Redis) -> int:
+    """Entries that a drain has read and not acknowledged."""
+    return int(client.xpending(LABELS, GROUP)["pending"])
+
+
 def put(store: LabelStream, *numbers: int) -> None:
     store.append([rollout(n).to_json().encode() for n in numbers])
 
 
 def test_drain_writes_full_shards_at_once_and_the_rest_when_old(
-    lake: Lake, store: LabelStream
+    lake: Lake, store: LabelStream, client: redis.Redis
 ) -> None:
     put(store, *range(25))
     drain = Drain(store, lake, shard_rows=10, shard_age_s=0.5)
     assert drain.run_once() == 10 and rows(lake) == 10
     assert drain.run_once() == 10 and drain.run_once() == 5
     assert rows(lake) == 20
-    assert (
-        store.counts().rollouts == store.counts().pending == 5
-    )  # not in the lake, so still in Redis
+    assert store.counts().rollouts == pending(client) == 5  # not in the lake, so still in Redis
     time.sleep(0.5)
     drain.run_once()
-    assert (rows(lake), store.counts().rollouts, store.counts().pending) == (25, 0, 0)
-    assert drain._in_lake == [] and drain._buffer_bytes == 0
+    assert (rows(lake), store.counts().rollouts, pending(client)) == (25, 0, 0)
+    assert drain.flush() == 0
     assert ids_in(lake) == names(*range(25))
 
 
@@ -54,7 +59,7 @@ def test_flush_takes_what_is_still_in_the_stream(lake: Lake, store: LabelStream)
 
 
 def test_an_entry_is_deleted_only_once_the_shard_is_written(
-    lake: Lake, store: LabelStream, monkeypatch: pytest.MonkeyPatch
+    lake: Lake, store: LabelStream, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -67,9 +72,8 @@ def test_an_entry_is_deleted_only_once_the_shard_is_written(
             with pytest.raises(StoreError, match="No space left on device"):
                 drain.run_once()
         put(store, 3)
-        assert (
-            store.counts().rollouts == 4 and store.counts().pending == 3
-        )  # a full buffer reads no more
+        assert store.counts().rollouts == 4
+        assert pending(client) == 3  # a full buffer reads no more
     drain.run_once()
     assert ids_in(lake) == names(0, 1, 2) and store.counts().rollouts == 1
 
@@ -90,22 +94,22 @@ def test_a_drain_that_holds_entries_for_long_is_not_robbed(
 
 
 def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(
-    lake: Lake, store: LabelStream, server: RedisServer
+    lake: Lake, store: LabelStream, server: RedisServer, client: redis.Redis
 ) -> None:
-    put(store, *range(10))
+    put(store, *range(4))
     before_shard = Drain(store, lake, shard_rows=4, consumer="a")
     before_shard.run_once()
-    before_shard._shard_rows = 99
-    assert before_shard.run_once() == 6 and rows(lake) == 4  # six only in its memory when it "dies"
-    put(store, 10)
-    after_shard = Drain(store, lake, shard_rows=99, consumer="b")
+    put(store, 4, 5, 6)
+    assert before_shard.run_once() == 3
+    assert rows(lake) == 4  # three are only in its memory when it "dies"
+    put(store, 7, 8, 9, 10)
 
-    class Deaf(LabelStream):
+    class Unheard(LabelStream):
         def remove(self, entry_ids: Sequence[bytes]) -> None:
             if entry_ids:
                 raise StoreError("gone")
 
-    after_shard._store = Deaf(server.url)
+    after_shard = Drain(Unheard(server.url), lake, shard_rows=99, consumer="b")
     with pytest.raises(StoreError):
         after_shard.flush()  # dies between writing the shard and acknowledging it
     time.sleep(0.1)
@@ -115,7 +119,7 @@ def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(
     third.flush()
     assert ids_in(lake) == names(*range(11))
     assert rows(lake) > 11 == len(list(lake.rollouts()))
-    assert (store.counts().rollouts, store.counts().pending) == (0, 0)
+    assert (store.counts().rollouts, pending(client)) == (0, 0)
 
 
 POISON = {
@@ -147,27 +151,29 @@ def test_poison_becomes_a_dead_letter_and_blocks_nothing(
     assert drain.run_once() == 3 and drain.flush() == 2
     assert ids_in(lake) == names(1, 2)
     counts = store.counts()
-    assert (counts.rollouts, counts.pending, counts.dead_letters) == (0, 0, 1)
+    assert (counts.rollouts, pending(client), counts.dead_letters) == (0, 0, 1)
     [(_, fields)] = client.xrange(DEAD_LETTERS)
     assert fields.get(b"rollout") == value and b"Error: " in fields[b"reason"]
 
 
-def test_an_entry_that_ends_its_reader_is_buried_and_its_neighbours_are_not(
-    lake: Lake, store: LabelStream, client: redis.Redis
+def test_an_entry_that_ends_its_reader_is_a_dead_letter_and_its_neighbours_are_not(
+    lake: Lake, store: LabelStream, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class DiesError(BaseException):
         """Stands for SIGKILL: nothing of the drain runs after it."""
 
-    class Fragile(Drain):
-        def _take(self, entry: Entry) -> None:
-            if b"request-5" in entry.fields[b"rollout"]:
-                raise DiesError
-            super()._take(entry)
+    from_json = Rollout.from_json
 
+    def fragile(text: bytes) -> Rollout:
+        if b"request-5" in text:
+            raise DiesError
+        return from_json(text)
+
+    monkeypatch.setattr(Rollout, "from_json", fragile)
     put(store, *range(10))
     deaths = 0
     for _ in range(12):
-        drain = Fragile(store, lake, shard_age_s=0.01, reclaim_idle_s=0.02)
+        drain = Drain(store, lake, shard_age_s=0.01, reclaim_idle_s=0.02)
         try:
             for _ in range(15):
                 drain.run_once()
@@ -177,7 +183,7 @@ def test_an_entry_that_ends_its_reader_is_buried_and_its_neighbours_are_not(
     assert deaths == 6 and ids_in(lake) == names(*range(10)) - names(5)
     [(_, fields)] = client.xrange(DEAD_LETTERS)
     assert b"request-5" in fields[b"rollout"] and b"delivered 6 times" in fields[b"reason"]
-    assert (store.counts().rollouts, store.counts().pending) == (0, 0)
+    assert (store.counts().rollouts, pending(client)) == (0, 0)
 
 
 def test_what_the_lake_cannot_hold_blocks_nothing(
@@ -198,7 +204,7 @@ def test_what_the_lake_cannot_hold_blocks_nothing(
 
 
 def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path, lake: Lake) -> None:
-    port = _free_port()
+    port = free_port()
     server = open_redis(None, tmp_path / "one", port)
     store = LabelStream(server.url, timeout_s=1.0)
     drain = Drain(store, lake, shard_age_s=0.05)
@@ -213,7 +219,8 @@ def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path, lake: Lak
         put(store, 2)
         eventually(lambda: rows(lake) == 2 and store.counts().rollouts == 0)
         put(store, 3)
-        eventually(lambda: store.counts().pending == 1 or rows(lake) == 3)
+        client = open_client(server.url, 2.0)
+        eventually(lambda: pending(client) == 1 or rows(lake) == 3)
         drain.stop()
         assert ids_in(lake) == names(1, 2, 3)
         assert store.counts().rollouts == 0
@@ -233,8 +240,8 @@ def test_housekeeping_joins_shards_and_applies_retention(lake: Lake, store: Labe
 
 def test_counts_before_any_drain_ran(store: LabelStream, client: redis.Redis) -> None:
     put(store, 1, 2)
-    assert (store.counts().rollouts, store.counts().pending) == (2, 0)
+    assert store.counts() == StreamCounts(rollouts=2, dead_letters=0)
     store.create_group()
     store.create_group()
     store.read("someone", 1, 0)
-    assert store.counts().pending == 1 == client.xpending(LABELS, GROUP)["pending"]
+    assert pending(client) == 1 and store.counts().rollouts == 2

@@ -20,11 +20,11 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.spool import _records as records
+from s2t_shared.labels.spool import read_records
 from s2t_shared.labels.stream import LABELS, LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
-from services.launch.redis_server import RedisServer, _free_port, find_program, open_redis
+from services.launch.redis_server import RedisServer, find_program, free_port, open_redis
 from tests.helpers.lake import ids_in, names, rollout
 from tests.helpers.redis import eventually
 
@@ -54,7 +54,7 @@ def spooled(spool: Path) -> set[str]:
     return {
         Rollout.from_json(text).rollout_id
         for s in segments(spool)
-        for text in records(s.read_bytes())
+        for text in read_records(s.read_bytes())
     }
 
 
@@ -69,7 +69,7 @@ def test_durable_in_redis_without_touching_the_spool(
 
 
 def test_durable_in_the_spool_while_redis_is_away_then_delivered(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     with open_redis(None, tmp_path / "redis", port) as server:
         store = LabelStream(server.url)
     writer = LabelWriter(store, tmp_path / "spool")
@@ -83,7 +83,7 @@ def test_durable_in_the_spool_while_redis_is_away_then_delivered(tmp_path: Path)
         eventually(lambda: segments(tmp_path / "spool") == [])
         assert stored(server.url) == names(*range(100))
         writer.write([rollout(100)]).result(5.0)  # directly again
-        assert segments(tmp_path / "spool") == [] and writer._confirms.is_set()
+        assert segments(tmp_path / "spool") == [] and writer.writes_to_redis
         writer.close()
     assert writer.dropped == {} and list((tmp_path / "spool").glob("*")) == [
         tmp_path / "spool/.lock"
@@ -115,7 +115,7 @@ def start_plain(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
-        port = port or _free_port()
+        port = port or free_port()
         process = subprocess.Popen(
             [find_program(), "--port", str(port), "--dir", str(tmp_path), "--save", "", *arguments],
             stdout=subprocess.DEVNULL,
@@ -264,7 +264,7 @@ def test_a_full_queue_drops_the_newest(tmp_path: Path) -> None:
 
 
 def test_closing_while_redis_is_away_leaves_it_to_the_next(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{port}"), tmp_path / "spool")
     future = writer.write([rollout(1)])
     writer.close()
@@ -301,7 +301,7 @@ def test_a_living_writer_delivers_what_a_dead_one_left(
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from s2t_shared.labels.stream import LabelStream\nfrom s2t_shared.labels.writer import LabelWriter\n"
         "from tests.helpers.lake import rollout\n"
-        f"writer = LabelWriter(LabelStream('redis://127.0.0.1:{_free_port()}'), Path(sys.argv[1]))\n"
+        f"writer = LabelWriter(LabelStream('redis://127.0.0.1:{free_port()}'), Path(sys.argv[1]))\n"
         "writer.write([rollout(7)]).result(10.0)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
@@ -319,7 +319,7 @@ def test_a_living_writer_delivers_what_a_dead_one_left(
 
 def test_an_outage_leaves_few_files(tmp_path: Path) -> None:
     """Each append looks at all of them."""
-    writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{_free_port()}"), tmp_path / "spool")
+    writer = LabelWriter(LabelStream(f"redis://127.0.0.1:{free_port()}"), tmp_path / "spool")
     for n in range(20):
         writer.write([rollout(n)]).result(5.0)
         time.sleep(0.05)  # the spool's thread tries meanwhile

@@ -16,7 +16,7 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.redis_connection import open_client, place_of
 from services.launch import redis_server
-from services.launch.redis_server import RedisServer, _free_port, find_program, open_redis
+from services.launch.redis_server import RedisServer, find_program, free_port, open_redis
 from tests.helpers.redis import eventually
 
 
@@ -68,7 +68,7 @@ def test_without_any_program_the_error_says_what_to_install(
     ],
 )
 def test_an_unreachable_url_is_named_without_its_password(tmp_path: Path, url: str) -> None:
-    port = _free_port()
+    port = free_port()
     with pytest.raises(StoreError) as caught:
         open_redis(url.format(port=port), tmp_path)
     assert "s3cret" not in f"{caught.value}{caught.value.__cause__}"
@@ -85,7 +85,7 @@ def test_a_taken_port_is_named_with_the_ways_out(tmp_path: Path) -> None:
             open_redis(None, tmp_path, port)
         # The same when the port is lost between our look and the server's own bind.
         with pytest.raises(StoreError, match="is taken"):
-            redis_server._start(find_program(), tmp_path, port)
+            redis_server.start_server(find_program(), tmp_path, port)
 
 
 @pytest.mark.parametrize("port", [0, 65536])
@@ -95,7 +95,7 @@ def test_an_impossible_port_is_refused(port: int, tmp_path: Path) -> None:
 
 
 def test_data_survives_stop_and_kill(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     with open_redis(None, tmp_path / "with space", port) as server:
         assert server.url == f"redis://127.0.0.1:{port}/0"
         open_client(server.url, 2.0).set("a", "1")
