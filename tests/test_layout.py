@@ -21,7 +21,16 @@ STANDARD = set(sys.stdlib_module_names)
 
 # -- who may import whom --------------------------------------------------------------------------
 
-GROUND = "types errors files policy requests splits statistics redis_connection".split()
+GROUND = [
+    "types",
+    "errors",
+    "files",
+    "policy",
+    "requests",
+    "splits",
+    "statistics",
+    "redis_connection",
+]
 SHARED = {  # package or module of s2t_shared -> what else of s2t_shared it may import
     "ground": "",
     "bundled": "ground",
@@ -184,7 +193,7 @@ def test_only_app_binds() -> None:
 # -- sizes ----------------------------------------------------------------------------------------
 
 MAX_NODES = 2_050  # expressions and statements of a file: packing lines gains nothing
-MAX_FUNCTION_NODES = 420
+MAX_FUNCTION_NODES = 440
 
 
 def nodes(tree: ast.AST) -> int:

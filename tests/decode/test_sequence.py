@@ -60,7 +60,7 @@ def test_the_llm_selects_at_the_divergence_point_only() -> None:
     assert handed_out == sequence.steps
     assert [step.triggered for step in handed_out] == [i == 4 for i in range(8)]
     assert handed_out[4].chosen_by is ChosenBy.LLM and handed_out[4].flipped
-    assert len(llm.asked) == 1 and sequence.finish_reason is FinishReason.STOP
+    assert len(llm.queries) == 1 and sequence.finish_reason is FinishReason.STOP
     assert model.kv_slots_in_use == 0
 
 
@@ -96,7 +96,7 @@ def test_a_late_llm_degrades_the_step_and_is_left_alone() -> None:
     again = engine.add(request(S2T))
     run(engine)
     assert again.steps[4].degraded == "the LLM was late a moment ago"
-    assert len(llm.asked) == 1
+    assert len(llm.queries) == 1
 
 
 @pytest.mark.parametrize("max_draft_tokens", [1, 3, 32])
@@ -108,7 +108,7 @@ def test_drafts_save_llm_calls_and_change_nothing(max_draft_tokens: int) -> None
     handed_out = run(engine)
     assert words(model, sequence) == "a b c d x f g"
     assert handed_out == sequence.steps
-    assert (len(llm.asked) == 5) == (max_draft_tokens == 1), "five steps are beyond the warm-up"
+    assert (len(llm.queries) == 5) == (max_draft_tokens == 1), "five steps are beyond the warm-up"
 
 
 def test_a_scored_rollout_is_handed_out_when_it_is_scored() -> None:
@@ -122,7 +122,7 @@ def test_a_scored_rollout_is_handed_out_when_it_is_scored() -> None:
     handed_out = run(engine)
     assert handed_out == sequence.steps
     assert all(step.llm is not None and step.kl is not None for step in handed_out)
-    assert len(llm.asked) == 1
+    assert len(llm.queries) == 1
 
 
 def test_a_stopping_criterion_ends_the_answer_and_its_rollout_is_still_scored() -> None:

@@ -97,11 +97,13 @@ def cases() -> Iterator[Case]:
         version="joint-adapted",
     )
 
+DEFAULT_RULE = CandidateRule()
+
 
 def _policy(
     mode: Mode,
     trigger: Trigger,
-    candidates: CandidateRule = CandidateRule(),
+    candidates: CandidateRule = DEFAULT_RULE,
     proposals: Proposals = Proposals.BASE,
 ) -> Policy:
     return Policy(
