@@ -180,8 +180,8 @@ def threshold_for(budget: float, signals: Floats, steps: int | None = None) -> f
     check_budget(budget)
     if not len(signals):
         raise InvalidRequestError(
-            "no signals to calibrate on: the rollouts have no step after the warm-up; use more or longer training "
-            "prompts"
+            "no signals to calibrate on: the rollouts have no step after the warm-up; use more or "
+            "longer training prompts"
         )
     ordered = np.sort(np.asarray(signals, dtype=np.float64))[::-1]
     total = steps if steps is not None else len(ordered)
@@ -234,8 +234,8 @@ class Calibration:
             return 1.0 - budget
         if trigger not in self.thresholds:
             raise ConfigError(
-                f"trigger {trigger.value!r} has no calibrated thresholds; give a threshold, or calibrate with an LLM "
-                "configured"
+                f"trigger {trigger.value!r} has no calibrated thresholds; give a threshold, or "
+                "calibrate with an LLM configured"
             )
         table = sorted(self.thresholds[trigger].items())
         log_budgets = [np.log(b) for b, _ in table]

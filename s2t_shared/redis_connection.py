@@ -64,7 +64,8 @@ def redis_errors(place: str) -> Iterator[None]:
         # one: label contents.
         reason = str(error).rsplit("caused error: ", 1)[-1].split(", with args", 1)[0][:200]
         raise StoreError(
-            f"Redis at {place}: {type(error).__name__}: {reason}; is it running, and is its URL right?"
+            f"Redis at {place}: {type(error).__name__}: {reason}; is it running, and is its URL "
+            "right?"
             if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError))
             else f"Redis at {place}: {type(error).__name__}: {reason}"
         ) from None

@@ -1,4 +1,5 @@
-"""The shape of the repository: who may import whom, homes of heavy dependencies, sizes, the picture."""
+"""The shape of the repository: who may import whom, homes of heavy dependencies, sizes, the
+picture."""
 
 from __future__ import annotations
 

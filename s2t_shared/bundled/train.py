@@ -31,7 +31,10 @@ PROMPT_WORDS = ["Prices", "are", "has", "coins", "Which", "two", "cost"]
 SOLUTION_WORDS = ["Let", "us", "see", "takes", "the", "first", "is", "left", "So", "buys", "and"]
 REPORT_EVERY = 50
 SUPPORT = 64  # ids over which the KL between the two models is taken, as the engine does
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if not loop.last %} {% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,8 +158,8 @@ def _folder_files(root: Path, split: str, config: str) -> list[Path]:
         splits = _read_json(root / "dataset_dict.json").get("splits", [])
         if split not in splits:
             raise ConfigError(
-                f"folder {str(root)!r} has no split {split!r}, but {', '.join(splits)}; choose with "
-                "--split"
+                f"folder {str(root)!r} has no split {split!r}, but {', '.join(splits)}; choose "
+                "with --split"
             )
         root = root / split
     if (root / "state.json").is_file():  # datasets.Dataset.save_to_disk
@@ -177,8 +177,8 @@ def _folder_files(root: Path, split: str, config: str) -> list[Path]:
     if not files:
         known = ", ".join(sorted({name for name in names.values() if name})) or "none"
         raise ConfigError(
-            f"folder {str(root)!r} holds no data files of split {split!r} (splits found: {known}; files "
-            f"read: {', '.join(KINDS)}); choose with --split"
+            f"folder {str(root)!r} holds no data files of split {split!r} (splits found: {known}; "
+            f"files read: {', '.join(KINDS)}); choose with --split"
         )
     return files
 
@@ -201,8 +201,8 @@ def _declared(root: Path, split: str, config: str) -> list[str]:
         AttributeError,
     ) as error:
         raise ConfigError(
-            f"the dataset card {str(root / 'README.md')!r} cannot be read ({type(error).__name__}); mend "
-            "it, or name a data file instead of the folder"
+            f"the dataset card {str(root / 'README.md')!r} cannot be read "
+            f"({type(error).__name__}); mend it, or name a data file instead of the folder"
         ) from error
     if not configs and not config:
         return []
@@ -214,7 +214,8 @@ def _declared(root: Path, split: str, config: str) -> list[str]:
         )
     if "data_dir" in configs[name]:
         raise ConfigError(
-            f"folder {str(root)!r}: its configuration {name!r} is a folder of its own; give that one"
+            f"folder {str(root)!r}: its configuration {name!r} is a folder of its own; give that "
+            "one"
         )
     files = configs[name].get("data_files") or []
     entries = files if isinstance(files, list) else [files]
@@ -252,8 +253,8 @@ def _matching(root: Path, pattern: str) -> list[Path]:
         return sorted(file for file in root.glob(pattern) if _is_data(file, root))
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
-            f"folder {str(root)!r}: its card names files by {pattern!r}, which is no pattern inside it; "
-            "mend the card, or name a data file instead of the folder"
+            f"folder {str(root)!r}: its card names files by {pattern!r}, which is no pattern "
+            "inside it; mend the card, or name a data file instead of the folder"
         ) from error
 
 
@@ -401,8 +402,8 @@ def _hub_rows(where: str, split: str) -> Iterator[dict[str, Any]]:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"the hub id {where!r} needs the package datasets: pip install 's2t[hub]'; or give a file or "
-            "folder"
+            f"the hub id {where!r} needs the package datasets: pip install 's2t[hub]'; or give a "
+            "file or folder"
         ) from error
     name, _, config = where.partition(":")
     with _reachable(where):
@@ -424,6 +425,6 @@ def _reachable(where: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"the hub's {where!r} cannot be read: {reason}; check the name, its configuration and split, "
-            "and the network, or download it and give the folder"
+            f"the hub's {where!r} cannot be read: {reason}; check the name, its configuration and "
+            "split, and the network, or download it and give the folder"
         ) from error

@@ -154,7 +154,8 @@ class _Builder:
             given = [key for key in COLUMNS if content.get(key) is not None]
             if len(given) != 1:
                 raise InvalidRequestError(
-                    f'give exactly one of "prompt", "messages", "token_ids" (found {given or "none"})'
+                    'give exactly one of "prompt", "messages", "token_ids" (found '
+                    f"{given or 'none'})"
                 )
             return _parse(given[0], content[given[0]])
         if isinstance(content.get("split"), str):
@@ -180,7 +181,8 @@ class _Builder:
                         f"{_names(content)}; choose with --prompt-column or --template"
                     )
                 self._say(
-                    f"prompts are taken from the column {self._taken!r}; --prompt-column chooses another"
+                    f"prompts are taken from the column {self._taken!r}; --prompt-column chooses "
+                    "another"
                 )
             wanted = self._taken
         if wanted not in content:

@@ -21,25 +21,30 @@ from s2t_shared.policy import Calibration
 from s2t_shared.types import Answer, DecodeOptions, GenerateRequest, Message, Prompt
 
 GENERIC_QUESTIONS = (
-    "A baker makes 14 trays of 12 rolls and sells 95 rolls in the morning. How many rolls are left?",
+    "A baker makes 14 trays of 12 rolls and sells 95 rolls in the morning. How many rolls are "
+    "left?",
     "Explain in a few sentences why the sky is blue during the day and red at sunset.",
     "Write a Python function that returns the second largest number of a list.",
     "A train leaves at 9:40 and arrives at 13:05. How long is the journey?",
     "If 3x + 7 = 34, what is x? Show the steps.",
     "Summarise the causes of the French Revolution in three points.",
     "Tom has twice as many marbles as Ann. Together they have 51. How many does Tom have?",
-    "What happens to the pressure of a gas when its volume is halved at constant temperature, and why?",
+    "What happens to the pressure of a gas when its volume is halved at constant temperature, and "
+    "why?",
     "Write an SQL query for the three customers with the highest total of orders.",
     "A shirt costs 40 euros after a 20 % discount. What was the price before?",
     "Describe how a binary search works and why it is fast.",
-    "How many different three-digit numbers can be made from the digits 1, 2, 3 and 4 without repeating one?",
+    "How many different three-digit numbers can be made from the digits 1, 2, 3 and 4 without "
+    "repeating one?",
     "Give the prime factorisation of 360 and say how you found it.",
     "Why do ships made of steel float?",
-    "A tank fills in 6 hours by one pipe and in 4 hours by another. How long do both take together?",
+    "A tank fills in 6 hours by one pipe and in 4 hours by another. How long do both take "
+    "together?",
     "Write a short polite e-mail that moves a meeting from Monday to Wednesday.",
     "What is the sum of all even numbers from 2 to 100?",
     "Explain the difference between a list and a tuple in Python with an example.",
-    "A rectangle is 5 cm longer than wide and has an area of 84 square centimetres. What are its sides?",
+    "A rectangle is 5 cm longer than wide and has an area of 84 square centimetres. What are its "
+    "sides?",
     "Which is larger, 7/12 or 5/8? Explain.",
     "Write a Bash command that counts the lines of all .txt files below the current folder.",
     "A car uses 6.5 litres per 100 km. How much does it use for 340 km?",
@@ -71,7 +76,8 @@ def measure_calibration(
     if not answers:
         reason = outcomes[0] if outcomes else "there are none"
         raise ConfigError(
-            f"calibration failed: none of {len(outcomes)} training prompts could be rolled out ({reason})"
+            f"calibration failed: none of {len(outcomes)} training prompts could be rolled out "
+            f"({reason})"
         )
     return Calibration.measure([answer.steps for answer in answers])
 

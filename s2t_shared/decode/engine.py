@@ -133,8 +133,8 @@ class Engine:
         policy = request.options.policy
         if self._llm is None:
             raise InvalidRequestError(
-                f"mode {policy.mode.value!r} with trigger {policy.trigger.value!r} asks the LLM, but none is "
-                "configured; give an LLM, or choose mode greedy, sample or s2t_local"
+                f"mode {policy.mode.value!r} with trigger {policy.trigger.value!r} asks the LLM, "
+                "but none is configured; give an LLM, or choose mode greedy, sample or s2t_local"
             )
         if request.options.score_rollout and policy.mode is Mode.LLM:
             raise InvalidRequestError(
@@ -153,7 +153,8 @@ class Engine:
             raise InvalidRequestError("the prompt is empty: it has no tokens")
         if prompt >= longest:
             raise InvalidRequestError(
-                f"the prompt has {prompt} tokens, but prompt and answer together fit {longest}; shorten the prompt"
+                f"the prompt has {prompt} tokens, but prompt and answer together fit {longest}; "
+                "shorten the prompt"
             )
         if wanted < 1:
             raise InvalidRequestError(f"max_new_tokens={wanted}: must be at least 1")
@@ -161,8 +162,8 @@ class Engine:
         if not self.proposer.fits(request.options.policy, prompt + new):
             raise InvalidRequestError(
                 f"prompt and answer may take {prompt + new} tokens, more than the KV pool of "
-                f"{self.proposer.info.kv_tokens} tokens can ever hold for this mode; lower max_new_tokens, shorten "
-                "the prompt or raise slm.kv_gib"
+                f"{self.proposer.info.kv_tokens} tokens can ever hold for this mode; lower "
+                "max_new_tokens, shorten the prompt or raise slm.kv_gib"
             )
         return new
 

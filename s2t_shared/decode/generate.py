@@ -70,7 +70,8 @@ def check_request(request: GenerateRequest) -> None:
         if rule.trigger not in CALIBRATED or not math.isfinite(rule.threshold):
             known = ", ".join(trigger.value for trigger in CALIBRATED)
             raise InvalidRequestError(
-                f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of {known}"
+                f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of "
+                f"{known}"
             )
 
 
@@ -247,15 +248,15 @@ class AnswerBuilder:
         if any(s.finish_reason is FinishReason.DEADLINE for s in self.sequences):
             decoded = sum(len(s.steps) for s in self.sequences)
             raise DeadlineExceededError(
-                f"the deadline of {self.request.timeout_s:g} s passed after {decoded} tokens; allow more time or "
-                "fewer tokens"
+                f"the deadline of {self.request.timeout_s:g} s passed after {decoded} tokens; "
+                "allow more time or fewer tokens"
             )
         chosen = self._vote()
         asked_llm = self.request.options.policy.mode is Mode.LLM
         if asked_llm and all(step.degraded for step in chosen.steps):
             raise SelectorUnavailableError(
-                f"the LLM answered at none of the {len(chosen.steps)} steps of a mode llm answer; send "
-                "the request again, or choose a mode that goes on without the LLM"
+                f"the LLM answered at none of the {len(chosen.steps)} steps of a mode llm answer; "
+                "send the request again, or choose a mode that goes on without the LLM"
             )
         assert chosen.finish_reason is not None
         usage = sum((s.usage for s in self.sequences), Usage())

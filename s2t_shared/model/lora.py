@@ -231,8 +231,8 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     foreign = [name for name in UNSUPPORTED if config.get(name)]
     if foreign or not math.isfinite(alpha) or rank < 1:
         raise VersionError(
-            f"adapter of version {folder.name!r}: r={rank}, lora_alpha={alpha}, {foreign}: only plain "
-            "LoRA with a finite scale is supported"
+            f"adapter of version {folder.name!r}: r={rank}, lora_alpha={alpha}, {foreign}: only "
+            "plain LoRA with a finite scale is supported"
         )
     weights = {}
     for path, layer in adaptable_layers(model).items():
@@ -254,6 +254,7 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
         weights[path] = (a, b)
     if tensors:
         raise VersionError(
-            f"adapter of version {folder.name!r} has weights this model does not: {sorted(tensors)[:3]}"
+            f"adapter of version {folder.name!r} has weights this model does not: "
+            f"{sorted(tensors)[:3]}"
         )
     return Adapter(rank=rank, alpha=alpha, weights=weights)

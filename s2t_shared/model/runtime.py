@@ -4,12 +4,14 @@ built from.
 Token ids and positions in, hidden states and log-probabilities out. Knows no policy, no text, no
 requests.
 
-    forward(segments)   serving: tokens of many sequences, packed without padding, over the pool. Prefill chunks,
-                        decode steps, drafts to verify and candidates to score ride in one forward; an adapter acts
-                        on the segments that name it.
-    aside(tokens, ...)  training: a padded batch with masks of its own; keeps nothing, differentiable.
+    forward(segments)   serving: tokens of many sequences, packed without padding, over the pool.
+                        Prefill chunks, decode steps, drafts to verify and candidates to score
+                        ride in one forward; an adapter acts on the segments that name it.
+    aside(tokens, ...)  training: a padded batch with masks of its own; keeps nothing,
+                        differentiable.
 
-K candidates of one context are one segment of K siblings, flat in the prefix (DESIGN section 3).
+K candidates of one context are one segment of K siblings. Each sibling attends to the prefix and
+to itself, so the cost is flat in the prefix.
 """
 
 from __future__ import annotations

@@ -255,7 +255,10 @@ def check_same_tokenizer(slm: Tokenizer, llm: Tokenizer) -> None:
         what = f"{len(differing)} entries differ ({shown}; vocabulary sizes {len(a)} / {len(b)})"
     else:
         probe = next(p for p in PROBES if slm._plain(p) != llm._plain(p))
-        what = f"the vocabularies agree but {probe!r} becomes {slm._plain(probe)} / {llm._plain(probe)}"
+        what = (
+            f"the vocabularies agree but {probe!r} becomes {slm._plain(probe)} / "
+            f"{llm._plain(probe)}"
+        )
     raise TokenizerMismatchError(
         f"SLM and LLM must share a tokenizer, but (SLM / LLM) {what}; "
         "choose two models of one family"

@@ -123,7 +123,8 @@ class Curve:
         self.settings, self.curve, self.problems = settings, curve, problems
         if curve.accuracy_at and not problems:
             raise ConfigError(
-                "there are no problems to answer; give others with --problems, or --accuracy-at none"
+                "there are no problems to answer; give others with --problems, or --accuracy-at "
+                "none"
             )
         self.models = workload.load(settings)
         snapshot = Lake(curve.lake).freeze()
@@ -139,8 +140,8 @@ class Curve:
         self._test = data.test  # the same for every point
         if (largest := max(curve.counts)) > data.labels:
             raise ConfigError(
-                f"--counts: {largest} training labels wanted, the lake has {data.labels}; harvest more, "
-                "or ask for fewer"
+                f"--counts: {largest} training labels wanted, the lake has {data.labels}; harvest "
+                "more, or ask for fewer"
             )
 
     @property
@@ -234,8 +235,8 @@ class Curve:
         gain, gain_half = clustered_difference(agreed, found.slm_agreed, found.problems)
         if math.isinf(half):
             raise ConfigError(
-                f"the {len(agreed)} labels to test on are of one problem: no interval can be given; "
-                "harvest more problems"
+                f"the {len(agreed)} labels to test on are of one problem: no interval can be "
+                "given; harvest more problems"
             )
         correct = {}
         if self.wants_answers(count):
@@ -292,8 +293,8 @@ class Curve:
             return threshold_for(budget, signals, sum(map(len, self._entropies)))
         except InvalidRequestError as error:
             raise ConfigError(
-                f"the lake has no plain rollouts to take entropy thresholds from ({error}); harvest some "
-                "without --intervene"
+                f"the lake has no plain rollouts to take entropy thresholds from ({error}); "
+                "harvest some without --intervene"
             ) from error
 
 
@@ -370,10 +371,9 @@ def table(points: Sequence[Point]) -> Table:
     the SLM alone."""
     budgets = list(dict.fromkeys(b for p in points for b in p.correct if b))
     slm = next(p for p in points if p.name == SLM)
-    shown = Table(
-        title=f"{slm.test_labels} test labels, {len(slm.correct.get('', ''))} problems\n{machine()}",
-        title_justify="left",
-    )
+    problems = len(slm.correct.get("", ""))
+    title = f"{slm.test_labels} test labels, {problems} problems\n{machine()}"
+    shown = Table(title=title, title_justify="left")
     for column in ("selector", "labels", "Agree@1", "gain", *(_budget(b) for b in budgets), "s"):
         shown.add_column(column, justify="left" if column == "selector" else "right", no_wrap=True)
     for (name, _), group in _by_count(points).items():

@@ -198,8 +198,8 @@ def _figures(settings: Settings, load: Load, turns: dict[str, list[Turn]]) -> li
                 f"{name}: labels per second",
                 rates[name],
                 "1/s",
-                f"{of[-1].tokens // settings.new} prompts, {batch} at once, {settings.new} new each, K {settings.k}, "
-                f"budget {settings.budget:.0%}: {of[-1].labels} labels",
+                f"{of[-1].tokens // settings.new} prompts, {batch} at once, {settings.new} new "
+                f"each, K {settings.k}, budget {settings.budget:.0%}: {of[-1].labels} labels",
             )
         )
         figures.append(

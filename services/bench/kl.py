@@ -142,4 +142,6 @@ def _forwards(runs: Sequence[Run]) -> float:
 def _spent(runs: Sequence[Run]) -> str:
     usages = [s.usage for run in runs for s in run.sequences]
     tokens = sum(u.completion_tokens for u in usages)
-    return f"{tokens} tokens, {sum(u.triggers for u in usages)} triggers, {sum(u.flips for u in usages)} flips"
+    triggers = sum(usage.triggers for usage in usages)
+    flips = sum(usage.flips for usage in usages)
+    return f"{tokens} tokens, {triggers} triggers, {flips} flips"

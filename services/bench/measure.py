@@ -100,4 +100,6 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores{gpu}; {torch.get_num_threads()} torch threads, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores"
+    threads = f"{torch.get_num_threads()} torch threads"
+    return f"{name}, {cores}{gpu}; {threads}, torch {torch.__version__}"

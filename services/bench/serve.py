@@ -95,7 +95,8 @@ def bench_serve(
             )
             figures.append(
                 figure(
-                    f"{batch} requests of mixed modes: together / one after another, tokens per second",
+                    f"{batch} requests of mixed modes: together / one after another, tokens per "
+                    "second",
                     ratios(seconds["one by one"], seconds["together"]),
                     "x",
                     ", ".join(MODES),
@@ -132,7 +133,8 @@ def soak(
                 last = time.monotonic()
                 samples.append(((last - started) / 60, _resident_mb()))
                 say(
-                    f"{samples[-1][0]:6.1f} min  {samples[-1][1]:8.1f} MB  {tokens} tokens, {failed} failed"
+                    f"{samples[-1][0]:6.1f} min  {samples[-1][1]:8.1f} MB  {tokens} tokens, "
+                    f"{failed} failed"
                 )
     warm = [s for s in samples if s[0] >= minutes / 5]
     slope = statistics.linear_regression([t for t, _ in warm], [m for _, m in warm]).slope
@@ -149,7 +151,10 @@ def soak(
                 low=min(slopes),
                 high=max(slopes),
                 unit="MB/min",
-                conditions=f"{minutes:g} min, first fifth left out; min - max of thirds; {rounds * batch} requests of mixed modes",
+                conditions=(
+                    f"{minutes:g} min, first fifth left out; min - max of thirds; "
+                    f"{rounds * batch} requests of mixed modes"
+                ),
             ),
             Figure(
                 name="resident memory at the end",
@@ -157,7 +162,9 @@ def soak(
                 low=warm[0][1],
                 high=max(m for _, m in warm),
                 unit="MB",
-                conditions=f"min: at the start of the measured time; {tokens} tokens, {failed} failed",
+                conditions=(
+                    f"min: at the start of the measured time; {tokens} tokens, {failed} failed"
+                ),
             ),
         ),
     )

@@ -253,8 +253,8 @@ async def _run(
                 await asyncio.sleep(max(0.0, started + (n + 0.5) * every_s - time.monotonic()))
                 load.swaps.append(await asyncio.to_thread(_swap_to, client, versions[(n + 1) % 2]))
                 say(
-                    f"{time.monotonic() - started:6.1f} s  swap {n + 1} to {versions[(n + 1) % 2]}; "
-                    f"{len(load.asked)} answers"
+                    f"{time.monotonic() - started:6.1f} s  swap {n + 1} to "
+                    f"{versions[(n + 1) % 2]}; {len(load.asked)} answers"
                 )
             await asyncio.sleep(max(0.0, started + swaps * every_s - time.monotonic()))
         finally:

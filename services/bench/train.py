@@ -56,8 +56,8 @@ class Work:
     def describe(self) -> str:
         s = self.settings
         return (
-            f"rollouts of {s.prefix} + {s.new} tokens, {labels_per_rollout(s.new, self.share)} labels each, "
-            f"K {s.k}"
+            f"rollouts of {s.prefix} + {s.new} tokens, {labels_per_rollout(s.new, self.share)} "
+            f"labels each, K {s.k}"
         )
 
 

@@ -135,7 +135,8 @@ def evaluate(
     problems: Annotated[
         Path | None,
         typer.Argument(
-            help='JSONL with "answer" beside the prompt; default: the bundled pair\'s held-out problems'
+            help='JSONL with "answer" beside the prompt; '
+            "default: the bundled pair's held-out problems"
         ),
     ] = None,
     modes: Annotated[

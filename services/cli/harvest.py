@@ -202,8 +202,8 @@ def _tell(outcome: Any, lake: Path, json_out: bool) -> None:
     )
     if outcome.failed:
         print(
-            f"s2t: {len(outcome.failed)} prompts failed this time, see above; the same command tries their chunks "
-            "again",
+            f"s2t: {len(outcome.failed)} prompts failed this time, see above; the same command "
+            "tries their chunks again",
             file=sys.stderr,
         )
     if outcome.errors or outcome.failed:

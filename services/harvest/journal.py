@@ -72,8 +72,8 @@ class HarvestRun:
                 ) from error
             if not held:
                 raise ConfigError(
-                    f"this harvest (run {name}) is being done by another process; wait for it, or stop "
-                    "it first"
+                    f"this harvest (run {name}) is being done by another process; wait for it, or "
+                    "stop it first"
                 )
             if again:
                 (run._folder / "done.jsonl").unlink(missing_ok=True)
@@ -90,8 +90,8 @@ class HarvestRun:
             return  # new
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"harvest run {self.id}: plan.json is damaged ({error}); remove {self._folder} to start "
-                "it anew (labels that are there already are not counted twice)"
+                f"harvest run {self.id}: plan.json is damaged ({error}); remove {self._folder} to "
+                "start it anew (labels that are there already are not counted twice)"
             ) from error
         journal = self._folder / "done.jsonl"
         for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():

@@ -186,8 +186,8 @@ def check_free() -> None:
     except Exception as error:  # noqa: BLE001 - the border to Serve: it may raise anything here
         where = f"but does not say where ({type(error).__name__})"
     raise ConfigError(
-        f"a service runs in this Ray cluster already ({where}, {running.status.value}), and a second "
-        "one would replace it; stop the first one (Ctrl-C there, or `serve delete "
+        f"a service runs in this Ray cluster already ({where}, {running.status.value}), and a "
+        "second one would replace it; stop the first one (Ctrl-C there, or `serve delete "
         f"{APPLICATION}` if it was left behind), or give this one a Ray of its own: "
         "RAY_ADDRESS=local s2t serve"
     )

@@ -461,7 +461,8 @@ def test_request_files_are_taken_literally(tmp_path: Path) -> None:
     found = list(read_prompts(jsonl(tmp_path / "requests.txt", lines)))
     assert [str(p) for _, p in found if isinstance(p, InvalidRequestError)] == [
         'line 2: "id" is missing; give a string',
-        'line 3: give exactly one of "prompt", "messages", "token_ids" (found [\'prompt\', \'token_ids\'])',
+        'line 3: give exactly one of "prompt", "messages", "token_ids" (found [\'prompt\', '
+        "'token_ids'])",
         'line 4: give exactly one of "prompt", "messages", "token_ids" (found none)',
         "line 6: \"id\" 'a' was used before, in line 1",
     ]
@@ -617,9 +618,15 @@ HUB_READER = """
 import json, sys
 from s2t_shared.errors import S2TError
 from s2t_shared.data.prompts import PromptSource, count, fingerprint, read
-for source in (PromptSource(source="org/name"), PromptSource(source="org/other"), PromptSource(source="org/name", split="extra")):
+sources = (
+    PromptSource(source="org/name"),
+    PromptSource(source="org/other"),
+    PromptSource(source="org/name", split="extra"),
+)
+for source in sources:
     try:
-        told = [[row["id"], prompt.text] for row, prompt in read(source)], len(fingerprint(source)), count(source)
+        rows = [[row["id"], prompt.text] for row, prompt in read(source)]
+        told = rows, len(fingerprint(source)), count(source)
     except S2TError as error:
         told = f"{type(error).__name__}: {error}"
     print(json.dumps(told))

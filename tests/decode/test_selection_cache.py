@@ -1,4 +1,5 @@
-"""The cache of LLM selections: a hit equals the fresh reply, nothing is stale, Redis away is a miss."""
+"""The cache of LLM selections: a hit equals the fresh reply, nothing is stale, Redis away is a
+miss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The engine's rules with scripted models: statuses, LLM calls, drafts, Steps as they are handed out."""
+"""The engine's rules with scripted models: statuses, LLM calls, drafts, Steps as they are handed
+out."""
 
 from __future__ import annotations
 

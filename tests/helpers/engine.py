@@ -1,4 +1,5 @@
-"""Engines of tiny random models for tests: models, local selectors, requests, runs, and comparisons of Steps."""
+"""Engines of tiny random models for tests: models, local selectors, requests, runs, and comparisons
+of Steps."""
 
 from __future__ import annotations
 

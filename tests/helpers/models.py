@@ -33,8 +33,10 @@ WORDS = tuple(f"w{i}" for i in range(33)) + tuple(
 TEXT_IDS = len(SPECIAL) + len(WORDS)
 EOS = SPECIAL.index("<eos>")
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m.role }}> {{ m.content }} <eos> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% "
+    "endif %}"
+    "<{{ m.role }}> {{ m.content }} <eos> {% endfor %}{% if add_generation_prompt %}<assistant>{% "
+    "endif %}"
 )
 MAX_LENGTH = 256
 

@@ -1,4 +1,5 @@
-"""The label writer against a real server: nothing that was accepted is lost, nothing waits for Redis."""
+"""The label writer against a real server: nothing that was accepted is lost, nothing waits for
+Redis."""
 
 from __future__ import annotations
 
@@ -299,7 +300,8 @@ def test_a_living_writer_delivers_what_a_dead_one_left(
     living = LabelWriter(store, tmp_path / "spool")
     program = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from s2t_shared.labels.stream import LabelStream\nfrom s2t_shared.labels.writer import LabelWriter\n"
+        "from s2t_shared.labels.stream import LabelStream\nfrom s2t_shared.labels.writer import "
+        "LabelWriter\n"
         "from tests.helpers.lake import rollout\n"
         f"writer = LabelWriter(LabelStream('redis://127.0.0.1:{free_port()}'), Path(sys.argv[1]))\n"
         "writer.write([rollout(7)]).result(10.0)\nos.kill(os.getpid(), signal.SIGKILL)\n"

@@ -1,7 +1,8 @@
 """Golden Step traces: every mode, trigger, local selector kind and reading.
 
 A change of the engine that changes no token proves itself against them (`tests/test_golden.py`). To
-record them anew, after a change that is meant to change tokens: `python -m tests.decode.golden.traces`.
+record them anew, after a change that is meant to change tokens: `python -m
+tests.decode.golden.traces`.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def cases() -> Iterator[Case]:
         policy=adapted,
         version="joint-adapted",
     )
+
 
 DEFAULT_RULE = CandidateRule()
 

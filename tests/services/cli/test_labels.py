@@ -279,7 +279,8 @@ def test_verify_checks_values_too(scored_lake: Lake) -> None:
 def test_stats_beside_a_service_count_what_is_on_its_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Right after a harvest they used to say 0 labels, without a hint that 549 were on their way."""
+    """Right after a harvest they used to say 0 labels, without a hint that 549 were on their
+    way."""
     counts = LabelCounts(queued=12, in_lake=0, dead_letters=1)
     asked: list[bool] = []
 

@@ -1,4 +1,5 @@
-"""Starting a service: never over a running one, and never with a traceback for a wrong RAY_ADDRESS."""
+"""Starting a service: never over a running one, and never with a traceback for a wrong
+RAY_ADDRESS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The Redis that a service starts: where its program comes from, what survives, who may reach it."""
+"""The Redis that a service starts: where its program comes from, what survives, who may reach
+it."""
 
 from __future__ import annotations
 
@@ -133,9 +134,11 @@ def test_server_dies_with_its_parent_even_if_a_finished_thread_started_it(tmp_pa
     """prctl(PDEATHSIG), the usual way, fires when the *thread* that started the server ends."""
     program = (
         "import os, signal, sys, threading\nfrom pathlib import Path\n"
-        "from s2t_shared.redis_connection import open_client\nfrom services.launch.redis_server import open_redis\n"
+        "from s2t_shared.redis_connection import open_client\nfrom services.launch.redis_server "
+        "import open_redis\n"
         "found = []\n"
-        "thread = threading.Thread(target=lambda: found.append(open_redis(None, Path(sys.argv[1]))))\n"
+        "thread = threading.Thread(target=lambda: found.append(open_redis(None, "
+        "Path(sys.argv[1]))))\n"
         "thread.start(); thread.join()\n"
         "assert open_client(found[0].url, 2.0).ping()\n"
         "print(found[0].process.pid, flush=True)\n"
