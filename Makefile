@@ -1,4 +1,4 @@
-# make demo, make test: each makes what it needs. PYTHON=python3.12 chooses another interpreter,
+# make demo, make test, make check: each makes what it needs. PYTHON=python3.12 chooses another interpreter,
 # PIP_ARGS="--extra-index-url URL" another source of torch's CPU build.
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -6,7 +6,10 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test lint protos pair clean
+# Everything but what starts Ray, kills processes or takes long.
+FAST := not service and not kill and not slow
+
+.PHONY: install demo test check lint protos pair clean
 
 install: .venv/installed
 
@@ -21,10 +24,17 @@ demo: install
 	$(BIN)/s2t demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "$(FAST)"
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	cd protos && ../$(BIN)/buf lint
 

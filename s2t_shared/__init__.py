@@ -1,13 +1,23 @@
-"""The Select-to-Think product: method, engine, labels, distillation. Runs without Ray, gRPC or
-Redis.
+"""The Select-to-Think product: method, engine, labels, distillation. Runs without Ray or gRPC.
 
-Import order inside this package, kept by `tests/test_layout.py`: a module imports only from its
-left.
+    from s2t_shared import Pair        an SLM and an LLM in this process, ready to generate
 
-    errors types files | config policy | text lora kv attention runtime local_selector | proposer
-    scorer sequence asking engine generate | labels shards lake redis_client redis_server spool
-    store drain selection_cache | metrics gate | manifest model_card registry export | trees losses
-    packing checkpoints objective distill | records prompts tasks calibrate label_stats label_export
-
-`pair` (the bundled models) and `pb` (generated wire code) stand alone.
+`README.md` beside this file says what the method is, which laws hold, what each package is about
+and how a request lives. `tests/test_layout.py` says who may import whom.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from s2t_shared.pair import Pair
+
+__all__ = ["Pair"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Pair`, when it is asked for. The client imports this package and has no torch."""
+    if name == "Pair":
+        from s2t_shared.pair import Pair
+
+        return Pair
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

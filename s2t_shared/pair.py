@@ -33,7 +33,7 @@ from s2t_shared.model.runtime import ModelRuntime, resolve_model
 from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.requests import PromptLike, new_request
-from s2t_shared.types import Answer, AnswerPiece, GenerateRequest
+from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Prompt
 from s2t_shared.versions.live import open_version
 
 CALIBRATIONS = Path("~/.cache/s2t/calibration")
@@ -151,12 +151,16 @@ class Pair:
 
     # -- answers ----------------------------------------------------------------------------------
 
-    def generate(self, prompts: Iterable[PromptLike], **settings: Any) -> list[Answer]:
-        """Answers in input order. `settings` as in `new_request`.
+    def generate(
+        self, prompts: str | Prompt | Iterable[PromptLike], **settings: Any
+    ) -> list[Answer]:
+        """Answers in input order. One text is a list of one. `settings` as in `new_request`.
 
         Raises:
             S2TError: a prompt cannot be answered; the text says which one.
         """
+        if isinstance(prompts, (str, Prompt)):
+            prompts = [prompts]
         requests = [
             new_request(prompt, request_id=str(i), **settings) for i, prompt in enumerate(prompts)
         ]

@@ -1,7 +1,7 @@
 """The Parquet lake: the folder where rollouts and their labels are kept.
 
     lake/
-      shard-<name>.parquet   rollouts (shards.SCHEMA), zstd
+      shard-<name>.parquet   rollouts (columns of `label.Rollout`), zstd
       shard-<name>.json      its manifest, written last: a shard without one does not exist
       snapshots/<id>/        frozen shards (hard links); a training run names the snapshot it reads
       quarantine/            shards that `verify` found bad

@@ -1,20 +1,19 @@
-"""The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL; DESIGN
-section 1).
+"""The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL).
 
-Three kinds, two readings. `scoring_segment` says which tokens to look at, for serving; `combine`
-turns their hidden states into scores, for serving and for training (`distill`) alike. Knows rows
-and tokens; no policy, no files.
+There are three kinds and two readings (`s2t_shared/README.md`). `scoring_segment` says which tokens
+to look at, for serving. `combine` turns their hidden states into scores, for serving and for
+training alike. Knows rows and tokens; no policy, no files.
 
-    kind       tokens looked at            score(c) reserved   the K siblings              sum_i v_i
-    softmax(z(c))_i, v = linspace(0, 1, 16)   (paper, eq. of S2T-LOCAL) prefix     the last context
-    token      log p_adapted(c | s), renormalised on the candidates joint      last token and
-    siblings     reserved score / T + prefix score
+    kind       tokens looked at          score(c)
+    reserved   the K siblings            sum_i v_i softmax(z(c))_i, v = linspace(0, 1, 16)  (paper)
+    prefix     the last context token    log p_adapted(c | s), renormalised on the candidates
+    joint      last token and siblings   reserved score / T + prefix score
 
-The reserved score can be `binary` instead: z(c)_1, the raw logit of the second bin; and
-`standardise` brings it to mean 0 and variance 1 over the candidates of a context.
+The reserved score can be `binary` instead: z(c)_1, the raw logit of the second bin. `standardise`
+brings the score to mean 0 and variance 1 over the candidates of a context.
 
-`reads: base` looks at those tokens over the base model's KV; `reads: adapted` over a KV the adapter
-read itself.
+`reads: base` looks at those tokens over the base model's KV. `reads: adapted` looks at them over a
+KV that the adapter read itself.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 says.
 
 Knows linear layers and PEFT's file format; nothing of contexts, caches or selection. With no
-adapter active a `GatedLinear` returns exactly what its base layer returns, bit for bit (DESIGN law
+adapter active a `GatedLinear` returns exactly what its base layer returns, bit for bit (law
 4); several adapters may act on different tokens of one forward: W x + gate_t * B A x.
 
 Our own few lines rather than PEFT's layers, because the gate is per token and changes at every

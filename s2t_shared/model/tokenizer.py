@@ -222,7 +222,7 @@ class TextStream:
 
 
 def reserved_ids(tokenizer: Tokenizer, vocab_rows: int) -> tuple[int, ...]:
-    """The reserved ids R, ascending = bins 0..15 (DESIGN section 1): the first 16 of Gemma's
+    """The reserved ids R, ascending = bins 0..15 (paper, S2T-LOCAL): the first 16 of Gemma's
     `<unused*>`, the last 16 of Llama's `<|reserved_special_token_*>`, else the last 16 rows above
     the tokenizer. A model without spare rows gets virtual ones, numbered from `vocab_rows` on: zero
     rows outside its vocabulary."""

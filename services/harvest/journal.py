@@ -1,9 +1,10 @@
 """One harvest's plan and progress on disk, so that the same command again goes on where it was
 stopped.
 
-    lake/runs/<run id>/ plan.json    what the run is: options, models, thresholds done.jsonl   one
-      line per finished chunk of prompts, written after the chunk's labels are durable lock
-      held while somebody works on it
+    lake/runs/<run id>/
+      plan.json    what the run is: options, models, thresholds
+      done.jsonl   one line per finished chunk of prompts, written when its labels are durable
+      lock         held while somebody works on it
 
 The run id is a hash of all that the labels depend on: prompts, options, models. A chunk that was
 being worked on when the process died is done again; its labels have the same ids, and its shard the

@@ -1,4 +1,4 @@
-"""The laws that the engine must keep (DESIGN section 4), on tiny random models against plain
+"""The laws that the engine must keep (`s2t_shared/README.md`), on tiny random models against plain
 transformers.
 
 Law 1 links the engine to Hugging Face's greedy; law 2 links every fast path to a naive one, and any

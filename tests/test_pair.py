@@ -1,0 +1,81 @@
+"""`Pair`, the front door, on the bundled models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import s2t_shared
+from s2t_shared.bundled import problems
+from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
+from s2t_shared.pair import Pair
+
+QUESTIONS = [problem.prompt for problem in problems.problems("test", 3)]
+DECODING = {"mode": "s2t", "budget": 0.05, "max_new_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    opened = Pair.open("bundled", "bundled", threads=1)
+    opened.calibrations = tmp_path_factory.mktemp("calibrations")
+    return opened
+
+
+def test_it_is_imported_from_the_top() -> None:
+    assert s2t_shared.Pair is Pair
+
+
+def test_answers_come_in_input_order(pair: Pair) -> None:
+    together = pair.generate(QUESTIONS, **DECODING)
+    alone = [pair.generate([question], **DECODING)[0] for question in QUESTIONS]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert sum(answer.usage.triggers for answer in together) > 0
+
+
+def test_one_text_is_a_list_of_one(pair: Pair) -> None:
+    """Its characters were taken for prompts."""
+    [answer] = pair.generate(QUESTIONS[0], **DECODING)
+    assert answer.text == pair.generate(QUESTIONS[:1], **DECODING)[0].text
+
+
+def test_a_stream_is_the_answer_in_pieces(pair: Pair) -> None:
+    pieces = list(pair.stream(QUESTIONS[0], **DECODING))
+    [answer] = pair.generate(QUESTIONS[0], **DECODING)
+    assert len(pieces) > 1
+    assert "".join(piece.text for piece in pieces) == answer.text
+    last = pieces[-1].answer
+    assert last is not None and last.text == answer.text
+
+
+def test_an_error_names_its_prompt(pair: Pair) -> None:
+    with pytest.raises(InvalidRequestError, match="prompt 1: "):
+        pair.generate([QUESTIONS[0], ""], **DECODING)
+
+
+def test_a_budget_is_measured_once_and_kept(pair: Pair) -> None:
+    pair.generate(QUESTIONS[0], **DECODING)
+    kept = list(Path(pair.calibrations).rglob("*.json"))
+    assert kept
+    written = [file.stat().st_mtime_ns for file in kept]
+    pair.generate(QUESTIONS[0], **DECODING)
+    assert [file.stat().st_mtime_ns for file in kept] == written
+
+
+def test_a_version_that_is_not_loaded_is_refused(pair: Pair) -> None:
+    with pytest.raises(VersionNotFoundError, match="nowhere"):
+        pair.generate(QUESTIONS[0], mode="s2t_local", version="nowhere", budget=0.05)
+
+
+def test_local_selection_without_a_version_is_greedy_and_marked(pair: Pair) -> None:
+    """Law 5, as in the service."""
+    [greedy] = pair.generate(QUESTIONS[0], mode="greedy", max_new_tokens=40)
+    local = {**DECODING, "mode": "s2t_local", "steps": True}
+    [answer] = pair.generate(QUESTIONS[0], **local)
+    assert answer.text == greedy.text
+    assert answer.usage.degraded_steps == answer.usage.triggers > 0
+
+
+def test_it_works_without_an_llm() -> None:
+    [answer] = Pair.open("bundled", threads=1).generate(QUESTIONS[0], mode="greedy")
+    assert answer.text and answer.usage.llm_forwards == 0
