@@ -67,15 +67,6 @@ def test_a_version_that_is_not_loaded_is_refused(pair: Pair) -> None:
         pair.generate(QUESTIONS[0], mode="s2t_local", version="nowhere", budget=0.05)
 
 
-def test_local_selection_without_a_version_is_greedy_and_marked(pair: Pair) -> None:
-    """Law 5, as in the service."""
-    [greedy] = pair.generate(QUESTIONS[0], mode="greedy", max_new_tokens=40)
-    local = {**DECODING, "mode": "s2t_local", "steps": True}
-    [answer] = pair.generate(QUESTIONS[0], **local)
-    assert answer.text == greedy.text
-    assert answer.usage.degraded_steps == answer.usage.triggers > 0
-
-
 def test_it_works_without_an_llm() -> None:
     [answer] = Pair.open("bundled", threads=1).generate(QUESTIONS[0], mode="greedy")
     assert answer.text and answer.usage.llm_forwards == 0
