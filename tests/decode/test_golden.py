@@ -44,6 +44,7 @@ def test_the_bundled_pair_decodes_as_recorded() -> None:
     check("bundled_pair", traces.bundled_pair())
 
 
+@pytest.mark.slow
 def test_a_random_pair_decodes_as_recorded(tmp_path: Path) -> None:
     check("random_pair", traces.random_pair(tmp_path))
 

@@ -60,6 +60,7 @@ from tests.helpers.engine import (
 )
 from tests.helpers.queries import query
 
+pytestmark = pytest.mark.slow
 SHARED = tuple(int(x) for x in np.random.default_rng(7).integers(5, 48, 130))
 PROMPTS = (
     (*SHARED[:50], 6),

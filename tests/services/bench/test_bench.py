@@ -49,6 +49,8 @@ from services.evaluation import Problem
 from services.harvest.rollouts import HarvestOptions, PairRollouts
 from services.harvest.run import Prompts, harvest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(models: dict[str, Path]) -> Settings:

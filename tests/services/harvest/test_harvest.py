@@ -247,6 +247,7 @@ def test_given_thresholds(source: PairRollouts, tmp_path: Path) -> None:
 # -- stopping and going on ------------------------------------------------------------------------
 
 
+@pytest.mark.kill
 @settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -270,6 +271,7 @@ def test_stopped_and_started_again(
     assert harvest(idle, prompts(150), Lake(lake), OPTIONS).resumed == 150 and idle.rolled == 0
 
 
+@pytest.mark.slow
 def test_again_mends_a_lake_that_lost_labels(
     source: PairRollouts, undisturbed: dict[str, tuple], tmp_path: Path
 ) -> None:
@@ -295,6 +297,7 @@ def is_working(lake: Path) -> bool:
     return False
 
 
+@pytest.mark.kill
 def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path) -> None:
     """The same through the command line with kill -9 at random moments (20 of them with
     S2T_KILLS=20)."""
@@ -346,6 +349,7 @@ def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path)
     assert not Lake(lake).verify()
 
 
+@pytest.mark.kill
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text(
@@ -424,6 +428,7 @@ def test_bad_prompts_are_told_and_never_tried_again(
     assert again.errors == outcome.errors and again.labels == outcome.labels
 
 
+@pytest.mark.slow
 def test_what_failed_is_tried_again(source: PairRollouts, pair: Pair, tmp_path: Path) -> None:
     """An LLM that is away spoils only the chunks it hits, and only for now."""
     given = replace(OPTIONS, thresholds=(LabelRule(Trigger.KL, 0.3),), triggers=(Trigger.KL,))
