@@ -3,7 +3,6 @@ state."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 
 import numpy as np
@@ -39,7 +38,7 @@ def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tu
         support=proposal.support,
     )
     if proposal.drawn_id is not None:
-        return replace(step, token_id=proposal.drawn_id, chosen_by=ChosenBy.SAMPLER), Next.EMIT
+        return step.changed(token_id=proposal.drawn_id, chosen_by=ChosenBy.SAMPLER), Next.EMIT
     if not policies.may_trigger(policy, index):
         return step, Next.EMIT
     if policy.trigger.needs_llm:
@@ -47,7 +46,7 @@ def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tu
     assert proposal.support is not None
     signal = policies.slm_signal(policy.trigger, proposal.support, options.sampling.seed, index)
     triggered = policies.triggers(policy, signal, index)
-    step = replace(step, signal=signal, triggered=triggered)
+    step = step.changed(signal=signal, triggered=triggered)
     if not triggered:
         return step, Next.EMIT
     return step, Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
@@ -58,21 +57,21 @@ def after_llm_scores(
 ) -> tuple[Step, Next]:
     """The Step with the LLM's view of its position: EMIT, or SELECT_LOCALLY at a KL trigger."""
     policy = options.policy
-    step = replace(step, llm=scores, llm_top_id=scores.top_id)
+    step = step.changed(llm=scores, llm_top_id=scores.top_id)
     if step.support is None:  # Mode.LLM: the SLM has proposed nothing
-        return replace(step, token_id=scores.top_id, chosen_by=ChosenBy.LLM), Next.EMIT
+        return step.changed(token_id=scores.top_id, chosen_by=ChosenBy.LLM), Next.EMIT
     if policy.trigger.needs_llm:
         reverse = policy.trigger is Trigger.KL_REVERSE
         signal = policies.kl(step.support.log_probs, scores.log_probs, reverse=reverse)
         triggered = policies.triggers(policy, signal, step.index)
-        step = replace(step, signal=signal, triggered=triggered)
+        step = step.changed(signal=signal, triggered=triggered)
         if not triggered:
             return step, Next.EMIT
         if policy.mode is Mode.S2T_LOCAL:
             return step, Next.SELECT_LOCALLY
     selected = _select(step, scores.log_probs[: candidate_count(options, step)], ChosenBy.LLM)
     if policy.mode is Mode.TAKEOVER:
-        selected = replace(selected, token_id=scores.top_id)
+        selected = selected.changed(token_id=scores.top_id)
     return selected, Next.EMIT
 
 
@@ -92,7 +91,7 @@ def finished(options: DecodeOptions, step: Step) -> Step:
     if step.support is None:
         return step
     if not (step.triggered or options.score_rollout or options.keep_support):
-        return replace(step, support=None)
+        return step.changed(support=None)
     return with_figures(step)
 
 
@@ -101,11 +100,10 @@ def with_figures(step: Step) -> Step:
     support = step.support
     assert support is not None
     if step.entropy is None:
-        step = replace(step, entropy=policies.entropy(support.log_probs))
+        step = step.changed(entropy=policies.entropy(support.log_probs))
     if step.llm is None:
         return step
-    return replace(
-        step,
+    return step.changed(
         kl=policies.kl(support.log_probs, step.llm.log_probs),
         llm_top_id=step.llm.top_id,
         llm_top_rank=policies.rank(step.llm.top_id, support.ids),
@@ -115,8 +113,7 @@ def with_figures(step: Step) -> Step:
 def _select(step: Step, scores: tuple[float, ...], chosen_by: ChosenBy) -> Step:
     """The Step with its best-scored candidate; ties go to the SLM's order."""
     assert step.support is not None
-    return replace(
-        step,
+    return step.changed(
         token_id=step.support.ids[int(np.argmax(scores))],
         chosen_by=chosen_by,
         candidate_ids=step.support.ids[: len(scores)] if step.triggered else (),

@@ -211,13 +211,13 @@ class AnswerBuilder:
         For majority@n nothing, until the last sample ends: then the winner's text and Steps.
         """
         text = self._texts[sequence]
-        new = [replace(step, text=text.next_piece()) for step in steps]
+        new = [step.changed(text=text.next_piece()) for step in steps]
         rest = ""
         if sequence.finish_reason is not None:
             self._open -= 1
             rest = text.finish()
             if new:
-                new[-1] = replace(new[-1], text=new[-1].text + rest)
+                new[-1] = new[-1].changed(text=new[-1].text + rest)
                 rest = ""
         self._steps[sequence] += new
         if len(self.sequences) == 1:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 from s2t_shared.decode import decide
@@ -202,7 +202,7 @@ class LiveSequence:
         index = len(self.steps) + len(self._draft)
         step, then = decide.after_proposal(self.request.options, index, proposal)
         if self._slm_takes_over:
-            step = replace(step, degraded=self._slm_takes_over)
+            step = step.changed(degraded=self._slm_takes_over)
             self._slm_takes_over = ""
         self._act(step, then)
 
@@ -312,7 +312,7 @@ class LiveSequence:
 
     def _select_without_llm(self, reason: str) -> None:
         assert self._pending is not None
-        pending = replace(self._pending, degraded=reason)
+        pending = self._pending.changed(degraded=reason)
         if pending.support is None:  # Mode.LLM: the SLM chooses this token
             self._pending = None
             self._slm_takes_over = reason
@@ -327,7 +327,7 @@ class LiveSequence:
         scores = iter(reply.positions)
         for i, step in enumerate(self.steps):
             if step.llm is None:
-                self.steps[i] = decide.with_figures(replace(step, llm=next(scores)))
+                self.steps[i] = decide.with_figures(step.changed(llm=next(scores)))
         self._finish_scored()
 
     def _finish_scored(self) -> None:
@@ -336,7 +336,7 @@ class LiveSequence:
 
     @staticmethod
     def _degraded(step: Step, reason: str) -> Step:
-        return replace(step, degraded=reason) if step.llm is None else step
+        return step.changed(degraded=reason) if step.llm is None else step
 
     # -- drafts -----------------------------------------------------------------------------------
 
@@ -402,7 +402,7 @@ class LiveSequence:
 
     def _accept_unverified(self, count: int, reason: str) -> None:
         for _ in range(count):
-            self._emit(replace(self._draft.pop(0), degraded=reason))
+            self._emit(self._draft.pop(0).changed(degraded=reason))
             if self.status is not SequenceStatus.RUNNING:
                 return
 
