@@ -31,25 +31,30 @@ class Next(Enum):
 def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tuple[Step, Next]:
     """The Step that the SLM's proposal makes, and what it needs."""
     policy = options.policy
+    support = proposal.support
+    signal = None
+    triggered = False
+    if proposal.drawn_id is not None or not policies.may_trigger(policy, index):
+        then = Next.EMIT
+    elif policy.trigger.needs_llm:
+        then = Next.DRAFT
+    else:
+        assert support is not None
+        signal = policies.slm_signal(policy.trigger, support, options.sampling.seed, index)
+        triggered = policies.triggers(policy, signal, index)
+        selecting = Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
+        then = selecting if triggered else Next.EMIT
+    drawn_id = proposal.drawn_id
     step = Step(
         index=index,
-        token_id=proposal.top_id,
+        token_id=proposal.top_id if drawn_id is None else drawn_id,
+        chosen_by=ChosenBy.SLM if drawn_id is None else ChosenBy.SAMPLER,
+        triggered=triggered,
+        signal=signal,
         slm_top_id=proposal.top_id,
-        support=proposal.support,
+        support=support,
     )
-    if proposal.drawn_id is not None:
-        return step.changed(token_id=proposal.drawn_id, chosen_by=ChosenBy.SAMPLER), Next.EMIT
-    if not policies.may_trigger(policy, index):
-        return step, Next.EMIT
-    if policy.trigger.needs_llm:
-        return step, Next.DRAFT
-    assert proposal.support is not None
-    signal = policies.slm_signal(policy.trigger, proposal.support, options.sampling.seed, index)
-    triggered = policies.triggers(policy, signal, index)
-    step = step.changed(signal=signal, triggered=triggered)
-    if not triggered:
-        return step, Next.EMIT
-    return step, Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
+    return step, then
 
 
 def after_llm_scores(

@@ -275,9 +275,8 @@ class Proposer:
         for j, i in enumerate(wanting):
             item = inputs[i]
             mine = slice(j * k, (j + 1) * k)
-            support = _support(
-                proposals[i].top_id, [int(x) for x in top_ids[mine]], log_probs[mine]
-            )
+            ids_by_rank = list(map(int, top_ids[mine]))
+            support = _support(proposals[i].top_id, ids_by_rank, log_probs[mine])
             drawn = None
             if item.sampling is not None:
                 drawn = sample(chosen[j] - norm[j], item.sampling)
