@@ -33,6 +33,9 @@ from services.rpc import channels  # noqa: E402
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OBJECT_STORE_BYTES = 256 << 20
+PROBE_TIMEOUT_S = 5.0
+OWN_RAY = "give this one a Ray of its own: RAY_ADDRESS=local s2t serve"
+CLAIM = "s2t-serve"  # name and namespace of the actor that stands for the running `s2t serve`
 Say = Callable[[str], None]
 
 
@@ -126,17 +129,32 @@ def _join(address: str, quiet: dict[str, Any]) -> bool:
         ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
     """
     try:
+        if address != "auto":
+            _probe(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # a ConnectionError is an OSError
         if address == "auto":
             return False
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"RAY_ADDRESS={address}: this Ray cluster cannot be joined ({reason}); start it "
-            "(ray start --head), correct the address, or unset RAY_ADDRESS for a Ray of this "
-            "machine's own"
+            "(ray start --head), correct the address, set RAY_AUTH_MODE=token where the cluster "
+            "asks for a token, or unset RAY_ADDRESS for a Ray of this machine's own"
         ) from error
     return True
+
+
+def _probe(address: str) -> None:
+    """Check that something listens at `address`: Ray itself tries for minutes without a word.
+
+    Raises:
+        OSError: nothing does.
+        ValueError: it is not host:port.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ValueError("not host:port of the head node; a ray:// client cannot run a service")
+    socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
 
 
 @contextmanager
@@ -171,44 +189,78 @@ def running_service(
         redis.stop()
 
 
-def check_free() -> None:
-    """Check that no service of ours runs in this Ray cluster: a second one would replace it.
+@contextmanager
+def claimed() -> Iterator[None]:
+    """The sole right to start a service in this Ray cluster: `serve.run` would replace another's
+    application without a word, also that of one who starts at the same moment.
+
+    A named actor is made once, and Ray ends it with the process that made it, however that ends.
 
     Raises:
-        ConfigError: one runs, or is being started; with its address, where it says it.
+        ConfigError: another process has the right, or its service was left behind.
+    """
+
+    class Claim:
+        pass
+
+    actor: Any = ray.remote(num_cpus=0)(Claim)
+    try:
+        claim = actor.options(name=CLAIM, namespace=CLAIM).remote()
+    except ValueError as error:  # the name is taken
+        raise ConfigError(
+            f"a service runs or starts in this Ray cluster already ({_where()}), and a second one "
+            f"would replace it; stop the first one (Ctrl-C there), or {OWN_RAY}"
+        ) from error
+    try:
+        check_free()
+        yield
+    finally:
+        ray.kill(claim)
+
+
+def check_free() -> None:
+    """Check that the cluster has no application of ours that no `s2t serve` stands behind.
+
+    Raises:
+        ConfigError: it has one; with its address, where it says it.
     """
     running = serve.status().applications.get(APPLICATION)
     if running is None or running.status == ApplicationStatus.DELETING:
         return
+    cluster = ray.get_runtime_context().gcs_address
+    removal = f"from ray import serve; serve.delete('{APPLICATION}')"
+    raise ConfigError(
+        f"a service is in this Ray cluster already ({_where()}, {running.status.value}), of "
+        "`serve deploy`, or left behind by an `s2t serve` that was killed; remove it "
+        f'(RAY_ADDRESS={cluster} python -c "{removal}"), or {OWN_RAY}'
+    )
+
+
+def _where() -> str:
+    """Where the service in this cluster listens."""
     try:
         gateway = serve.get_deployment_handle("Gateway", APPLICATION)
-        where = f"at {gateway.address.remote().result(timeout_s=5)}"
+        return f"at {gateway.address.remote().result(timeout_s=PROBE_TIMEOUT_S)}"
     except Exception as error:  # noqa: BLE001 - the border to Serve: it may raise anything here
-        where = f"but does not say where ({type(error).__name__})"
-    raise ConfigError(
-        f"a service runs in this Ray cluster already ({where}, {running.status.value}), and a "
-        "second one would replace it; stop the first one (Ctrl-C there, or `serve delete "
-        f"{APPLICATION}` if it was left behind), or give this one a Ray of its own: "
-        "RAY_ADDRESS=local s2t serve"
-    )
+        return f"it does not say where: {type(error).__name__}"
 
 
 @contextmanager
 def _application(config: Config) -> Iterator[str]:
     """The service's address, while it runs."""
     serve.start(proxy_location=ProxyLocation.Disabled, http_options=HTTPOptions(host="127.0.0.1"))
-    check_free()
-    try:
+    with claimed():
         try:
-            serve.run(build_application(config), name=APPLICATION, route_prefix=None)
-        except RuntimeError as error:
-            raise ConfigError(f"the service did not start: {_reason(error)}") from error
-        gateway = serve.get_deployment_handle("Gateway", APPLICATION)
-        yield str(gateway.address.remote().result(timeout_s=30))
-    finally:
-        # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve may
-        # be in use.
-        serve.delete(APPLICATION)
+            try:
+                serve.run(build_application(config), name=APPLICATION, route_prefix=None)
+            except RuntimeError as error:
+                raise ConfigError(f"the service did not start: {_reason(error)}") from error
+            gateway = serve.get_deployment_handle("Gateway", APPLICATION)
+            yield str(gateway.address.remote().result(timeout_s=30))
+        finally:
+            # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve
+            # may be in use.
+            serve.delete(APPLICATION)
 
 
 def _reason(error: RuntimeError) -> str:
