@@ -36,7 +36,7 @@ from services.evaluation import (
     table,
 )
 from services.harvest.rollouts import HarvestOptions, ServiceRollouts
-from services.harvest.run import harvest, pair_prompts
+from services.harvest.run import bundled_prompts, harvest
 from services.launch.local import RunningService, running_service
 from services.rpc.ask_many import Target, answer_all
 from services.train.job import TrainOutcome, train
@@ -181,7 +181,7 @@ def _harvest(
     started = time.perf_counter()
     outcome = harvest(
         ServiceRollouts(Target(service.address), returns_labels=False),
-        pair_prompts(training),
+        bundled_prompts(training),
         Lake(service.config.lake),
         HarvestOptions(task="shop", max_new_tokens=MAX_NEW_TOKENS),
     )

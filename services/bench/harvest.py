@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from s2t_shared.data.prompts import read_prompts
+from s2t_shared.data.prompts import Row, read_prompts
 from s2t_shared.decode.calibrate import measure_calibration
 from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
@@ -28,7 +28,7 @@ from services.bench import workload
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.workload import Models, Settings
 from services.harvest.rollouts import HarvestOptions, PairRollouts
-from services.harvest.run import HarvestOutcome, Prompts, Row, harvest
+from services.harvest.run import HarvestOutcome, Prompts, harvest
 
 LOCKSTEP, PLAIN, INTERVENED = "token by token", "plain", "intervened"
 PATIENCE_S = 3600.0

@@ -1,11 +1,15 @@
-"""`s2t harvest`: flags to options, progress, and what a run prints. The work is in `harvest`."""
+"""`s2t harvest`: flags to options, progress, and what a run prints.
+
+The work is in `services.harvest`.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +29,7 @@ from services.cli.options import (
 from services.cli.progress import progress
 
 if TYPE_CHECKING:
+    from s2t_shared.data.prompts import PromptSource
     from s2t_shared.pair import Pair
     from services.harvest.rollouts import HarvestOptions, RolloutSource
     from services.harvest.run import HarvestOutcome, Prompts
@@ -96,16 +101,10 @@ def harvest(
     """Turn training prompts into selection labels. The same command again goes on where it was
     stopped."""
     from s2t_shared.data.prompts import PromptSource
-    from services.harvest import run as harvesting
-    from services.harvest.rollouts import (
-        HarvestOptions,
-        PairRollouts,
-        ServiceRollouts,
-    )
+    from services.harvest.rollouts import HarvestOptions, PairRollouts, ServiceRollouts
 
-    # Both, also where a shell started us with one of them ignored.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
+    _stop_on_signals()
+    thresholds = tuple(_label_rule(text) for text in threshold or ())
     prompt_source = PromptSource(
         source=prompts,
         split=split,
@@ -115,35 +114,38 @@ def harvest(
         system=system,
         chat=chat or system is not None,
     )
-    asked = harvesting.prompts_of(prompt_source, limit, say)
-    rules = tuple(_rule(text) for text in threshold or ())
     options = HarvestOptions(
         task=task,
         split=split,
-        triggers=tuple(rule.trigger for rule in rules) or _triggers(positions),
+        triggers=tuple(rule.trigger for rule in thresholds) or _triggers(positions),
         budget=budget,
-        thresholds=rules,
+        thresholds=thresholds,
         candidates=candidates,
         max_new_tokens=max_new_tokens,
         intervene=intervene,
         calibrate_on=calibrate_on,
     )
+    opened = _open_prompts(prompt_source, limit)
     source: RolloutSource
     if slm or llm:
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        source = PairRollouts(_load(slm, llm, dtype, device, batch_size, threads, chat_template))
-        lake = out
+        pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template)
+        source, lake = PairRollouts(pair), out
     else:
-        resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-        service = target(address, config, token_file)
-        source = ServiceRollouts(service, out is not None, concurrency)
-        lake = out or resolved.lake
-    _harvest(source, asked, lake, options, again, json_out)
+        lake = out or settings(config, data_dir=str(data_dir) if data_dir else None).lake
+        source = ServiceRollouts(target(address, config, token_file), out is not None, concurrency)
+    _harvest(source, opened, lake, options, again, json_out)
+
+
+def _stop_on_signals() -> None:
+    """Both signals raise KeyboardInterrupt, also where a shell started us with one ignored."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
 
 
 def _triggers(positions: str) -> tuple[Trigger, ...]:
-    """What `--positions` says.
+    """The triggers that `--positions` names.
 
     Raises:
         InvalidRequestError: unknown.
@@ -151,6 +153,61 @@ def _triggers(positions: str) -> tuple[Trigger, ...]:
     if positions not in POSITIONS:
         raise InvalidRequestError(f"--positions={positions!r}: choose from {', '.join(POSITIONS)}")
     return POSITIONS[positions]
+
+
+def _label_rule(text: str) -> LabelRule:
+    """The rule of one `--threshold`: `kl=NUMBER` or `entropy=NUMBER`.
+
+    Raises:
+        InvalidRequestError: another trigger, or no number.
+    """
+    name, _, value = text.partition("=")
+    trigger = by_name(Trigger, name, "--threshold")
+    threshold = None
+    with suppress(ValueError):
+        threshold = float(value)
+    if threshold is None or trigger not in (Trigger.KL, Trigger.ENTROPY):
+        raise InvalidRequestError(f"--threshold={text!r}: write kl=NUMBER or entropy=NUMBER (nats)")
+    return LabelRule(trigger, threshold)
+
+
+def _open_prompts(source: PromptSource, limit: int | None) -> Prompts:
+    from services.harvest.run import open_prompts
+
+    return open_prompts(source, limit, say)
+
+
+def _open_pair(
+    slm: str,
+    llm: str,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    threads: int | None,
+    chat_template: Path | None,
+) -> Pair:
+    from s2t_shared.pair import Pair
+
+    return Pair.open(
+        slm,
+        llm,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+        chat_template=_read_template(chat_template),
+    )
+
+
+def _read_template(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--chat-template {str(file)!r} cannot be read: {error.strerror}"
+        ) from error
 
 
 def _harvest(
@@ -175,36 +232,31 @@ def _harvest(
 
             outcome = run_harvest(source, prompts, Lake(lake), options, on_progress, say, again)
     except KeyboardInterrupt:
-        print(
-            "s2t: stopped; what was finished is kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
+        say("stopped; what was finished is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
-    _tell(outcome, lake, json_out)
+    _print(outcome, lake, json_out)
 
 
-def _tell(outcome: Any, lake: Path, json_out: bool) -> None:
+def _print(outcome: HarvestOutcome, lake: Path, json_out: bool) -> None:
+    """Print the outcome; exit with 1 if a prompt gave no labels because of an error."""
     for text in [*outcome.errors, *outcome.failed]:
-        print(f"s2t: {text}", file=sys.stderr)
-    show(
-        {
-            "lake": str(lake),
-            "run": outcome.run,
-            "prompts": outcome.prompts,
-            "resumed": outcome.resumed,
-            "rollouts": outcome.rollouts,
-            "labels": outcome.labels,
-            "tokens": outcome.tokens,
-            "errors": len(outcome.errors),
-            "failed": len(outcome.failed),
-        },
-        json_out,
-    )
+        say(text)
+    values = {
+        "lake": str(lake),
+        "run": outcome.run,
+        "prompts": outcome.prompts,
+        "resumed": outcome.resumed,
+        "rollouts": outcome.rollouts,
+        "labels": outcome.labels,
+        "tokens": outcome.tokens,
+        "errors": len(outcome.errors),
+        "failed": len(outcome.failed),
+    }
+    show(values, json_out)
     if outcome.failed:
-        print(
-            f"s2t: {len(outcome.failed)} prompts failed this time, see above; the same command "
-            "tries their chunks again",
-            file=sys.stderr,
+        say(
+            f"{len(outcome.failed)} prompts failed this time, see above; the same command tries "
+            "their chunks again"
         )
     if outcome.errors or outcome.failed:
         raise typer.Exit(1)
@@ -212,46 +264,3 @@ def _tell(outcome: Any, lake: Path, json_out: bool) -> None:
 
 def say(line: str) -> None:
     print(f"s2t: {line}", file=sys.stderr, flush=True)
-
-
-def _load(
-    slm: str,
-    llm: str,
-    dtype: str,
-    device: str,
-    batch_size: int,
-    threads: int | None,
-    chat_template: Path | None,
-) -> Pair:
-    from s2t_shared.pair import Pair
-
-    return Pair.open(
-        slm,
-        llm,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        threads=threads,
-        chat_template=_text_of(chat_template),
-    )
-
-
-def _rule(text: str) -> LabelRule:
-    name, equals, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        equals, number = "", 0.0
-    trigger = by_name(Trigger, name, "--threshold")
-    if not equals or trigger not in (Trigger.KL, Trigger.ENTROPY):
-        raise InvalidRequestError(f"--threshold={text!r}: write kl=NUMBER or entropy=NUMBER (nats)")
-    return LabelRule(trigger, number)
-
-
-def _text_of(file: Path | None) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8") if file else None
-    except OSError as error:
-        raise ConfigError(
-            f"--chat-template {str(file)!r} cannot be read: {error.strerror}"
-        ) from error

@@ -1,7 +1,7 @@
-"""Who makes a harvest's rollouts: both models in this process, or a running service.
+"""Makes a harvest's rollouts: with both models in this process, or through a running service.
 
-A `RolloutSource` takes prompts and gives scored rollouts with their labels, in any order. What is
-done and what is kept, `run` knows.
+A `RolloutSource` takes prompts and gives scored rollouts with their labels, in any order. Which
+prompts, and what becomes of the labels, is the business of `run`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from s2t_shared.types import (
 from services.rpc.ask_many import AsyncCaller, Target, describe
 
 TRIGGERS = (Trigger.ENTROPY, Trigger.KL)
-# Of a service: somebody is away, and will be back.
+# A part of the service is away or full, and will be back.
 RETRIED = (SelectorUnavailableError, OverloadedError, StoreError)
 MAX_PAUSE_S = 10.0
 WINDOW = 64  # rollouts queued at once in this process
-ROLLOUTS_PER_PROPOSER = 64  # asked of a service at once
+ROLLOUTS_PER_PROPOSER = 64  # requests to a service in flight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,10 @@ class HarvestOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """One rollout to make. calibrating: a greedy one, of which every position is a label."""
+    """One rollout to make.
+
+    calibrating: a greedy one that comes back with its labels, whoever stores the others.
+    """
 
     request_id: str
     problem_id: str
@@ -72,21 +75,28 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class RolloutCounts:
-    """A rollout that a service has stored: labels and tokens of its answer."""
+    """The size of a rollout: its labels, and the tokens of its answer."""
 
     labels: int
     tokens: int
 
+    @classmethod
+    def of(cls, rollout: Rollout | RolloutCounts) -> RolloutCounts:
+        if isinstance(rollout, RolloutCounts):
+            return rollout
+        return cls(len(rollout.labels), len(rollout.token_ids) - rollout.prompt_length)
 
-Outcome = Rollout | RolloutCounts | S2TError
-OnRollout = Callable[[RolloutRequest, Outcome], None]
+
+# Counts stand for a rollout that a service has stored.
+RolloutOutcome = Rollout | RolloutCounts | S2TError
+OnRollout = Callable[[RolloutRequest, RolloutOutcome], None]
 
 
 class RolloutSource(Protocol):
     """Makes rollouts.
 
-    returns_labels: labels come back, for the caller to keep; else a service has stored them.
-    precision: of the arithmetic, where it is known.
+    returns_labels: rollouts come back with their labels, for the caller to write; else a service
+    has stored them. precision: of the arithmetic, as "torch.float32"; "" where it is unknown.
     """
 
     digests: Digests
@@ -99,16 +109,13 @@ class RolloutSource(Protocol):
         options: HarvestOptions,
         on_rollout: OnRollout,
     ) -> None:
-        """Call `on_rollout` with each outcome, in any order.
-
-        A rollout that a service has stored comes as `RolloutCounts`.
-        """
+        """Call `on_rollout` with the outcome of each request, in any order."""
 
 
 def generate_request(
     request: RolloutRequest, options: HarvestOptions, labels: LabelOptions
 ) -> GenerateRequest:
-    """The answer that is to be made and scored."""
+    """The request for the answer that becomes the rollout."""
     decode = DecodeOptions(
         policy=_policy(request, options),
         max_new_tokens=options.max_new_tokens,
@@ -135,7 +142,7 @@ def _policy(request: RolloutRequest, options: HarvestOptions) -> Policy:
 
 
 class PairRollouts:
-    """Rollouts of both models in this process."""
+    """Makes rollouts with both models in this process."""
 
     returns_labels = True
 
@@ -157,7 +164,7 @@ class PairRollouts:
     ) -> None:
         waiting: dict[str, RolloutRequest] = {}
 
-        def asked() -> Iterator[GenerateRequest]:
+        def to_generate() -> Iterator[GenerateRequest]:
             for request in requests:
                 waiting[request.request_id] = request
                 labels = LabelOptions(
@@ -169,7 +176,7 @@ class PairRollouts:
                 )
                 yield generate_request(request, options, labels)
 
-        for question, answer in self._generator.generate(asked(), window=WINDOW):
+        for question, answer in self._generator.generate(to_generate(), window=WINDOW):
             request = waiting.pop(question.request_id)
             on_rollout(request, self._rollout(question, answer, options))
 
@@ -193,11 +200,11 @@ class PairRollouts:
 
 
 class ServiceRollouts:
-    """Rollouts of a running service, asked over gRPC.
+    """Makes rollouts through a running service, over gRPC.
 
-    returns_labels: labels come back to be kept here. Otherwise they go the way of all the service's
-    labels, into its store and lake, and a rollout is done when its labels are durable there.
-    Whoever of the service is away is waited for, up to `patience_s` seconds without any answer.
+    returns_labels: rollouts come back with their labels. Otherwise the labels go into the service's
+    stream and lake like all its labels, and an answer comes when they are durable there.
+    A part of the service that is away is waited for, up to `patience_s` seconds without any answer.
     """
 
     def __init__(
@@ -207,7 +214,7 @@ class ServiceRollouts:
         concurrency: int = 0,
         patience_s: float = 600.0,
     ) -> None:
-        """concurrency: rollouts asked at once; 0: as many as the proposers can take.
+        """concurrency: requests in flight; 0: as many as the proposers can take.
 
         Raises:
             SelectorUnavailableError: the service cannot be asked, or has no LLM.
@@ -254,8 +261,8 @@ class ServiceRollouts:
 
     async def _ask(
         self, caller: AsyncCaller, request: RolloutRequest, options: HarvestOptions
-    ) -> Outcome:
-        """One rollout, asked until it comes or nobody has answered for too long."""
+    ) -> RolloutOutcome:
+        """One rollout. Retries until it comes, or until no answer came for too long."""
         collect = self.returns_labels or request.calibrating
         labels = LabelOptions(
             store=not collect,

@@ -3,11 +3,10 @@
     prompts -> chunks -> rollouts, scored whole by one LLM prefill -> labels where KL or entropy is
     high -> lake
 
-Plain rollouts are the SLM's greedy ones; intervened ones are S2T's own (the LLM selects at the
-divergence points), so their labels lie on the paths that a served answer takes. Thresholds come
-from the run's own first prompts, and are kept with the run (`harvest_run`), which remembers what is
-done: the same command again goes on and ends with the same labels as a run that was never
-disturbed.
+Plain rollouts are the SLM's greedy ones. Intervened ones are S2T's: the LLM selects at the
+divergence points, so their labels lie on the paths that a served answer takes. Thresholds come from
+the run's own first prompts. The run's journal keeps them, and which chunks are done: the same
+command again continues, and ends with the same labels as a run that was never disturbed.
 """
 
 from __future__ import annotations
@@ -17,49 +16,98 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from s2t_shared.bundled.problems import Problem
 from s2t_shared.data import prompts as prompt_files
-from s2t_shared.data.prompts import PromptSource, fingerprint
+from s2t_shared.data.prompts import PromptSource, Row, fingerprint
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.labels.label import Rollout, is_label, with_labels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.policy import threshold_for
 from s2t_shared.splits import check_split
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
-from services.harvest.journal import CHUNK, Chunk, HarvestRun
+from services.harvest.journal import CHUNK, Chunk, HarvestJournal
 from services.harvest.rollouts import (
     TRIGGERS,
     HarvestOptions,
-    Outcome,
     RolloutCounts,
+    RolloutOutcome,
     RolloutRequest,
     RolloutSource,
 )
 
 COMPACT_EVERY = 64  # chunks: so that a long run's shards do not pile up
-Row = tuple[dict[str, Any], Prompt | InvalidRequestError]
-EVERYWHERE = tuple(LabelRule(t, -1.0) for t in TRIGGERS)  # entropy and KL are never below 0
+# Entropy and KL are never below 0: these rules mark every position.
+EVERY_POSITION = tuple(LabelRule(trigger, -1.0) for trigger in TRIGGERS)
+
+
+# -- prompts --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What to harvest: `rows()` starts from the first row every time; `fingerprint` stands for
-    their content."""
+    """What to harvest.
+
+    rows: starts from the first row at every call. fingerprint: stands for their content. total: how
+    many rows there are, None where only reading everything would tell.
+    """
 
     rows: Callable[[], Iterable[Row]]
     fingerprint: str
     total: int | None = None
 
 
+def open_prompts(
+    source: PromptSource, limit: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> Prompts:
+    """The prompts of a source, the first `limit` of them.
+
+    say: called with each choice of a default, once.
+
+    Raises:
+        ConfigError: the source cannot be read.
+        EvaluationSplitError: its split is for evaluation.
+    """
+    said: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in said:  # the rows are read more than once
+            said.add(line)
+            say(line)
+
+    total = prompt_files.count(source)
+    if limit is not None:
+        total = limit if total is None else min(limit, total)
+    return Prompts(
+        lambda: islice(prompt_files.read(source, say_once), limit),
+        f"{fingerprint(source)}:{limit or 'all'}",
+        total,
+    )
+
+
+def bundled_prompts(problems: Iterable[Problem]) -> Prompts:
+    """The prompts of the bundled pair's problems."""
+    rows: list[Row] = [({"id": problem.id}, Prompt(text=problem.prompt)) for problem in problems]
+    first_id = rows[0][0]["id"]
+    return Prompts(lambda: rows, f"bundled-{len(rows)}-{first_id}", len(rows))
+
+
+# -- a run ----------------------------------------------------------------------------------------
+
+
 @dataclass(kw_only=True)
 class HarvestOutcome:
-    """What a run has given so far, earlier starts included. `errors`: one text per prompt that can
-    never give labels; `failed`: per prompt that did not this time."""
+    """What a run has given so far, earlier starts included.
+
+    resumed: prompts that earlier starts did. answered: prompts with a rollout; their chunk may not
+    be done. new_labels: of this start, those of open chunks included. errors: one text per prompt
+    that can never give labels. failed: one text per prompt that gave none this time.
+    """
 
     run: str = ""
     prompts: int = 0
-    resumed: int = 0  # of the prompts, done by earlier starts
-    answered: int = 0  # prompts that are rolled out; their chunk may not be done
-    new_labels: int = 0  # of this start, chunks that are not done included
+    resumed: int = 0
+    answered: int = 0
+    new_labels: int = 0
     rollouts: int = 0
     labels: int = 0
     tokens: int = 0
@@ -74,7 +122,7 @@ class HarvestOutcome:
         self.errors += chunk.errors
 
 
-Progress = Callable[[HarvestOutcome], None]
+OnProgress = Callable[[HarvestOutcome], None]
 
 
 def harvest(
@@ -82,31 +130,41 @@ def harvest(
     prompts: Prompts,
     lake: Lake,
     options: HarvestOptions,
-    on_progress: Progress = lambda outcome: None,
+    on_progress: OnProgress = lambda outcome: None,
     say: Callable[[str], None] = lambda line: None,
     again: bool = False,
 ) -> HarvestOutcome:
-    """Harvest what is not done yet; `again`: everything, as after labels were lost (none is counted
-    twice).
+    """Harvest what is not done yet.
 
-    Raises: EvaluationSplitError: the split is for evaluation. ConfigError: another process does
-        this run, the lake cannot be used, or no prompt gave anything to calibrate on.
+    again: harvest everything, as after labels were lost; none is counted twice.
+
+    Raises:
+        EvaluationSplitError: the split is for evaluation.
+        ConfigError: another process does this run, the lake cannot be used, or no prompt gave
+            anything to calibrate on.
     """
     check_split(options.split)
-    with HarvestRun.open(lake.root, _identity(prompts, options, source), again) as run:
-        outcome = HarvestOutcome(run=run.id)
-        for chunk in run.done.values():
+    with HarvestJournal.open(lake.root, _identity(prompts, options, source), again) as journal:
+        outcome = HarvestOutcome(run=journal.run_id)
+        for chunk in journal.done.values():
             outcome.add(chunk)
-        outcome.resumed = outcome.answered = outcome.prompts
-        if not run.rules and not options.thresholds:
-            say(f"run {run.id}: thresholds from the first {options.calibrate_on} prompts")
-        first = {} if run.rules else _plan(run, source, prompts, options)
-        work = _Work(run, lake, source.returns_labels, outcome, on_progress)
+        outcome.resumed = outcome.prompts
+        outcome.answered = outcome.prompts
+        reusable: dict[str, Rollout] = {}
+        if not journal.rules:
+            if not options.thresholds:
+                say(
+                    f"run {journal.run_id}: thresholds from the first {options.calibrate_on} "
+                    "prompts"
+                )
+            reusable = _plan(journal, source, prompts, options)
+        chunks = _OpenChunks(journal, lake, source.returns_labels, outcome, on_progress)
         on_progress(outcome)
-        if first:
-            for asked in work.asked(_firsts(prompts, options), only=first):
-                work.on_rollout(asked, _relabelled(first[asked.request_id], run.rules))
-        source.make_rollouts(work.asked(prompts.rows()), options, work.on_rollout)
+        if reusable:
+            for request in chunks.requests(_first_rows(prompts, options), only=reusable):
+                rollout = _relabelled(reusable[request.request_id], journal.rules)
+                chunks.on_rollout(request, rollout)
+        source.make_rollouts(chunks.requests(prompts.rows()), options, chunks.on_rollout)
         if source.returns_labels:
             lake.compact()
         return outcome
@@ -114,18 +172,18 @@ def harvest(
 
 def _identity(prompts: Prompts, options: HarvestOptions, source: RolloutSource) -> dict[str, Any]:
     """Everything that the labels depend on."""
-    o, digests = options, source.digests
+    digests = source.digests
     return {
         "prompts": prompts.fingerprint,
-        "task": o.task,
-        "split": o.split,
-        "budget": o.budget,
-        "triggers": [t.value for t in o.triggers],
-        "candidates": o.candidates,
-        "intervene": o.intervene,
-        "thresholds": [[r.trigger.value, r.threshold] for r in o.thresholds],
-        "max_new_tokens": o.max_new_tokens,
-        "calibrate_on": o.calibrate_on,
+        "task": options.task,
+        "split": options.split,
+        "budget": options.budget,
+        "triggers": [trigger.value for trigger in options.triggers],
+        "candidates": options.candidates,
+        "intervene": options.intervene,
+        "thresholds": [[rule.trigger.value, rule.threshold] for rule in options.thresholds],
+        "max_new_tokens": options.max_new_tokens,
+        "calibrate_on": options.calibrate_on,
         "slm": digests.slm,
         "llm": digests.llm,
         "tokenizer": digests.tokenizer,
@@ -134,82 +192,86 @@ def _identity(prompts: Prompts, options: HarvestOptions, source: RolloutSource) 
     }
 
 
-def _firsts(prompts: Prompts, options: HarvestOptions) -> Iterator[Row]:
-    """The prompts that give the thresholds: whole chunks, so that their rollouts need not be made
-    again."""
-    for _, row in zip(
-        range(-(-options.calibrate_on // CHUNK) * CHUNK), prompts.rows(), strict=False
-    ):
-        yield row
+def _request_id(journal: HarvestJournal, row: dict[str, Any]) -> str:
+    return f"harvest-{journal.run_id}-{row['id']}"
+
+
+# -- thresholds -----------------------------------------------------------------------------------
+
+
+def _first_rows(prompts: Prompts, options: HarvestOptions) -> Iterable[Row]:
+    """The rows that give the thresholds.
+
+    They fill whole chunks, so that their rollouts need not be made again.
+    """
+    chunks = -(-options.calibrate_on // CHUNK)
+    return islice(prompts.rows(), chunks * CHUNK)
 
 
 def _plan(
-    run: HarvestRun, source: RolloutSource, prompts: Prompts, options: HarvestOptions
+    journal: HarvestJournal, source: RolloutSource, prompts: Prompts, options: HarvestOptions
 ) -> dict[str, Rollout]:
     """Fix the thresholds.
 
-    Returns the rollouts made for that, by request, where they are also the harvest's own.
+    Returns the rollouts that were made for it, by request id, where the harvest can use them too.
     """
     if options.thresholds:
-        run.plan(options.thresholds)
+        journal.plan(options.thresholds)
         return {}
-    rollouts = _calibration_rollouts(run, source, prompts, options)
+    rollouts = _calibration_rollouts(journal, source, prompts, options)
     entropies: list[float] = []
     divergences: list[float] = []
     for rollout in rollouts.values():
         entropies += rollout.entropy[WARMUP_STEPS:]
         divergences += rollout.kl[WARMUP_STEPS:]
     signals = {Trigger.ENTROPY: entropies, Trigger.KL: divergences}
-    total = sum(len(rollout.kl) for rollout in rollouts.values())
+    positions = sum(len(rollout.kl) for rollout in rollouts.values())
     rules = []
     for trigger in options.triggers:
-        rules.append(LabelRule(trigger, threshold_for(options.budget, signals[trigger], total)))
-    run.plan(tuple(rules))
+        threshold = threshold_for(options.budget, signals[trigger], positions)
+        rules.append(LabelRule(trigger, threshold))
+    journal.plan(tuple(rules))
     return rollouts if source.returns_labels and not options.intervene else {}
 
 
 def _calibration_rollouts(
-    run: HarvestRun, source: RolloutSource, prompts: Prompts, options: HarvestOptions
+    journal: HarvestJournal, source: RolloutSource, prompts: Prompts, options: HarvestOptions
 ) -> dict[str, Rollout]:
-    """Greedy rollouts of the first prompts, every position a label.
+    """Greedy rollouts of the first prompts, by request id. Every position is a label.
 
     Raises:
-        ConfigError: they say too little to calibrate on.
+        ConfigError: some failed, or all are too short to calibrate on.
     """
     rollouts: dict[str, Rollout] = {}
     failed: list[S2TError] = []
 
-    def on_rollout(request: RolloutRequest, outcome: Outcome) -> None:
+    def on_rollout(request: RolloutRequest, outcome: RolloutOutcome) -> None:
         if isinstance(outcome, Rollout):
             rollouts[request.request_id] = outcome
         elif isinstance(outcome, S2TError):
             failed.append(outcome)
 
     def requests() -> Iterator[RolloutRequest]:
-        for row, prompt in _firsts(prompts, options):
+        for row, prompt in _first_rows(prompts, options):
             if isinstance(prompt, Prompt):
                 yield RolloutRequest(
-                    request_id=_request_id(run, row),
+                    request_id=_request_id(journal, row),
                     problem_id=str(row["id"]),
                     prompt=prompt,
-                    rules=EVERYWHERE,
+                    rules=EVERY_POSITION,
                     calibrating=True,
                 )
 
     source.make_rollouts(requests(), options, on_rollout)
-    says_something = any(len(rollout.kl) > WARMUP_STEPS for rollout in rollouts.values())
+    long_enough = any(len(rollout.kl) > WARMUP_STEPS for rollout in rollouts.values())
     unanswered = any(not isinstance(error, InvalidRequestError) for error in failed)
-    if unanswered or not says_something:
+    if unanswered or not long_enough:
         reason = failed[0] if failed else "there are none"
         raise ConfigError(
             "no thresholds could be calibrated: of the first prompts "
             f"{len(rollouts)} gave a rollout ({reason})"
         )
     return rollouts
-
-
-def _request_id(run: HarvestRun, row: dict[str, Any]) -> str:
-    return f"harvest-{run.id}-{row['id']}"
 
 
 def _relabelled(rollout: Rollout, rules: tuple[LabelRule, ...]) -> Rollout:
@@ -222,11 +284,14 @@ def _relabelled(rollout: Rollout, rules: tuple[LabelRule, ...]) -> Rollout:
     return with_labels(rollout, tuple(marked))
 
 
+# -- chunks ---------------------------------------------------------------------------------------
+
+
 @dataclass(kw_only=True)
 class _OpenChunk:
-    """A chunk of prompts whose rollouts are not all there yet."""
+    """A chunk of prompts; `waiting` of its rollouts have no outcome yet."""
 
-    left: int
+    waiting: int
     prompts: int
     rollouts: list[Rollout] = field(default_factory=list)
     counts: list[RolloutCounts] = field(default_factory=list)
@@ -234,81 +299,89 @@ class _OpenChunk:
     failed: bool = False
 
 
-class _Work:
-    """The chunks under way: counts what comes back, and makes a chunk durable when the last of it
-    is there."""
+class _OpenChunks:
+    """The chunks that a start works on. Each is made durable when its last outcome comes."""
 
     def __init__(
         self,
-        run: HarvestRun,
+        journal: HarvestJournal,
         lake: Lake,
-        keeps: bool,
+        writes_labels: bool,
         outcome: HarvestOutcome,
-        on_progress: Progress,
+        on_progress: OnProgress,
     ) -> None:
-        self._run, self._lake, self._keeps = run, lake, keeps
-        self._outcome, self._on_progress = outcome, on_progress
+        """writes_labels: the labels go into `lake`; else a service has stored them."""
+        self._journal = journal
+        self._lake = lake
+        self._writes_labels = writes_labels
+        self._outcome = outcome
+        self._on_progress = on_progress
         self._open: dict[int, _OpenChunk] = {}
-        self._chunk_of: dict[str, int] = {}
+        self._chunk_of: dict[str, int] = {}  # request id -> number of its chunk
 
-    def asked(
+    def requests(
         self, rows: Iterable[Row], only: dict[str, Rollout] | None = None
     ) -> Iterator[RolloutRequest]:
-        """The rollouts that are not done (and, with `only`, are known already), chunk by chunk."""
-        for number, chunk in self._run.open_chunks(rows):
-            good = [(row, prompt) for row, prompt in chunk if isinstance(prompt, Prompt)]
-            if only is not None and not all(_request_id(self._run, row) in only for row, _ in good):
-                continue
-            self._open[number] = _OpenChunk(
-                left=len(good),
-                prompts=len(chunk),
-                errors=[
-                    str(prompt) for _, prompt in chunk if isinstance(prompt, InvalidRequestError)
-                ],
-            )
-            self._outcome.answered += len(chunk) - len(good)
-            if not good:
-                self._close(number)
-            for row, prompt in good:
-                request_id = _request_id(self._run, row)
-                self._chunk_of[request_id] = number
-                yield RolloutRequest(
-                    request_id=request_id,
-                    problem_id=str(row["id"]),
-                    prompt=prompt,
-                    rules=self._run.rules,
-                )
+        """The rollouts that are not done, chunk by chunk.
 
-    def on_rollout(self, request: RolloutRequest, outcome: Outcome) -> None:
+        only: leave out chunks of which this lacks a rollout, by request id.
+        """
+        for number, chunk in self._journal.open_chunks(rows):
+            new = _OpenChunk(waiting=0, prompts=len(chunk))
+            requests = []
+            for row, prompt in chunk:
+                if isinstance(prompt, Prompt):
+                    requests.append(self._request(row, prompt))
+                else:
+                    new.errors.append(str(prompt))
+            if only is not None and any(r.request_id not in only for r in requests):
+                continue
+            new.waiting = len(requests)
+            self._open[number] = new
+            self._outcome.answered += len(new.errors)
+            if not requests:
+                self._close(number)
+            for request in requests:
+                self._chunk_of[request.request_id] = number
+                yield request
+
+    def _request(self, row: dict[str, Any], prompt: Prompt) -> RolloutRequest:
+        return RolloutRequest(
+            request_id=_request_id(self._journal, row),
+            problem_id=str(row["id"]),
+            prompt=prompt,
+            rules=self._journal.rules,
+        )
+
+    def on_rollout(self, request: RolloutRequest, outcome: RolloutOutcome) -> None:
         """Count an outcome, and close its chunk when it was the last one."""
         number = self._chunk_of.pop(request.request_id)
         chunk = self._open[number]
         self._outcome.answered += 1
-        if isinstance(outcome, Rollout):
-            chunk.rollouts.append(outcome)
-            outcome = RolloutCounts(
-                len(outcome.labels), len(outcome.token_ids) - outcome.prompt_length
-            )
-        if isinstance(outcome, RolloutCounts):
-            chunk.counts.append(outcome)
-            self._outcome.new_labels += outcome.labels
-        elif isinstance(outcome, InvalidRequestError):
+        if isinstance(outcome, InvalidRequestError):
             chunk.errors.append(f"{request.problem_id}: {outcome}")
-        else:
+        elif isinstance(outcome, S2TError):
             chunk.failed = True
             self._outcome.failed.append(f"{request.problem_id}: {outcome}")
-        chunk.left -= 1
-        if not chunk.left:
+        else:
+            counts = RolloutCounts.of(outcome)
+            if isinstance(outcome, Rollout):
+                chunk.rollouts.append(outcome)
+            chunk.counts.append(counts)
+            self._outcome.new_labels += counts.labels
+        chunk.waiting -= 1
+        if not chunk.waiting:
             self._close(number)
         self._on_progress(self._outcome)
 
     def _close(self, number: int) -> None:
+        """Make a chunk's labels durable. One that failed stays undone: the next start tries it."""
         chunk = self._open.pop(number)
-        if chunk.failed:  # not done: the next start tries it again
+        if chunk.failed:
             return
-        if self._keeps:
-            rollouts = sorted(chunk.rollouts, key=lambda r: r.request_id)
-            self._lake.write(rollouts, f"{self._run.id}-{number:06d}")
+        if self._writes_labels:
+            rollouts = sorted(chunk.rollouts, key=lambda rollout: rollout.request_id)
+            self._lake.write(rollouts, f"{self._journal.run_id}-{number:06d}")
         done = Chunk(
             number=number,
             prompts=chunk.prompts,
@@ -317,38 +390,7 @@ class _Work:
             tokens=sum(counts.tokens for counts in chunk.counts),
             errors=tuple(chunk.errors),
         )
-        self._run.finish(done)
+        self._journal.finish(done)
         self._outcome.add(done)
-        if self._keeps and len(self._run.done) % COMPACT_EVERY == 0:
+        if self._writes_labels and len(self._journal.done) % COMPACT_EVERY == 0:
             self._lake.compact()
-
-
-def prompts_of(
-    source: PromptSource, limit: int | None = None, say: Callable[[str], None] = lambda line: None
-) -> Prompts:
-    """The prompts of a source, the first `limit` of them. `say` hears what was chosen by itself.
-
-    Raises:
-        ConfigError: the source cannot be read. EvaluationSplitError: its split is for evaluation.
-    """
-    said: list[str] = []
-
-    def say_once(line: str) -> None:
-        if line not in said:  # the rows are read more than once
-            said.append(line)
-            say(line)
-
-    total = prompt_files.count(source)
-    if limit is not None:
-        total = limit if total is None else min(limit, total)
-    return Prompts(
-        lambda: islice(prompt_files.read(source, say_once), limit),
-        f"{fingerprint(source)}:{limit or 'all'}",
-        total,
-    )
-
-
-def pair_prompts(problems: Iterable[Any]) -> Prompts:
-    """The bundled pair's problems."""
-    rows: list[Row] = [({"id": p.id}, Prompt(text=p.prompt)) for p in problems]
-    return Prompts(lambda: rows, f"bundled-{len(rows)}-{rows[0][0]['id']}", len(rows))

@@ -39,11 +39,11 @@ from services.harvest.journal import CHUNK
 from services.harvest.rollouts import (
     HarvestOptions,
     OnRollout,
-    Outcome,
     PairRollouts,
+    RolloutOutcome,
     RolloutRequest,
 )
-from services.harvest.run import HarvestOutcome, Prompts, harvest, pair_prompts
+from services.harvest.run import HarvestOutcome, Prompts, bundled_prompts, harvest
 
 OPTIONS = HarvestOptions(task="t", max_new_tokens=40, calibrate_on=CHUNK)
 KILLS = int(os.environ.get("S2T_KILLS", "3"))
@@ -60,7 +60,7 @@ def source(pair: Pair) -> PairRollouts:
 
 
 def prompts(count: int) -> Prompts:
-    return pair_prompts(problems.problems("train", count))
+    return bundled_prompts(problems.problems("train", count))
 
 
 def contents(lake: Path) -> dict[str, tuple]:
@@ -106,7 +106,7 @@ class Interrupted:
         options: HarvestOptions,
         on_rollout: OnRollout,
     ) -> None:
-        def interrupted(request: RolloutRequest, outcome: Outcome) -> None:
+        def interrupted(request: RolloutRequest, outcome: RolloutOutcome) -> None:
             if self._left == 0:
                 raise KeyboardInterrupt
             self._left -= 1

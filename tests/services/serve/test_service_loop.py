@@ -41,7 +41,7 @@ from s2t_shared.versions.registry import Registry
 from services.client import Client
 from services.demo import DemoSize, run_loop
 from services.harvest.rollouts import HarvestOptions, PairRollouts, ServiceRollouts
-from services.harvest.run import HarvestOutcome, harvest, pair_prompts
+from services.harvest.run import HarvestOutcome, bundled_prompts, harvest
 from services.launch.local import RunningService
 from services.rpc.ask_many import Target, answer_all
 from services.train.follow import follow
@@ -228,7 +228,7 @@ def accuracy_of_local(service: RunningService) -> float:
 def test_harvest_through_the_service(service: RunningService, pair: Pair, tmp_path: Path) -> None:
     """The same labels as alone in one process, whether they come back to be kept or go the
     service's own way; also when its selector and its proposer are killed meanwhile."""
-    prompts = pair_prompts(problems.problems("train", 160))
+    prompts = bundled_prompts(problems.problems("train", 160))
     options = HarvestOptions(task="harvested", max_new_tokens=40, calibrate_on=32)
     alone = Lake(tmp_path / "alone")
     collected = Lake(tmp_path / "collected")
