@@ -1,4 +1,4 @@
-"""Shop problems: find the two prices that spend all the coins. Pure Python, no model in sight.
+"""Shop problems: find the two prices that spend all the coins. Needs no model.
 
     Eva has 20 coins . Prices are 13 , 10 , 8 , 9 , 11 . Which two cost 20 ?
     Let us see . Eva takes the 11 first . 20 - 11 = 9 is left . So Eva buys 11 and 9 .
@@ -81,8 +81,13 @@ def _contents(rng: random.Random) -> Iterator[tuple[int, tuple[int, ...]]]:
     while True:
         prices = tuple(rng.sample(range(MIN_PRICE, MAX_PRICE + 1), NUM_PRICES))
         total = sum(rng.sample(prices, 2))
-        if sum(a + b == total for a, b in combinations(prices, 2)) == 1:
+        if len(_pairs(total, prices)) == 1:
             yield total, prices
+
+
+def _pairs(total: int, prices: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The pairs of prices that make the total, each in the order of the prices."""
+    return [(a, b) for a, b in combinations(prices, 2) if a + b == total]
 
 
 def _split_of(total: int, prices: tuple[int, ...]) -> Split:
@@ -93,8 +98,8 @@ def _split_of(total: int, prices: tuple[int, ...]) -> Split:
 
 
 def _render(id: str, name: str, total: int, prices: tuple[int, ...]) -> Problem:
-    """Write the problem out. The solution takes the later one of the two prices first."""
-    second, first = next(pair for pair in combinations(prices, 2) if sum(pair) == total)
+    """The problem in words. The solution takes the later one of the two prices first."""
+    second, first = _pairs(total, prices)[0]
     low, high = sorted((first, second))
     listed = " , ".join(map(str, prices))
     return Problem(

@@ -1,8 +1,8 @@
-"""Train the bundled pair from nothing: `python -m s2t_shared.pair.train [--out DIR]`.
+"""Trains the bundled pair from nothing: `python -m s2t_shared.bundled.train [--out DIR]`.
 
-One word-level tokenizer, one task (`problems`), two Llama models: a small one that is stopped while
-it still guesses at the decision, and a larger one that has learnt to search. Both end up as
-ordinary Hugging Face folders, `slm/` and `llm/`, so nothing that serves them knows they are toys.
+The pair has one word-level tokenizer, one task (`problems`) and two Llama models. The small one is
+stopped while it still guesses at the decision; the larger one has learnt to search. Both are
+written as ordinary Hugging Face folders, `slm/` and `llm/`, and served like any other model.
 
 Every problem has the same number of tokens, so a batch needs no padding. Axis names:
 B problems, T tokens of prompt + solution + <eos>, P tokens of the prompt, V vocabulary.
@@ -39,7 +39,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One model's shape and schedule. Training is one pass over `steps * batch` problems."""
+    """One model's shape and schedule. Training is one pass over `steps * batch` problems.
+
+    muon_lr: for the matrices of the blocks. adamw_lr: for embeddings, head and norms.
+    decay_share: the last part of training, over which the rate falls linearly to zero.
+    """
 
     name: str
     hidden: int
@@ -48,10 +52,10 @@ class Recipe:
     intermediate: int
     steps: int
     batch: int
-    muon_lr: float = 0.02  # the matrices of the blocks
-    adamw_lr: float = 3e-3  # embeddings, head, norms
+    muon_lr: float = 0.02
+    adamw_lr: float = 3e-3
     warmup: int = 50
-    decay_share: float = 0.4  # the last part of training, over which the rate falls to zero
+    decay_share: float = 0.4
 
 
 SLM = Recipe(name="slm", hidden=64, layers=3, heads=2, intermediate=176, steps=450, batch=64)
@@ -89,7 +93,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def encode(batch: Iterable[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, int]:
     """Problems as ids [B, T], and the number of prompt tokens P, which all of them share."""
     vocabulary = tokenizer.get_vocab()
-    rows, prompt_lengths = [], set()
+    rows = []
+    prompt_lengths = set()
     for problem in batch:
         prompt = problem.prompt.split()
         words = [*prompt, *problem.solution.split(), "<eos>"]
@@ -100,7 +105,7 @@ def encode(batch: Iterable[Problem], tokenizer: PreTrainedTokenizerFast) -> tupl
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh Llama; untied, because a shared matrix would serve the head and Muon badly."""
+    """A Llama with random weights. Untied: a shared matrix would serve the head and Muon badly."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
@@ -119,9 +124,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal: every direction of a matrix moves equally.
+    """SGD with momentum whose update is made orthogonal, so that every direction moves equally.
 
-    torch.optim.Muon works in bf16, which takes over a second a step on a CPU; this one stays in
+    torch.optim.Muon works in bf16, which takes over a second a step on a CPU. This one stays in
     fp32 and handles all matrices of one shape at once.
     """
 
@@ -146,9 +151,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearly the nearest orthogonal matrices of [N, rows, columns], by 5 Newton-Schulz steps.
+    """The orthogonal matrices nearest to matrices [N, rows, columns], roughly.
 
-    The coefficients trade exactness for speed: singular values land in about 0.7..1.2.
+    5 Newton-Schulz steps, whose coefficients trade exactness for speed: singular values end in
+    about 0.7..1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -167,7 +173,7 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """One pass over fresh training problems; the loss sees solutions only (prompts are noise)."""
+    """Train one model on fresh problems. The loss covers solutions only: prompts are noise."""
     torch.manual_seed(seed)
     ids, prompt_length = encode(problems("train", recipe.steps * recipe.batch, seed), tokenizer)
     model = build_model(recipe, tokenizer)
@@ -189,13 +195,12 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Llam
             optimizer.zero_grad()
         recent += losses.detach().mean(0)
         if (step + 1) % REPORT_EVERY == 0:
-            mean, decision = recent.mean() / REPORT_EVERY, recent[DECISION_STEP] / REPORT_EVERY
-            progress = f"{recipe.name} step {step + 1}/{recipe.steps}"
-            seconds = time.monotonic() - start
-            print(
-                f"{progress}  loss {mean:.4f}  at the decision {decision:.3f}  {seconds:.0f} s",
-                flush=True,
+            means = recent / REPORT_EVERY
+            line = (
+                f"{recipe.name} step {step + 1}/{recipe.steps}  loss {means.mean():.4f}  "
+                f"at the decision {means[DECISION_STEP]:.3f}  {time.monotonic() - start:.0f} s"
             )
+            print(line, flush=True)
             recent.zero_()
     return model.eval()
 
@@ -211,8 +216,7 @@ def solution_losses(model: LlamaForCausalLM, ids: Tensor, prompt_length: int) ->
 
 @torch.no_grad()
 def greedy(model: LlamaForCausalLM, ids: Tensor, prompt_length: int) -> Tensor:
-    """Greedy solutions [B, T - P] for the prompts of ids [B, T]; no cache, the problems are
-    short."""
+    """Greedy solutions [B, T - P] for the prompts of ids [B, T]. Short: it needs no KV cache."""
     tokens = ids[:, :prompt_length]
     for _ in range(ids.shape[1] - prompt_length):
         hidden = model.model(tokens, use_cache=False).last_hidden_state[:, -1]
@@ -230,12 +234,12 @@ def accuracy(batch: list[Problem], solutions: Tensor, tokenizer: PreTrainedToken
 def local_sufficiency(
     slm: LlamaForCausalLM, llm: LlamaForCausalLM, rollouts: Tensor, prompt_length: int
 ) -> tuple[float, float]:
-    """Hit@1 and Hit@8 of the LLM's top-1 at the 5 % of steps of SLM rollouts [B, T] that diverge
-    most."""
-    small, large = (  # log-probabilities [B, T - P, V]
-        model(rollouts[:, :-1], use_cache=False).logits[:, prompt_length - 1 :].log_softmax(-1)
-        for model in (slm, llm)
-    )
+    """Hit@1 and Hit@8: how often the LLM's top-1 is among the SLM's first 1 and first 8 tokens.
+
+    Measured at the 5 % of steps of the SLM rollouts [B, T] where the two diverge most.
+    """
+    small = solution_log_probs(slm, rollouts, prompt_length)
+    large = solution_log_probs(llm, rollouts, prompt_length)
     support = small.topk(SUPPORT).indices
     p_small = small.gather(-1, support).log_softmax(-1)
     p_large = large.gather(-1, support).log_softmax(-1)
@@ -245,13 +249,20 @@ def local_sufficiency(
     return (at_top < 1).float().mean().item(), (at_top < 8).float().mean().item()
 
 
+def solution_log_probs(model: LlamaForCausalLM, ids: Tensor, prompt_length: int) -> Tensor:
+    """Log-probabilities [B, T - P, V] at every solution token of ids [B, T]."""
+    logits = model(ids[:, :-1], use_cache=False).logits
+    return logits[:, prompt_length - 1 :].log_softmax(-1)
+
+
 def report(
     slm: LlamaForCausalLM, llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Print what the pair does on held-out problems."""
     held_out = problems("test", 400)
     ids, prompt_length = encode(held_out, tokenizer)
-    by_slm, by_llm = (greedy(model, ids, prompt_length) for model in (slm, llm))
+    by_slm = greedy(slm, ids, prompt_length)
+    by_llm = greedy(llm, ids, prompt_length)
     rollouts = torch.cat([ids[:, :prompt_length], by_slm], dim=1)
     hit_1, hit_8 = local_sufficiency(slm, llm, rollouts, prompt_length)
     print(f"{len(held_out)} test problems, greedy:")
@@ -261,7 +272,7 @@ def report(
 
 
 def main() -> None:
-    """Train both models, write them, and say how well they do."""
+    """Train both models, write them, and print how well they do."""
     parser = argparse.ArgumentParser(description="Train the bundled tiny pair from nothing.")
     parser.add_argument("--out", type=Path, default=PAIR_DIR, help="gets the folders slm and llm")
     parser.add_argument("--seed", type=int, default=0)
@@ -270,13 +281,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     start = time.monotonic()
     tokenizer = build_tokenizer()
-    models: list[LlamaForCausalLM] = []
+    models: dict[str, LlamaForCausalLM] = {}
     for recipe in (SLM, LLM):
         model = train(recipe, tokenizer, arguments.seed)
-        for part in (model, tokenizer):
-            part.save_pretrained(arguments.out / recipe.name)
-        models.append(model)
-    report(models[0], models[1], tokenizer)
+        model.save_pretrained(arguments.out / recipe.name)
+        tokenizer.save_pretrained(arguments.out / recipe.name)
+        models[recipe.name] = model
+    report(models["slm"], models["llm"], tokenizer)
     print(f"trained in {time.monotonic() - start:.0f} s, written to {arguments.out}")
 
 
