@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from s2t_shared.data import hub
 from s2t_shared.data.formats import (
     KINDS,
@@ -210,18 +212,36 @@ def _saved_files(root: Path, split: str) -> list[Path]:
     return [Path(file["filename"]) for file in saved.cache_files]
 
 
-def _has_card(root: Path) -> bool:
-    """Whether a dataset card declares which files belong to which split."""
+def _front_matter(root: Path) -> str:
+    """The YAML at the top of the folder's dataset card; empty without one."""
     card = root / "README.md"
     if not card.is_file():
-        return False
+        return ""
     with readable(card):
         text = card.read_text(encoding="utf-8")
-    front_matter = text.split("---\n")[1] if text.startswith("---\n") else ""
-    return re.search(r"^configs\s*:", front_matter, re.MULTILINE) is not None
+    return text.split("---\n")[1] if text.startswith("---\n") else ""
+
+
+def _has_card(root: Path) -> bool:
+    """Whether a dataset card declares which files belong to which split."""
+    return re.search(r"^configs\s*:", _front_matter(root), re.MULTILINE) is not None
+
+
+def _refuse_addresses(root: Path) -> None:
+    """Refuse a card whose files lie on the network, before `datasets` asks for them there."""
+    try:
+        card = yaml.safe_load(_front_matter(root))
+    except yaml.YAMLError:
+        return  # `datasets` says what is wrong with it
+    if isinstance(card, dict) and "://" in str(card.get("configs")):
+        raise ConfigError(
+            f"folder {str(root)!r}: its card names a network address; download the files and name "
+            "them, or give the hub id"
+        )
 
 
 def _card_files(root: Path, config: str, split: str) -> list[Path]:
+    _refuse_addresses(root)
     files = []
     for file in hub.card_files(root, config, split):
         if _is_data(file):

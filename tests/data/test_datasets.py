@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from s2t_shared.data import hub
 from s2t_shared.data.datasets import open_records
 from s2t_shared.data.prompts import count, fingerprint, read, read_prompts
 from s2t_shared.errors import ConfigError, EvaluationSplitError
@@ -159,6 +160,17 @@ def test_a_card_names_no_files_outside_its_folder(two_languages: Path, tmp_path:
         write_card(two_languages, CARD.replace("en/*", name))
         with pytest.raises(ConfigError, match="outside.jsonl', outside of it"):
             read_all(f"{two_languages}:en")
+
+
+@pytest.mark.parametrize("scheme", ["http", "hf", "s3"])
+def test_a_card_asks_no_network_address(
+    two_languages: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` would ask for the file before anybody looks where it lies."""
+    monkeypatch.setattr(hub, "card_files", lambda *_: pytest.fail("datasets was asked"))
+    write_card(two_languages, CARD.replace("en/*", f"{scheme}://127.0.0.1:1/train.jsonl"))
+    with pytest.raises(ConfigError, match="network address"):
+        read_all(f"{two_languages}:en")
 
 
 def test_a_download_may_be_made_of_symbolic_links(two_languages: Path, tmp_path: Path) -> None:
