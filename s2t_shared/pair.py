@@ -28,9 +28,11 @@ from s2t_shared.decode.generate import Generator, shown_steps, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import InvalidRequestError, S2TError, VersionNotFoundError
+from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import check_same_tokenizer, reserved_ids
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.requests import PromptLike, new_request
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Prompt

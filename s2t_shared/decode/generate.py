@@ -23,7 +23,8 @@ from s2t_shared.errors import (
     SelectorUnavailableError,
 )
 from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.tokenizer import TextStream, TextTokenizer
+from s2t_shared.model.text_stream import TextStream
+from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.types import (
     Answer,

@@ -1,13 +1,13 @@
 """Keys and values of many token sequences in one byte-bounded pool.
 
-Knows tensors, slots and which ids a slot has read; not what they mean. A *slot* is one sequence's
-place. Rows of one size class (columns, a power of two) lie together in a *slab*; all slabs of short
-slots have the same size, so a slab that falls empty can serve another class. Attention reads a
-slab's slots in place, without a copy.
+The pool knows tensors, slots and the ids each slot has read. It does not know what they mean.
 
-    allocate -> a slot that already holds the longest prefix of the ids found in any other slot (or
-    nothing) release -> the slot is kept, for the prefixes it holds, until its bytes are needed
-    (least recently used first)
+A *slot* stores one sequence. Its size class is a power of two of columns, one column a token.
+Slots of one size class lie together in a *slab*. All slabs of short slots have the same number of
+bytes, so an empty slab's bytes can serve another size class. Attention reads slots in place.
+
+    allocate   returns a slot that already holds the longest prefix of the ids found in any slot
+    release    caches the slot for the prefixes it holds; the least recently used are evicted first
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from torch import Tensor
 
 SLAB_TOKENS = 8192
 MIN_SLOT_TOKENS = 128
-MIN_PREFIX_MATCH = 16  # a shorter common prefix is cheaper to read again than to look after
+MIN_PREFIX_MATCH = 16  # reading a shorter prefix again is cheaper than looking for it
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """One layer's key and value heads and widths: what one token costs there."""
+    """Key heads of one layer, and the widths of its keys and values."""
 
     heads: int
     key_dim: int
     value_dim: int
 
+    @property
+    def numbers_per_token(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim)
+
 
 @dataclass(eq=False)
 class Slab:
-    """`layers`: per layer keys [slots, heads, columns, key_dim] and values [slots, heads, columns,
-    value_dim]."""
+    """Storage of several slots of one size class.
+
+    layers: per layer, keys [slots, heads, columns, key_dim] and values [slots, heads, columns,
+    value_dim]. slots: by index; None where the slot is free.
+    """
 
     columns: int
     bytes: int
@@ -49,9 +56,11 @@ class Slab:
 
 @dataclass(kw_only=True, eq=False)
 class Slot:
-    """`token_ids`: what has been read into columns 0.., in order, by `adapter_key` (None: the base
-    model; else an adapter). Columns behind them are scratch. `live`: in use; otherwise kept for
-    reuse."""
+    """Storage of one sequence.
+
+    token_ids: the ids read into columns 0, 1, ... Later columns are scratch. adapter_key: the
+    adapter that read them; None: the base model. live: in use by a sequence; else cached.
+    """
 
     slab: Slab
     index: int
@@ -65,25 +74,26 @@ class Slot:
         return self.slab.columns
 
     def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens; nothing is moved."""
+        """Forget all tokens after the first `length`."""
         del self.token_ids[length:]
 
 
 class KVPool:
-    """Allocator and storage, at most `max_bytes` in all."""
+    """Allocator and storage of at most `max_bytes`."""
 
     def __init__(
         self, shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> None:
-        self._shapes, self._dtype, self._device = list(shapes), dtype, device
-        size = torch.empty(0, dtype=dtype).element_size()
-        self.bytes_per_token = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * size
+        self._shapes = list(shapes)
+        self._dtype = dtype
+        self._device = device
+        numbers_per_token = sum(shape.numbers_per_token for shape in shapes)
+        self.bytes_per_token = numbers_per_token * dtype.itemsize
         self.max_bytes = max_bytes
-        # A small budget gets small slabs, so that several size classes fit side by side.
-        self._slab_tokens = min(
-            SLAB_TOKENS, max(MIN_SLOT_TOKENS, _power_of_two(self.max_tokens // 16 + 1))
-        )
-        self._slabs: list[Slab] = []
+        self.slabs: list[Slab] = []
+        # A small budget gets small slabs, so that several size classes fit beside each other.
+        small = max(MIN_SLOT_TOKENS, _power_of_two(self.max_tokens // 16 + 1))
+        self._slab_tokens = min(SLAB_TOKENS, small)
         self._clock = 0
 
     # -- size -------------------------------------------------------------------------------------
@@ -94,22 +104,28 @@ class KVPool:
 
     @property
     def bytes(self) -> int:
-        """Bytes held on the device now."""
-        return sum(slab.bytes for slab in self._slabs)
+        """Bytes allocated on the device now."""
+        return sum(slab.bytes for slab in self.slabs)
+
+    def slots(self) -> Iterator[Slot]:
+        """Every slot, live and cached."""
+        for slab in self.slabs:
+            for slot in slab.slots:
+                if slot is not None:
+                    yield slot
 
     @property
     def live_slots(self) -> int:
-        return sum(slot.live for slot in self._all_slots())
-
-    @property
-    def kept_slots(self) -> int:
-        return sum(not slot.live for slot in self._all_slots())
+        return sum(slot.live for slot in self.slots())
 
     def fits(self, columns: int, slots: int = 1) -> bool:
-        """Whether `slots` slots of so many columns fit into the pool when nothing else is in it."""
+        """Whether an empty pool has room for `slots` slots of so many columns."""
         size = _size_class(columns)
-        per_page = max(1, self._slab_tokens // size)
-        return -(-slots // per_page) * self._slab_bytes(size) <= self.max_bytes
+        slabs = -(-slots // self._slots_per_slab(size))
+        return slabs * self._slab_bytes(size) <= self.max_bytes
+
+    def _slots_per_slab(self, size: int) -> int:
+        return max(1, self._slab_tokens // size)
 
     def _slab_bytes(self, size: int) -> int:
         return max(self._slab_tokens, size) * self.bytes_per_token
@@ -119,170 +135,208 @@ class KVPool:
     def allocate(
         self, token_ids: Sequence[int], columns: int, adapter_key: Hashable = None
     ) -> Slot | None:
-        """A slot for a sequence of up to `columns` tokens, holding as much of `token_ids` (never
-        all of it: the last token's output is wanted) as any slot of the same adapter_key has read.
-        None: no room now, try again later."""
+        """A slot for a sequence of up to `columns` tokens; None: no room now, try again later.
+
+        The slot holds the longest prefix of `token_ids` that any slot of this adapter has read.
+        The prefix never includes the last token: its output is needed, so it must be read.
+        """
         source, shared = self._longest_prefix(token_ids, adapter_key)
-        kept = source if source is not None and not source.live else None
-        if (
-            kept is not None
-            and kept.columns == _size_class(columns)
-            and len(kept.token_ids) - shared <= MIN_PREFIX_MATCH
-        ):
-            return self._take(kept, shared)  # little of it is lost
-        slot = self._place(columns, adapter_key, source)
+        cached = source if source is not None and not source.live else None
+        if cached is not None and cached.columns == _size_class(columns):
+            lost = len(cached.token_ids) - shared
+            if lost <= MIN_PREFIX_MATCH:
+                return self._reuse(cached, shared)
+        slot = self._new_slot(columns, adapter_key, protected=source)
         if slot is not None:
             if source is not None:
                 self._copy(source, slot, shared)
             return slot
-        if kept is not None and kept.columns >= columns:  # no other room
-            return self._take(kept, shared)
-        if kept is None:
+        if cached is None:
             return None
-        self._evict(kept)  # what it holds is of no use where it stands in its own way
+        if cached.columns >= columns:
+            return self._reuse(cached, shared)
+        # Too short to reuse, and its bytes are needed: give up the prefix and try again.
+        self._evict(cached)
         return self.allocate(token_ids, columns, adapter_key)
 
-    def _take(self, slot: Slot, length: int) -> Slot:
-        slot.truncate(length)
-        slot.live = True
-        return self._touched(slot)
-
     def extend_from_cache(self, slot: Slot, token_ids: Sequence[int]) -> None:
-        """Copy what another slot has meanwhile read of `token_ids` and this one has not."""
+        """Copy what another slot has read of `token_ids` since, if it is clearly more."""
         source, shared = self._longest_prefix(token_ids, slot.adapter_key)
-        if (
-            source is not None
-            and source is not slot
-            and shared >= len(slot.token_ids) + MIN_PREFIX_MATCH
-        ):
+        if source is None or source is slot:
+            return
+        if shared >= len(slot.token_ids) + MIN_PREFIX_MATCH:
             self._copy(source, slot, shared)
 
     def release(self, slot: Slot) -> None:
-        """The sequence is over; the slot stays for reuse until its bytes are needed."""
+        """End a slot's sequence. The slot is cached, or freed if it holds too little to match."""
         assert slot.live, "released twice"
         slot.live = False
-        if len(self._touched(slot).token_ids) < MIN_PREFIX_MATCH:
+        self._touch(slot)
+        if len(slot.token_ids) < MIN_PREFIX_MATCH:
             self._evict(slot)
 
     def clear(self) -> None:
-        """Drop every kept slot and every empty slab."""
-        for slot in [r for r in self._all_slots() if not r.live]:
-            self._evict(slot)
-        self._slabs = [slab for slab in self._slabs if not slab.is_empty]
+        """Free every cached slot and every empty slab."""
+        for slot in list(self.slots()):
+            if not slot.live:
+                self._evict(slot)
+        self.slabs = [slab for slab in self.slabs if not slab.is_empty]
 
     def check(self) -> None:
-        """The integrity check: storage within the bound, every slot where its slab says it is,
-        nothing read beyond a slot's end. Raises AssertionError: a bug of ours."""
+        """Check the pool's integrity: bytes within the bound, slots where their slabs say.
+
+        Raises:
+            AssertionError: a bug in the pool or in its caller.
+        """
         assert self.bytes <= self.max_bytes, f"{self.bytes} bytes held, {self.max_bytes} allowed"
-        for slab in self._slabs:
-            slots, _, columns, _ = slab.layers[0][0].shape
-            assert (slots, columns) == (len(slab.slots), slab.columns)
+        for slab in self.slabs:
+            keys, _ = slab.layers[0]
+            assert keys.shape[0] == len(slab.slots)
+            assert keys.shape[2] == slab.columns
             for index, slot in enumerate(slab.slots):
-                if slot is not None:
-                    assert slot.slab is slab and slot.index == index, "two owners of one place"
-                    assert len(slot.token_ids) <= slab.columns, "read beyond the slot's end"
+                if slot is None:
+                    continue
+                assert slot.slab is slab and slot.index == index, "two owners of one slot"
+                assert len(slot.token_ids) <= slab.columns, "read beyond the slot's end"
 
-    # -- inside -----------------------------------------------------------------------------------
-
-    def _all_slots(self) -> Iterator[Slot]:
-        return (slot for slab in self._slabs for slot in slab.slots if slot is not None)
-
-    def _touched(self, slot: Slot) -> Slot:
-        self._clock += 1
-        slot.used_at = self._clock
-        return slot
+    # -- prefixes ---------------------------------------------------------------------------------
 
     def _longest_prefix(
         self, token_ids: Sequence[int], adapter_key: Hashable
     ) -> tuple[Slot | None, int]:
+        """The slot with the longest prefix of all but the last token, and the prefix's length.
+
+        Of equal slots, a cached one comes before a live one. Prefixes shorter than
+        MIN_PREFIX_MATCH do not count.
+        """
         ids = list(token_ids[:-1])
-        best, most = None, MIN_PREFIX_MATCH - 1
-        for slot in self._all_slots():
-            if (
-                slot.adapter_key == adapter_key
-                and slot.token_ids[:MIN_PREFIX_MATCH] == ids[:MIN_PREFIX_MATCH]
-            ):
-                shared = common_prefix(slot.token_ids, ids)
-                if shared > most or (
-                    shared == most and best is not None and best.live and not slot.live
-                ):
-                    best, most = slot, shared
-        return best, most
-
-    def _place(self, columns: int, adapter_key: Hashable, keep: Slot | None) -> Slot | None:
-        """A free place of the right size, evicting kept slots (but not `keep`) where that makes
-        one."""
-        size = _size_class(columns)
-        while True:
-            for slab in self._slabs:
-                if slab.columns == size and None in slab.slots:
-                    slot = Slot(slab=slab, index=slab.slots.index(None), adapter_key=adapter_key)
-                    slab.slots[slot.index] = slot
-                    return self._touched(slot)
-            if self._make_room(self._slab_bytes(size)):
-                self._slabs.append(self._new_slab(size))
+        start = ids[:MIN_PREFIX_MATCH]
+        best: Slot | None = None
+        longest = 0
+        for slot in self.slots():
+            if slot.adapter_key != adapter_key or slot.token_ids[:MIN_PREFIX_MATCH] != start:
                 continue
-            for slot in self._least_useful(size, keep):
-                self._evict(slot)
-                break
-            else:
-                return None
+            shared = common_prefix(slot.token_ids, ids)
+            if shared < MIN_PREFIX_MATCH:
+                continue
+            is_longer = best is None or shared > longest
+            is_cached_instead = best is not None and best.live and not slot.live
+            if is_longer or (shared == longest and is_cached_instead):
+                best = slot
+                longest = shared
+        return best, longest
 
-    def _least_useful(self, size: int, keep: Slot | None) -> Iterator[Slot]:
-        """Kept slots whose eviction leads to a place of this size: one of the size frees a place at
-        once; others only together, where dropping whole slabs makes room for a new one."""
-        kept = sorted(
-            (r for r in self._all_slots() if not r.live and r is not keep),
-            key=lambda slot: slot.used_at,
-        )
-        yield from (slot for slot in kept if slot.columns == size)
-        idle = [
-            slab
-            for slab in self._slabs
-            if not any(r is not None and (r.live or r is keep) for r in slab.slots)
-        ]
-        if self.bytes - sum(slab.bytes for slab in idle) + self._slab_bytes(size) <= self.max_bytes:
-            yield from (slot for slot in kept if slot.slab in idle)
+    def _reuse(self, slot: Slot, length: int) -> Slot:
+        """Hand out a cached slot with its first `length` tokens."""
+        slot.truncate(length)
+        slot.live = True
+        self._touch(slot)
+        return slot
+
+    def _copy(self, source: Slot, target: Slot, length: int) -> None:
+        """Make the target hold the source's first `length` tokens."""
+        start = min(common_prefix(target.token_ids, source.token_ids), length)
+        layers = zip(source.slab.layers, target.slab.layers, strict=True)
+        for (source_keys, source_values), (target_keys, target_values) in layers:
+            target_keys[target.index, :, start:length] = source_keys[source.index, :, start:length]
+            target_values[target.index, :, start:length] = source_values[
+                source.index, :, start:length
+            ]
+        target.token_ids = source.token_ids[:length]
+        self._touch(source)
+
+    def _touch(self, slot: Slot) -> None:
+        """Note that the slot is used now."""
+        self._clock += 1
+        slot.used_at = self._clock
+
+    # -- room -------------------------------------------------------------------------------------
+
+    def _new_slot(self, columns: int, adapter_key: Hashable, protected: Slot | None) -> Slot | None:
+        """An empty slot; None: no room. Evicts cached slots for it, but never `protected`."""
+        size = _size_class(columns)
+        slab = self._slab_with_room(size)
+        while slab is None:
+            victim = next(self._evictable(size, protected), None)
+            if victim is None:
+                return None
+            self._evict(victim)
+            slab = self._slab_with_room(size)
+        slot = Slot(slab=slab, index=slab.slots.index(None), adapter_key=adapter_key)
+        slab.slots[slot.index] = slot
+        self._touch(slot)
+        return slot
+
+    def _slab_with_room(self, size: int) -> Slab | None:
+        """A slab of this size class with a free slot, made if the bytes suffice; else None."""
+        for slab in self.slabs:
+            if slab.columns == size and None in slab.slots:
+                return slab
+        if not self._make_room(self._slab_bytes(size)):
+            return None
+        slab = self._new_slab(size)
+        self.slabs.append(slab)
+        return slab
 
     def _make_room(self, needed: int) -> bool:
-        """Whether a new slab fits, dropping empty slabs if it does not otherwise."""
+        """Whether `needed` bytes are free, after dropping empty slabs if that is necessary."""
         while self.bytes + needed > self.max_bytes:
-            empty = next((slab for slab in self._slabs if slab.is_empty), None)
+            empty = next((slab for slab in self.slabs if slab.is_empty), None)
             if empty is None:
                 return False
-            self._slabs.remove(empty)
+            self.slabs.remove(empty)
         return True
 
     def _new_slab(self, size: int) -> Slab:
-        slots = max(1, self._slab_tokens // size)
-
-        def storage(heads: int, dim: int) -> Tensor:
-            # Zeros, not empty: a masked column has weight 0, and 0 * NaN is NaN.
-            return torch.zeros(slots, heads, size, dim, dtype=self._dtype, device=self._device)
-
-        layers = [
-            (storage(s.heads, s.key_dim), storage(s.heads, s.value_dim)) for s in self._shapes
-        ]
+        slots = self._slots_per_slab(size)
+        layers = []
+        for shape in self._shapes:
+            keys = self._storage(slots, shape.heads, size, shape.key_dim)
+            values = self._storage(slots, shape.heads, size, shape.value_dim)
+            layers.append((keys, values))
         return Slab(size, self._slab_bytes(size), layers, [None] * slots)
+
+    def _storage(self, *shape: int) -> Tensor:
+        # Zeros, not empty: a masked column has weight 0, and 0 * NaN is NaN.
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def _evictable(self, size: int, protected: Slot | None) -> Iterator[Slot]:
+        """Cached slots whose eviction makes room for this size class, least recently used first.
+
+        A slot of the size class makes room at once. Slots of other classes make room together:
+        when whole slabs are empty, and enough of them for a new slab.
+        """
+        cached = [slot for slot in self.slots() if not slot.live and slot is not protected]
+        cached.sort(key=lambda slot: slot.used_at)
+        for slot in cached:
+            if slot.columns == size:
+                yield slot
+        idle = [slab for slab in self.slabs if _is_idle(slab, protected)]
+        bytes_in_use = self.bytes - sum(slab.bytes for slab in idle)
+        if bytes_in_use + self._slab_bytes(size) > self.max_bytes:
+            return
+        for slot in cached:
+            if slot.slab in idle:
+                yield slot
 
     def _evict(self, slot: Slot) -> None:
         assert not slot.live and slot.slab.slots[slot.index] is slot
         slot.slab.slots[slot.index] = None
 
-    def _copy(self, source: Slot, target: Slot, length: int) -> None:
-        start = min(common_prefix(target.token_ids, source.token_ids), length)
-        for (from_k, from_v), (to_k, to_v) in zip(
-            source.slab.layers, target.slab.layers, strict=True
-        ):
-            to_k[target.index, :, start:length] = from_k[source.index, :, start:length]
-            to_v[target.index, :, start:length] = from_v[source.index, :, start:length]
-        target.token_ids = source.token_ids[:length]
-        self._touched(source)
+
+def _is_idle(slab: Slab, protected: Slot | None) -> bool:
+    """Whether all slots of the slab may be evicted."""
+    taken = [slot for slot in slab.slots if slot is not None]
+    return not any(slot.live or slot is protected for slot in taken)
+
+
+# -- prefixes of ids ------------------------------------------------------------------------------
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix, by comparing slices (at C speed)."""
-    low, high = 0, min(len(a), len(b))
+    """Length of the longest common prefix. Compares slices, which run at C speed."""
+    low = 0
+    high = min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
     while high - low > 1:
@@ -297,15 +351,21 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 def shares_longer_prefix(
     token_ids: Sequence[int], slot: Slot, other: Slot, other_ids: Sequence[int]
 ) -> bool:
-    """Whether `other`, which is reading `other_ids`, will hold clearly more of `token_ids` than
-    `slot` does."""
-    return other.adapter_key == slot.adapter_key and (
-        common_prefix(list(token_ids[:-1]), list(other_ids))
-        >= len(slot.token_ids) + MIN_PREFIX_MATCH
-    )
+    """Whether `other` will hold clearly more of `token_ids` than `slot` does now.
+
+    other_ids: what `other` is reading.
+    """
+    if other.adapter_key != slot.adapter_key:
+        return False
+    shared = common_prefix(list(token_ids[:-1]), list(other_ids))
+    return shared >= len(slot.token_ids) + MIN_PREFIX_MATCH
+
+
+# -- size classes ---------------------------------------------------------------------------------
 
 
 def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 

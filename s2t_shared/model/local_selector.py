@@ -1,8 +1,8 @@
 """The local selector: the SLM, with a gated adapter, scores its own candidates (S2T-LOCAL).
 
-There are three kinds and two readings (`s2t_shared/README.md`). `scoring_segment` says which tokens
-to look at, for serving. `combine` turns their hidden states into scores, for serving and for
-training alike. Knows rows and tokens; no policy, no files.
+There are three kinds and two readings (`s2t_shared/README.md`). `scoring_segment` chooses the
+tokens to look at, for serving. `combine` turns their hidden states into scores, for serving and
+for training alike. Knows slots and tokens; no policy, no files.
 
     kind       tokens looked at          score(c)
     reserved   the K siblings            sum_i v_i softmax(z(c))_i, v = linspace(0, 1, 16)  (paper)
@@ -37,9 +37,12 @@ VARIANCE_FLOOR = 1e-8  # equal scores stay equal when they are standardised, and
 
 @dataclass(kw_only=True)
 class LocalSelector:
-    """What a published version holds in memory. `bin_deltas`: [16, hidden], added to the base
-    model's reserved rows. `temperature` T belongs to the reserved score; `fusion` is lambda, the
-    weight of log p_base(c | s); `calibration` holds the thresholds stored with the version."""
+    """A published version, loaded.
+
+    bin_deltas: float [16, hidden], added to the base model's reserved rows. temperature: T of the
+    reserved score. fusion: lambda, the weight of log p_base(c | s). calibration: the thresholds
+    that were published with the version.
+    """
 
     version: str
     kind: SelectorKind
@@ -55,20 +58,22 @@ class LocalSelector:
 
     @classmethod
     def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:
-        """Selector "none": kind `reserved` with the base model's own rows."""
+        """The local selector of no version: kind `reserved` with the base model's own rows."""
         return cls(
             version="", kind=SelectorKind.RESERVED, reads=Reading.BASE, reserved_ids=reserved_ids
         )
 
     def selection_logits(self, scores: Tensor) -> Tensor:
-        """Scores on the scale of logits: what the training losses and softmax see."""
+        """Scores on the scale of logits, as softmax and the training losses take them."""
         return scores / self.temperature if self.kind is SelectorKind.RESERVED else scores
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Padded candidates of n contexts: ids [n, K] int64, base_log_probs [n, K], counts [n] (>= 1,
-    <= K)."""
+    """The candidates of n contexts, padded to K.
+
+    ids: int64 [n, K]. base_log_probs: float [n, K]. counts: int64 [n], 1..K without padding.
+    """
 
     ids: Tensor
     base_log_probs: Tensor
@@ -78,117 +83,138 @@ class Candidates:
     def pad(
         cls, ids: Sequence[Sequence[int]], base_log_probs: Sequence[Sequence[float]]
     ) -> Candidates:
-        width = max(len(group) for group in ids)
-        return cls(
-            torch.tensor([[*group, *[group[0]] * (width - len(group))] for group in ids]),
-            torch.tensor([[*group, *[0.0] * (width - len(group))] for group in base_log_probs]),
-            torch.tensor([len(group) for group in ids]),
-        )
+        counts = [len(group) for group in ids]
+        width = max(counts)
+        padded_ids = []
+        for group in ids:
+            padded_ids.append([*group, *[group[0]] * (width - len(group))])
+        padded_log_probs = []
+        for values in base_log_probs:
+            padded_log_probs.append([*values, *[0.0] * (width - len(values))])
+        return cls(torch.tensor(padded_ids), torch.tensor(padded_log_probs), torch.tensor(counts))
 
     @property
     def valid(self) -> Tensor:
-        """bool [n, K]"""
+        """bool [n, K]: which entries are candidates, not padding."""
         return torch.arange(self.ids.shape[1])[None, :] < self.counts[:, None]
 
 
+# -- tokens to look at ----------------------------------------------------------------------------
+
+
 def scoring_segment(
-    selector: LocalSelector,
+    local_selector: LocalSelector,
     slot: Slot,
     token_ids: Sequence[int],
     candidate_ids: Sequence[int],
     own_reading: bool,
     limit: int,
 ) -> tuple[Segment, bool]:
-    """The tokens to look at for the scores of `candidate_ids` after `token_ids`, and whether they
-    are all of them.
+    """The tokens to look at to score `candidate_ids` after `token_ids`, and whether all fit.
 
-    own_reading: `slot` is the adapter's own, which first reads what is new in `token_ids`, at most
-    `limit` tokens at a time. Otherwise `slot` is the generation's; it has read all of `token_ids`,
-    and nothing is kept.
+    own_reading: `slot` is the adapter's. The segment first reads what is new in `token_ids`; if
+    that is more than `limit` tokens, it reads `limit` of them and scores nothing. Otherwise `slot`
+    is the generation's, has read all of `token_ids`, and stays as it is.
     """
-    with_last = selector.kind is not SelectorKind.RESERVED
-    siblings = candidate_ids if selector.kind is not SelectorKind.PREFIX else ()
+    with_last = local_selector.kind is not SelectorKind.RESERVED
+    siblings = candidate_ids if local_selector.kind is not SelectorKind.PREFIX else ()
     start = len(token_ids) - int(with_last)
     if own_reading:
         start = min(start, len(slot.token_ids))
         if len(token_ids) - start > limit:
-            return Segment(
+            part = Segment(
                 slot=slot,
                 token_ids=token_ids[start : start + limit],
                 start=start,
-                siblings=(),
-                adapter=selector.adapter,
-            ), False
-    return Segment(
+                adapter=local_selector.adapter,
+            )
+            return part, False
+    segment = Segment(
         slot=slot,
         token_ids=token_ids[start:],
         start=start,
         siblings=siblings,
-        adapter=selector.adapter,
-        keep=own_reading,
-    ), True
-
-
-def split_hidden(
-    selector: LocalSelector, hidden: Tensor, candidates: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Hidden states [..., t, hidden] of a whole scoring segment -> those of the last context token
-    [..., hidden] and of the siblings [..., K, hidden], as the kind reads them."""
-    if selector.kind is SelectorKind.PREFIX:
-        return hidden[..., -1, :], None
-    siblings = hidden[..., -candidates:, :]
-    return (
-        hidden[..., -candidates - 1, :] if selector.kind is SelectorKind.JOINT else None
-    ), siblings
+        adapter=local_selector.adapter,
+        extends_slot=own_reading,
+    )
+    return segment, True
 
 
 def block_mask(siblings: int, with_last: bool) -> Tensor:
-    """bool [t, t] of one scoring block: the re-read last token first, then siblings that see it and
-    themselves."""
+    """bool [t, t], which tokens of one context's scoring block see which.
+
+    The last context token, if it is read again, comes first. Siblings see it and themselves.
+    """
     mask = torch.eye(siblings + int(with_last), dtype=torch.bool)
     if with_last:
         mask[:, 0] = True
     return mask
 
 
+# -- scores ---------------------------------------------------------------------------------------
+
+
+def split_hidden(
+    local_selector: LocalSelector, hidden: Tensor, candidates: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Split the hidden states [..., t, hidden] of a complete scoring segment.
+
+    Returns those of the last context token [..., hidden] and of the siblings [..., K, hidden];
+    None where the kind does not use them.
+    """
+    if local_selector.kind is SelectorKind.PREFIX:
+        return hidden[..., -1, :], None
+    siblings = hidden[..., -candidates:, :]
+    if local_selector.kind is SelectorKind.RESERVED:
+        return None, siblings
+    return hidden[..., -candidates - 1, :], siblings
+
+
 def combine(
     runtime: ModelRuntime,
-    selector: LocalSelector,
+    local_selector: LocalSelector,
     last: Tensor | None,
     siblings: Tensor | None,
     candidates: Candidates,
 ) -> Tensor:
-    """Hidden states of the looked-at tokens -> scores [n, K]. last: [n, hidden]; siblings: [n, K,
-    hidden]."""
+    """Scores [n, K] from the hidden states of `split_hidden`; -inf for padding.
+
+    last: [n, hidden]. siblings: [n, K, hidden].
+    """
     device = runtime.device
     valid = candidates.valid.to(device)
     scores = torch.zeros(valid.shape, device=device)
     if siblings is not None:
-        reserved = _reserved_scores(runtime, selector, siblings, valid)
-        scores = (
-            reserved if selector.kind is SelectorKind.RESERVED else reserved / selector.temperature
-        )
+        scores = _reserved_scores(runtime, local_selector, siblings, valid)
+        if local_selector.kind is not SelectorKind.RESERVED:
+            scores = scores / local_selector.temperature
     if last is not None:
         logits = runtime.row_logits(last, candidates.ids).masked_fill(~valid, -torch.inf)
         scores = scores + logits.log_softmax(-1)
-    if selector.fusion:
-        scores = scores + selector.fusion * candidates.base_log_probs.to(device)
+    if local_selector.fusion:
+        scores = scores + local_selector.fusion * candidates.base_log_probs.to(device)
     return scores.masked_fill(~valid, -torch.inf)
 
 
 def _reserved_scores(
-    runtime: ModelRuntime, selector: LocalSelector, siblings: Tensor, valid: Tensor
+    runtime: ModelRuntime, local_selector: LocalSelector, siblings: Tensor, valid: Tensor
 ) -> Tensor:
     """[n, K, hidden] -> [n, K]."""
-    deltas = selector.bin_deltas
-    if selector.scoring is Scoring.BINARY:
-        second = None if deltas is None else deltas[1:2]
-        scores = runtime.reserved_logits(siblings, selector.reserved_ids[1:2], second)[..., 0]
+    reserved_ids = local_selector.reserved_ids
+    deltas = local_selector.bin_deltas
+    if local_selector.scoring is Scoring.BINARY:
+        second_delta = None if deltas is None else deltas[1:2]
+        scores = runtime.reserved_logits(siblings, reserved_ids[1:2], second_delta)[..., 0]
     else:
-        bins = runtime.reserved_logits(siblings, selector.reserved_ids, deltas).softmax(-1)
+        bins = runtime.reserved_logits(siblings, reserved_ids, deltas).softmax(-1)
         scores = bins @ torch.linspace(0, 1, bins.shape[-1], device=runtime.device)
-    if not selector.standardise:
-        return scores
+    return _standardised(scores, valid) if local_selector.standardise else scores
+
+
+def _standardised(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores [n, K] brought to mean 0 and variance 1 over each row's candidates."""
     counts = valid.sum(-1, keepdim=True)
-    centred = (scores - (scores * valid).sum(-1, keepdim=True) / counts) * valid
-    return centred / (centred.square().sum(-1, keepdim=True) / counts + VARIANCE_FLOOR).sqrt()
+    mean = (scores * valid).sum(-1, keepdim=True) / counts
+    centred = (scores - mean) * valid
+    variance = centred.square().sum(-1, keepdim=True) / counts
+    return centred / (variance + VARIANCE_FLOOR).sqrt()

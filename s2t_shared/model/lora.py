@@ -1,12 +1,11 @@
-"""Gated LoRA: low-rank deltas on a model's linear layers that act only on the tokens the caller
-says.
+"""Gated LoRA: low-rank deltas on a model's linear layers that act only on chosen tokens.
 
 Knows linear layers and PEFT's file format; nothing of contexts, caches or selection. With no
-adapter active a `GatedLinear` returns exactly what its base layer returns, bit for bit (law
-4); several adapters may act on different tokens of one forward: W x + gate_t * B A x.
+adapter active a `GatedLinear` returns exactly what its base layer returns, bit for bit (law 4).
+Several adapters may act on different tokens of one forward: W x + gate_t * B A x.
 
-Our own few lines rather than PEFT's layers, because the gate is per token and changes at every
-decode step. The files are PEFT's: `PeftModel.from_pretrained` loads them (tested).
+These are not PEFT's layers, because the gate is per token and changes at every decode step. The
+files are PEFT's: `PeftModel.from_pretrained` loads them (tested).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from s2t_shared.errors import VersionError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-UNSUPPORTED = (
+UNSUPPORTED_OPTIONS = (
     "use_rslora",
     "use_dora",
     "rank_pattern",
@@ -39,17 +39,16 @@ UNSUPPORTED = (
     "modules_to_save",
 )
 
-
 _keys = itertools.count(1)
 
 
 @dataclass(kw_only=True, eq=False)
 class Adapter:
-    """LoRA weights by module path: A [rank, in_features], B [out_features, rank]; delta = (alpha /
-    rank) * B A x.
+    """LoRA weights by module path: A [rank, in_features], B [out_features, rank].
 
-    `key` names these very weights for as long as the process lives (what they have read is theirs
-    alone). `merged`: W + delta by module path, where they were merged (see `merge`)."""
+    A layer's delta is (alpha / rank) * B A x. merged: W + delta by module path, see `merge`. key:
+    identifies these weights in the KV pool, as long as the process lives.
+    """
 
     rank: int
     alpha: float
@@ -62,34 +61,37 @@ class Adapter:
         return self.alpha / self.rank
 
     def parameters(self) -> list[Tensor]:
-        return [tensor for pair in self.weights.values() for tensor in pair]
+        parameters = []
+        for a, b in self.weights.values():
+            parameters += [a, b]
+        return parameters
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
-        return Adapter(
-            rank=self.rank,
-            alpha=self.alpha,
-            weights={
-                name: (a.to(device, dtype), b.to(device, dtype))
-                for name, (a, b) in self.weights.items()
-            },
-        )
+        """A copy with its own key, without merged weights."""
+        weights = {}
+        for path, (a, b) in self.weights.items():
+            weights[path] = (a.to(device, dtype), b.to(device, dtype))
+        return Adapter(rank=self.rank, alpha=self.alpha, weights=weights)
 
 
-Gate = tuple[
-    Adapter, Tensor | slice | None
-]  # an adapter and the packed tokens it acts on; None: all of them
+class Gate(NamedTuple):
+    """An adapter and the packed tokens it acts on: a slice, int64 indices, or None for all."""
+
+    adapter: Adapter
+    tokens: Tensor | slice | None
 
 
 class AdapterSwitch:
-    """The one place that says which adapters a model's forward uses. One per model, one thread at a
-    time."""
+    """Holds the gates of a model's current forward. One per model; one thread at a time."""
 
     def __init__(self) -> None:
         self.active: Sequence[Gate] = ()
 
     @contextmanager
     def using(self, gates: Sequence[Gate]) -> Iterator[None]:
-        previous, self.active = self.active, gates
+        """Activate gates for the forwards inside the `with` block."""
+        previous = self.active
+        self.active = gates
         try:
             yield
         finally:
@@ -97,44 +99,57 @@ class AdapterSwitch:
 
 
 class GatedLinear(nn.Module):
-    """y = W x (+ b), plus each active adapter's delta on its tokens. x: [1, N, in] where a gate
-    names tokens."""
+    """y = W x (+ b), plus each active adapter's delta on its tokens.
+
+    x: [..., in]; [1, N, in] where a gate names tokens.
+    """
 
     def __init__(self, base: nn.Linear, path: str, switch: AdapterSwitch) -> None:
         super().__init__()
-        self.base, self.path, self.switch = base, path, switch
+        self.base = base
+        self.path = path
+        self.switch = switch
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.switch.active
         if not gates:
             return self.base(x)
-        if (
-            len(gates) == 1
-            and gates[0][1] is None
-            and (merged := gates[0][0].merged.get(self.path)) is not None
-        ):
-            return F.linear(x, merged, self.base.bias)
+        if len(gates) == 1 and gates[0].tokens is None:
+            merged = gates[0].adapter.merged.get(self.path)
+            if merged is not None:
+                return F.linear(x, merged, self.base.bias)
         y: Tensor = self.base(x)
-        for adapter, tokens in gates:
-            a, b = adapter.weights[self.path]
-            if tokens is None:
-                y = y + (x.to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
-            elif (
-                isinstance(tokens, slice) and a.dtype == y.dtype
-            ):  # the usual case: one sequence rides
-                y[0, tokens].addmm_(x[0, tokens] @ a.T, b.T, alpha=adapter.scale)
-            elif isinstance(tokens, slice):
-                y[0, tokens] += (x[0, tokens].to(a.dtype) @ a.T @ b.T).to(y.dtype) * adapter.scale
-            else:
-                delta = (x[0].index_select(0, tokens).to(a.dtype) @ a.T @ b.T).to(
-                    y.dtype
-                ) * adapter.scale
-                y[0].index_add_(0, tokens, delta)
+        for gate in gates:
+            y = self._with_delta(y, x, gate)
+        return y
+
+    def _with_delta(self, y: Tensor, x: Tensor, gate: Gate) -> Tensor:
+        """y plus the adapter's delta of x on the gate's tokens; may change y in place."""
+        tokens = gate.tokens
+        scale = gate.adapter.scale
+        a, b = gate.adapter.weights[self.path]
+        if tokens is None:
+            return y + _low_rank(x, a, b).to(y.dtype) * scale
+        if isinstance(tokens, Tensor):
+            delta = _low_rank(x[0].index_select(0, tokens), a, b).to(y.dtype) * scale
+            y[0].index_add_(0, tokens, delta)
+        elif a.dtype == y.dtype:  # the usual case: the segments of one adapter are neighbours
+            y[0, tokens].addmm_(x[0, tokens] @ a.T, b.T, alpha=scale)
+        else:
+            y[0, tokens] += _low_rank(x[0, tokens], a, b).to(y.dtype) * scale
         return y
 
     @property
     def weight(self) -> Tensor:
         return self.base.weight
+
+
+def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """B A x, in the adapter's dtype."""
+    return x.to(a.dtype) @ a.T @ b.T
+
+
+# -- layers of a model ----------------------------------------------------------------------------
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -150,7 +165,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def install(model: nn.Module) -> AdapterSwitch:
-    """Wrap every adaptable layer of `model` in place; returns the switch that gates them all."""
+    """Wrap every adaptable layer of `model` in place. Returns the switch that gates them all."""
     switch = AdapterSwitch()
     for path, layer in adaptable_layers(model).items():
         parent, _, name = path.rpartition(".")
@@ -160,43 +175,48 @@ def install(model: nn.Module) -> AdapterSwitch:
 
 @torch.no_grad()
 def merge(adapter: Adapter, model: nn.Module) -> None:
-    """Keep W + delta beside W, for forwards in which this adapter acts on every token: there two
-    small products per layer cost more than they compute. Takes the memory of one more copy of the
-    adapted layers."""
-    if not adapter.merged:
-        for path, layer in adaptable_layers(model).items():
-            a, b = adapter.weights[path]
-            merged = torch.empty_like(layer.weight)  # in the same memory order
-            merged.copy_(layer.weight.float() + adapter.scale * (b.float() @ a.float()))
-            adapter.merged[path] = merged
+    """Store W + delta beside W, for forwards in which this adapter acts on every token.
+
+    There, two small products per layer would cost more time than they have to compute. Needs the
+    memory of one more copy of the adapted layers.
+    """
+    if adapter.merged:
+        return
+    for path, layer in adaptable_layers(model).items():
+        a, b = adapter.weights[path]
+        delta = adapter.scale * (b.float() @ a.float())
+        merged = torch.empty_like(layer.weight)  # in the same memory order
+        merged.copy_(layer.weight.float() + delta)
+        adapter.merged[path] = merged
 
 
 def new_adapter(model: nn.Module, rank: int, alpha: float, seed: int) -> Adapter:
-    """A fresh trainable fp32 adapter: A uniform (Kaiming), B zero, so that it starts as the base
-    model."""
+    """A fresh trainable fp32 adapter: A uniform (Kaiming), B zero. It starts as the base model."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for path, layer in adaptable_layers(model).items():
+        device = layer.weight.device
         bound = 1.0 / math.sqrt(layer.in_features)
         a = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
         b = torch.zeros(layer.out_features, rank)
-        weights[path] = (
-            a.to(layer.weight.device).requires_grad_(),
-            b.to(layer.weight.device).requires_grad_(),
-        )
+        weights[path] = (a.to(device).requires_grad_(), b.to(device).requires_grad_())
     return Adapter(rank=rank, alpha=alpha, weights=weights)
+
+
+# -- PEFT's files ---------------------------------------------------------------------------------
+
+
+def _names(path: str) -> tuple[str, str]:
+    """PEFT's names of a layer's A and B."""
+    return f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight"
 
 
 def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
     """Write `adapter` as PEFT's two files."""
     tensors = {}
-    for path, (a, b) in adapter.weights.items():
-        tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"] = (
-            a.detach().to("cpu", torch.float32).contiguous()
-        )
-        tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"] = (
-            b.detach().to("cpu", torch.float32).contiguous()
-        )
+    for path, pair in adapter.weights.items():
+        for name, weight in zip(_names(path), pair, strict=True):
+            tensors[name] = weight.detach().to("cpu", torch.float32).contiguous()
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -217,40 +237,32 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
 def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     """Read PEFT's two files and check them against `model`.
 
-    Raises: VersionError: a file is missing or unreadable, a shape does not fit, or a value is not
-        finite.
+    Raises:
+        VersionError: a file is missing or unreadable, a shape does not fit, or a value is not
+            finite.
     """
+    config, tensors = _read_files(folder)
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        rank = int(config["r"])
+        alpha = float(config["lora_alpha"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+    refused = [name for name in UNSUPPORTED_OPTIONS if config.get(name)]
+    if refused or not math.isfinite(alpha) or rank < 1:
         raise VersionError(
-            f"adapter of version {folder.name!r} cannot be read ({error}); publish it again"
-        ) from error
-    foreign = [name for name in UNSUPPORTED if config.get(name)]
-    if foreign or not math.isfinite(alpha) or rank < 1:
-        raise VersionError(
-            f"adapter of version {folder.name!r}: r={rank}, lora_alpha={alpha}, {foreign}: only "
+            f"adapter of version {folder.name!r}: r={rank}, lora_alpha={alpha}, {refused}: only "
             "plain LoRA with a finite scale is supported"
         )
     weights = {}
     for path, layer in adaptable_layers(model).items():
-        a = tensors.pop(f"{PEFT_PREFIX}{path}.lora_A.weight", None)
-        b = tensors.pop(f"{PEFT_PREFIX}{path}.lora_B.weight", None)
+        a_name, b_name = _names(path)
+        a = tensors.pop(a_name, None)
+        b = tensors.pop(b_name, None)
         if a is None or b is None:
             raise VersionError(
                 f"adapter of version {folder.name!r} has no weights for layer {path}"
             )
-        if a.shape != (rank, layer.in_features) or b.shape != (layer.out_features, rank):
-            raise VersionError(
-                f"adapter of version {folder.name!r}, layer {path}: shapes {tuple(a.shape)} and "
-                f"{tuple(b.shape)} do not fit rank {rank} on {tuple(layer.weight.shape)}"
-            )
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise VersionError(
-                f"adapter of version {folder.name!r}, layer {path}: has NaN or infinite values"
-            )
+        _check_weights(a, b, rank, layer, f"adapter of version {folder.name!r}, layer {path}")
         weights[path] = (a, b)
     if tensors:
         raise VersionError(
@@ -258,3 +270,31 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
             f"{sorted(tensors)[:3]}"
         )
     return Adapter(rank=rank, alpha=alpha, weights=weights)
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    return config, tensors
+
+
+def _unreadable(folder: Path, error: Exception) -> VersionError:
+    return VersionError(
+        f"adapter of version {folder.name!r} cannot be read ({error}); publish it again"
+    )
+
+
+def _check_weights(a: Tensor, b: Tensor, rank: int, layer: nn.Linear, what: str) -> None:
+    """Raises VersionError: A or B does not fit the rank and the layer, or is not finite."""
+    a_shape = (rank, layer.in_features)
+    b_shape = (layer.out_features, rank)
+    if a.shape != a_shape or b.shape != b_shape:
+        raise VersionError(
+            f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit rank {rank} on "
+            f"{tuple(layer.weight.shape)}"
+        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise VersionError(f"{what}: has NaN or infinite values")

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from s2t_shared.labels.label import Label, Rollout
-from s2t_shared.model.attention import Aside
 from s2t_shared.model.local_selector import Candidates, LocalSelector, combine, split_hidden
+from s2t_shared.model.padded_plan import PaddedPlan
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.training.dataset import context_length
 from s2t_shared.training.tree_layout import TreeLayout
@@ -90,18 +90,18 @@ def _over_base(
     local: LocalSelector,
     layout: TreeLayout,
     candidates: Candidates,
-    context: Aside | None,
+    context: PaddedPlan | None,
 ) -> _Hidden:
     if context is None:
         context = layout.context_plan()
         with torch.no_grad():
-            runtime.aside(layout.tokens, context)
+            runtime.forward_padded(layout.tokens, context)
     siblings = candidates.ids
     if local.kind is SelectorKind.PREFIX:
         siblings = siblings[:, :0]
     with_last = local.kind is not SelectorKind.RESERVED
     tokens, plan = layout.branch(siblings, with_last, context)
-    blocks = layout.of_labels(runtime.aside(tokens, plan, local.adapter))
+    blocks = layout.of_labels(runtime.forward_padded(tokens, plan, local.adapter))
     return _Hidden(*split_hidden(local, blocks, siblings.shape[1]))
 
 
@@ -109,10 +109,10 @@ def _over_adapted(
     runtime: ModelRuntime, local: LocalSelector, layout: TreeLayout, candidates: Candidates
 ) -> _Hidden:
     if local.kind is SelectorKind.PREFIX:
-        context = runtime.aside(layout.tokens, layout.context_plan(), local.adapter)
+        context = runtime.forward_padded(layout.tokens, layout.context_plan(), local.adapter)
         return _Hidden(layout.last_context_tokens(context), None, context)
     tokens, plan = layout.with_siblings(candidates.ids)
-    hidden = runtime.aside(tokens, plan, local.adapter)
+    hidden = runtime.forward_padded(tokens, plan, local.adapter)
     length = layout.tokens.shape[1]
     context = hidden[:, :length]
     siblings = layout.of_labels(hidden[:, length:])
@@ -136,7 +136,7 @@ class ContextCache:
         self._free_bytes = max_bytes
         self._layers: dict[tuple[str, int], list[LayerKV]] = {}
 
-    def plan(self, rollouts: Sequence[Rollout], layout: TreeLayout) -> Aside:
+    def plan(self, rollouts: Sequence[Rollout], layout: TreeLayout) -> PaddedPlan:
         """A finished plan of the rollouts' contexts, as a forward over all of them would leave.
 
         layout: of `rollouts`.
@@ -149,7 +149,7 @@ class ContextCache:
             values = _pad([values for _, values in layer], length)
             layers.append((keys, values))
         plan = layout.context_plan()
-        plan.hold(layers)
+        plan.set_kv(layers)
         return plan
 
     @torch.no_grad()
@@ -159,8 +159,8 @@ class ContextCache:
             return self._layers[key]
         layout = TreeLayout.of([rollout])
         plan = layout.context_plan()
-        self._runtime.aside(layout.tokens, plan)
-        layers = [(keys.contiguous(), values.contiguous()) for keys, values in plan.stored]
+        self._runtime.forward_padded(layout.tokens, plan)
+        layers = [(keys.contiguous(), values.contiguous()) for keys, values in plan.kv]
         size = sum(keys.nbytes + values.nbytes for keys, values in layers)
         # Nothing is evicted: in a walk over all contexts, the one used last comes again last.
         if size <= self._free_bytes:
@@ -196,9 +196,9 @@ def lm_kl(
     layout = TreeLayout.of(rollouts)
     plan = layout.context_plan()
     if context is None:
-        context = runtime.aside(layout.tokens, plan, local.adapter)
+        context = runtime.forward_padded(layout.tokens, plan, local.adapter)
     with torch.no_grad():  # the reference is the same model, its adapter off
-        base = runtime.aside(layout.tokens, plan)
+        base = runtime.forward_padded(layout.tokens, plan)
     positions = layout.context_positions(skip_labelled).to(context.device)
     reserved = _reserved_rows(runtime, local)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from s2t_shared.labels.label import Rollout
-from s2t_shared.model.attention import Aside
 from s2t_shared.model.local_selector import block_mask
+from s2t_shared.model.padded_plan import PaddedPlan
 from s2t_shared.training.dataset import context_length
 
 
@@ -58,10 +58,10 @@ class TreeLayout:
         """The largest number of labels of one rollout."""
         return int(self.columns.max()) + 1
 
-    def context_plan(self) -> Aside:
+    def context_plan(self) -> PaddedPlan:
         """Attention over the contexts alone: causal."""
         n, t = self.tokens.shape
-        return Aside(torch.arange(t).expand(n, -1), _causal_mask(t))
+        return PaddedPlan(torch.arange(t).expand(n, -1), _causal_mask(t))
 
     def context_positions(self, skip_labelled: bool) -> Tensor:
         """bool [n, t]: which positions are not padding. skip_labelled: nor decide a label."""
@@ -76,7 +76,9 @@ class TreeLayout:
 
     # -- scored tokens ----------------------------------------------------------------------------
 
-    def branch(self, siblings: Tensor, with_last: bool, context: Aside) -> tuple[Tensor, Aside]:
+    def branch(
+        self, siblings: Tensor, with_last: bool, context: PaddedPlan
+    ) -> tuple[Tensor, PaddedPlan]:
         """Tokens [n, labels * width] and attention of all labels' blocks over a finished context.
 
         siblings: [m, K] candidates to score, K may be 0. with_last: a block starts with the last
@@ -97,10 +99,10 @@ class TreeLayout:
             positions[rows, columns, 0] = self.ends - 1
         blocks = [block_mask(k, with_last)] * self.labels_per_row
         mask = torch.block_diag(*blocks).bool()
-        plan = Aside(positions.flatten(1), mask, context, visible.flatten(1))
+        plan = PaddedPlan(positions.flatten(1), mask, context, visible.flatten(1))
         return tokens.flatten(1), plan
 
-    def with_siblings(self, siblings: Tensor) -> tuple[Tensor, Aside]:
+    def with_siblings(self, siblings: Tensor) -> tuple[Tensor, PaddedPlan]:
         """Tokens [n, t + labels * K] and attention of contexts and siblings in one forward.
 
         siblings: [m, K]. Each sees the context before its label's position, and itself.
@@ -117,7 +119,7 @@ class TreeLayout:
         mask[:, t:, :t] = torch.arange(t) < positions.flatten(1)[:, :, None]
         mask[:, t:, t:] = torch.eye(added, dtype=torch.bool)
         context_positions = torch.arange(t).expand(n, -1)
-        plan = Aside(torch.cat([context_positions, positions.flatten(1)], dim=1), mask)
+        plan = PaddedPlan(torch.cat([context_positions, positions.flatten(1)], dim=1), mask)
         return torch.cat([self.tokens, tokens.flatten(1)], dim=1), plan
 
     def of_labels(self, hidden: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from s2t_shared.model.loading import DTYPES, resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.model.runtime import DTYPES, resolve_model
 from s2t_shared.types import CandidateRule, Mode, Policy, Proposals
 from services.bench import workload
 from services.bench.measure import Figure, Report, figure, ratios, take_turns

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from s2t_shared.labels.label import Label
+from s2t_shared.model.loading import DTYPES, resolve_model
 from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.lora import AdapterSwitch, install
-from s2t_shared.model.runtime import DTYPES, resolve_model
+from s2t_shared.model.lora import AdapterSwitch, Gate, install
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class PublishedTrainer:
         tokens = torch.tensor(
             [[*context, candidate] for candidate in label.candidate_ids], device=device
         )
-        with self.switch.using([(selector.adapter, None)]):
+        with self.switch.using([Gate(selector.adapter, None)]):
             hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
         logits = head(hidden).float()  # [K, t + 1, V]

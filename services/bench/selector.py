@@ -17,7 +17,8 @@ import torch
 from s2t_shared.config import SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 from services.bench import workload

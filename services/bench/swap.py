@@ -24,10 +24,12 @@ import torch
 from s2t_shared.bundled import BUNDLED, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
+from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import RESERVED_COUNT, Tokenizer, reserved_ids
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import RESERVED_COUNT, reserved_ids
 from s2t_shared.requests import new_request
 from s2t_shared.versions.manifest import Manifest
 from s2t_shared.versions.registry import Registry

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from s2t_shared.labels.label import Label, Rollout
+from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import new_adapter
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.training.loss import training_loss
 from s2t_shared.training.settings import TrainingSettings
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns

@@ -16,10 +16,12 @@ from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import ConfigError
+from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer, reserved_ids
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import check_same_tokenizer, reserved_ids
 from s2t_shared.types import (
     DecodeOptions,
     DecodeRequest,

@@ -24,8 +24,9 @@ from ray.serve.schema import ApplicationStatus  # noqa: E402
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure  # noqa: E402
 from s2t_shared.errors import ConfigError, S2TError  # noqa: E402
-from s2t_shared.model.runtime import resolve_model  # noqa: E402
-from s2t_shared.model.tokenizer import Tokenizer, check_same_tokenizer  # noqa: E402
+from s2t_shared.model.loading import resolve_model  # noqa: E402
+from s2t_shared.model.tokenizer import Tokenizer  # noqa: E402
+from s2t_shared.model.vocabulary import check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 from services.launch.redis_server import open_redis  # noqa: E402
 from services.launch.service_record import recorded  # noqa: E402

@@ -28,8 +28,10 @@ from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.versions.live import LiveVersions
 from services.serve.admin_servicer import AdminServicer

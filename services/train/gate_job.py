@@ -22,8 +22,9 @@ from s2t_shared.decode.calibrate import load_calibration, measure_calibration
 from s2t_shared.decode.generate import with_thresholds
 from s2t_shared.errors import S2TError, VersionError
 from s2t_shared.labels.lake import Lake
+from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
+from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.pair import Pair
 from s2t_shared.policy import Calibration

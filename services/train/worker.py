@@ -18,8 +18,10 @@ from s2t_shared.decode.calibrate import load_calibration
 from s2t_shared.errors import S2TError
 from s2t_shared.files import locked
 from s2t_shared.labels.lake import Lake
-from s2t_shared.model.runtime import ModelRuntime, resolve_model
-from s2t_shared.model.tokenizer import RESERVED_COUNT, Tokenizer, reserved_ids
+from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import RESERVED_COUNT, reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.training.trainer import Distilled, OnStep, Point, distil
 from s2t_shared.versions.manifest import Manifest

@@ -25,7 +25,8 @@ from s2t_shared.errors import (
 )
 from s2t_shared.labels.label import Digests, rollout_of
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.policy import Calibration
 from s2t_shared.statistics import hit_at, paired_difference, spearman, wilson_interval
 from s2t_shared.types import (

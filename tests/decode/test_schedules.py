@@ -30,7 +30,8 @@ from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
 from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.types import (
     CandidateRule,
     ChosenBy,

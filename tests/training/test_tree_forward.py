@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from s2t_shared.labels.label import Label, Rollout
-from s2t_shared.model.attention import Aside
 from s2t_shared.model.local_selector import LocalSelector
+from s2t_shared.model.padded_plan import PaddedPlan
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.training.dataset import context_length
 from s2t_shared.training.loss import training_loss
@@ -28,11 +28,11 @@ from tests.helpers.training import KINDS, trained_a_little
 
 
 def causal(
-    tokens: Sequence[int], start: int = 0, context: Aside | None = None
-) -> tuple[torch.Tensor, Aside]:
+    tokens: Sequence[int], start: int = 0, context: PaddedPlan | None = None
+) -> tuple[torch.Tensor, PaddedPlan]:
     """One sequence of `tokens` at positions start.., behind all columns of `context`."""
     t = len(tokens)
-    plan = Aside(
+    plan = PaddedPlan(
         torch.arange(start, start + t)[None],
         torch.ones(t, t).tril().bool(),
         context,
@@ -46,11 +46,11 @@ def published_hidden(
 ) -> torch.Tensor:
     """Hidden states [scored, hidden] of the last tokens of one whole sequence prefix + scored."""
     if local.reads is Reading.ADAPTED:
-        return runtime.aside(*causal([*prefix, *scored]), local.adapter)[0, len(prefix) :]
+        return runtime.forward_padded(*causal([*prefix, *scored]), local.adapter)[0, len(prefix) :]
     tokens, context = causal(prefix)
     with torch.no_grad():
-        runtime.aside(tokens, context)
-    return runtime.aside(*causal(scored, len(prefix), context), local.adapter)[0]
+        runtime.forward_padded(tokens, context)
+    return runtime.forward_padded(*causal(scored, len(prefix), context), local.adapter)[0]
 
 
 def published_scores(
@@ -156,12 +156,12 @@ def test_kept_contexts_change_nothing(runtime: ModelRuntime, kind: SelectorKind)
         roomy, tight = ContextCache(runtime, 1 << 30), ContextCache(runtime, 1)
         first = tree_scores(runtime, local, rollouts, roomy).scores
         assert torch.allclose(first, expected, atol=1e-5)
-        runtime.aside, aside = None, runtime.aside  # type: ignore[method-assign, assignment]
+        runtime.forward_padded, forward = None, runtime.forward_padded  # type: ignore[method-assign, assignment]
         try:
             for rollout in rollouts:
                 roomy.plan([rollout], TreeLayout.of([rollout]))  # needs no forward
         finally:
-            runtime.aside = aside  # type: ignore[method-assign]
+            runtime.forward_padded = forward  # type: ignore[method-assign]
         assert torch.equal(tree_scores(runtime, local, rollouts, roomy).scores, first)
         assert torch.equal(tree_scores(runtime, local, rollouts, tight).scores, first)
 
@@ -178,10 +178,10 @@ def test_lm_kl_is_the_divergence_of_the_two_models(runtime: ModelRuntime) -> Non
     text = slice(0, runtime.vocab_rows - 16)
     for rollout in rollouts:
         tokens = rollout.token_ids[: context_length(rollout)]
-        a = runtime.logits(runtime.aside(*causal(tokens), local.adapter))[0, :, text].log_softmax(
-            -1
-        )
-        b = runtime.logits(runtime.aside(*causal(tokens)))[0, :, text].log_softmax(-1)
+        adapted = runtime.forward_padded(*causal(tokens), local.adapter)
+        base = runtime.forward_padded(*causal(tokens))
+        a = runtime.logits(adapted)[0, :, text].log_softmax(-1)
+        b = runtime.logits(base)[0, :, text].log_softmax(-1)
         per_position = (a.exp() * (a - b)).sum(-1)
         everywhere += float(per_position.sum())
         labelled = {label.position - 1 for label in rollout.labels}
@@ -205,7 +205,7 @@ def test_plain_distillation_sees_the_whole_vocabulary(runtime: ModelRuntime) -> 
     result = tree_scores(runtime, local, [rollout])
     assert result.last is not None
     ours = vocabulary_log_probs(runtime, local, result.last, result.candidates.ids)
-    hidden = runtime.aside(*causal(rollout.token_ids), local.adapter)[0]
+    hidden = runtime.forward_padded(*causal(rollout.token_ids), local.adapter)[0]
     for row, label in zip(ours, rollout.labels, strict=True):
         full = runtime.logits(hidden[label.position - 1])[: runtime.vocab_rows - 16].log_softmax(-1)
         k = len(label.candidate_ids)

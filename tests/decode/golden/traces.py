@@ -25,7 +25,8 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.types import (
     CandidateRule,
     DecodeOptions,

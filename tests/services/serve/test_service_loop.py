@@ -21,7 +21,8 @@ from s2t_shared.bundled import SLM_DIR, problems
 from s2t_shared.config import Config
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.pair import Pair
 from s2t_shared.training.new_local_selector import new_local_selector, trained_tensors
 from s2t_shared.training.settings import TrainingSettings
