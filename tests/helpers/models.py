@@ -1,9 +1,8 @@
-"""Tiny random models for tests: Hugging Face folders with a word-level tokenizer, written in about
-a second.
+"""Tiny random models for tests: Hugging Face folders with a word-level tokenizer.
 
-Distributions are peaked (large `initializer_range`), so that argmaxes are well separated and a
-wrong mask or cache shows in the tokens. Every folder is loaded by the product's own loaders;
-nothing here imports the product.
+All are written in about a second. Distributions are peaked (large `initializer_range`): argmaxes
+are well separated, so a wrong mask or cache shows in the tokens. The product's own loaders load
+the folders; nothing here imports the product.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from transformers import (
 
 RESERVED = 16
 SPECIAL = ("<unk>", "<pad>", "<eos>", "<user>", "<assistant>")
-WORDS = tuple(f"w{i}" for i in range(33)) + tuple(
-    "0123456789"
-)  # 43 words + 5 special = 48 ids of text
+WORDS = (*(f"w{i}" for i in range(33)), *"0123456789")  # 43 words + 5 special = 48 ids of text
 TEXT_IDS = len(SPECIAL) + len(WORDS)
 EOS = SPECIAL.index("<eos>")
 CHAT_TEMPLATE = (
@@ -42,7 +39,7 @@ MAX_LENGTH = 256
 
 
 def word_tokenizer(named_reserved: bool = True) -> PreTrainedTokenizerFast:
-    """48 ids of text, then (named) 16 `<|reserved_special_token_i|>`."""
+    """48 ids of text, then, if named, 16 `<|reserved_special_token_i|>`."""
     names = [f"<|reserved_special_token_{i}|>" for i in range(RESERVED)] if named_reserved else []
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *names])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -61,8 +58,10 @@ def word_tokenizer(named_reserved: bool = True) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One model: architecture, rows of its vocabulary, whether its tokenizer names the reserved
-    tokens."""
+    """One model: its architecture, and the rows of its embedding.
+
+    named_reserved: the tokenizer has names for the reserved ids.
+    """
 
     config: Callable[..., PreTrainedConfig]
     rows: int
@@ -73,41 +72,39 @@ class Spec:
 
 
 HEAD_DIM_8 = (("head_dim", 8),)
+SLIDING_WINDOW = (("sliding_window", 5),)
 # `*llm` differ in width and seed from their SLM and share its tokenizer. Transformers gives every
 # `qwen2` folder its own Qwen2Tokenizer, whatever the folder says: use that one with token ids only.
 SPECS = {
     "slm": Spec(config=Qwen3Config, rows=64, seed=20, options=HEAD_DIM_8),
     "llm": Spec(config=Qwen3Config, rows=64, seed=2, hidden=48, options=HEAD_DIM_8),
-    "wide_llm": Spec(
-        config=Qwen3Config, rows=80, seed=3, hidden=48, options=HEAD_DIM_8
-    ),  # more vocabulary rows than the SLM
+    # More vocabulary rows than the SLM.
+    "wide_llm": Spec(config=Qwen3Config, rows=80, seed=3, hidden=48, options=HEAD_DIM_8),
     "qwen2": Spec(config=Qwen2Config, rows=64, seed=20),
     "qwen2_tied": Spec(
         config=Qwen2Config, rows=64, seed=5, options=(("tie_word_embeddings", True),)
     ),
-    "padding": Spec(
-        config=LlamaConfig, rows=72, seed=6, named_reserved=False
-    ),  # spare rows 48..71, reserved 56..71
+    # Spare rows 48..71, reserved 56..71.
+    "padding": Spec(config=LlamaConfig, rows=72, seed=6, named_reserved=False),
     "padding_llm": Spec(config=LlamaConfig, rows=72, seed=7, named_reserved=False, hidden=48),
-    "virtual": Spec(
-        config=LlamaConfig, rows=48, seed=8, named_reserved=False
-    ),  # no spare row at all: reserved 48..63
+    # No spare row at all: reserved 48..63 are virtual.
+    "virtual": Spec(config=LlamaConfig, rows=48, seed=8, named_reserved=False),
     "virtual_llm": Spec(config=LlamaConfig, rows=48, seed=9, named_reserved=False, hidden=48),
+    # Sliding and full layers, soft caps: the eager path.
     "gemma2": Spec(
         config=Gemma2Config,
         rows=64,
         seed=20,
-        options=(  # sliding and full layers, soft caps: the eager path
+        options=(
             *HEAD_DIM_8,
+            *SLIDING_WINDOW,
             ("query_pre_attn_scalar", 8),
-            ("sliding_window", 5),
             ("attn_logit_softcapping", 20.0),
             ("final_logit_softcapping", 8.0),
         ),
     ),
-    "mistral": Spec(
-        config=MistralConfig, rows=64, seed=11, options=(*HEAD_DIM_8, ("sliding_window", 5))
-    ),  # every layer slides
+    # Every layer slides.
+    "mistral": Spec(config=MistralConfig, rows=64, seed=11, options=(*HEAD_DIM_8, *SLIDING_WINDOW)),
 }
 
 

@@ -1,8 +1,8 @@
-"""The byte-bounded KV pool: whatever is acquired, read, released and evicted, a row holds what its
-ids say it holds.
+"""The byte-bounded KV pool: a slot always holds what its ids say, whatever was allocated, read,
+released and evicted.
 
-The pool stores tensors and never looks into them, so the tests write numbers that are derived from
-the adapter_key and the ids up to each column (as real keys and values are), and look whether they
+The pool stores tensors and never looks into them. The tests write numbers that are derived from
+the adapter key and the ids up to each column (as real keys and values are), and check that they
 are still there.
 """
 
@@ -16,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s2t_shared.decode.proposer import top_k
 from s2t_shared.model.kv_pool import (
     MIN_PREFIX_MATCH,
     MIN_SLOT_TOKENS,
@@ -30,10 +29,10 @@ from s2t_shared.model.kv_pool import (
 
 SHAPES = [KVShape(2, 3, 1), KVShape(1, 2, 2)]
 BYTES = 4 * (2 * 4 + 1 * 4)  # of one token in both layers
-READERS = (None, "a", "b")
+ADAPTER_KEYS = (None, "a", "b")
 STORY = [(7 * i * i + i) % 11 for i in range(700)]
 
-# -- helpers --------------------------------------------------------------------------------------
+# -- slots and what they hold ---------------------------------------------------------------------
 
 
 def new_pool(tokens: int) -> KVPool:
@@ -41,56 +40,57 @@ def new_pool(tokens: int) -> KVPool:
 
 
 def values_of(adapter_key: str | None, ids: Sequence[int]) -> torch.Tensor:
-    """What "reading" these ids leaves in each column: depends on the adapter_key and on everything
+    """What reading these ids leaves in each column: depends on the adapter key and on everything
     before."""
-    state, values = 1 + READERS.index(adapter_key), []
+    state = 1 + ADAPTER_KEYS.index(adapter_key)
+    values = []
     for token_id in ids:
         state = (state * 131 + token_id + 17) % 1_000_003
         values.append(float(state))
     return torch.tensor(values)
 
 
-def read(row: Slot, ids: Sequence[int], until: int) -> None:
-    """Read `ids` up to `until` into the row, as a forward would."""
-    start = len(row.token_ids)
-    assert list(ids[:start]) == row.token_ids, "the row is not at a beginning of what it is to read"
-    values = values_of(row.adapter_key, ids[:until])[start:]  # type: ignore[arg-type]
-    for layer, (keys, data) in enumerate(row.slab.layers):
-        keys[row.index, :, start:until] = (values + layer)[None, :, None]
-        data[row.index, :, start:until] = -(values + layer)[None, :, None]
-    row.token_ids[start:] = ids[start:until]
+def read(slot: Slot, ids: Sequence[int], until: int) -> None:
+    """Read `ids` up to `until` into the slot, as a forward would."""
+    start = len(slot.token_ids)
+    assert list(ids[:start]) == slot.token_ids, "the slot does not hold the start of these ids"
+    values = values_of(slot.adapter_key, ids[:until])[start:]  # type: ignore[arg-type]
+    for layer, (keys, data) in enumerate(slot.slab.layers):
+        keys[slot.index, :, start:until] = (values + layer)[None, :, None]
+        data[slot.index, :, start:until] = -(values + layer)[None, :, None]
+    slot.token_ids[start:] = ids[start:until]
 
 
-def assert_holds(row: Slot) -> None:
-    """Every column that `token_ids` vouches for has that adapter_key's values of exactly those
-    ids."""
-    n = len(row.token_ids)
-    values = values_of(row.adapter_key, row.token_ids)  # type: ignore[arg-type]
-    for layer, (keys, data) in enumerate(row.slab.layers):
-        assert bool((keys[row.index, :, :n] == (values + layer)[None, :, None]).all()), (
-            "keys of other ids"
-        )
-        assert bool((data[row.index, :, :n] == -(values + layer)[None, :, None]).all()), (
-            "values of other ids"
-        )
+def assert_holds(slot: Slot) -> None:
+    """Every column of `token_ids` has that adapter key's values of exactly those ids."""
+    n = len(slot.token_ids)
+    values = values_of(slot.adapter_key, slot.token_ids)  # type: ignore[arg-type]
+    for layer, (keys, data) in enumerate(slot.slab.layers):
+        expected = (values + layer)[None, :, None]
+        assert bool((keys[slot.index, :, :n] == expected).all()), "keys of other ids"
+        assert bool((data[slot.index, :, :n] == -expected).all()), "values of other ids"
 
 
-def all_rows(pool: KVPool) -> list[Slot]:
-    return [row for page in pool._slabs for row in page.slots if row is not None]
+def cached_slots(pool: KVPool) -> list[Slot]:
+    return [slot for slot in pool.slots() if not slot.live]
 
 
-def acquired(
+def is_in(slot: Slot, pool: KVPool) -> bool:
+    return any(other is slot for other in pool.slots())
+
+
+def allocated(
     pool: KVPool, ids: Sequence[int], columns: int, adapter_key: str | None = None
 ) -> Slot:
-    """A row that has read all of `ids`."""
-    row = pool.allocate(ids, columns, adapter_key)
-    assert row is not None
-    read(row, ids, len(ids))
-    return row
+    """A slot that has read all of `ids`."""
+    slot = pool.allocate(ids, columns, adapter_key)
+    assert slot is not None
+    read(slot, ids, len(ids))
+    return slot
 
 
 def other_ids(name: int, length: int = 30) -> list[int]:
-    """Ids that share no beginning with those of another name."""
+    """Ids that share no prefix with those of another name."""
     return [1000 + name] * length
 
 
@@ -101,59 +101,93 @@ def naive_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
+# -- random histories -----------------------------------------------------------------------------
+
+
 @dataclass
 class World:
-    """A pool, the rows that are in use with the ids they are to read, and the checks that hold
-    after everything."""
+    """A pool, its live slots with the ids they are to read, and what must hold after each step."""
 
     pool: KVPool
     live: list[tuple[Slot, list[int]]] = field(default_factory=list)
 
+    def prefix_lengths(self, ids: list[int], adapter_key: str | None) -> list[tuple[Slot, int]]:
+        """What each slot of the adapter key has read of `ids`."""
+        found = []
+        for slot in self.pool.slots():
+            if slot.adapter_key == adapter_key:
+                found.append((slot, naive_prefix(slot.token_ids, ids[:-1])))
+        return found
+
     def allocate(self, ids: list[int], columns: int, adapter_key: str | None, percent: int) -> None:
-        before = all_rows(self.pool)
-        best = max(
-            (naive_prefix(r.token_ids, ids[:-1]) for r in before if r.adapter_key == adapter_key),
-            default=0,
-        )
-        sources = [
-            r
-            for r in before
-            if r.adapter_key == adapter_key and naive_prefix(r.token_ids, ids[:-1]) == best
-        ]
-        row = self.pool.allocate(ids, columns, adapter_key)
-        if row is None:
-            assert self.live or not self.pool.fits(columns), (
-                "a pool that nobody uses refuses what fits it"
-            )
+        before = self.prefix_lengths(ids, adapter_key)
+        best = max((length for _, length in before), default=0)
+        sources = [slot for slot, length in before if length == best]
+        slot = self.pool.allocate(ids, columns, adapter_key)
+        if slot is None:
+            refused_rightly = self.live or not self.pool.fits(columns)
+            assert refused_rightly, "a pool that nobody uses refuses what fits it"
             return
-        assert row.live and row.adapter_key == adapter_key and row.columns >= columns
-        assert all(row is not other for other, _ in self.live), "a row in use was handed out"
-        assert len(row.token_ids) < len(ids) and row.token_ids == ids[: len(row.token_ids)]
-        if len(row.token_ids) != (best if best >= MIN_PREFIX_MATCH else 0):
-            assert best >= MIN_PREFIX_MATCH > len(row.token_ids) == 0
-            assert not any(s is r for s in sources for r in all_rows(self.pool)), (
-                "a prefix was there and not used"
-            )
-        self.live.append((row, ids))
-        read(row, ids, max(len(row.token_ids), len(ids) * percent // 100))
+        assert slot.live and slot.adapter_key == adapter_key and slot.columns >= columns
+        assert all(slot is not other for other, _ in self.live), "a live slot was handed out"
+        length = len(slot.token_ids)
+        assert length < len(ids) and slot.token_ids == ids[:length]
+        if length != (best if best >= MIN_PREFIX_MATCH else 0):
+            # The prefix was given up because it stood in its own sequence's way.
+            assert best >= MIN_PREFIX_MATCH
+            assert length == 0
+            still_there = [source for source in sources if is_in(source, self.pool)]
+            assert not still_there, "a prefix was there and not used"
+        self.live.append((slot, ids))
+        read(slot, ids, max(length, len(ids) * percent // 100))
+
+    def read_more(self, number: int, percent: int) -> None:
+        slot, ids = self.live[number]
+        before = len(slot.token_ids)
+        read(slot, ids, before + (len(ids) - before) * percent // 100)
+
+    def truncate(self, number: int, percent: int) -> None:
+        slot, _ = self.live[number]
+        slot.truncate(len(slot.token_ids) * percent // 100)
+
+    def extend(self, number: int) -> None:
+        slot, ids = self.live[number]
+        before = len(slot.token_ids)
+        longest = max(length for _, length in self.prefix_lengths(ids, slot.adapter_key))  # type: ignore[arg-type]
+        self.pool.extend_from_cache(slot, ids)
+        worthwhile = longest >= before + MIN_PREFIX_MATCH
+        assert len(slot.token_ids) == (longest if worthwhile else before)
+
+    def release(self, number: int) -> None:
+        slot, _ = self.live.pop(number)
+        length = len(slot.token_ids)
+        self.pool.release(slot)
+        assert not slot.live
+        assert is_in(slot, self.pool) == (length >= MIN_PREFIX_MATCH)
+
+    def release_all(self) -> None:
+        for slot, _ in self.live:
+            self.pool.release(slot)
+        self.live.clear()
+
+    def clear(self) -> None:
+        self.pool.clear()
+        assert not cached_slots(self.pool)
+        assert all(not slab.is_empty for slab in self.pool.slabs)
 
     def check(self) -> None:
         pool = self.pool
         pool.check()
-        assert (
-            pool.bytes
-            == sum(p.columns * len(p.slots) * BYTES for p in pool._slabs)
-            <= pool.max_bytes
-        )
-        rows = all_rows(pool)
-        places = {(id(row.slab), row.index) for row, _ in self.live}
-        assert len(places) == len(self.live) == pool.live_slots, "two sequences in one place"
-        assert {id(row) for row, _ in self.live} == {id(row) for row in rows if row.live}
-        assert pool.kept_slots == len(rows) - len(self.live)
-        for row, ids in self.live:
-            assert row.token_ids == ids[: len(row.token_ids)], "someone wrote to a row in use"
-        for row in rows:
-            assert_holds(row)
+        allocated_tokens = sum(slab.columns * len(slab.slots) for slab in pool.slabs)
+        assert pool.bytes == allocated_tokens * BYTES <= pool.max_bytes
+        slots = list(pool.slots())
+        owned = {(id(slot.slab), slot.index) for slot, _ in self.live}
+        assert len(owned) == len(self.live) == pool.live_slots, "two sequences in one slot"
+        assert {id(slot) for slot, _ in self.live} == {id(slot) for slot in slots if slot.live}
+        for slot, ids in self.live:
+            assert slot.token_ids == ids[: len(slot.token_ids)], "someone wrote to a live slot"
+        for slot in slots:
+            assert_holds(slot)
 
 
 IDS = st.builds(
@@ -162,14 +196,14 @@ IDS = st.builds(
     st.integers(0, 2),
     st.sampled_from([1, 16, 17, 18, 30, 60, 101, 120, 180, 300]),
 )
-ACQUIRE = st.tuples(
+ALLOCATE = st.tuples(
     st.just("allocate"),
     IDS,
     st.sampled_from([0, 0, 9, 200, -1]),
     st.tuples(st.sampled_from([None, None, None, "a", "b"]), st.sampled_from([100, 60, 0])),
 )
 CHANGE = st.tuples(
-    st.sampled_from(["read", "release", "catch up", "truncate", "all leave", "all leave", "clear"]),
+    st.sampled_from(["read", "release", "extend", "truncate", "all leave", "all leave", "clear"]),
     st.integers(0, 9),
     st.integers(1, 100),
     st.none(),
@@ -179,49 +213,33 @@ CHANGE = st.tuples(
 def apply(world: World, operation: tuple) -> None:
     name, first, second, third = operation
     if name == "allocate":
-        most = max((c for c in (128, 256, 512, 1024, 2048) if world.pool.fits(c)), default=128)
-        world.allocate(
-            list(first), max(len(first), most if second < 0 else len(first) + second), *third
-        )
+        columns = len(first) + second
+        if second < 0:  # as many as the pool can ever give
+            sizes = (128, 256, 512, 1024, 2048)
+            columns = max((size for size in sizes if world.pool.fits(size)), default=128)
+        world.allocate(list(first), max(len(first), columns), *third)
     elif name == "clear":
-        world.pool.clear()
-        assert world.pool.kept_slots == 0 and all(not page.is_empty for page in world.pool._slabs)
+        world.clear()
     elif name == "all leave":
-        for row, _ in world.live:
-            world.pool.release(row)
-        world.live.clear()
+        world.release_all()
     elif world.live:
-        row, ids = world.live[first % len(world.live)]
-        before = len(row.token_ids)
+        number = first % len(world.live)
         if name == "read":
-            read(row, ids, before + (len(ids) - before) * second // 100)
+            world.read_more(number, second)
         elif name == "truncate":
-            row.truncate(before * second // 100)
-        elif name == "catch up":
-            most = max(
-                naive_prefix(r.token_ids, ids[:-1])
-                for r in all_rows(world.pool)
-                if r.adapter_key == row.adapter_key
-            )
-            world.pool.extend_from_cache(row, ids)
-            assert len(row.token_ids) == (most if most >= before + MIN_PREFIX_MATCH else before)
+            world.truncate(number, second)
+        elif name == "extend":
+            world.extend(number)
         else:
-            world.pool.release(row)
-            del world.live[first % len(world.live)]
-            assert not row.live and any(r is row for r in all_rows(world.pool)) == (
-                before >= MIN_PREFIX_MATCH
-            )
-
-
-# -- the pool -------------------------------------------------------------------------------------
+            world.release(number)
 
 
 @settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from([128, 300, 512, 513, 800, 1024, 1500, 2100, 3000]),
-    st.lists(ACQUIRE | CHANGE, min_size=15, max_size=50),
+    st.lists(ALLOCATE | CHANGE, min_size=15, max_size=50),
 )
-def test_rows_hold_what_their_ids_say_whatever_happens(
+def test_slots_hold_what_their_ids_say_whatever_happens(
     tokens: int, operations: list[tuple]
 ) -> None:
     """An answer continued over another prompt's KV, or another adapter's, is fluent and wrong:
@@ -231,7 +249,7 @@ def test_rows_hold_what_their_ids_say_whatever_happens(
     for operation in operations:
         apply(world, operation)
         world.check()
-    apply(world, ("all leave", None, None, None))
+    world.release_all()
     world.check()
     world.pool.clear()
     assert world.pool.bytes == 0
@@ -245,165 +263,175 @@ def test_rows_hold_what_their_ids_say_whatever_happens(
     st.lists(st.tuples(IDS, st.sampled_from([0, 100, 400])), max_size=8),
 )
 def test_fits_is_honest(
-    tokens: int, columns: int, rows: int, history: list[tuple[list[int], int]]
+    tokens: int, columns: int, slots: int, history: list[tuple[list[int], int]]
 ) -> None:
     """The engine refuses what does not fit and promises to serve what does: too timid loses
     requests, too bold makes one wait for ever, at the head of the queue."""
     pool = new_pool(tokens)
     for ids, extra in history:
-        if (row := pool.allocate(ids, len(ids) + extra)) is not None:
-            read(row, ids, len(ids))
-            pool.release(row)
+        slot = pool.allocate(ids, len(ids) + extra)
+        if slot is not None:
+            read(slot, ids, len(ids))
+            pool.release(slot)
     pool.clear()
     assert pool.bytes == 0
-    got = [pool.allocate(other_ids(i), columns) for i in range(rows)]
-    assert pool.fits(columns, rows) == all(row is not None for row in got)
-    assert pool.fits(columns) or not pool.fits(columns, rows)
+    got = [pool.allocate(other_ids(i), columns) for i in range(slots)]
+    assert pool.fits(columns, slots) == all(slot is not None for slot in got)
+    assert pool.fits(columns) or not pool.fits(columns, slots)
     pool.check()
 
 
+# -- what is reused and what is evicted -----------------------------------------------------------
+
+
 @pytest.mark.parametrize("takes_all", [384, 512])
-def test_a_kept_prefix_does_not_stand_in_its_own_sequences_way(takes_all: int) -> None:
-    """A conversation whose next turn needs most of the pool: the kept row of its last turn is too
-    short to be taken over, and must give way when it is all that is left; else that request, and
+def test_a_cached_prefix_does_not_stand_in_its_own_sequences_way(takes_all: int) -> None:
+    """A conversation whose next turn needs most of the pool: the cached slot of its last turn is
+    too short to be reused, and must give way when it is all that is left; else that request, and
     all behind it, waits for ever."""
     pool = new_pool(512)
-    pool.release(acquired(pool, STORY[:100], 128))
+    pool.release(allocated(pool, STORY[:100], 128))
     assert pool.fits(takes_all)
-    row = pool.allocate(STORY[:300], takes_all)
-    assert row is not None, "nothing is live, it fits, and yet there is no room"
-    assert_holds(row)
+    slot = pool.allocate(STORY[:300], takes_all)
+    assert slot is not None, "nothing is live, it fits, and yet there is no room"
+    assert_holds(slot)
     pool.check()
 
 
 @settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(st.permutations(range(6)), st.lists(st.integers(0, 5), max_size=4), st.integers(1, 5))
 def test_the_least_recently_used_go_first(order: list[int], again: list[int], new: int) -> None:
-    """Evicting the prompt that everyone shares, and keeping one-off answers, costs a whole prefill
+    """Evicting the prompt that everyone shares, and caching one-off answers, costs a whole prefill
     per request."""
     pool = new_pool(6 * MIN_SLOT_TOKENS)
-    rows = [acquired(pool, other_ids(i), 100) for i in range(6)]
+    slots = [allocated(pool, other_ids(i), 100) for i in range(6)]
     for i in order:
-        pool.release(rows[i])
+        pool.release(slots[i])
     expected = list(order)
-    for i in again:  # used again: taken over and given back
-        row = pool.allocate(other_ids(i), 100)
-        assert row is rows[i]
-        read(row, other_ids(i), 30)
-        pool.release(row)
+    for i in again:  # used again: reused and released
+        slot = pool.allocate(other_ids(i), 100)
+        assert slot is slots[i]
+        read(slot, other_ids(i), 30)
+        pool.release(slot)
         expected.remove(i)
         expected.append(i)
     for j in range(new):
-        acquired(pool, other_ids(50 + j), 100)
-        assert {r.token_ids[0] - 1000 for r in all_rows(pool) if not r.live} == set(
-            expected[j + 1 :]
-        )
+        allocated(pool, other_ids(50 + j), 100)
+        names = {slot.token_ids[0] - 1000 for slot in cached_slots(pool)}
+        assert names == set(expected[j + 1 :])
 
 
 def test_lending_a_prefix_counts_as_use() -> None:
     """A system prompt that is only ever copied from must not look idle."""
     pool = new_pool(3 * MIN_SLOT_TOKENS)
-    first = acquired(pool, STORY[:100], 100)
-    second = acquired(pool, other_ids(1), 100)
+    first = allocated(pool, STORY[:100], 100)
+    second = allocated(pool, other_ids(1), 100)
     pool.release(first)
     pool.release(second)
-    branch = acquired(
-        pool, [*STORY[:40], *[99] * 20], 100
-    )  # a copy: too much of `first` would be lost
-    assert branch is not first and pool.kept_slots == 2
-    acquired(pool, other_ids(2), 100)
-    assert [row for row in all_rows(pool) if not row.live] == [first]
+    # A copy: too much of `first` would be lost.
+    branch = allocated(pool, [*STORY[:40], *[99] * 20], 100)
+    assert branch is not first
+    assert len(cached_slots(pool)) == 2
+    allocated(pool, other_ids(2), 100)
+    assert cached_slots(pool) == [first]
 
 
-def test_a_row_is_taken_over_where_little_is_lost_and_copied_otherwise() -> None:
-    """Taking over a long kept row for a short common prefix throws the rest of it away; copying one
-    that ends there costs time and a place for nothing."""
+def test_a_slot_is_reused_where_little_is_lost_and_copied_otherwise() -> None:
+    """Reusing a long cached slot for a short common prefix throws the rest of it away; copying one
+    that ends there costs time and a slot for nothing."""
     pool = new_pool(8 * MIN_SLOT_TOKENS)
-    kept = acquired(pool, STORY[:60], 100)
-    pool.release(kept)
+    cached = allocated(pool, STORY[:60], 100)
+    pool.release(cached)
     copy = pool.allocate([*STORY[:30], 99, 99], 100)
-    assert (
-        copy is not None
-        and copy is not kept
-        and len(kept.token_ids) == 60
-        and len(copy.token_ids) == 30
-    )
+    assert copy is not None
+    assert copy is not cached
+    assert len(cached.token_ids) == 60
+    assert len(copy.token_ids) == 30
     longer = pool.allocate([*STORY[:50], 98, 98], 100)
-    assert longer is kept and longer.token_ids == STORY[:50] and longer.live
+    assert longer is cached
+    assert longer.token_ids == STORY[:50]
+    assert longer.live
     assert_holds(copy)
     assert_holds(longer)
 
 
-def test_the_last_resort_is_to_take_over_a_row_with_much_else_in_it() -> None:
-    """With no other place left a kept row serves even where much of it is lost: waiting would gain
+def test_the_last_resort_is_to_reuse_a_slot_with_much_else_in_it() -> None:
+    """With no other slot left a cached one serves even where much of it is lost: waiting would gain
     nothing."""
     pool = new_pool(MIN_SLOT_TOKENS)
-    kept = acquired(pool, STORY[:100], 100)
-    assert pool.allocate(STORY[:30], 100) is None, "its only place is in use"
-    pool.release(kept)
-    row = pool.allocate(STORY[:30], 100)
-    assert row is kept and row.token_ids == STORY[:29]
+    cached = allocated(pool, STORY[:100], 100)
+    assert pool.allocate(STORY[:30], 100) is None, "its only slot is in use"
+    pool.release(cached)
+    slot = pool.allocate(STORY[:30], 100)
+    assert slot is cached
+    assert slot.token_ids == STORY[:29]
 
 
 def test_releasing_twice_is_a_bug_and_says_so() -> None:
-    """The second release would free the place of whoever got it in between: two answers in one
-    row."""
+    """The second release would free the slot of whoever got it in between: two answers in one
+    slot."""
     pool = new_pool(512)
-    row = acquired(pool, STORY[:30], 100)
-    pool.release(row)
+    slot = allocated(pool, STORY[:30], 100)
+    pool.release(slot)
     with pytest.raises(AssertionError, match="twice"):
-        pool.release(row)
+        pool.release(slot)
 
 
-def test_check_notices_what_it_is_there_for() -> None:
+@pytest.mark.parametrize("change", ["bytes", "owner", "length"])
+def test_check_notices_what_it_is_there_for(change: str) -> None:
     """Guards every test that calls `check`: an integrity check that accepts anything is none."""
-
-    def broken(change: str) -> KVPool:
-        pool = new_pool(512)
-        row = acquired(pool, STORY[:30], 100)
-        if change == "bytes":
-            pool.max_bytes = 1
-        elif change == "place":
-            row.index = 1
-        else:
-            row.token_ids = [1] * 129
-        return pool
-
-    for change in ("bytes", "place", "length"):
-        with pytest.raises(AssertionError):
-            broken(change).check()
-
-
-def test_empty_slabs_serve_other_sizes() -> None:
-    """Pages that stay with the size they were made for: after an hour of short requests no long one
-    is ever served."""
     pool = new_pool(512)
-    for lengths in ([128] * 4, [512], [256, 128, 128], [256, 256], [128] * 4):
-        rows = [acquired(pool, other_ids(100 * n + i), n) for i, n in enumerate(lengths)]
-        assert [row.columns for row in rows] == lengths and pool.bytes == 512 * BYTES
-        assert pool.allocate(other_ids(9), 100) is None
-        for row in rows:
-            pool.release(row)
+    slot = allocated(pool, STORY[:30], 100)
+    pool.check()
+    if change == "bytes":
+        pool.max_bytes = 1
+    elif change == "owner":
+        slot.index = 1
+    else:
+        slot.token_ids = [1] * 129
+    with pytest.raises(AssertionError):
         pool.check()
 
 
-def test_short_rows_share_slabs_in_a_large_pool() -> None:
+# -- slabs ----------------------------------------------------------------------------------------
+
+
+def test_empty_slabs_serve_other_sizes() -> None:
+    """Slabs that stay with the size they were made for: after an hour of short requests no long one
+    is ever served."""
+    pool = new_pool(512)
+    for lengths in ([128] * 4, [512], [256, 128, 128], [256, 256], [128] * 4):
+        slots = [allocated(pool, other_ids(100 * n + i), n) for i, n in enumerate(lengths)]
+        assert [slot.columns for slot in slots] == lengths
+        assert pool.bytes == 512 * BYTES
+        assert pool.allocate(other_ids(9), 100) is None
+        for slot in slots:
+            pool.release(slot)
+        pool.check()
+
+
+def test_short_slots_share_slabs_in_a_large_pool() -> None:
     """One allocation per short request fragments the device's memory and keeps attention from
-    batching rows."""
+    batching slots."""
     pool = new_pool(16 * SLAB_TOKENS)
-    rows = [acquired(pool, other_ids(i), 100) for i in range(SLAB_TOKENS // MIN_SLOT_TOKENS)]
-    assert len({id(row.slab) for row in rows}) == 1 and pool.bytes == SLAB_TOKENS * BYTES
-    long = acquired(pool, other_ids(-1), SLAB_TOKENS + 1)
-    assert long.columns == 2 * SLAB_TOKENS and len(long.slab.slots) == 1
+    count = SLAB_TOKENS // MIN_SLOT_TOKENS
+    slots = [allocated(pool, other_ids(i), 100) for i in range(count)]
+    assert len({id(slot.slab) for slot in slots}) == 1
+    assert pool.bytes == SLAB_TOKENS * BYTES
+    long = allocated(pool, other_ids(-1), SLAB_TOKENS + 1)
+    assert long.columns == 2 * SLAB_TOKENS
+    assert len(long.slab.slots) == 1
 
 
-def test_a_fresh_page_is_zero() -> None:
+def test_a_fresh_slab_is_zero() -> None:
     """A masked column has weight 0, and 0 * NaN is NaN: uninitialised memory would poison a
     neighbour's answer."""
-    row = acquired(new_pool(512), STORY[:5], 100)
-    for keys, values in row.slab.layers:
-        assert not keys[:, :, 5:].any() and not values[:, :, 5:].any()
-        assert keys.shape[:3] == (len(row.slab.slots), keys.shape[1], 128)
+    slot = allocated(new_pool(512), STORY[:5], 100)
+    for keys, values in slot.slab.layers:
+        assert not keys[:, :, 5:].any()
+        assert not values[:, :, 5:].any()
+        assert keys.shape[0] == len(slot.slab.slots)
+        assert keys.shape[2] == 128
 
 
 # -- prefixes -------------------------------------------------------------------------------------
@@ -422,54 +450,19 @@ def test_common_prefix_is_the_naive_loop(a: list[int], b: list[int], shared: int
     assert common_prefix(a, a) == len(a)
 
 
-def test_waiting_for_another_reader_pays_only_where_it_reads_the_same() -> None:
-    """Waiting for a row of another adapter, or for ids that differ, is waiting for nothing: the
+def test_waiting_for_another_slot_pays_only_where_it_reads_the_same() -> None:
+    """Waiting for a slot of another adapter, or for ids that differ, is waiting for nothing: the
     request starves."""
     pool = new_pool(2048)
-    mine, same, adapted = (pool.allocate((), 100, adapter_key) for adapter_key in (None, None, "a"))
-    assert mine is not None and same is not None and adapted is not None
-    assert shares_longer_prefix(STORY[:17], mine, same, STORY[:50])
-    assert not shares_longer_prefix(STORY[:16], mine, same, STORY[:50]), (
-        "the last token is never lent"
-    )
-    assert not shares_longer_prefix(STORY[:50], mine, adapted, STORY[:50])
-    assert not shares_longer_prefix(STORY[:50], mine, same, [99, *STORY[1:50]])
-    read(mine, STORY, 40)
-    assert not shares_longer_prefix(STORY[:50], mine, same, STORY[:50]) and shares_longer_prefix(
-        STORY[:90], mine, same, STORY[:90]
-    )
-
-
-# -- top k ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("vocabulary", [80, 20000, 49152 + 5])
-@pytest.mark.parametrize("excluded", ["none", "some", "nearly all", "clustered"])
-def test_top_k_is_torch_topk(vocabulary: int, excluded: str) -> None:
-    """The support is what everything is selected from: a lost id is a token that can never be
-    chosen."""
-    generator = torch.Generator().manual_seed(vocabulary)
-    logits = torch.randn(5, vocabulary, generator=generator) * 4
-    if excluded == "some":
-        logits[:, torch.randperm(vocabulary, generator=generator)[: vocabulary // 9]] = -torch.inf
-    elif excluded == "nearly all":
-        logits[:, torch.randperm(vocabulary, generator=generator)[: vocabulary - 64]] = -torch.inf
-    elif (
-        excluded == "clustered"
-    ):  # all of the best lie in one block, at its end and in the last, ragged one
-        logits[:, -40:] += 100
-        logits[:, 3 : 3 + 30] += 90
-    values, ids = top_k(logits, 64)
-    expected = logits.topk(64)
-    assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
-    assert torch.isfinite(values).all()
-
-
-def test_top_k_of_a_tiny_vocabulary() -> None:
-    """A model with fewer ids than the support is wide: all of them, best first."""
-    logits = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
-    values, ids = top_k(logits, 48)
-    assert (
-        torch.equal(values, logits.sort(descending=True).values)
-        and ids.sort().values.tolist() == [[*range(48)]] * 3
-    )
+    slot = pool.allocate((), 100)
+    same = pool.allocate((), 100)
+    adapted = pool.allocate((), 100, "a")
+    assert slot is not None and same is not None and adapted is not None
+    last_token_is_never_lent = STORY[:16]
+    assert shares_longer_prefix(STORY[:17], slot, same, STORY[:50])
+    assert not shares_longer_prefix(last_token_is_never_lent, slot, same, STORY[:50])
+    assert not shares_longer_prefix(STORY[:50], slot, adapted, STORY[:50])
+    assert not shares_longer_prefix(STORY[:50], slot, same, [99, *STORY[1:50]])
+    read(slot, STORY, 40)
+    assert not shares_longer_prefix(STORY[:50], slot, same, STORY[:50])
+    assert shares_longer_prefix(STORY[:90], slot, same, STORY[:90])
