@@ -367,6 +367,30 @@ def test_the_last_resort_is_to_reuse_a_slot_with_much_else_in_it() -> None:
     assert slot.token_ids == STORY[:29]
 
 
+def test_of_equal_prefixes_a_cached_one_is_reused() -> None:
+    """Copying a live slot, while a cached one holds the same, costs time and a second slot."""
+    pool = new_pool(8 * MIN_SLOT_TOKENS)
+    live = allocated(pool, STORY[:60], 100)
+    cached = allocated(pool, STORY[:60], 100)
+    pool.release(cached)
+    assert live.live
+    assert pool.allocate(STORY[:60], 100) is cached
+
+
+def test_nothing_is_evicted_in_vain() -> None:
+    """A slab that the wanted prefix keeps from being freed makes no room: its other slots stay."""
+    pool = new_pool(4096)
+    for i in range(7):
+        allocated(pool, other_ids(i), 512)
+    source = allocated(pool, STORY[:200], 256)
+    neighbour = allocated(pool, other_ids(7), 256)
+    assert source.slab is neighbour.slab
+    pool.release(neighbour)
+    pool.release(source)
+    assert pool.allocate(STORY[:100], 100) is source, "the last resort"
+    assert is_in(neighbour, pool)
+
+
 def test_releasing_twice_is_a_bug_and_says_so() -> None:
     """The second release would free the slot of whoever got it in between: two answers in one
     slot."""
