@@ -214,7 +214,9 @@ class KVPool:
         best: Slot | None = None
         longest = 0
         for slot in self.slots():
-            if slot.adapter_key != adapter_key or slot.token_ids[:MIN_PREFIX_MATCH] != start:
+            if slot.adapter_key != adapter_key:
+                continue
+            if slot.token_ids[:MIN_PREFIX_MATCH] != start:
                 continue
             shared = common_prefix(slot.token_ids, ids)
             if shared < MIN_PREFIX_MATCH:
@@ -236,12 +238,11 @@ class KVPool:
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
         """Make the target hold the source's first `length` tokens."""
         start = min(common_prefix(target.token_ids, source.token_ids), length)
+        columns = slice(start, length)
         layers = zip(source.slab.layers, target.slab.layers, strict=True)
         for (source_keys, source_values), (target_keys, target_values) in layers:
-            target_keys[target.index, :, start:length] = source_keys[source.index, :, start:length]
-            target_values[target.index, :, start:length] = source_values[
-                source.index, :, start:length
-            ]
+            target_keys[target.index, :, columns] = source_keys[source.index, :, columns]
+            target_values[target.index, :, columns] = source_values[source.index, :, columns]
         target.token_ids = source.token_ids[:length]
         self._touch(source)
 
@@ -320,7 +321,8 @@ class KVPool:
                 yield slot
 
     def _evict(self, slot: Slot) -> None:
-        assert not slot.live and slot.slab.slots[slot.index] is slot
+        assert not slot.live
+        assert slot.slab.slots[slot.index] is slot
         slot.slab.slots[slot.index] = None
 
 

@@ -86,17 +86,18 @@ class Candidates:
         counts = [len(group) for group in ids]
         width = max(counts)
         padded_ids = []
-        for group in ids:
-            padded_ids.append([*group, *[group[0]] * (width - len(group))])
         padded_log_probs = []
-        for values in base_log_probs:
-            padded_log_probs.append([*values, *[0.0] * (width - len(values))])
+        for group, log_probs in zip(ids, base_log_probs, strict=True):
+            missing = width - len(group)
+            padded_ids.append([*group, *[group[0]] * missing])
+            padded_log_probs.append([*log_probs, *[0.0] * missing])
         return cls(torch.tensor(padded_ids), torch.tensor(padded_log_probs), torch.tensor(counts))
 
     @property
     def valid(self) -> Tensor:
         """bool [n, K]: which entries are candidates, not padding."""
-        return torch.arange(self.ids.shape[1])[None, :] < self.counts[:, None]
+        width = self.ids.shape[1]
+        return torch.arange(width) < self.counts[:, None]
 
 
 # -- tokens to look at ----------------------------------------------------------------------------

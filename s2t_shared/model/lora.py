@@ -131,12 +131,15 @@ class GatedLinear(nn.Module):
         if tokens is None:
             return y + _low_rank(x, a, b).to(y.dtype) * scale
         if isinstance(tokens, Tensor):
-            delta = _low_rank(x[0].index_select(0, tokens), a, b).to(y.dtype) * scale
+            gated = x[0].index_select(0, tokens)
+            delta = _low_rank(gated, a, b).to(y.dtype) * scale
             y[0].index_add_(0, tokens, delta)
-        elif a.dtype == y.dtype:  # the usual case: the segments of one adapter are neighbours
-            y[0, tokens].addmm_(x[0, tokens] @ a.T, b.T, alpha=scale)
+            return y
+        gated = x[0, tokens]
+        if a.dtype == y.dtype:  # the usual case, in one operation
+            y[0, tokens].addmm_(gated @ a.T, b.T, alpha=scale)
         else:
-            y[0, tokens] += _low_rank(x[0, tokens], a, b).to(y.dtype) * scale
+            y[0, tokens] += _low_rank(gated, a, b).to(y.dtype) * scale
         return y
 
     @property
@@ -197,9 +200,10 @@ def new_adapter(model: nn.Module, rank: int, alpha: float, seed: int) -> Adapter
     for path, layer in adaptable_layers(model).items():
         device = layer.weight.device
         bound = 1.0 / math.sqrt(layer.in_features)
-        a = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
-        b = torch.zeros(layer.out_features, rank)
-        weights[path] = (a.to(device).requires_grad_(), b.to(device).requires_grad_())
+        uniform = torch.rand(rank, layer.in_features, generator=generator)
+        a = ((uniform * 2 - 1) * bound).to(device)
+        b = torch.zeros(layer.out_features, rank, device=device)
+        weights[path] = (a.requires_grad_(), b.requires_grad_())
     return Adapter(rank=rank, alpha=alpha, weights=weights)
 
 

@@ -218,7 +218,8 @@ class ModelRuntime:
         """
         ids = ids.to(self.device)
         rows = self.head.weight[ids]
-        logits = (rows @ hidden[..., None])[..., 0].float()
+        products = rows @ hidden[..., None]
+        logits = products[..., 0].float()
         bias = getattr(self.head, "bias", None)
         if bias is not None:
             logits = logits + bias[ids].float()
@@ -316,7 +317,9 @@ def _max_length(config: Any) -> int:
     they begin to change.
     """
     longest = int(getattr(config, "max_position_embeddings", UNLIMITED_LENGTH))
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        rope = getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in ("longrope", "dynamic"):
         return longest

@@ -63,7 +63,9 @@ class PackedSpan:
     def visible(self, window: int | None) -> Tensor:
         """bool [length, columns]: which columns each token sees."""
         own = torch.eye(self.length, dtype=torch.bool)
-        own[:, : self.causal] |= torch.ones(self.length, self.causal, dtype=torch.bool).tril()
+        # A causal token sees those before it; a sibling comes after all of them.
+        causal = torch.ones(self.length, self.causal, dtype=torch.bool).tril()
+        own[:, : self.causal] |= causal
         visible = torch.zeros(self.length, self.columns, dtype=torch.bool)
         visible[:, : self.start] = True
         visible[:, self.first_column :] = own
@@ -166,7 +168,8 @@ class VarlenPlan:
             slots = torch.tensor([span.slot.index for span in members], device=self._device)
             columns = torch.tensor([span.first_column for span in members], device=self._device)
             at = members[0].at
-            writes.append(_SlabWrite(slab, slots, columns, slice(at, at + len(members))))
+            tokens = slice(at, at + len(members))
+            writes.append(_SlabWrite(slab, slots, columns, tokens))
         return writes
 
     def _store_single_tokens(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -223,7 +226,8 @@ class VarlenPlan:
             visible[row, : span.start] = True
             visible[row, span.first_column] = True
             if window is not None:
-                visible[row, : max(0, span.start + 1 - window)] = False
+                first_visible = max(0, span.start + 1 - window)
+                visible[row, :first_visible] = False
         if visible.all():
             return None
         mask = additive_mask(visible, self._dtype).to(self._device)
@@ -266,13 +270,19 @@ def _slot_groups(spans: Sequence[PackedSpan]) -> list[SlotGroup]:
             groups[-1].append(span)
         else:
             groups.append([span])
-    return [SlotGroup(tuple(group), max(span.columns for span in group)) for group in groups]
+    slot_groups = []
+    for group in groups:
+        columns = max(span.columns for span in group)
+        slot_groups.append(SlotGroup(tuple(group), columns))
+    return slot_groups
 
 
 def _joins(span: PackedSpan, group: Sequence[PackedSpan]) -> bool:
     """Whether the span is the group's next slot, and padding costs less than another call."""
     previous = group[-1].slot
-    if span.slot.slab is not previous.slab or span.slot.index != previous.index + 1:
+    if span.slot.slab is not previous.slab:
+        return False
+    if span.slot.index != previous.index + 1:
         return False
     columns = max(member.columns for member in group)
     columns_with_span = max(columns, span.columns)
@@ -286,9 +296,10 @@ def _joins(span: PackedSpan, group: Sequence[PackedSpan]) -> bool:
 
 def _store_span(span: PackedSpan, layer: int, key: Tensor, value: Tensor) -> None:
     keys, values = span.slot.slab.layers[layer]
+    row = span.slot.index
     columns = slice(span.first_column, span.columns)
-    keys[span.slot.index, :, columns] = key[:, span.tokens]
-    values[span.slot.index, :, columns] = value[:, span.tokens]
+    keys[row, :, columns] = key[:, span.tokens]
+    values[row, :, columns] = value[:, span.tokens]
 
 
 def _is_causal(span: PackedSpan, window: int | None) -> bool:

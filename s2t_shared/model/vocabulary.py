@@ -57,7 +57,9 @@ def _vocabulary_difference(slm: dict[str, int], llm: dict[str, int]) -> str | No
         return None
     shown = []
     for token in differing[:SHOWN_DIFFERENCES]:
-        shown.append(f"{token!r} is {slm.get(token, 'absent')} / {llm.get(token, 'absent')}")
+        slm_id = slm.get(token, "absent")
+        llm_id = llm.get(token, "absent")
+        shown.append(f"{token!r} is {slm_id} / {llm_id}")
     return (
         f"{len(differing)} entries differ ({', '.join(shown)}; "
         f"vocabulary sizes {len(slm)} / {len(llm)})"
