@@ -16,7 +16,8 @@ from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
-from s2t_shared.model.tokenizer import Tokenizer, reserved_ids
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
 from services.harvest.rollouts import (
     HarvestOptions,
