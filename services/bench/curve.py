@@ -1,5 +1,6 @@
-"""`s2t bench curve`: what more labels buy: held-out Agree@1 and task accuracy of every kind of
-selector, and controls.
+"""`s2t bench curve`: what more labels buy.
+
+Held-out Agree@1 and task accuracy of every kind of local selector, beside controls.
 
 Controls: the SLM alone, the untrained selector, and plain distillation (the same labels, steps,
 rank and regulariser, but no selection: the adapter is always on and decodes greedily). Subsets of
@@ -15,15 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.generate import Generator
@@ -32,7 +30,7 @@ from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import threshold_for
-from s2t_shared.statistics import clustered_difference, paired_difference
+from s2t_shared.statistics import clustered_difference
 from s2t_shared.training.dataset import Part, TrainingData, part_of
 from s2t_shared.training.evaluate import Evaluation, evaluate_local_selector
 from s2t_shared.training.losses import label_weight
@@ -50,7 +48,6 @@ from s2t_shared.types import (
     Trigger,
 )
 from services.bench import workload
-from services.bench.measure import machine
 from services.bench.workload import Settings
 from services.evaluation import Problem
 
@@ -104,9 +101,13 @@ class Point:
     def key(self) -> tuple[str, int, int]:
         return self.name, self.count, self.seed
 
+    def digits(self, budget: str) -> str:
+        """`correct` at this budget; what has no budget stands beside every budget."""
+        return self.correct.get(budget, self.correct.get("", ""))
+
     def accuracy(self, budget: str) -> float | None:
-        """At this budget; what has none stands beside all of them."""
-        digits = self.correct.get(budget, self.correct.get(""))
+        """Share of right answers at this budget, or None if no problem was answered."""
+        digits = self.digits(budget)
         return digits.count("1") / len(digits) if digits else None
 
 
@@ -361,111 +362,3 @@ def _append(out: Path, row: dict[str, Any]) -> None:
             stream.write(("\n" if stream.tell() else "") + json.dumps(row))
     except OSError as error:
         raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror}") from error
-
-
-# -- for people -----------------------------------------------------------------------------------
-
-
-def table(points: Sequence[Point]) -> Table:
-    """Means over the seeds; the intervals are of one seed, over problems. Gains are paired, over
-    the SLM alone."""
-    budgets = list(dict.fromkeys(b for p in points for b in p.correct if b))
-    slm = next(p for p in points if p.name == SLM)
-    problems = len(slm.correct.get("", ""))
-    title = f"{slm.test_labels} test labels, {problems} problems\n{machine()}"
-    shown = Table(title=title, title_justify="left")
-    for column in ("selector", "labels", "Agree@1", "gain", *(_budget(b) for b in budgets), "s"):
-        shown.add_column(column, justify="left" if column == "selector" else "right", no_wrap=True)
-    for (name, _), group in _by_count(points).items():
-        row = [
-            name,
-            f"{group[0].labels:,}",
-            _mean([(p.agree_at_1, p.half) for p in group]),
-            _mean([(p.gain, p.gain_half) for p in group], "+") if name != SLM else "",
-        ]
-        for b in budgets:
-            rates = [rate for p in group if (rate := p.accuracy(b)) is not None]
-            gains = [
-                paired_difference(
-                    *([d == "1" for d in digits] for digits in (mine, slm.correct[""]))
-                )
-                for p in group
-                if (mine := p.correct.get(b, p.correct.get("")))
-            ]
-            gain = f" ({_mean(gains, '+')})" if name != SLM and gains else ""
-            row.append(f"{statistics.fmean(rates):.3f}{gain}" if rates else "")
-        shown.add_row(*row, f"{statistics.fmean(p.seconds for p in group):.0f}")
-    return shown
-
-
-def _mean(values: Sequence[tuple[float, float]], sign: str = "") -> str:
-    """Of values with the half widths of their intervals."""
-    means = [statistics.fmean(column) for column in zip(*values, strict=True)]
-    return f"{means[0]:{sign}.3f} ± {means[1]:.3f}"
-
-
-def _budget(budget: str) -> str:
-    return f"accuracy at {100 * float(budget):g} %"
-
-
-def _by_count(points: Sequence[Point]) -> dict[tuple[str, int], list[Point]]:
-    groups: dict[tuple[str, int], list[Point]] = {}
-    for p in points:
-        groups.setdefault((p.name, p.count), []).append(p)
-    return groups
-
-
-def draw(points: Sequence[Point], title: str, file: Path) -> None:
-    """A PNG: labels against Agree@1 and, where it was measured, against accuracy; least to greatest
-    seed shaded."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    budgets = list(dict.fromkeys(b for p in points for b in p.correct if b))
-    problems = max(len(digits) for p in points for digits in (*p.correct.values(), ""))
-    figure, axes = pyplot.subplots(
-        1, 1 + len(budgets), figsize=(5.2 * (1 + len(budgets)), 4.2), squeeze=False
-    )
-
-    def panel(axis: Any, value: Callable[[Point], float | None], title: str) -> None:
-        for name in dict.fromkeys(p.name for p in points):
-            mine = [
-                (group[0].labels, values)
-                for (n, _), group in _by_count(points).items()
-                if n == name
-                if (values := [v for p in group if (v := value(p)) is not None])
-            ]
-            if mine and mine[0][0] == 0:  # needs no labels
-                axis.axhline(
-                    mine[0][1][0], linestyle="--" if name == SLM else ":", color="gray", label=name
-                )
-            elif mine:
-                x, y = (
-                    [labels for labels, _ in mine],
-                    [statistics.fmean(values) for _, values in mine],
-                )
-                axis.plot(x, y, marker="o", markersize=3, label=name)
-                axis.fill_between(
-                    x, [min(v) for _, v in mine], [max(v) for _, v in mine], alpha=0.15
-                )
-        axis.set_xscale("log")
-        axis.set_xticks(sorted({p.labels for p in points if p.labels}))
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.minorticks_off()
-        axis.set_xlabel("training labels", fontsize=8)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-
-    panel(axes[0, 0], lambda p: p.agree_at_1, f"held-out Agree@1 ({points[0].test_labels} labels)")
-    for axis, budget in zip(axes[0, 1:], budgets, strict=True):
-        panel(
-            axis, partial(Point.accuracy, budget=budget), f"{_budget(budget)} ({problems} problems)"
-        )
-    axes[0, 0].legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)

@@ -423,7 +423,8 @@ def curve(
 ) -> None:
     """Learning curves: labels against held-out Agree@1 and task accuracy, for every kind and beside
     controls."""
-    from services.bench.curve import KINDS, PLAIN, CurveSettings, bench_curve, draw, table
+    from services.bench.curve import KINDS, PLAIN, CurveSettings, bench_curve
+    from services.bench.curve_report import draw, table
     from services.evaluation import load_problems
 
     sizes = numbers(counts, "--counts")

@@ -27,8 +27,8 @@ from s2t_shared.types import Prompt
 from services.bench import train as bench_training
 from services.bench import workload
 from services.bench.curve import PLAIN, SLM, UNTRAINED, Curve, CurveSettings, bench_curve
-from services.bench.curve import draw as draw_curve
-from services.bench.curve import table as curve_table
+from services.bench.curve_report import draw as draw_curve
+from services.bench.curve_report import table as curve_table
 from services.bench.decode import CONFIGURATIONS, bench_decode
 from services.bench.harvest import Load, bench_harvest
 from services.bench.kl import bench_kl
