@@ -16,7 +16,7 @@ import typer
 
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.requests import by_name, new_request
-from s2t_shared.types import Answer, GenerateRequest, Prompt, Proposals, Sampling, Step
+from s2t_shared.types import Answer, GenerateRequest, Mode, Prompt, Proposals, Sampling, Step
 from services.cli.options import ConfigFile, DataDir, settings
 from services.cli.progress import progress
 
@@ -82,6 +82,8 @@ def generate(
         raise InvalidRequestError(
             f"mode {mode!r} with trigger {trigger!r} asks the LLM; give --llm"
         )
+    if template.options.policy.mode is Mode.S2T_LOCAL and selector == "none":
+        _say("--selector none: s2t_local selects with an untrained local selector; name a version")
     from s2t_shared.pair import Pair
 
     pair = Pair.open(
