@@ -264,30 +264,32 @@ def packing_order(slot: Slot, length: int) -> tuple[bool, int, int]:
 
 def _slot_groups(spans: Sequence[PackedSpan]) -> list[SlotGroup]:
     """Groups of single-token spans, which are sorted by slab and slot."""
-    groups: list[list[PackedSpan]] = []
+    groups: list[SlotGroup] = []
+    members: list[PackedSpan] = []
+    columns = 0  # that the members' call reads
     for span in spans:
-        if groups and _joins(span, groups[-1]):
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-    slot_groups = []
-    for group in groups:
-        columns = max(span.columns for span in group)
-        slot_groups.append(SlotGroup(tuple(group), columns))
-    return slot_groups
+        own_columns = span.columns
+        if members and not _joins(span, own_columns, members, columns):
+            groups.append(SlotGroup(tuple(members), columns))
+            members = []
+            columns = 0
+        members.append(span)
+        columns = max(columns, own_columns)
+    if members:
+        groups.append(SlotGroup(tuple(members), columns))
+    return groups
 
 
-def _joins(span: PackedSpan, group: Sequence[PackedSpan]) -> bool:
-    """Whether the span is the group's next slot, and padding costs less than another call."""
-    previous = group[-1].slot
+def _joins(span: PackedSpan, own_columns: int, members: Sequence[PackedSpan], columns: int) -> bool:
+    """Whether the span is the members' next slot, and padding costs less than another call."""
+    previous = members[-1].slot
     if span.slot.slab is not previous.slab:
         return False
     if span.slot.index != previous.index + 1:
         return False
-    columns = max(member.columns for member in group)
-    columns_with_span = max(columns, span.columns)
-    own_padding = columns_with_span - span.columns
-    others_padding = (columns_with_span - columns) * len(group)
+    columns_with_span = max(columns, own_columns)
+    own_padding = columns_with_span - own_columns
+    others_padding = (columns_with_span - columns) * len(members)
     return own_padding + others_padding <= MAX_ADDED_PADDING
 
 
