@@ -148,7 +148,9 @@ class LabelsConfig(_Section):
 
 class CalibrationConfig(_Section):
     prompts: Path | None = Field(
-        None, description="JSONL of training prompts; None: the bundled ones"
+        None,
+        description="JSONL of training prompts; None: the bundled pair's own problems, or generic "
+        "questions for other pairs",
     )
     count: int = Field(200, ge=8, description="prompts that are rolled out")
     max_new_tokens: int = Field(128, ge=8)

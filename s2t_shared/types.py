@@ -164,7 +164,8 @@ class Sampling:
 class DecodeOptions:
     """How a sequence is decoded, whether it came as text or as token ids.
 
-    version: of the local selector; None means the live one when the sequence starts, "" means none.
+    version: name of the local selector's version. None means the live one when the sequence starts,
+    "" means none (the wire and the client write "none").
     score_rollout: after the answer the LLM scores every position in one prefill (plain harvest).
     keep_support: every Step keeps its support, not only the triggered ones.
     fresh_selections: the LLM is asked even where a cache knows the answer.
@@ -421,7 +422,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """Part of a streamed answer: new text, the Steps behind it, and at the end the whole answer."""
+    """Part of a streamed answer.
+
+    text: new since the last piece. steps: those that made it. answer: the whole, in the last piece.
+    """
 
     text: str = ""
     steps: tuple[Step, ...] = ()
@@ -437,8 +441,8 @@ class ServiceDescription:
 
     llm_digest: "" while no LLM selector answers. max_length: of prompt and answer, in tokens.
     live_version, canary_version: of the local selector, "" for none. canary_share: of the requests
-    that name no version. proposers: replicas that were asked for. The last three are of the
-    proposer that was asked: sequences in its batch, sequences that wait, KV slots in use.
+    that name no version. proposers: replicas that are configured. running_sequences,
+    waiting_sequences and live_kv_slots are those of the one proposer that answered.
     """
 
     slm_digest: str
@@ -478,8 +482,8 @@ class LabelCounts:
     """Where labels are.
 
     queued: rollouts in the stream that are not in the lake yet. in_lake: labels, duplicates
-    included. dead_letters: stream entries that were not labels. dropped: labels for which there was
-    no room.
+    included. dead_letters: stream entries that were not labels. dropped: labels that were lost, for
+    whatever reason.
     """
 
     queued: int = 0

@@ -1,4 +1,6 @@
-"""The graph of the service, and the only `.bind`.
+"""Builds the Serve application: gateway, proposers and selectors.
+
+No other module calls `.bind`. Knows the deployments and the config; no models, no requests.
 
 `serve deploy` imports `services.app:build`. `s2t serve` calls `build_application`.
 
@@ -18,11 +20,11 @@ from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica
 
 APPLICATION = "s2t"
-CONTROL_CALLS = 64  # calls of Serve and between replicas, beside the answers under way
+CONTROL_CALLS = 64  # slots for health checks and address look-ups, beside the answers in progress
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application of a configuration.
+    """Build the application.
 
     arguments: "config" names a file; all others are settings by their dotted names.
 
@@ -35,7 +37,11 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 def build_application(config: Config) -> serve.Application:
-    """As `build`, of a configuration that is read already."""
+    """Build the application from a loaded configuration.
+
+    Raises:
+        ConfigError: a server would listen unprotected.
+    """
     check_exposure(config)
     selectors = None
     if not config.selector.addresses and config.selector.replicas:

@@ -25,7 +25,9 @@ from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.types import DecodeRequest, FinishReason, Mode, Step
 
 MAX_DRAFT_TOKENS = 32
-LocalSelectorLookup = Callable[[str | None], LocalSelector | None]  # version (None: live)
+LocalSelectorLookup = Callable[
+    [str | None], LocalSelector | None
+]  # a version's name, None: live, "": none
 
 
 def no_local_selector(version: str | None) -> LocalSelector | None:
@@ -80,9 +82,9 @@ class Engine:
 
         local_selector: serves the request to its end; None: the one that the request names now.
 
-        Raises: InvalidRequestError: prompt too long or empty, id out of range, impossible policy,
-            no LLM, or more KV
-                needed than there is.
+        Raises:
+            InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no
+                LLM, or more KV needed than there is.
             VersionNotFoundError: there is no local selector of the named version.
         """
         options = request.options
@@ -177,7 +179,7 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[LiveSequence, list[Step]]]:
-        """One forward for every sequence that can move.
+        """Run one packed SLM forward for all sequences that can move.
 
         Returns the sequences that got new Steps or ended, with those Steps.
         """
@@ -190,7 +192,10 @@ class Engine:
         return [(s, s.take_new_steps()) for s in ended] + self._retire()
 
     def _end_cancelled_and_expired(self) -> list[LiveSequence]:
-        """End what nobody waits for. Returns the sequences that never ran."""
+        """End sequences that were cancelled or ran past their deadline.
+
+        Returns those that never ran.
+        """
         now = time.monotonic()
         for s in [*self._waiting, *self._running]:
             if s.cancelled:
@@ -244,7 +249,7 @@ class Engine:
                 s.on_local_scores(output)
 
     def _ask_llm(self) -> None:
-        """Send selections, and drafts: one full draft takes along all that are half full."""
+        """Send the LLM what sequences wait for. When one draft is full, half-full ones go along."""
         if self._llm is None:
             return
         asking = [s for s in self._running if s.wants_llm]

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 READ_ENTRIES = 256
 # Of JSON: long contexts make smaller shards, not a larger buffer.
 MAX_BUFFER_BYTES = 16 << 20
-# From so many deliveries on an entry is read alone: it may end its reader, and the others must not
-# be blamed.
+# An entry that was delivered so often is read alone: it may kill the process that reads it, and
+# the others must not be blamed.
 SUSPECT_DELIVERIES = 2
 MAX_DELIVERIES = 5
 HOUSEKEEPING_EVERY_S = 600.0

@@ -1,4 +1,4 @@
-"""The first half of a label's way to the lake: `LabelWriter`. `drain` is the second half.
+"""`LabelWriter` brings rollouts to Redis. From there `drain` brings them to the lake.
 
     engine --> LabelWriter --XADD, WAITAOF--> Redis stream --XREADGROUP--> Drain --> Parquet lake
                queue in memory                append-only file             buffer
@@ -8,9 +8,10 @@
                Spool on disk ----------XADD--------+
 
 Decoding is never back-pressured. A slow lake lengthens the stream; a Redis that is away or full
-lengthens the spool. Only a full spool or a full queue loses labels: they are counted, and the
-writer's future holds an error. Delivery is *at least once*: a crash or a lost reply repeats
-rollouts, and the lake's readers drop duplicates. Knows rollouts; no models, no decoding, no text.
+lengthens the spool. Labels are lost when the queue is full, when Redis and the spool both refuse
+them, or when the writer closes first: they are counted, and the writer's future holds an error.
+Delivery is *at least once*: a crash or a lost reply repeats rollouts, and the lake's readers drop
+duplicates. Knows rollouts; no models, no decoding, no text.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 BATCH_BYTES = 1 << 20  # of JSON, about, for one call of Redis and one fsync of the spool
 WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
-# A server that syncs "always" or "everysec" has on disk what it took so long ago.
+# After so long, a server that syncs "always" or "everysec" has on disk what it took.
 SETTLED_S = 3.0
 ADOPT_EVERY_S = 10.0
 
@@ -159,7 +160,7 @@ class LabelWriter:
         return ""
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Store what is queued, in the spool what Redis does not take, then end.
+        """Store the queued rollouts in Redis, or in the spool where Redis refuses. Then end.
 
         The next writer on this spool sends what is in it to Redis.
         """
@@ -233,7 +234,7 @@ class LabelWriter:
                 write.future.set_result(None)
 
     def _make_durable(self, texts: list[bytes]) -> None:
-        """Store in Redis or in the spool. The spool comes first unless Redis is known to be well.
+        """Store in Redis or in the spool; first in the spool unless Redis confirmed the last write.
 
         Raises:
             StoreError: neither took them.
@@ -283,9 +284,8 @@ class LabelWriter:
                     next_adoption = time.monotonic() + ADOPT_EVERY_S
                     self._spool.adopt()
                 self._spooled.clear()
-                if (
-                    self._closing.is_set()
-                ):  # asked after `clear`: `close` sets it before it wakes us
+                # Read after `clear`: `close` sets it before it wakes this thread.
+                if self._closing.is_set():
                     return
                 is_waiting = self._send_segments()
                 backoff = 0.0
@@ -302,8 +302,10 @@ class LabelWriter:
             self._spooled.wait(pause)
 
     def _send_segments(self) -> bool:
-        """Send segments that were not sent, remove those that are durable. Returns whether there
-        were any."""
+        """Send the segments that were not sent, and remove those that are durable.
+
+        Returns whether the spool held any segment.
+        """
         segments = self._spool.segments()
         # Only when nothing else is left: otherwise an outage would leave many small segments.
         if all(segment in self._sent for segment in segments):
@@ -311,7 +313,7 @@ class LabelWriter:
             segments = self._spool.segments()
         if not segments:
             return False
-        # Before anything is sent: the run that takes a segment is this one, or unknown.
+        # Asked before anything is sent, so that the server's run_id is the one that takes segments.
         server = self._stream.persistence()
         for segment in segments:
             sent = self._sent.get(segment)

@@ -55,7 +55,7 @@ class Live(BaseModel):
         return self.history[-1] if self.history else None
 
     def share(self, version: str) -> float:
-        """Share of the requests that name no version which `version` gets."""
+        """The share of requests that `version` gets, among those that name no version."""
         canary_share = self.canary.share if self.canary is not None else 0.0
         if self.canary is not None and version == self.canary.version:
             return canary_share
@@ -69,7 +69,7 @@ class Live(BaseModel):
         The same id gets the same version, on every replica and on a retry.
         """
         canary = self.canary
-        if canary is not None and _position(request_id) < canary.share:
+        if canary is not None and _hash_fraction(request_id) < canary.share:
             return canary.version
         return self.version
 
@@ -118,7 +118,7 @@ class LiveVersions:
         return self.state().version
 
     def resolve(self, name: str) -> str:
-        """The version that a person means: "live" stands for the live one.
+        """The version that a command line names; "live" stands for the live one.
 
         Raises:
             VersionError: `name` is "live" and no version is, or the pointer file is damaged.
@@ -138,7 +138,7 @@ class LiveVersions:
         """Make `version` live and end a canary; or make it the canary.
 
         share: None or 1 for live; a number in (0, 1) for a canary with that share of the requests.
-        A damaged pointer file starts anew.
+        A damaged LIVE file is replaced; its history is lost.
 
         Raises:
             VersionNotFoundError: there is no such version.
@@ -193,7 +193,7 @@ class LiveVersions:
     # -- events -----------------------------------------------------------------------------------
 
     def record(self, event: str, version: str, **details: Any) -> None:
-        """Append to the versions' history what happened to one. details: JSON values."""
+        """Append an event of `version` to the registry's log. details: JSON values."""
         with writer_lock(self.root, LEFTOVERS):
             self._append(event, version, details)
 
@@ -262,7 +262,7 @@ def _check_canary(state: Live, version: str, share: float) -> None:
         )
 
 
-def _position(request_id: str) -> float:
-    """A request id's point in [0, 1); ids are spread evenly."""
+def _hash_fraction(request_id: str) -> float:
+    """A hash of the request id in [0, 1), spread evenly."""
     digest = hashlib.sha256(request_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

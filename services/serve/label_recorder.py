@@ -35,7 +35,7 @@ class LabelRecorder:
 
     @property
     def dropped(self) -> int:
-        """Labels for which there was no room, since the start."""
+        """Labels that were lost since the start, for whatever reason."""
         return sum(self._writer.dropped.values()) if self._writer is not None else 0
 
     def check(self, options: LabelOptions) -> None:

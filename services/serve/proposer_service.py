@@ -139,7 +139,7 @@ class ProposerService:
         )
 
     async def count_dropped_labels(self) -> int:
-        """Labels for which there was no room, since the start."""
+        """Labels that were lost since the start, for whatever reason."""
         return self._labels.dropped
 
     def check_health(self) -> None:
@@ -157,7 +157,7 @@ class ProposerService:
     async def _prepare(
         self, request: GenerateRequest
     ) -> tuple[GenerateRequest, LocalSelector | None]:
-        """The request with its thresholds, and its local selector: both of one version."""
+        """Choose the local selector, and the thresholds: its own where it has them."""
         self._labels.check(request.labels)
         options = request.options
         if options.policy.mode is Mode.LLM and not self._selector.reachable:
@@ -192,7 +192,7 @@ class ProposerService:
         return local_selector
 
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
-        """The answer as it travels: labels recorded, and only the Steps that were asked for."""
+        """Build the answer, record its labels, and drop Steps that were not asked for."""
         slm_digest = self._engine.slm.digest
         llm_digest = self._selector.info.digest
         answer = builder.answer(slm_digest, llm_digest if request.options.needs_llm else "")
