@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from functools import cached_property
 from typing import Any
 
 MAX_CANDIDATES = 64
@@ -137,7 +136,7 @@ class Policy:
     proposals: Proposals = Proposals.BASE
     warmup_steps: int = WARMUP_STEPS
 
-    @cached_property  # read twice per token
+    @property
     def can_trigger(self) -> bool:
         """Whether any step can be a divergence point."""
         return self.mode.can_trigger and self.trigger is not Trigger.NEVER

@@ -268,27 +268,29 @@ def _slot_groups(spans: Sequence[PackedSpan]) -> list[SlotGroup]:
     members: list[PackedSpan] = []
     columns = 0  # that the members' call reads
     for span in spans:
-        own_columns = span.columns
-        if members and not _joins(span, own_columns, members, columns):
+        if members and not _joins(span, members, columns):
             groups.append(SlotGroup(tuple(members), columns))
             members = []
             columns = 0
         members.append(span)
-        columns = max(columns, own_columns)
+        columns = max(columns, span.columns)
     if members:
         groups.append(SlotGroup(tuple(members), columns))
     return groups
 
 
-def _joins(span: PackedSpan, own_columns: int, members: Sequence[PackedSpan], columns: int) -> bool:
-    """Whether the span is the members' next slot, and padding costs less than another call."""
+def _joins(span: PackedSpan, members: Sequence[PackedSpan], columns: int) -> bool:
+    """Whether the span is the members' next slot, and padding costs less than another call.
+
+    columns: that the members' call reads.
+    """
     previous = members[-1].slot
     if span.slot.slab is not previous.slab:
         return False
     if span.slot.index != previous.index + 1:
         return False
-    columns_with_span = max(columns, own_columns)
-    own_padding = columns_with_span - own_columns
+    columns_with_span = max(columns, span.columns)
+    own_padding = columns_with_span - span.columns
     others_padding = (columns_with_span - columns) * len(members)
     return own_padding + others_padding <= MAX_ADDED_PADDING
 

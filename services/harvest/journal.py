@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,17 +136,10 @@ class HarvestJournal:
 
     def open_chunks(self, rows: Iterable[T]) -> Iterator[tuple[int, list[T]]]:
         """The chunks of `rows` that are not done, with their numbers."""
-        for number, chunk in enumerate(_chunked(rows)):
+        remaining = iter(rows)
+        for number in count():
+            chunk = list(islice(remaining, CHUNK))
+            if not chunk:
+                return
             if number not in self.done:
                 yield number, chunk
-
-
-def _chunked(rows: Iterable[T]) -> Iterator[list[T]]:
-    chunk: list[T] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

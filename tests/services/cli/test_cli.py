@@ -190,6 +190,16 @@ def test_mismatched_tokenizers(
     assert status == 2 and "share a tokenizer" in error and "'coins'" in error
 
 
+@pytest.mark.parametrize(("mode", "said"), [("s2t_local", True), ("s2t", False)])
+def test_an_untrained_local_selector_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, mode: str, said: bool
+) -> None:
+    """Its answers are worse than greedy's, and nothing else in the output shows why."""
+    status, rows = generate(monkeypatch, LINES[:1], "--mode", mode, "--threshold", "0.5")
+    assert status == 0 and len(rows) == 1
+    assert ("untrained local selector" in capsys.readouterr().err) == said
+
+
 def test_corrupt_version_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
