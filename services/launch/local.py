@@ -239,6 +239,8 @@ def check_free() -> None:
 
 def _where() -> str:
     """Where the service in this cluster listens."""
+    if APPLICATION not in serve.status().applications:
+        return "it is still starting"
     try:
         gateway = serve.get_deployment_handle("Gateway", APPLICATION)
         return f"at {gateway.address.remote().result(timeout_s=PROBE_TIMEOUT_S)}"
