@@ -1,7 +1,7 @@
 """Which problems are for training.
 
 An evaluation split is refused by its name. A tenth of the problems is held out from training,
-chosen by a hash, so that a problem stays on its side when the collection grows.
+chosen by a hash of its group, so that a problem stays on its side when the collection grows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_split(split: str) -> None:
         )
 
 
-def is_held_out(task: str, problem: str) -> bool:
-    """Whether no training run may see the labels of this problem."""
-    digest = hashlib.sha256(f"{task}/{problem}".encode()).digest()
+def is_held_out(task: str, group: str) -> bool:
+    """Whether no training run may see the labels of this group's problems."""
+    digest = hashlib.sha256(f"{task}/{group}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32

@@ -65,7 +65,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
 
 
 def clustered_difference(
-    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[str]
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[str]
 ) -> tuple[float, float]:
     """Mean of a - b over the same items, and the half width of its 95 % interval.
 

@@ -233,12 +233,14 @@ class LabelOptions:
     Every LLM selection becomes a label. Of a scored rollout those positions become labels that one
     of `rules` marks. Empty rules are made from `triggers` and `budget` (share of positions per
     trigger). durable: the answer waits until its labels are stored durably. collect: the answer
-    carries its labels. split: an evaluation split is refused.
+    carries its labels. split: an evaluation split is refused. group: problems of one group are
+    held out together; "" for a problem of its own.
     """
 
     store: bool = False
     task: str = ""
     problem_id: str = ""
+    group: str = ""
     split: str = "train"
     triggers: tuple[Trigger, ...] = ()
     budget: float = 0.1

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from s2t_shared.bundled import problems as pair_problems
 from s2t_shared.data.prompts import read_prompts
+from s2t_shared.data.templates import prompt_group, tell_templates_apart
 from s2t_shared.decode.generate import extract_answer
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.requests import new_request
@@ -36,11 +37,15 @@ SEED_STRIDE = 1_000_003  # between the seeds of two runs
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem whose answer can be checked."""
+    """A problem whose answer can be checked.
+
+    group: of problems from one template, "" for a problem of its own.
+    """
 
     id: str
     prompt: Prompt
     is_correct: Callable[[str], bool]
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +241,11 @@ def load_problems(file: Path | None, count: int, pattern: str) -> list[Problem]:
             raise ConfigError(f"{str(file)!r}: {prompt}")
         if not isinstance(row.get("answer"), (str, int, float)):
             raise ConfigError(f'{str(file)!r}: line {row["line"]}: "answer" is missing')
-        problems.append(Problem(row["id"], prompt, answers_match(str(row["answer"]), pattern)))
+        is_correct = answers_match(str(row["answer"]), pattern)
+        group = str(row.get("group") or prompt_group(prompt))
+        problems.append(Problem(row["id"], prompt, is_correct, group))
+    if not tell_templates_apart([problem.group for problem in problems]):
+        problems = [replace(problem, group="") for problem in problems]
     return problems[:count]
 
 

@@ -52,7 +52,7 @@ SERVICES = {  # package or module of services -> what else of services it may im
     "app": "serve",
     "launch": "app client rpc",
     "harvest": "rpc",
-    "train": "evaluation launch",
+    "train": "app evaluation launch serve",
     "bench": "client evaluation harvest launch rpc serve train",
     "demo": "client evaluation harvest launch rpc train",
     "cli": "bench client demo evaluation harvest launch rpc train",

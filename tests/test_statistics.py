@@ -51,8 +51,8 @@ def test_clustered_interval_knows_that_copies_are_no_evidence() -> None:
     single = paired(40, 1, 0.7, 0.5)
     new = [x for x in single.new for _ in range(10)]
     old = [x for x in single.old for _ in range(10)]
-    problems = [x for x in single.problems for _ in range(10)]
-    expected = clustered_difference(single.new, single.old, single.problems)
+    problems = [x for x in single.groups for _ in range(10)]
+    expected = clustered_difference(single.new, single.old, single.groups)
     assert clustered_difference(new, old, problems) == pytest.approx(expected)
     assert clustered_difference([True], [False], ["a"]) == (1.0, float("inf"))
     assert clustered_difference([], [], []) == (0.0, float("inf"))

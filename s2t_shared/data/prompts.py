@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from s2t_shared.data.datasets import Records, open_records, refuse_evaluation
+from s2t_shared.data.templates import prompt_group
 from s2t_shared.errors import ConfigError, EvaluationSplitError, InvalidRequestError
 from s2t_shared.types import Message, Prompt
 
@@ -37,6 +38,7 @@ class PromptSource:
     hub id "org/name"; ":config" may follow the last two.
     split: which part of it. What is harvested records it.
     id_column: default "id" where there is one, else the row's number ("row-17").
+    group_column: problems with the same value there are held out together. Default: `prompt_group`.
     prompt_column: default the first of prompt, messages, token_ids, else one of `COMMON_COLUMNS`.
     template: text with {column} in it. {{column}} stands for a literal {column}, every other brace
     for itself, and a written-out \\n for a line break, because shells pass it so.
@@ -46,6 +48,7 @@ class PromptSource:
     source: str
     split: str = "train"
     id_column: str | None = None
+    group_column: str | None = None
     prompt_column: str | None = None
     template: str | None = None
     system: str | None = None
@@ -55,8 +58,9 @@ class PromptSource:
 def read(source: PromptSource, say: Callable[[str], None] = lambda line: None) -> Iterator[Row]:
     """The rows of a source with their prompts, in a fixed order.
 
-    A row has "id", a string, unless the id is what is wrong with it. A broken row comes with its
-    error, which names the row; the next rows follow. say: called with each choice of a default.
+    A row has "id", a string, unless the id is what is wrong with it, and with a prompt "group", a
+    string. A broken row comes with its error, which names the row; the next rows follow.
+    say: called with each choice of a default.
 
     Raises:
         EvaluationSplitError: the split is for evaluation.
@@ -69,7 +73,7 @@ def read(source: PromptSource, say: Callable[[str], None] = lambda line: None) -
         )
     records = open_records(source.source, source.split)
     ids = _Ids(records.unit, source.id_column)
-    return _rows(records, ids, _PromptBuilder(source, say).prompt)
+    return _grouped(_rows(records, ids, _PromptBuilder(source, say).prompt), source.group_column)
 
 
 def read_prompts(file: Path) -> Iterator[Row]:
@@ -124,6 +128,19 @@ def _rows(
             yield row, InvalidRequestError(f"{records.unit} {number}: {error}")
         else:
             yield row, prompt
+
+
+def _grouped(rows: Iterator[Row], column: str | None) -> Iterator[Row]:
+    """The rows with the "group" of each prompt."""
+    for row, prompt in rows:
+        if isinstance(prompt, InvalidRequestError):
+            yield row, prompt
+        elif column is None:
+            yield row | {"group": prompt_group(prompt)}, prompt
+        elif row.get(column) in (None, ""):
+            yield row, InvalidRequestError(f"row {row['id']!r}: {_no_column(column, row)}")
+        else:
+            yield row | {"group": str(row[column])}, prompt
 
 
 # -- ids ------------------------------------------------------------------------------------------

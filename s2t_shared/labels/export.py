@@ -48,7 +48,7 @@ COLUMNS = (
     Column("context_ids", Kind.WHOLE, "the full prefix: prompt, then the answer so far", True),
     *LABEL_COLUMNS,
     Column("step", Kind.WHOLE, "0-based index of the token in the answer", False),
-    Column("split", Kind.TEXT, "train or heldout, by problem", False),
+    Column("split", Kind.TEXT, "train or heldout, by group of problems", False),
     *ROLLOUT_COLUMNS,
 )
 TEXT_COLUMNS = (

@@ -78,6 +78,9 @@ class Rollout:
     rollout_id: str = column(TEXT, "joins the labels of one answer")
     request_id: str = column(TEXT, "of the request that was answered")
     problem_id: str = column(TEXT, "as the harvest named it")
+    group: str = column(
+        TEXT, "problems of one group are held out together; empty: the problem alone", default=""
+    )
     task: str = column(TEXT, "as the harvest named it")
     split: str = column(TEXT, "that the prompt comes from")
     source: str = column(
@@ -102,17 +105,24 @@ class Rollout:
 
     @property
     def problem(self) -> str:
-        """What a split into training and held-out problems goes by: the problem's id, else a hash
-        of the prompt."""
+        """The problem's id, else a hash of the prompt."""
         if self.problem_id:
             return self.problem_id
         prompt_ids = self.token_ids[: self.prompt_length]
         return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
 
     @property
+    def split_group(self) -> str:
+        """What is held out or trained on together, and is not independent in a statistic.
+
+        The group if the rollout has one, else the problem.
+        """
+        return self.group or self.problem
+
+    @property
     def held_out(self) -> bool:
         """Whether no training run may see the labels."""
-        return is_held_out(self.task, self.problem)
+        return is_held_out(self.task, self.split_group)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -242,6 +252,7 @@ def rollout_of(
         rollout_id="",
         request_id=request_id,
         problem_id=options.problem_id,
+        group=options.group,
         task=options.task,
         split=options.split,
         source=source,

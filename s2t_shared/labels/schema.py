@@ -65,12 +65,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Column:
-    """One field. many: a list of values."""
+    """One field. many: a list of values. optional: older rows lack it, and have its default."""
 
     name: str
     kind: Kind
     doc: str
     many: bool
+    optional: bool = False
 
     def read(self, value: Any) -> Any:
         """The field's value from JSON or Arrow, where tuples are lists."""
@@ -98,13 +99,24 @@ def columns(schema: Any) -> tuple[Column, ...]:
     found = []
     for f in fields(schema):
         if "kind" in f.metadata:
-            found.append(Column(f.name, f.metadata["kind"], f.metadata["doc"], f.metadata["many"]))
+            facts = f.metadata
+            found.append(
+                Column(f.name, facts["kind"], facts["doc"], facts["many"], f.default is not MISSING)
+            )
     return tuple(found)
 
 
 def read_columns(schema: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a dataclass from a row of the lake or of JSON."""
-    return {found.name: found.read(row[found.name]) for found in columns(schema)}
+    """The columns of a dataclass from a row of the lake or of JSON.
+
+    Raises:
+        KeyError: a column that is not optional is missing.
+    """
+    values = {}
+    for found in columns(schema):
+        if found.name in row or not found.optional:
+            values[found.name] = found.read(row[found.name])
+    return values
 
 
 def check_columns(row: Any) -> None:

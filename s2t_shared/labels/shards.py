@@ -193,13 +193,20 @@ def read_shard(folder: Path, shard: Shard) -> Iterator[Rollout]:
                 "damaged (s2t labels verify --quarantine moves such shards aside)"
             )
         with pq.ParquetFile(path) as file:
-            if not file.schema_arrow.equals(SCHEMA):
+            if not _is_readable(file.schema_arrow):
                 raise StoreError(
                     f"label shard {shard.name} has another schema: {file.schema_arrow.names}"
                 )
             for batch in file.iter_batches(batch_size=READ_ROWS):
                 for row in batch.to_pylist():
                     yield Rollout.from_row(row)
+
+
+def _is_readable(schema: pa.Schema) -> bool:
+    """Whether a file has our columns. Optional ones may be missing."""
+    optional = {column.name for column in columns(Rollout) if column.optional}
+    needed = [f for f in SCHEMA if f.name in schema.names or f.name not in optional]
+    return bool(schema.equals(pa.schema(needed)))
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class LabelStats:
     """Figures of a lake. Times are Unix seconds; None where there is nothing to measure.
 
     answer_tokens: of all rollouts; positions: those of them that were scored.
+    groups: of problems, which are held out together; without groups each problem is one.
     mass: mean probability that the LLM puts on the candidates of a label.
     tasks, sources: labels by name. pairs: labels by "SLM digest / LLM digest".
     hits: Hit@K by name of the positions ("all", "labelled", "kl top 1 %", ...). As with a budget, a
@@ -71,6 +72,8 @@ class LabelStats:
     labels: int = 0
     held_out_labels: int = 0
     problems: int = 0
+    groups: int = 0
+    held_out_groups: int = 0
     answer_tokens: int = 0
     positions: int = 0
     mass: float | None = None
@@ -101,14 +104,18 @@ def measure_labels(lake: Lake) -> LabelStats:
         newest=max((shard.last for shard in shards), default=None),
     )
     problems: set[int] = set()  # hashes of 64 bits, rather than the names
+    groups: dict[int, bool] = {}  # hash of a group -> whether it is held out
     mass = 0.0
     hits = _Hits()
     for rollout in lake.rollouts():
         _count(stats, rollout)
         problems.add(hash((rollout.task, rollout.problem)))
+        groups[hash((rollout.task, rollout.split_group))] = rollout.held_out
         mass += sum(label.mass for label in rollout.labels)
         hits.add(rollout)
     stats.problems = len(problems)
+    stats.groups = len(groups)
+    stats.held_out_groups = sum(groups.values())
     stats.mass = mass / stats.labels if stats.labels else None
     stats.hits = hits.by_positions(stats.positions, stats.labels)
     return stats

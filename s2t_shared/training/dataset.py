@@ -33,8 +33,8 @@ MIN_TRAINING_LABELS = 8
 class Part(str, Enum):
     """What a rollout is for.
 
-    The held-out tenth of all problems is halved. `VALIDATION` decides when to stop, the best
-    weights and lambda. `TEST` is what is reported and gated; it decides nothing before.
+    The held-out tenth of all groups of problems is halved. `VALIDATION` decides when to stop, the
+    best weights and lambda. `TEST` is what is reported and gated; it decides nothing before.
     """
 
     TRAINING = "training"
@@ -43,10 +43,10 @@ class Part(str, Enum):
 
 
 def part_of(rollout: Rollout) -> Part:
-    """By a hash of the problem: stable when the lake grows, and no problem is in two parts."""
+    """By a hash of the group: stable when the lake grows, and no group is in two parts."""
     if not rollout.held_out:
         return Part.TRAINING
-    digest = hashlib.sha256(f"half/{rollout.task}/{rollout.problem}".encode()).digest()
+    digest = hashlib.sha256(f"half/{rollout.task}/{rollout.split_group}".encode()).digest()
     return Part.VALIDATION if digest[0] < 128 else Part.TEST
 
 

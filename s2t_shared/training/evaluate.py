@@ -29,14 +29,14 @@ class Evaluation:
     """A local selector on held-out labels; the tuples have one entry per label.
 
     metrics: n, loss, agree_at_1, slm_agree_at_1, spearman, hit_at_1 .. hit_at_8. agreed: whether
-    it selects the LLM's choice. slm_agreed: whether the SLM's first choice is the LLM's. problems:
-    the problem the label belongs to, as labels of one problem are alike.
+    it selects the LLM's choice. slm_agreed: whether the SLM's first choice is the LLM's. groups:
+    the group of problems the label belongs to, as labels of one group are alike.
     """
 
     metrics: dict[str, float]
     agreed: tuple[bool, ...]
     slm_agreed: tuple[bool, ...]
-    problems: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -72,12 +72,14 @@ def evaluate_local_selector(
     }
     ranks = [label.llm_top_rank for label in labels]
     metrics |= {f"hit_at_{k}": hit_at(ranks, k) for k in HITS}
-    problems = [f"{rollout.task}/{rollout.problem}" for rollout in rollouts for _ in rollout.labels]
+    groups = []
+    for rollout in rollouts:
+        groups += [f"{rollout.task}/{rollout.split_group}"] * len(rollout.labels)
     return Evaluation(
         metrics=metrics,
         agreed=tuple(bool(agreed) for agreed in figures[:, 0].tolist()),
         slm_agreed=slm_agreed,
-        problems=tuple(problems),
+        groups=tuple(groups),
     )
 
 

@@ -21,10 +21,10 @@ GATE = (
     "gate_problems",
     "gate_problem_count",
     "gate_budget",
-    "gate_min_gain",
+    "gate_prompt_count",
     "gate_max_lm_kl",
     "gate_max_task_loss",
-    "gate_min_problems",
+    "gate_min_groups",
 )
 
 
@@ -155,15 +155,15 @@ class TrainingSettings(BaseModel):
     gate_budget: float = Field(
         0.05, gt=0, le=1, description="share of steps that may trigger on the task set"
     )
-    gate_min_gain: float = Field(
-        0.0, description="of Agree@1 on held-out labels, at the lower end of its interval"
+    gate_prompt_count: int = Field(
+        200, ge=0, description="held-out prompts whose answers the LLM judges, at most"
     )
     gate_max_lm_kl: float = Field(0.1, gt=0, description="nats per token")
     gate_max_task_loss: float | None = Field(
         None, ge=0, le=1, description="None: only a significant loss is refused"
     )
-    gate_min_problems: int = Field(
-        20, ge=1, description="held-out problems, below which nothing is judged"
+    gate_min_groups: int = Field(
+        5, ge=2, description="held-out groups of problems, below which nothing is judged"
     )
 
     @model_validator(mode="after")

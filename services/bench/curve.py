@@ -1,11 +1,13 @@
 """`s2t bench curve`: what more labels buy.
 
-Held-out Agree@1 and task accuracy of every kind of local selector, beside controls.
+Held-out Agree@1, task accuracy and, with an LLM, how likely it finds the answers: of every kind of
+local selector, beside controls.
 
-Controls: the SLM alone, the untrained selector, and plain distillation (the same labels, steps,
-rank and regulariser, but no selection: the adapter is always on and decodes greedily). Subsets of
-the labels are nested: whole problems in the order of a hash. Agree@1 is measured on the test half
-of the held-out problems, which chose nothing.
+Controls without training: the SLM alone, its majority of 8 samples, the untrained selector, and
+with an LLM `s2t` and the LLM alone. Controls with the same labels, steps, rank and regulariser:
+plain distillation (no selection: the adapter is always on and decodes greedily), and the same
+adapter at the triggers only. Subsets of the labels are nested: whole groups of problems in the
+order of a hash. Agree@1 is measured on the test half of the held-out groups, which chose nothing.
 
 Every result is a line of a JSONL file as soon as it is there; the same command again goes on behind
 the last one.
@@ -19,42 +21,41 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator
-from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.errors import ConfigError
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
-from s2t_shared.policy import threshold_for
+from s2t_shared.policy import Calibration
 from s2t_shared.statistics import clustered_difference
 from s2t_shared.training.dataset import Part, TrainingData, part_of
 from s2t_shared.training.evaluate import Evaluation, evaluate_local_selector
 from s2t_shared.training.losses import label_weight
 from s2t_shared.training.settings import Objective, TrainingSettings
 from s2t_shared.training.trainer import distil
-from s2t_shared.types import (
-    WARMUP_STEPS,
-    Answer,
-    CandidateRule,
-    DecodeOptions,
-    GenerateRequest,
-    Mode,
-    Policy,
-    Proposals,
-    Trigger,
-)
+from s2t_shared.types import Trigger
 from services.bench import workload
+from services.bench.curve_answers import (
+    LLM,
+    MAJORITY,
+    PLAIN,
+    PLAIN_GATED,
+    S2T,
+    SLM,
+    UNTRAINED,
+    Answered,
+    Answerer,
+    lake_calibration,
+)
 from services.bench.workload import Settings
 from services.evaluation import Problem
 
 KINDS = {
     f"{kind.value}, {reads.value}": (kind, reads) for reads in Reading for kind in SelectorKind
 }
-PLAIN, UNTRAINED, SLM = "plain distillation", "untrained selector", "SLM alone"
 UNTRAINED_KIND = "reserved, base"
 
 
@@ -62,8 +63,8 @@ UNTRAINED_KIND = "reserved, base"
 class CurveSettings:
     """`counts`: training labels, at least so many each (problems stay whole). `names`: of KINDS, or
     PLAIN. `accuracy_at`: the counts at which `problems` are answered too, at each of `budgets`
-    behind the entropy trigger. `held_out_labels`: to validate on, and as many to test on, at
-    most."""
+    behind each of `triggers`. `held_out_labels`: to validate on, and as many to test on, at
+    most. `pattern`: finds an answer in a text, for the majority."""
 
     lake: Path
     counts: tuple[int, ...]
@@ -71,7 +72,11 @@ class CurveSettings:
     seeds: tuple[int, ...] = (0,)
     steps: int = 400
     learning_rate: float = 3e-4
+    batch_labels: int = 64
+    rank: int = 16
+    triggers: tuple[Trigger, ...] = (Trigger.ENTROPY,)
     budgets: tuple[float, ...] = (0.01, 0.05)
+    pattern: str = ""
     accuracy_at: tuple[int, ...] = ()
     held_out_labels: int = 1024
     batch: int = 16
@@ -80,20 +85,22 @@ class CurveSettings:
 @dataclass(frozen=True)
 class Point:
     """One result. agree_at_1 and gain (over the SLM's own first choice, on the same labels) each
-    come with the half width of a 95 % interval, problems as clusters. `correct`: budget -> a digit
-    per problem, 1 for a right answer; what has no budget has "" in its place. `labels` 0: a control
-    that needs none."""
+    come with the half width of a 95 % interval, groups as clusters; None for a way to answer that
+    does not select at labels. `correct`: condition ("entropy 0.05") -> a digit per problem, 1 for
+    a right answer; what has no trigger has "" in its place. `log_probs`: the same of the LLM's mean
+    log-probability per token of each answer. `labels` 0: a control that needs none."""
 
     name: str
     count: int
     seed: int
     labels: int
-    agree_at_1: float
+    agree_at_1: float | None
     half: float
     gain: float
     gain_half: float
     test_labels: int
     correct: dict[str, str]
+    log_probs: dict[str, list[float]]
     steps: int = 0
     seconds: float = 0.0
 
@@ -101,14 +108,28 @@ class Point:
     def key(self) -> tuple[str, int, int]:
         return self.name, self.count, self.seed
 
-    def digits(self, budget: str) -> str:
-        """`correct` at this budget; what has no budget stands beside every budget."""
-        return self.correct.get(budget, self.correct.get("", ""))
+    @property
+    def figures(self) -> str:
+        """For example "Agree@1 0.700, accuracy 0.610 (entropy 0.05)"."""
+        parts = [] if self.agree_at_1 is None else [f"Agree@1 {self.agree_at_1:.3f}"]
+        for condition in self.correct:
+            where = f" ({condition})" if condition else ""
+            parts.append(f"accuracy {self.accuracy(condition):.3f}{where}")
+        return ", ".join(parts)
 
-    def accuracy(self, budget: str) -> float | None:
-        """Share of right answers at this budget, or None if no problem was answered."""
-        digits = self.digits(budget)
-        return digits.count("1") / len(digits) if digits else None
+    def right(self, condition: str) -> list[bool]:
+        """Whether each answer is right; what has no trigger stands beside every condition."""
+        digits = self.correct.get(condition, self.correct.get("", ""))
+        return [digit == "1" for digit in digits]
+
+    def accuracy(self, condition: str) -> float | None:
+        """Share of right answers, or None if no problem was answered."""
+        right = self.right(condition)
+        return sum(right) / len(right) if right else None
+
+    def likelihood(self, condition: str) -> list[float]:
+        """As `right`, of `log_probs`."""
+        return self.log_probs.get(condition, self.log_probs.get("", []))
 
 
 class Curve:
@@ -127,14 +148,12 @@ class Curve:
                 "there are no problems to answer; give others with --problems, or --accuracy-at "
                 "none"
             )
-        self.models = workload.load(settings)
+        self.models = workload.load(settings, needs_llm=settings.llm is not None)
         snapshot = Lake(curve.lake).freeze()
         self.snapshot = snapshot.id
         everything = list(snapshot.rollouts())
         self._rollouts = sorted((r for r in everything if r.labels), key=_hash_order)
-        self._entropies = [
-            r.entropy for r in everything if r.source == "plain" and part_of(r) is Part.TRAINING
-        ]
+        self._plain = [r for r in everything if r.source == "plain" and part_of(r) is Part.TRAINING]
         self._held_out = [r for r in self._rollouts if part_of(r) is not Part.TRAINING]
         config = self._config(UNTRAINED_KIND, 0)
         data = TrainingData(self._rollouts, self.models.slm.digest, config)
@@ -160,38 +179,52 @@ class Curve:
             "new": s.new,
             "k": s.k,
             "budgets": list(c.budgets),
+            "triggers": [trigger.value for trigger in c.triggers],
+            "batch_labels": c.batch_labels,
+            "rank": c.rank,
+            "llm": self.models.scorer.info.digest if self.models.scorer else "",
             "dtype": s.dtype,
         }
 
     def subset(self, count: int) -> list[Rollout]:
-        """The first training problems that together have at least `count` labels that train."""
+        """The first training groups that together have at least `count` labels that train."""
         settings = self._config(UNTRAINED_KIND, 0)
         chosen: list[Rollout] = []
         labels, last = 0, None
         for rollout in self._rollouts:
             if part_of(rollout) is not Part.TRAINING:
                 continue
-            if labels >= count and (rollout.task, rollout.problem) != last:
+            if labels >= count and (rollout.task, rollout.split_group) != last:
                 break
             chosen.append(rollout)
             labels += sum(label_weight(label, settings) > 0 for label in rollout.labels)
-            last = rollout.task, rollout.problem
+            last = rollout.task, rollout.split_group
         return chosen
 
     # -- points -----------------------------------------------------------------------------------
 
-    def controls(self) -> dict[str, Callable[[], Point]]:
-        """Those that need no training."""
+    def controls(self) -> list[str]:
+        """Names of those that need no training."""
+        names = [SLM, UNTRAINED]
+        if self.curve.accuracy_at:
+            names.append(MAJORITY)
+            if self.models.scorer is not None:
+                names += [S2T, LLM]
+        return names
+
+    def control(self, name: str) -> list[Point]:
+        """The point of a control that needs no training."""
         selector = LocalSelector.untrained(self.models.proposer.reserved_ids)
+        if name not in (SLM, UNTRAINED):
+            return [self._point(name, None, (), None)]
         config = self._config(UNTRAINED_KIND, 0)
+        found = evaluate_local_selector(self.models.slm, selector, self._test, config)
+        if name == SLM:
+            return [self._point(SLM, found, found.slm_agreed, None)]
+        return [self._point(UNTRAINED, found, found.agreed, selector)]
 
-        def control(name: str, mine: LocalSelector | None) -> Point:
-            found = evaluate_local_selector(self.models.slm, selector, self._test, config)
-            return self._point(name, found, found.agreed if mine else found.slm_agreed, mine)
-
-        return {SLM: lambda: control(SLM, None), UNTRAINED: lambda: control(UNTRAINED, selector)}
-
-    def train(self, name: str, count: int, seed: int) -> Point:
+    def train(self, name: str, count: int, seed: int) -> list[Point]:
+        """Train once. Plain distillation makes two points: always on, and at the triggers."""
         training = self.subset(count)
         started = time.perf_counter()
         distilled = distil(
@@ -201,23 +234,34 @@ class Curve:
             self._config(name, seed),
         )
         seconds = time.perf_counter() - started
-        point = self._point(
-            name, distilled.evaluation, distilled.evaluation.agreed, distilled.local_selector, count
-        )
-        return replace(
-            point,
-            seed=seed,
-            labels=distilled.training_labels,
-            steps=distilled.steps,
-            seconds=seconds,
-        )
+        points = []
+        for way in trained_together(name):
+            point = self._point(
+                way,
+                distilled.evaluation,
+                distilled.evaluation.agreed,
+                distilled.local_selector,
+                count,
+            )
+            made = replace(
+                point,
+                seed=seed,
+                labels=distilled.training_labels,
+                steps=distilled.steps,
+                seconds=seconds,
+            )
+            points.append(made)
+        return points
 
     def _config(self, name: str, seed: int) -> TrainingSettings:
         kind, reads = KINDS.get(name, (SelectorKind.PREFIX, Reading.ADAPTED))
         return TrainingSettings(
             kind=kind,
             reads=reads,
+            rank=self.curve.rank,
+            alpha=2.0 * self.curve.rank,
             steps=self.curve.steps,
+            batch_labels=self.curve.batch_labels,
             learning_rate=self.curve.learning_rate,
             held_out_labels=self.curve.held_out_labels,
             seed=seed,
@@ -227,82 +271,88 @@ class Curve:
     def _point(
         self,
         name: str,
-        found: Evaluation,
+        found: Evaluation | None,
         agreed: Sequence[bool],
         selector: LocalSelector | None,
         count: int = 0,
     ) -> Point:
-        mean, half = clustered_difference(agreed, [False] * len(agreed), found.problems)
-        gain, gain_half = clustered_difference(agreed, found.slm_agreed, found.problems)
+        agreement: tuple[float | None, float, float, float] = (None, 0.0, 0.0, 0.0)
+        if found is not None:
+            agreement = self._agreement(found, agreed)
+        answered: dict[str, Answered] = {}
+        if self.wants_answers(count):
+            answered = self.answerer.answer(name, selector)
+        return Point(
+            name,
+            count,
+            0,
+            0,
+            *agreement,
+            len(agreed),
+            {condition: outcome.correct for condition, outcome in answered.items()},
+            {condition: outcome.log_probs for condition, outcome in answered.items()},
+        )
+
+    def _agreement(
+        self, found: Evaluation, agreed: Sequence[bool]
+    ) -> tuple[float, float, float, float]:
+        mean, half = clustered_difference(agreed, [False] * len(agreed), found.groups)
+        gain, gain_half = clustered_difference(agreed, found.slm_agreed, found.groups)
         if math.isinf(half):
             raise ConfigError(
-                f"the {len(agreed)} labels to test on are of one problem: no interval can be "
-                "given; harvest more problems"
+                f"the {len(agreed)} labels to test on are of one group of problems: no interval "
+                "can be given; harvest more groups"
             )
-        correct = {}
-        if self.wants_answers(count):
-            budgets: tuple[float | None, ...] = (
-                (None,) if name in (SLM, PLAIN) else self.curve.budgets
-            )
-            correct = {str(b or ""): self._answers(name, selector, b) for b in budgets}
-        return Point(name, count, 0, 0, mean, half, gain, gain_half, len(agreed), correct)
+        return mean, half, gain, gain_half
 
-    # -- task accuracy ----------------------------------------------------------------------------
+    # -- answers ----------------------------------------------------------------------------------
 
     def wants_answers(self, count: int) -> bool:
         """Whether a point of so many labels is asked the problems; all controls are, if any point
         is."""
         return bool(self.curve.accuracy_at) and count in (0, *self.curve.accuracy_at)
 
-    def _answers(self, name: str, selector: LocalSelector | None, budget: float | None) -> str:
-        """Answer the problems in this process: a digit for each, 1 where it is right."""
-        if budget is not None:
-            policy = Policy(
-                mode=Mode.S2T_LOCAL,
-                trigger=Trigger.ENTROPY,
-                threshold=self._threshold(budget),
-                candidates=CandidateRule(self.settings.k),
-            )
-        elif name == PLAIN:
-            policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.NEVER, proposals=Proposals.ADAPTED)
-        else:
-            policy = Policy()
-        engine = Engine(
-            self.models.proposer, None, lambda version: selector, max_num_seqs=self.curve.batch
-        )
-        questions = {p.id: p for p in self.problems}
-        requests = (
-            GenerateRequest(
-                request_id=p.id,
-                prompt=p.prompt,
-                options=DecodeOptions(policy=policy, max_new_tokens=self.settings.new),
-            )
-            for p in self.problems
-        )
-        right = {
-            request.request_id
-            for request, answer in Generator(self.models.tokenizer, engine).generate(requests)
-            if isinstance(answer, Answer) and questions[request.request_id].is_correct(answer.text)
-        }
-        return "".join(str(int(p.id in right)) for p in self.problems)
+    def calibration(self) -> Calibration:
+        """Thresholds of the triggers at the budgets.
 
-    def _threshold(self, budget: float) -> float:
-        """From the statistics that plain harvests leave at every position of training rollouts,
-        labelled or not."""
-        signals = [x for entropy in self._entropies for x in entropy[WARMUP_STEPS:]]
-        try:
-            return threshold_for(budget, signals, sum(map(len, self._entropies)))
-        except InvalidRequestError as error:
-            raise ConfigError(
-                f"the lake has no plain rollouts to take entropy thresholds from ({error}); "
-                "harvest some without --intervene"
-            ) from error
+        Raises:
+            ConfigError: the lake has no plain rollouts.
+        """
+        curve = self.curve
+        return lake_calibration(
+            self.models,
+            self._plain,
+            triggers=curve.triggers,
+            budgets=curve.budgets,
+            max_new_tokens=self.settings.new,
+            batch=curve.batch,
+        )
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        """Answers the problems, at thresholds of training rollouts."""
+        return Answerer(
+            self.models,
+            self.problems,
+            calibration=self.calibration(),
+            triggers=self.curve.triggers,
+            budgets=self.curve.budgets,
+            candidates=self.settings.k,
+            max_new_tokens=self.settings.new,
+            batch=self.curve.batch,
+            pattern=self.curve.pattern,
+        )
+
+
+def trained_together(name: str) -> tuple[str, ...]:
+    """Names of the points that one training makes."""
+    return (PLAIN, PLAIN_GATED) if name == PLAIN else (name,)
 
 
 def _hash_order(rollout: Rollout) -> tuple[str, str]:
     """Problems in an order that has nothing to do with how they were harvested."""
-    problem = hashlib.sha256(f"curve/{rollout.task}/{rollout.problem}".encode()).hexdigest()
-    return problem, rollout.rollout_id
+    name = f"curve/{rollout.task}/{rollout.split_group}"
+    return hashlib.sha256(name.encode()).hexdigest(), rollout.rollout_id
 
 
 def bench_curve(
@@ -319,17 +369,21 @@ def bench_curve(
     """
     work = Curve(settings, curve, problems)
     points = {p.key: p for p in _read(out, work.identity)}
-    wanted = {(name, 0, 0): made for name, made in work.controls().items()}
+    wanted: dict[tuple[str, int, int], Callable[[], list[Point]]] = {}
+    for name in work.controls():
+        wanted[name, 0, 0] = partial(work.control, name)
     for count in sorted(curve.counts):
         for seed in curve.seeds:
-            wanted |= {
-                (name, count, seed): partial(work.train, name, count, seed) for name in curve.names
-            }
+            for name in curve.names:
+                for way in trained_together(name):
+                    wanted[way, count, seed] = partial(work.train, name, count, seed)
     for key, make in wanted.items():
-        if key not in points or (work.wants_answers(key[1]) and not points[key].correct):
-            points[key] = make()
-            _append(out, asdict(points[key]))
-            on_point(points[key])
+        if key in points and (points[key].correct or not work.wants_answers(key[1])):
+            continue
+        for point in make():
+            points[point.key] = point
+            _append(out, asdict(point))
+            on_point(point)
     return [points[key] for key in wanted]
 
 

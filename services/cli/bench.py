@@ -15,6 +15,8 @@ from rich.console import Console
 
 from s2t_shared.bundled import BUNDLED, LLM_DIR
 from s2t_shared.errors import InvalidRequestError
+from s2t_shared.requests import by_name
+from s2t_shared.types import Trigger
 
 if TYPE_CHECKING:
     from services.bench.measure import Report
@@ -413,6 +415,10 @@ def curve(
         str, typer.Option(help="regular expression of an answer in a text")
     ] = "",
     budgets: Annotated[str, typer.Option(help="shares of steps that trigger")] = "0.01,0.05",
+    triggers: Annotated[str, typer.Option(help="comma-separated")] = "entropy",
+    llm: Llm = None,
+    batch_labels: Annotated[int, typer.Option(help="labels of a training step")] = 64,
+    rank: Annotated[int, typer.Option(help="of the adapter")] = 16,
     new: New = 256,
     k: K = 8,
     batch: Batch = 16,
@@ -423,8 +429,9 @@ def curve(
 ) -> None:
     """Learning curves: labels against held-out Agree@1 and task accuracy, for every kind and beside
     controls."""
-    from services.bench.curve import KINDS, PLAIN, CurveSettings, bench_curve
-    from services.bench.curve_report import draw, table
+    from services.bench.curve import KINDS, CurveSettings, bench_curve
+    from services.bench.curve_answers import PLAIN
+    from services.bench.curve_report import draw, tables
     from services.evaluation import load_problems
 
     sizes = numbers(counts, "--counts")
@@ -441,11 +448,15 @@ def curve(
         steps=at_least_one(steps, "--steps"),
         learning_rate=learning_rate,
         budgets=shares(budgets, "--budgets"),
+        triggers=tuple(by_name(Trigger, name, "--triggers") for name in triggers.split(",")),
+        batch_labels=at_least_one(batch_labels, "--batch-labels"),
+        rank=at_least_one(rank, "--rank"),
+        pattern=answer_pattern,
         accuracy_at=tuple(asked),
         held_out_labels=at_least_one(held_out, "--held-out"),
         batch=at_least_one(batch, "--batch"),
     )
-    made = settings(slm=slm, new=new, k=k, threads=threads, dtype=dtype, device=device)
+    made = settings(slm=slm, llm=llm, new=new, k=k, threads=threads, dtype=dtype, device=device)
     items = load_problems(problems, count, answer_pattern) if asked else []
     points = bench_curve(
         made,
@@ -453,16 +464,16 @@ def curve(
         items,
         out,
         lambda p: print(
-            f"{p.name}, {p.labels} labels, seed {p.seed}: Agree@1 {p.agree_at_1:.3f}",
-            file=sys.stderr,
-            flush=True,
+            f"{p.name}, {p.labels} labels, seed {p.seed}: {p.figures}", file=sys.stderr, flush=True
         ),
     )
     draw(points, f"{Path(made.slm).name}, {wanted.steps} steps at most", out.with_suffix(".png"))
     if json_out:
         print(json.dumps([asdict(p) for p in points]))
     else:
-        Console(width=max(140, Console().width), highlight=False).print(table(points))
+        groups = [item.group or item.id for item in items]
+        console = Console(width=max(140, Console().width), highlight=False)
+        console.print(*tables(points, groups), sep="\n")
 
 
 @bench_app.command()

@@ -60,6 +60,10 @@ def harvest(
     id_column: Annotated[
         str | None, typer.Option(help="default: id, else the row's number")
     ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="problems of one value are held out together; default: by template"),
+    ] = None,
     template: Annotated[str | None, typer.Option(help="text with {column} in it")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="the text becomes a chat message")] = False,
     system: Annotated[
@@ -109,6 +113,7 @@ def harvest(
         source=prompts,
         split=split,
         id_column=id_column,
+        group_column=group_column,
         prompt_column=prompt_column,
         template=template,
         system=system,

@@ -86,6 +86,12 @@ def stats(
             f"{queued['in_redis']} rollouts are still on their way and not counted above; they are "
             f"in the lake within {resolved.labels.shard_age_s:.0f} s (--flush writes them now)"
         )
+    wanted = 2 * resolved.training.gate_min_groups  # half of those held out are for testing
+    if measured.labels and measured.held_out_groups < wanted:
+        print(
+            f"few groups: {measured.held_out_groups} of {measured.groups} groups of problems are "
+            f"held out, and the gate wants {wanted}; harvest problems of more templates"
+        )
     wide_console().print(_hit_table(measured))
 
 
@@ -99,6 +105,7 @@ def _shown(measured: LabelStats) -> dict[str, Any]:
         "labels": measured.labels,
         "held-out labels": measured.held_out_labels,
         "problems": measured.problems,
+        "groups": f"{measured.groups} ({measured.held_out_groups} held out)",
         "tasks": _counts(measured.tasks),
         "sources": _counts(measured.sources),
         "model pairs": pairs,

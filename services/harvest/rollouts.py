@@ -63,11 +63,13 @@ class HarvestOptions:
 class RolloutRequest:
     """One rollout to make.
 
+    group: of problems that are held out together, "" for none.
     calibrating: a greedy one that comes back with its labels, whoever stores the others.
     """
 
     request_id: str
     problem_id: str
+    group: str = ""
     prompt: Prompt
     rules: tuple[LabelRule, ...]
     calibrating: bool = False
@@ -171,6 +173,7 @@ class PairRollouts:
                     store=True,
                     task=options.task,
                     problem_id=request.problem_id,
+                    group=request.group,
                     split=options.split,
                     rules=request.rules,
                 )
@@ -270,6 +273,7 @@ class ServiceRollouts:
             collect=collect,
             task=options.task,
             problem_id=request.problem_id,
+            group=request.group,
             split=options.split,
             rules=request.rules,
         )

@@ -19,6 +19,7 @@ from typing import Any
 from s2t_shared.bundled.problems import Problem
 from s2t_shared.data import prompts as prompt_files
 from s2t_shared.data.prompts import PromptSource, Row, fingerprint
+from s2t_shared.data.templates import MIN_TEMPLATES, tell_templates_apart
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.labels.label import Rollout, is_label, with_labels
 from s2t_shared.labels.lake import Lake
@@ -36,6 +37,7 @@ from services.harvest.rollouts import (
 )
 
 COMPACT_EVERY = 64  # chunks: so that a long run's shards do not pile up
+TEMPLATE_SAMPLE = 1000  # first prompts that tell whether there are templates to hold out
 # Entropy and KL are never below 0: these rules mark every position.
 EVERY_POSITION = tuple(LabelRule(trigger, -1.0) for trigger in TRIGGERS)
 
@@ -48,12 +50,18 @@ class Prompts:
     """What to harvest.
 
     rows: starts from the first row at every call. fingerprint: stands for their content. total: how
-    many rows there are, None where only reading everything would tell.
+    many rows there are, None where only reading everything would tell. grouped: problems are held
+    out by the rows' "group", else each by itself.
     """
 
     rows: Callable[[], Iterable[Row]]
     fingerprint: str
     total: int | None = None
+    grouped: bool = False
+
+    def group(self, row: dict[str, Any]) -> str:
+        """The group of a row's problem, "" for a problem of its own."""
+        return str(row["group"]) if self.grouped else ""
 
 
 def open_prompts(
@@ -77,11 +85,31 @@ def open_prompts(
     total = prompt_files.count(source)
     if limit is not None:
         total = limit if total is None else min(limit, total)
-    return Prompts(
-        lambda: islice(prompt_files.read(source, say_once), limit),
-        f"{fingerprint(source)}:{limit or 'all'}",
-        total,
-    )
+
+    def rows() -> Iterator[Row]:
+        return islice(prompt_files.read(source, say_once), limit)
+
+    grouped = source.group_column is not None or _has_templates(rows(), say_once)
+    return Prompts(rows, f"{fingerprint(source)}:{limit or 'all'}", total, grouped)
+
+
+def _has_templates(rows: Iterable[Row], say: Callable[[str], None]) -> bool:
+    """Whether the first prompts come from enough templates to hold out whole ones."""
+    sampled = [row["group"] for row, _ in islice(rows, TEMPLATE_SAMPLE) if _has_group(row)]
+    if tell_templates_apart(sampled):
+        return True
+    templates = len(set(sampled))
+    if len(sampled) >= MIN_TEMPLATES:
+        say(
+            f"the first {len(sampled)} prompts come from {templates} templates, too few to hold "
+            "out whole ones: problems are held out one by one, so held-out figures say nothing "
+            "about other templates (--group-column names groups)"
+        )
+    return False
+
+
+def _has_group(row: dict[str, Any]) -> bool:
+    return bool(row.get("group"))
 
 
 def bundled_prompts(problems: Iterable[Problem]) -> Prompts:
@@ -158,7 +186,7 @@ def harvest(
                     "prompts"
                 )
             reusable = _plan(journal, source, prompts, options)
-        chunks = _OpenChunks(journal, lake, source.returns_labels, outcome, on_progress)
+        chunks = _OpenChunks(journal, prompts, lake, source.returns_labels, outcome, on_progress)
         on_progress(outcome)
         if reusable:
             for request in chunks.requests(_first_rows(prompts, options), only=reusable):
@@ -175,6 +203,7 @@ def _identity(prompts: Prompts, options: HarvestOptions, source: RolloutSource) 
     digests = source.digests
     return {
         "prompts": prompts.fingerprint,
+        "grouped": prompts.grouped,
         "task": options.task,
         "split": options.split,
         "budget": options.budget,
@@ -257,6 +286,7 @@ def _calibration_rollouts(
                 yield RolloutRequest(
                     request_id=_request_id(journal, row),
                     problem_id=str(row["id"]),
+                    group=prompts.group(row),
                     prompt=prompt,
                     rules=EVERY_POSITION,
                     calibrating=True,
@@ -305,6 +335,7 @@ class _OpenChunks:
     def __init__(
         self,
         journal: HarvestJournal,
+        prompts: Prompts,
         lake: Lake,
         writes_labels: bool,
         outcome: HarvestOutcome,
@@ -312,6 +343,7 @@ class _OpenChunks:
     ) -> None:
         """writes_labels: the labels go into `lake`; else a service has stored them."""
         self._journal = journal
+        self._prompts = prompts
         self._lake = lake
         self._writes_labels = writes_labels
         self._outcome = outcome
@@ -349,6 +381,7 @@ class _OpenChunks:
         return RolloutRequest(
             request_id=_request_id(self._journal, row),
             problem_id=str(row["id"]),
+            group=self._prompts.group(row),
             prompt=prompt,
             rules=self._journal.rules,
         )

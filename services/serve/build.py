@@ -40,13 +40,12 @@ from services.serve.gateway_server import GatewayServer
 from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
-from services.serve.remote_selector import RemoteSelector
+from services.serve.remote_selector import RemoteSelector, address_finder
 from services.serve.selector_server import SelectorServer
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
 SELECTOR_START_S = 120.0  # a proposer waits so long for the first selector
-FIND_TIMEOUT_S = 10.0
 
 
 # -- proposer -------------------------------------------------------------------------------------
@@ -117,17 +116,10 @@ async def _connect_selector(
     config: Config, runtime: ModelRuntime, tokenizer: Tokenizer, selectors: Any
 ) -> RemoteSelector:
     """The client of the selectors that the configuration names, else of those that Serve runs."""
-    configured = list(config.selector.addresses)
-
-    async def find_addresses() -> list[str]:
-        if configured or selectors is None:
-            return configured
-        responses = selectors.broadcast("address").results_async()
-        return [str(address) for address in await asyncio.wait_for(responses, FIND_TIMEOUT_S)]
-
+    find_addresses = address_finder(config, selectors)
     fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
     remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
-    if configured or selectors is not None:
+    if config.selector.addresses or selectors is not None:
         await remote.wait_until_reachable(SELECTOR_START_S)
     return remote
 

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import Config, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import SelectorUnavailableError, TokenizerMismatchError
 from s2t_shared.pb.v1 import selection_pb2 as pb
@@ -35,8 +35,25 @@ START_POLL_S = 0.2
 DESCRIBE_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 30.0
 ATTEMPTS = 2  # replicas that are asked for one query
+FIND_TIMEOUT_S = 10.0
 
 FindAddresses = Callable[[], Awaitable[Sequence[str]]]
+
+
+def address_finder(config: Config, selectors: Any = None) -> FindAddresses:
+    """Finds the selectors that the configuration names, else those that Serve runs.
+
+    selectors: Serve's handle of the selector deployment, None where there is none.
+    """
+    configured = list(config.selector.addresses)
+
+    async def find_addresses() -> list[str]:
+        if configured or selectors is None:
+            return configured
+        responses = selectors.broadcast("address").results_async()
+        return [str(address) for address in await asyncio.wait_for(responses, FIND_TIMEOUT_S)]
+
+    return find_addresses
 
 
 class RemoteSelector:

@@ -1,25 +1,20 @@
-"""The gate at work: a trained version against what serves now, on the same labels and problems.
+"""The gate at work: a trained version against what serves now, on the same labels and prompts.
 
-The numbers are made here, in one process with the SLM: labels say what the LLM would select.
-`s2t_shared.versions.gate` judges them. The labels are the test labels (`dataset.Part.TEST`), on
-which nothing was trained or chosen.
+The numbers are made here, in one process with the SLM: labels say what the LLM would select,
+`gate_answers` what both sides answer. `s2t_shared.versions.gate` judges them. The labels are the
+test labels (`dataset.Part.TEST`), on which nothing was trained or chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
 
-from s2t_shared.bundled import problems as bundled_problems
 from s2t_shared.config import Config
-from s2t_shared.data.datasets import open_records, refuse_evaluation
-from s2t_shared.data.prompts import read_prompts
-from s2t_shared.decode.calibrate import load_calibration, measure_calibration
-from s2t_shared.decode.generate import with_thresholds
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import S2TError, VersionError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.loading import resolve_model
@@ -27,29 +22,33 @@ from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.pair import Pair
-from s2t_shared.policy import Calibration
 from s2t_shared.training.dataset import TrainingData
 from s2t_shared.training.evaluate import evaluate_local_selector, mean_lm_kl
 from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.types import (
-    Answer,
-    DecodeOptions,
-    GenerateRequest,
-    Mode,
-    Policy,
     Prompt,
     Reading,
-    Trigger,
 )
-from s2t_shared.versions.gate import GateSettings, Paired, Verdict, judge, objection
+from s2t_shared.versions.gate import (
+    Evidence,
+    GateSettings,
+    Paired,
+    Verdict,
+    judge,
+    objection,
+)
 from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions
-from services.evaluation import Problem, load_problems
+from services.train.gate_answers import (
+    compare_by_llm,
+    compare_on_tasks,
+    held_out_prompts,
+    open_sides,
+    task_problems,
+)
+from services.train.gate_llm import gate_llm
 
-MAX_NEW_TOKENS = 256
 MAX_RETRIES = 3
-UNHARVESTED_SEED = 1_000_000  # of bundled training problems that no harvest of ours uses
 SLM_ALONE = "the SLM alone"
-LOCAL = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY)
 
 
 # -- the verdict ----------------------------------------------------------------------------------
@@ -109,16 +108,17 @@ def judge_version(config: Config, version: str) -> Verdict:
     lm_kl = None
     if new.reads is Reading.ADAPTED:
         lm_kl = mean_lm_kl(runtime, new, data.test, settings)
-    pair = Pair.of(runtime, tokenizer, None, new, others=[live] if live is not None else [])
-    tasks = _compare_on_tasks(config, pair, data.llm_digest, new, live)
+    evidence = Evidence(labels=labels, lm_kl=lm_kl)
+    if labels.clusters >= settings.gate_min_groups:
+        pair = Pair.of(runtime, tokenizer, None, new, others=[live] if live is not None else [])
+        evidence = _with_answers(config, evidence, pair, data, live)
     bounds = GateSettings(
-        min_gain=settings.gate_min_gain,
         max_lm_kl=settings.gate_max_lm_kl,
         max_task_loss=settings.gate_max_task_loss,
-        min_problems=settings.gate_min_problems,
+        min_groups=settings.gate_min_groups,
     )
     against = f"the live {live.version}" if live is not None else SLM_ALONE
-    return judge(labels, lm_kl, tasks, against, bounds)
+    return judge(evidence, against, bounds)
 
 
 def _load_live(
@@ -174,90 +174,31 @@ def _compare_on_labels(
     live_agreed = found.slm_agreed
     if live is not None:
         live_agreed = evaluate_local_selector(runtime, live, data.test, plain).agreed
-    return Paired(found.agreed, live_agreed, found.problems)
+    return Paired(found.agreed, live_agreed, found.groups)
 
 
-def _compare_on_tasks(
-    config: Config, pair: Pair, llm_digest: str, new: LocalSelector, live: LocalSelector | None
-) -> Paired | None:
-    """Both sides' answers to the task set, at the same budget and thresholds; None without one."""
+def _with_answers(
+    config: Config, evidence: Evidence, pair: Pair, data: TrainingData, live: LocalSelector | None
+) -> Evidence:
+    """The evidence, and what both sides answer: to the task set, and to held-out prompts where an
+    LLM is at hand."""
+    held_out = held_out_prompts(data.test, config.training.gate_prompt_count)
     problems = task_problems(config)
-    if not problems:
-        return None
-    calibration = _calibration(config, pair, llm_digest, problems)
-    options = DecodeOptions(policy=LOCAL, max_new_tokens=MAX_NEW_TOKENS)
-    template = GenerateRequest(
-        request_id="", prompt=Prompt(), budget=config.training.gate_budget, options=options
-    )
-    local = with_thresholds(template, calibration)
-    alone = replace(template, budget=None, options=replace(options, policy=Policy(), version=""))
-
-    def of_version(version: str) -> GenerateRequest:
-        return replace(local, options=replace(local.options, version=version))
-
-    old = of_version(live.version) if live is not None else alone
-    return Paired(
-        _solved(pair, problems, of_version(new.version)),
-        _solved(pair, problems, old),
-        [problem.id for problem in problems],
-    )
-
-
-def _solved(pair: Pair, problems: Sequence[Problem], template: GenerateRequest) -> list[bool]:
-    """Which problems are answered right. template: the request without a prompt."""
-    requests = []
-    for number, problem in enumerate(problems):
-        requests.append(replace(template, request_id=str(number), prompt=problem.prompt))
-    solved = [False] * len(problems)
-    for request, outcome in pair.run(requests):
-        number = int(request.request_id)
-        if isinstance(outcome, Answer):
-            solved[number] = problems[number].is_correct(outcome.text)
-    return solved
-
-
-def _calibration(
-    config: Config, pair: Pair, llm_digest: str, problems: Sequence[Problem]
-) -> Calibration:
-    """Thresholds of SLM and LLM where a service has measured them, else of the SLM on the task set.
-
-    The gate has no LLM, so the pair's own calibration would not be that of the service.
-    """
-    folder = config.data_dir / "calibration"
-    known = load_calibration(folder, pair.engine.proposer.info.digest, llm_digest)
-    if known is not None and LOCAL.trigger in known.thresholds:
-        return known
+    if not problems and not held_out:
+        return evidence
     prompts = [problem.prompt for problem in problems]
-    return measure_calibration(pair.generator, prompts, MAX_NEW_TOKENS, with_llm=False)
-
-
-# -- the task set ---------------------------------------------------------------------------------
-
-
-def task_problems(config: Config) -> list[Problem]:
-    """The problems that both sides answer; empty where there are none for this SLM.
-
-    They are training problems, as they decide what serves.
-
-    Raises:
-        EvaluationSplitError: the file, or a row's "split", is for evaluation.
-        ConfigError: the file cannot be read.
-    """
-    training = config.training
-    count = training.gate_problem_count
-    if training.gate_problems is not None:
-        # Refuses a file that is named like one for evaluation.
-        open_records(str(training.gate_problems), "train")
-        for row, _ in read_prompts(training.gate_problems):
-            refuse_evaluation(str(row.get("split", "train")))
-        return load_problems(training.gate_problems, count, config.defaults.answer_pattern)
-    if config.slm.model != "bundled":
-        return []
-    return [_graded(p) for p in bundled_problems.problems("train", count, UNHARVESTED_SEED)]
-
-
-def _graded(problem: bundled_problems.Problem) -> Problem:
-    def is_correct(text: str) -> bool:
-        return bundled_problems.is_correct(problem, text)
-
-    return Problem(problem.id, Prompt(text=problem.prompt), is_correct)
+    if not prompts:
+        prompts = [Prompt(token_ids=r.token_ids[: r.prompt_length]) for r in held_out]
+    live_version = live.version if live is not None else None
+    sides = open_sides(config, pair, data.llm_digest, live_version, prompts)
+    if problems:
+        evidence = replace(evidence, tasks=compare_on_tasks(sides, problems))
+    if not held_out:
+        return evidence
+    proposer = pair.engine.proposer
+    assert isinstance(proposer, Proposer)
+    with gate_llm(config, proposer.runtime, pair.tokenizer) as llm:
+        if llm is None:
+            return evidence
+        likelihood, finished = compare_by_llm(sides, held_out, llm)
+    return replace(evidence, likelihood=likelihood, finished=finished)

@@ -27,7 +27,8 @@ from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions
 from s2t_shared.versions.manifest import Manifest
 from s2t_shared.versions.registry import Registry
-from services.train.gate_job import enact, judge_on_ray, task_problems
+from services.train.gate_answers import task_problems
+from services.train.gate_job import enact, judge_on_ray
 from services.train.jobs import Job, close_job, forget_job, open_job
 from services.train.progress import (
     OnProgress,

@@ -38,6 +38,7 @@ def expected_rows() -> dict[str, dict[str, Any]]:
             "split": "heldout" if r.held_out else "train",
             "task": r.task,
             "problem_id": r.problem_id,
+            "group": r.group,
             "source": "plain",
             "rollout_id": r.rollout_id,
             "slm_digest": "slm",

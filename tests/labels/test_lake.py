@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -146,6 +147,18 @@ def test_damage_is_found_named_and_can_be_put_aside(lake: Lake) -> None:
     (lake.root / f"{lake.shards()[0].name}.json").write_text("{")
     with pytest.raises(StoreError, match="manifest of label shard .* is damaged"):
         lake.shards()
+
+
+def test_a_shard_written_before_groups_is_read(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column that came later is optional: labels that exist stay usable, and are compacted."""
+    older = pa.schema([field for field in shards_module.SCHEMA if field.name != "group"])
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "SCHEMA", older)
+        lake.write([rollout(1), rollout(2), rollout(3)], "a")
+    lake.write([replace(rollout(4), group="g")], "b")
+    assert [r.group for r in lake.rollouts()] == ["", "", "", "g"]
+    lake.compact()
+    assert sorted(r.group for r in lake.rollouts()) == ["", "", "", "g"]
 
 
 def test_another_schema_is_refused_with_the_way_out(lake: Lake) -> None:

@@ -66,6 +66,21 @@ def test_streaming_mixes_across_a_bounded_buffer() -> None:
     assert moved > BUFFER / 8
 
 
+def test_a_group_is_wholly_on_one_side() -> None:
+    """Problems of one template must not train and test: what was learnt by heart would count."""
+    rollouts = [make_rollout(i, (3,), group=f"template {i % 80}") for i in range(400)]
+    parts: dict[str, set[Part]] = {}
+    for rollout in rollouts:
+        parts.setdefault(rollout.group, set()).add(part_of(rollout))
+    assert all(len(found) == 1 for found in parts.values())
+    assert {part for found in parts.values() for part in found} == set(Part)
+    data = TrainingData(rollouts, "slm", TrainingSettings(batch_labels=8))
+    trained = {r.group for batch in data.epoch(0) for r in batch}
+    tested = {r.group for r in (*data.validation, *data.test)}
+    assert tested
+    assert not trained & tested
+
+
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 25)), min_size=30, max_size=60))
 def test_no_held_out_label_ever_trains(pairs: list[tuple[int, int]]) -> None:
     """Whatever rollouts share labels with whatever others: nothing that is measured on was ever

@@ -65,7 +65,7 @@ def test_training_learns(
     lm_kl = mean_lm_kl(runtime, done.local_selector, data.test, config)
     assert tested.agreed == done.evaluation.agreed
     assert {**tested.metrics, "lm_kl": lm_kl} == done.metrics
-    assert len(done.evaluation.agreed) == done.test_labels == len(done.evaluation.problems)
+    assert len(done.evaluation.agreed) == done.test_labels == len(done.evaluation.groups)
     assert sum(done.evaluation.agreed) / done.test_labels == pytest.approx(
         done.metrics["agree_at_1"]
     )

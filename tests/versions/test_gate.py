@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.statistics import clustered_difference
-from s2t_shared.versions.gate import GateSettings, Paired, judge, objection
+from s2t_shared.versions.gate import (
+    Evidence,
+    GateSettings,
+    Paired,
+    detectable,
+    judge,
+    objection,
+)
 from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions
 from tests.helpers.versions import paired, publish
 
 
-def test_the_gate_opens_for_a_clear_gain() -> None:
-    verdict = judge(paired(200, 6, 0.85, 0.7), 0.01, paired(200, 1, 0.6, 0.6), "v0003")
-    assert verdict.passed
-    assert len(verdict.reasons) == 3
-    assert verdict.figures["difference_low"] > 0.1
-    assert verdict.figures["labels"] == 1200
-    json.dumps(verdict.as_json())
+def labels_only(paired: Paired) -> Evidence:
+    return Evidence(labels=paired)
+
+
+SAME_LABELS = paired(200, 6, 0.7, 0.7)
+BETTER = paired(200, 6, 0.85, 0.7)
+WORSE = paired(200, 6, 0.6, 0.7)
+
+
+def test_a_gain_in_answers_opens_the_gate() -> None:
+    """In either measure; agreement need not rise."""
+    better_answers = paired(300, 1, 0.7, 0.5)
+    for measure in ("tasks", "likelihood"):
+        evidence = Evidence(labels=SAME_LABELS, lm_kl=0.01, **{measure: better_answers})
+        verdict = judge(evidence, "v0003")
+        assert verdict.passed, verdict.reasons
+        assert len(verdict.reasons) == 3
+        assert "a gain" in verdict.reasons[0]
+        json.dumps(verdict.as_json())
+    assert verdict.figures["likelihood_low"] > 0
+    assert verdict.figures["agree_at_1_items"] == 1200
+
+
+def test_agreement_alone_does_not_open_it_where_answers_are_known() -> None:
+    same_answers = paired(300, 1, 0.5, 0.5)
+    verdict = judge(Evidence(labels=BETTER, tasks=same_answers), "v0003")
+    assert not verdict.passed
+    assert verdict.reasons[0].startswith("task accuracy .")
+    assert "no significant gain; one of +." in verdict.reasons[0]
+    assert judge(labels_only(BETTER), "v0003").passed
 
 
 def test_the_gate_says_why_it_refuses() -> None:
@@ -29,44 +61,82 @@ def test_the_gate_says_why_it_refuses() -> None:
         [False] * 196 + [True] * 805,
         [f"p{i % 214}" for i in range(1001)],
     )
-    verdict = judge(labels, None, against="v0003")
+    verdict = judge(labels_only(labels), against="v0003")
     assert not verdict.passed
     assert verdict.reasons[0].startswith(
         "held-out Agree@1 .811 against .804 of v0003: difference +.007, 95 % interval"
     )
-    assert "(1,001 labels of 214 problems)" in verdict.reasons[0]
-    noise = judge(paired(100, 3, 0.72, 0.7, seed=1), None, against="v0003")
+    assert "(1,001 items of 214 groups)" in verdict.reasons[0]
+    noise = judge(labels_only(paired(100, 3, 0.72, 0.7, seed=1)), against="v0003")
     assert not noise.passed
-    assert "not above 0" in noise.reasons[0]
-    regression = judge(paired(200, 6, 0.6, 0.7), None, against="v0003")
+    assert "no significant gain" in noise.reasons[0]
+    regression = judge(labels_only(WORSE), against="v0003")
     assert not regression.passed
     assert "difference -." in regression.reasons[0]
 
 
+def test_what_is_said_to_be_detectable_is_detected() -> None:
+    """A version that is better by just that much passes in about four of five trials."""
+    half = clustered_difference([1.0, -1.0] * 50, [0.0] * 100, [str(i) for i in range(100)])[1]
+    size = detectable(half)
+    random = np.random.default_rng(0)
+    passed = 0
+    for _ in range(200):
+        outcomes = random.normal(size, 1.0, 100)
+        items = Paired(outcomes.tolist(), [0.0] * 100, [str(i) for i in range(100)])
+        passed += judge(Evidence(labels=SAME_LABELS, likelihood=items)).passed
+    assert 0.7 < passed / 200 < 0.9
+
+
+def test_a_version_that_is_no_better_seldom_passes() -> None:
+    """200 rounds in which both sides answer equally well, by two measures: at most 10 pass."""
+    passed = 0
+    for seed in range(200):
+        evidence = Evidence(
+            labels=paired(60, 6, 0.7, 0.7, seed=seed),
+            tasks=paired(100, 1, 0.5, 0.5, seed=1000 + seed),
+            likelihood=paired(60, 3, 0.5, 0.5, seed=2000 + seed),
+        )
+        passed += judge(evidence).passed
+    assert passed <= 10
+
+
 def test_few_labels_are_refused_for_being_few() -> None:
-    verdict = judge(Paired([True] * 40, [False] * 40, [f"p{i % 5}" for i in range(40)]), None)
+    few = Paired([True] * 40, [False] * 40, [f"p{i % 4}" for i in range(40)])
+    verdict = judge(labels_only(few))
     assert not verdict.passed
-    assert "more labels are needed: 40 held-out labels of 5 problems" in verdict.reasons[0]
-    assert not judge(Paired([], [], []), None).passed
+    assert "more labels are needed: 40 held-out labels of 4 groups" in verdict.reasons[0]
+    assert not judge(labels_only(Paired([], [], []))).passed
 
 
 def test_each_bound_refuses_alone() -> None:
-    good = paired(200, 6, 0.85, 0.7)
-    assert "LM-KL 0.5 nats" in judge(good, 0.5).reasons[0]
-    assert not judge(good, 0.5).passed
-    assert not judge(good, float("nan")).passed
-    worse = judge(good, None, paired(300, 1, 0.4, 0.6), "v0003")
-    assert not worse.passed
-    assert "a significant loss" in worse.reasons[0]
-    assert len(worse.reasons) == 1
+    better = paired(300, 1, 0.7, 0.5)
+
+    def refusal(**measures: Any) -> str:
+        evidence = Evidence(**{"labels": BETTER, "tasks": better} | measures)
+        verdict = judge(evidence, "v0003")
+        assert not verdict.passed
+        assert len(verdict.reasons) == 1
+        return verdict.reasons[0]
+
+    assert "LM-KL 0.5 nats" in refusal(lm_kl=0.5)
+    assert "above the bound" in refusal(lm_kl=float("nan"))
+    loss = paired(300, 1, 0.4, 0.6)
+    assert "a significant loss" in refusal(tasks=loss)
+    assert "log-probability" in refusal(likelihood=loss)
+    assert "held-out Agree@1" in refusal(labels=WORSE)
+    assert "share of finished answers" in refusal(finished=loss)
+
+
+def test_a_loss_of_accuracy_can_be_bounded() -> None:
     little = Paired(
         [True] * 58 + [False] * 42, [False] * 40 + [True] * 60, [f"p{i}" for i in range(100)]
     )
-    assert judge(good, None, little).passed
-    strict = judge(good, None, little, settings=GateSettings(max_task_loss=0.01))
+    evidence = Evidence(labels=SAME_LABELS, tasks=little, likelihood=paired(300, 1, 0.7, 0.5))
+    assert judge(evidence).passed
+    strict = judge(evidence, settings=GateSettings(max_task_loss=0.01))
     assert not strict.passed
     assert "a loss of .010 is not ruled out" in strict.reasons[0]
-    assert not judge(good, None, settings=GateSettings(min_gain=0.3)).passed
 
 
 @given(
@@ -78,8 +148,8 @@ def test_at_most_one_side_is_significantly_better(items: list[tuple[bool, bool, 
     problems = [str(z) for _, _, z in items]
     _, half = clustered_difference(a, b, problems)
     if half > 0:
-        forward = judge(Paired(a, b, problems), None)
-        backward = judge(Paired(b, a, problems), None)
+        forward = judge(labels_only(Paired(a, b, problems)))
+        backward = judge(labels_only(Paired(b, a, problems)))
         assert not (forward.passed and backward.passed)
 
 
@@ -90,15 +160,15 @@ def test_a_verdict_is_recorded_beside_the_version(
     good = publish(versions.registry, runtime)
     worse = publish(versions.registry, runtime, seed=1)
     versions.promote(good)
-    verdict = judge(paired(200, 6, 0.6, 0.7), None, against=good)
+    verdict = judge(labels_only(WORSE), against=good)
     assert not verdict.passed
     versions.record("gate", worse, **verdict.as_json())
     assert versions.live() == good
     event = versions.events(worse)[-1]
     assert event["event"] == "gate"
     assert event["passed"] is False
-    assert "not above 0" in event["reasons"][0]
-    assert event["figures"]["difference"] < 0
+    assert "a significant loss" in event["reasons"][0]
+    assert event["figures"]["agree_at_1_difference"] < 0
 
 
 def test_only_an_operator_undoes_an_operators_decision(

@@ -117,7 +117,7 @@ class LabelRule(_message.Message):
     def __init__(self, trigger: _Optional[_Union[Trigger, str]] = ..., threshold: _Optional[float] = ...) -> None: ...
 
 class LabelOptions(_message.Message):
-    __slots__ = ("store", "task", "problem_id", "split", "triggers", "budget", "rules", "durable", "collect")
+    __slots__ = ("store", "task", "problem_id", "split", "triggers", "budget", "rules", "durable", "collect", "group")
     STORE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_ID_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class LabelOptions(_message.Message):
     RULES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     COLLECT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     store: bool
     task: str
     problem_id: str
@@ -136,7 +137,8 @@ class LabelOptions(_message.Message):
     rules: _containers.RepeatedCompositeFieldContainer[LabelRule]
     durable: bool
     collect: bool
-    def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ..., collect: _Optional[bool] = ...) -> None: ...
+    group: str
+    def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ..., collect: _Optional[bool] = ..., group: _Optional[str] = ...) -> None: ...
 
 class GenerationParameters(_message.Message):
     __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "version", "return_steps", "score_rollout", "labels", "fresh_selections")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import re
@@ -21,14 +22,25 @@ from s2t_shared.labels.label import check_rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.pair import Pair
+from s2t_shared.statistics import clustered_difference
 from s2t_shared.training.dataset import Part, part_of
 from s2t_shared.training.loss import training_loss
-from s2t_shared.types import Prompt
+from s2t_shared.types import Prompt, Trigger
 from services.bench import train as bench_training
 from services.bench import workload
-from services.bench.curve import PLAIN, SLM, UNTRAINED, Curve, CurveSettings, bench_curve
+from services.bench.curve import Curve, CurveSettings, bench_curve
+from services.bench.curve_answers import (
+    LLM,
+    MAJORITY,
+    PLAIN,
+    PLAIN_GATED,
+    S2T,
+    SLM,
+    UNTRAINED,
+)
+from services.bench.curve_report import difference
 from services.bench.curve_report import draw as draw_curve
-from services.bench.curve_report import table as curve_table
+from services.bench.curve_report import tables as curve_tables
 from services.bench.decode import CONFIGURATIONS, bench_decode
 from services.bench.harvest import Load, bench_harvest
 from services.bench.kl import bench_kl
@@ -281,22 +293,28 @@ PROBLEMS = [
 def test_curve_goes_on_where_it_was_killed(
     small: Settings, curve: CurveSettings, tmp_path: Path
 ) -> None:
+    alone = replace(small, new=12, llm=None)
     out = tmp_path / "curve.jsonl"
     made = []
-    points = bench_curve(replace(small, new=12), curve, PROBLEMS, out, made.append)
+    points = bench_curve(alone, curve, PROBLEMS, out, made.append)
     assert made == points and [(p.name, p.count) for p in points] == [
         (SLM, 0),
         (UNTRAINED, 0),
+        (MAJORITY, 0),
         ("prefix, base", 20),
         (PLAIN, 20),
+        (PLAIN_GATED, 20),
         ("prefix, base", 60),
         (PLAIN, 60),
+        (PLAIN_GATED, 60),
     ]
-    assert [sorted(p.correct) for p in points] == [[""], ["0.5"], [], [], ["0.5"], [""]]
+    gated = ["entropy 0.5"]
+    answered = [[""], gated, [""], [], [], [], gated, [""], gated]
+    assert [sorted(p.correct) for p in points] == answered
     assert all(len(digits) == 6 for p in points for digits in p.correct.values())
     assert (
         all(20 <= p.labels < 60 for p in points if p.count == 20)
-        and len({p.test_labels for p in points}) == 1
+        and len({p.test_labels for p in points if p.name != MAJORITY}) == 1
     )
 
     lines = out.read_text().splitlines()
@@ -304,24 +322,25 @@ def test_curve_goes_on_where_it_was_killed(
         "\n".join(lines[:-1]) + "\n" + lines[-1][:40]
     )  # killed while it wrote the last point
     made.clear()
-    again = bench_curve(replace(small, new=12), curve, PROBLEMS, out, made.append)
-    assert [p.key for p in made] == [points[-1].key]
+    again = bench_curve(alone, curve, PROBLEMS, out, made.append)
+    assert [p.key for p in made] == [p.key for p in points[-2:]]
     assert [replace(p, seconds=0.0) for p in again] == [replace(p, seconds=0.0) for p in points]
-    more = bench_curve(
-        replace(small, new=12), replace(curve, accuracy_at=(20, 60)), PROBLEMS, out, made.append
-    )
-    assert [p.count for p in made[1:]] == [20, 20] and all(p.correct for p in more)
+    more = bench_curve(alone, replace(curve, accuracy_at=(20, 60)), PROBLEMS, out, made.append)
+    assert [p.count for p in made[2:]] == [20, 20, 20] and all(p.correct for p in more)
 
     with pytest.raises(ConfigError, match="--out"):
-        bench_curve(replace(small, new=13), curve, PROBLEMS, out)
+        bench_curve(replace(alone, new=13), curve, PROBLEMS, out)
     draw_curve(points, "tiny", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    console = Console(width=160, record=True, quiet=True)
-    console.print(curve_table(points))
+    shown = io.StringIO()
+    console = Console(width=160, file=shown)
+    console.print(*curve_tables(points, [p.id for p in PROBLEMS]))
+    text = shown.getvalue()
+    assert "entropy 50 %" in text and "- plain distillation" in text
 
 
 def test_subsets_are_nested_and_hold_whole_problems(small: Settings, curve: CurveSettings) -> None:
-    work = Curve(small, curve, PROBLEMS)
+    work = Curve(small, replace(curve, budgets=(0.2,)), PROBLEMS)
     fewer, more = work.subset(20), work.subset(60)
     assert fewer == more[: len(fewer)] and len(more) > len(fewer)
     assert not {r.problem for r in fewer} & {r.problem for r in more[len(fewer) :]}
@@ -330,11 +349,46 @@ def test_subsets_are_nested_and_hold_whole_problems(small: Settings, curve: Curv
     allowed = 0.2 * sum(
         map(len, answers)
     )  # a share of all steps, of which the first three never trigger
-    assert 0.95 * allowed < sum(x > work._threshold(0.2) for a in answers for x in a[3:]) <= allowed
+    threshold = work.calibration().threshold(Trigger.ENTROPY, 0.2)
+    assert 0.95 * allowed < sum(x > threshold for a in answers for x in a[3:]) <= allowed
     with pytest.raises(ConfigError, match="--counts"):
         Curve(small, replace(curve, counts=(10**6,)), PROBLEMS)
     with pytest.raises(ConfigError, match="--problems"):
         Curve(small, curve, [])
+
+
+def test_with_an_llm_its_answers_and_likelihoods_stand_beside(
+    small: Settings, curve: CurveSettings, tmp_path: Path
+) -> None:
+    """Behind two triggers, one of which the lake knows nothing of; the LLM finds its own answers
+    likelier than the SLM's."""
+    made = replace(small, new=12, llm=small.slm)
+    wanted = replace(curve, names=(), budgets=(0.2,), triggers=(Trigger.ENTROPY, Trigger.MARGIN))
+    points = {p.name: p for p in bench_curve(made, wanted, PROBLEMS, tmp_path / "c.jsonl")}
+    assert list(points) == [SLM, UNTRAINED, MAJORITY, S2T, LLM]
+    assert list(points[S2T].log_probs) == ["entropy 0.2", "margin 0.2"]
+    assert all(len(values) == 6 for values in points[S2T].log_probs.values())
+    assert points[LLM].log_probs[""] == pytest.approx(points[SLM].log_probs[""], abs=1e-4)
+    assert points[LLM].agree_at_1 is None
+    shown = io.StringIO()
+    console = Console(width=160, file=shown)
+    console.print(*curve_tables(list(points.values()), [p.id for p in PROBLEMS]))
+    assert "log p per token" in shown.getvalue()
+
+
+def test_intervals_grow_with_what_differs_between_seeds() -> None:
+    groups = [str(i) for i in range(100)]
+    old = [[0.0] * 100]
+    alike = [[1.0, 0.0] * 50] * 3
+    mean, half = difference(alike, old, groups)
+    assert (mean, half) == (
+        0.5,
+        pytest.approx(clustered_difference(alike[0], old[0], groups)[1], rel=0.02),
+    )
+    apart = [[0.4, 0.4] * 50, [0.5, 0.5] * 50, [0.6, 0.6] * 50]
+    mean, half = difference(apart, old, groups)
+    assert mean == pytest.approx(0.5)
+    assert half == pytest.approx(1.96 * 0.1 / 3**0.5, rel=0.01)
 
 
 def test_plain_distillation_decodes_with_the_adapter_on(
@@ -347,8 +401,8 @@ def test_plain_distillation_decodes_with_the_adapter_on(
     selector = workload.random_selector(
         work.models.slm, work.models.proposer.reserved_ids, SelectorKind.PREFIX, Reading.ADAPTED
     )
-    work._answers(PLAIN, selector, None)
-    work._answers(SLM, None, None)
+    work.answerer.answer(PLAIN, selector)
+    work.answerer.answer(SLM)
     assert len(answers) == 12 and sorted(answers[:6]) != sorted(answers[6:])
 
 

@@ -55,6 +55,10 @@ def test_stats_are_those_of_the_rollouts(scored_lake: Lake) -> None:
         60,
         3,
     )
+    assert figures["groups"] == 60
+    assert figures["held_out_groups"] == sum(r.held_out for r in SCORED_ROLLOUTS)
+    status, text = s2t_labels("stats", scored_lake.root)
+    assert status == 0 and "few groups" in text
     assert figures["tasks"] == {"words": 30, "sums": 90} and figures["pairs"] == {"slm / llm": 120}
     assert figures["held_out_labels"] == 2 * sum(r.held_out for r in SCORED_ROLLOUTS) > 0
     assert figures["answer_tokens"] == figures["positions"] == 600 and figures["label_share"] == 0.2

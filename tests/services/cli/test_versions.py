@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from s2t_shared.errors import VersionError
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.versions.gate import judge
+from s2t_shared.versions.gate import Evidence, judge
 from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.registry import Registry
 from services.cli.versions import versions_app
@@ -81,7 +81,7 @@ def test_the_verbs(
     assert ("files", WEIGHTS) in changed
     assert ("settings", "kind") not in changed
     assert "+0.02" in s2t_versions(registry, "diff", a, b)[1]
-    verdict = judge(paired(200, 6, 0.6, 0.7), None, against=a)
+    verdict = judge(Evidence(labels=paired(200, 6, 0.6, 0.7)), against=a)
     versions.record("gate", b, **verdict.as_json())
     assert "gate: refused: held-out Agree@1" in s2t_versions(registry, "show", b)[1]
     assert s2t_versions(registry, "rollback") == (0, f"live: {a}\n")

@@ -9,6 +9,7 @@ import pytest
 
 from s2t_shared.bundled.problems import problems
 from s2t_shared.data.prompts import PromptSource, Row
+from s2t_shared.data.templates import FUNCTION_WORDS
 from s2t_shared.errors import ConfigError, EvaluationSplitError, InvalidRequestError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.pair import Pair
@@ -125,6 +126,51 @@ def test_the_first_prompts_of_a_source(tmp_path: Path) -> None:
     assert open_prompts(source, limit=9).total == 5
     assert list(first.rows()) == list(every.rows())[:2] == list(first.rows())
     assert first.fingerprint != every.fingerprint
+
+
+def numbered_prompts(file: Path, templates: int, count: int) -> PromptSource:
+    """Prompts in turn from so many templates, which differ in one function word each."""
+    words = sorted(FUNCTION_WORDS)[:templates]
+    rows = []
+    for i in range(count):
+        word = words[i % templates]
+        text = f"{word} of the {i} coins and {i} or by me"
+        rows.append({"prompt": text, "origin": f"file {i % 3}"})
+    write_jsonl(file, rows)
+    return PromptSource(source=str(file))
+
+
+def groups_of(prompts: Prompts) -> list[str]:
+    return [prompts.group(row) for row, _ in prompts.rows()]
+
+
+def test_problems_are_held_out_by_template(tmp_path: Path) -> None:
+    source = numbered_prompts(tmp_path / "a.jsonl", templates=60, count=180)
+    found = groups_of(open_prompts(source))
+    assert found[:60] == found[60:120]
+    assert len(set(found)) > 40
+
+
+def test_too_few_templates_are_told_and_not_used(tmp_path: Path) -> None:
+    said: list[str] = []
+    source = numbered_prompts(tmp_path / "a.jsonl", templates=2, count=60)
+    assert set(groups_of(open_prompts(source, say=said.append))) == {""}
+    assert any("come from 2 templates" in line for line in said)
+
+
+def test_a_column_names_the_groups(source: PairRollouts, tmp_path: Path) -> None:
+    """They reach the lake, and a row without a value is refused by name."""
+    rows = []
+    for i, problem in enumerate(problems("train", 6)):
+        rows.append({"id": problem.id, "prompt": problem.prompt, "origin": f"file {i % 2}"})
+    del rows[3]["origin"]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    prompts = open_prompts(PromptSource(source=str(tmp_path / "a.jsonl"), group_column="origin"))
+    lake = Lake(tmp_path / "lake")
+    outcome = harvest(source, prompts, lake, OPTIONS)
+    assert {r.group for r in lake.rollouts()} == {"file 0", "file 1"}
+    assert len(outcome.errors) == 1
+    assert "there is no column 'origin'" in outcome.errors[0]
 
 
 def test_a_choice_is_said_once(tmp_path: Path) -> None:

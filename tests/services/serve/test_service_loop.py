@@ -122,7 +122,7 @@ def test_the_closed_loop_from_traffic_to_a_better_version(
             | {
                 "steps": 20,
                 "learning_rate": 1e-3,
-                "gate_min_problems": 8,
+                "gate_min_groups": 8,
                 "gate_problem_count": 40,
                 "checkpoint_every": 5,
             }
@@ -157,7 +157,7 @@ def test_the_closed_loop_from_traffic_to_a_better_version(
     )
     done = outcomes[0]
     assert done.promoted and done.training_labels >= 200 and noisy in done.reason, done.reason
-    assert done.figures["difference_low"] > 0 and done.figures["task_problems"] == 40
+    assert done.figures["likelihood_items"] > 0 and done.figures["task_accuracy_items"] == 40
     assert [e["event"] for e in versions.events(done.version)] == ["gate", "live"]
     wait_until_live(client, done.version)
     served = client.generate(PROBLEMS[0].prompt, mode="s2t_local")

@@ -11,7 +11,8 @@ from s2t_shared.config import Config
 from s2t_shared.errors import EvaluationSplitError
 from s2t_shared.versions.gate import Verdict
 from s2t_shared.versions.live import LiveVersions
-from services.train.gate_job import enact, judge_version, task_problems
+from services.train.gate_answers import task_problems
+from services.train.gate_job import enact, judge_version
 from services.train.job import train
 from services.train.worker import train_and_publish
 from tests.helpers.training_job import job_now, with_training
@@ -22,7 +23,7 @@ def test_the_gate_lets_the_better_version_pass(config: Config, tmp_path: Path) -
     """A version that learnt the rule beats the SLM alone; the same one again does not beat itself;
     one that learnt nothing is refused against it; each says why in numbers of unseen labels. Then
     training starts from the live one."""
-    config = with_training(config, gate_min_problems=5)
+    config = with_training(config, gate_min_groups=5)
     problems = tmp_path / "tasks.jsonl"
     rows = [
         {"id": f"t{i}", "prompt": f"w{i} w{i + 1} w{i + 2}", "answer": f"w{i}"} for i in range(6)
@@ -30,10 +31,12 @@ def test_the_gate_lets_the_better_version_pass(config: Config, tmp_path: Path) -
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     good = train_and_publish(config, job_now(config), publishes=True)
     assert good is not None
-    verdict = judge_version(with_training(config, gate_problems=str(problems)), good.version)
+    few = judge_version(with_training(config, gate_problems=str(problems)), good.version)
+    assert not few.passed and "task accuracy" in few.reasons[0]
+    assert few.figures["task_accuracy_items"] == 6
+    verdict = judge_version(config, good.version)
     assert verdict.passed, verdict.reasons
     assert "Agree@1" in verdict.reasons[0] and "the SLM alone" in verdict.reasons[0]
-    assert verdict.figures["task_problems"] == 6
     assert verdict.figures["agree_at_1"] == pytest.approx(good.metrics["agree_at_1"])
     versions = LiveVersions(config.versions)
     versions.promote(good.version)
@@ -53,7 +56,7 @@ def test_the_gate_bounds_what_the_adapter_does_to_the_model(config: Config) -> N
     """`reads: adapted` changes the language model on the contexts: beyond the bound it does not
     pass."""
     config = with_training(
-        config, reads="adapted", steps=40, gate_min_problems=5, reg_weight=0.0, gate_max_lm_kl=1e-6
+        config, reads="adapted", steps=40, gate_min_groups=5, reg_weight=0.0, gate_max_lm_kl=1e-6
     )
     manifest = train_and_publish(config, job_now(config), publishes=True)
     assert manifest is not None

@@ -23,7 +23,7 @@ def test_a_job_is_what_decides_its_outcome(config: Config) -> None:
     """Other settings, labels or starting weights are another job; so are what rounds otherwise:
     workers, sharding, number format. What the gate wants is not."""
     first = job_now(config)
-    assert job_now(config) == first == job_now(with_training(config, gate_min_problems=3))
+    assert job_now(config) == first == job_now(with_training(config, gate_min_groups=3))
     bfloat16 = config.slm.model_copy(update={"dtype": "bfloat16"})
     others = [
         with_training(config, steps=61),
