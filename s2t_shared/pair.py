@@ -214,10 +214,12 @@ class Pair:
             InvalidRequestError: a KL budget without an LLM, or a budget out of range.
             ConfigError: the training prompts cannot be used.
         """
+        local = self.local_selector
         policy = request.options.policy
+        if local is not None:
+            policy = local.served(policy)
         if request.budget is None or not policy.can_trigger or policy.trigger not in CALIBRATED:
             return with_thresholds(request, Calibration({}))
-        local = self.local_selector
         if local is not None and prompts is None and policy.trigger in local.calibration.thresholds:
             return with_thresholds(request, local.calibration)
         calibration = self.calibration(policy.trigger.needs_llm, prompts=prompts, say=say)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from s2t_shared import policy as policies
 from s2t_shared.decode.interfaces import LLMInfo, Proposal, SelectorClient, SLMProposer
@@ -89,11 +89,14 @@ class Engine:
         """
         options = request.options
         policies.check_policy(options.policy)
+        if local_selector is None:
+            local_selector = self._local_selectors(options.version)
+        if local_selector is not None and local_selector.always_on:
+            options = replace(options, policy=local_selector.served(options.policy))
+            request = replace(request, options=options)
         llm = self._llm_info(request) if options.needs_llm else None
         max_new_tokens = self._max_new_tokens(request, llm)
         self.proposer.check_ids(request.token_ids)
-        if local_selector is None:
-            local_selector = self._local_selectors(options.version)
         sequence = LiveSequence(
             request=request,
             slm=self.proposer.info,

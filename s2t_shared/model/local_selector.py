@@ -14,12 +14,15 @@ brings the score to mean 0 and variance 1 over the candidates of a context.
 
 `reads: base` looks at those tokens over the base model's KV. `reads: adapted` looks at them over a
 KV that the adapter read itself.
+
+A local selector that is always on does not select: its adapter acts on every token, and the SLM's
+own first choice is emitted (plain distillation).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ from s2t_shared.model.kv_pool import Slot
 from s2t_shared.model.lora import Adapter
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.policy import Calibration
+from s2t_shared.types import Mode, Policy, Proposals, Trigger
 from s2t_shared.types import Reading as Reading
 from s2t_shared.types import Scoring as Scoring
 from s2t_shared.types import SelectorKind as SelectorKind
@@ -41,7 +45,8 @@ class LocalSelector:
 
     bin_deltas: float [16, hidden], added to the base model's reserved rows. temperature: T of the
     reserved score. fusion: lambda, the weight of log p_base(c | s). calibration: the thresholds
-    that were published with the version.
+    that were published with the version. always_on: the adapter acts on every token of an
+    `s2t_local` answer, and nothing triggers.
     """
 
     version: str
@@ -55,6 +60,7 @@ class LocalSelector:
     calibration: Calibration = Calibration({})
     scoring: Scoring = Scoring.EXPECTED
     standardise: bool = False
+    always_on: bool = False
 
     @classmethod
     def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:
@@ -62,6 +68,12 @@ class LocalSelector:
         return cls(
             version="", kind=SelectorKind.RESERVED, reads=Reading.BASE, reserved_ids=reserved_ids
         )
+
+    def served(self, policy: Policy) -> Policy:
+        """How this local selector serves a request of that policy."""
+        if not self.always_on or policy.mode is not Mode.S2T_LOCAL:
+            return policy
+        return replace(policy, trigger=Trigger.NEVER, proposals=Proposals.ADAPTED)
 
     def selection_logits(self, scores: Tensor) -> Tensor:
         """Scores on the scale of logits, as softmax and the training losses take them."""

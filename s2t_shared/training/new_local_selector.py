@@ -9,7 +9,7 @@ from s2t_shared.errors import ConfigError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.training.settings import TrainingSettings
+from s2t_shared.training.settings import Objective, TrainingSettings
 from s2t_shared.types import SelectorKind
 
 
@@ -47,6 +47,7 @@ def new_local_selector(
         temperature=settings.temperature,
         scoring=settings.scoring,
         standardise=settings.standardise,
+        always_on=settings.objective is Objective.PLAIN,
     )
 
 

@@ -26,7 +26,8 @@ from s2t_shared.policy import Calibration
 MANIFEST = "manifest.json"
 CARD = "README.md"
 BINS = "bins.safetensors"
-SCHEMA_VERSION = 2  # 2 adds `job`, `scoring` and `standardise`; 1 is read as their defaults
+# 2 adds `job`, `scoring` and `standardise`, 3 `always_on`. Older ones are read as the defaults.
+SCHEMA_VERSION = 3
 RANK_AXIS = {"lora_A": 0, "lora_B": 1}
 # Files of other kinds, such as pickles, are never read.
 DATA_SUFFIXES = {".safetensors", ".json", ".jsonl", ".md", ".svg", ".png", ".csv", ".txt"}
@@ -50,6 +51,7 @@ class Manifest(BaseModel):
     fusion: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     scoring: Scoring = Scoring.EXPECTED
     standardise: bool = False
+    always_on: bool = False
     base_model: str
     slm_digest: str
     llm_digest: str

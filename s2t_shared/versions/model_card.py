@@ -103,6 +103,21 @@ def _score(m: Manifest) -> str:
     return SCORES[m.kind].format(reserved=reserved)
 
 
+def _what_it_is(m: Manifest) -> str:
+    if m.always_on:
+        return "- Always on: the adapter acts on every token; it was trained by plain distillation."
+    return (
+        f"- Kind `{m.kind.value}`: a candidate's score is {_score(m)}.\n"
+        f"- Reads `{m.reads.value}`: the adapter acts {READS[m.reads]}."
+    )
+
+
+def _how_it_serves(m: Manifest) -> str:
+    if m.always_on:
+        return "The adapter is on for every\ntoken, and nothing triggers."
+    return "The proposals stay the base model's own; the\nadapter only scores."
+
+
 def _use_with_peft(m: Manifest) -> str:
     text = (
         "With PEFT: `PeftModel.from_pretrained(base, folder)`. It then acts on every token, "
@@ -129,14 +144,12 @@ is needed.
 
 - Base model (SLM): `{base}`, digest `{m.slm_digest}`; tokenizer digest `{m.tokenizer_digest}`
 - LLM it imitates: digest `{m.llm_digest}`
-- Kind `{m.kind.value}`: a candidate's score is {_score(m)}.
-- Reads `{m.reads.value}`: the adapter acts {READS[m.reads]}.
+{_what_it_is(m)}
 
 ## Use
 
 With the service that published it: `s2t versions promote {m.version}`, then ask in mode
-`s2t_local`; a request may also name the version. The proposals stay the base model's own; the
-adapter only scores.
+`s2t_local`; a request may also name the version. {_how_it_serves(m)}
 
 {_use_with_peft(m)}
 

@@ -232,6 +232,7 @@ def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> 
         calibration=manifest.calibration,
         scoring=manifest.scoring,
         standardise=manifest.standardise,
+        always_on=manifest.always_on,
     )
 
 

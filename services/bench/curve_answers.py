@@ -23,7 +23,6 @@ from s2t_shared.types import (
     Mode,
     Policy,
     Prompt,
-    Proposals,
     Trigger,
 )
 from services.bench.workload import Models
@@ -83,6 +82,9 @@ class Answerer:
 
     def answer(self, name: str, local: LocalSelector | None = None) -> dict[str, Answered]:
         """Outcomes by condition: "<trigger> <budget>", or "" for a way without triggers."""
+        if name == PLAIN_GATED:
+            assert local is not None
+            local = replace(local, always_on=False)
         if name in UNGATED:
             return {"": self._ask(self._ungated(name), local)}
         mode = Mode.S2T if name == S2T else Mode.S2T_LOCAL
@@ -100,10 +102,7 @@ class Answerer:
         return outcomes
 
     def _ungated(self, name: str) -> Policy:
-        if name == PLAIN:
-            always = Proposals.ADAPTED
-            return Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.NEVER, proposals=always)
-        modes = {SLM: Mode.GREEDY, MAJORITY: Mode.MAJORITY, LLM: Mode.LLM}
+        modes = {SLM: Mode.GREEDY, MAJORITY: Mode.MAJORITY, LLM: Mode.LLM, PLAIN: Mode.S2T_LOCAL}
         return Policy(mode=modes[name])
 
     def _ask(self, policy: Policy, local: LocalSelector | None) -> Answered:

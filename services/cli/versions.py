@@ -56,7 +56,7 @@ def list_versions(
         table.add_row(
             m.version,
             _mark(state, m.version),
-            m.kind.value,
+            "always on" if m.always_on else m.kind.value,
             m.reads.value,
             _figure(m.metrics, "agree_at_1"),
             _figure(m.metrics, "slm_agree_at_1"),

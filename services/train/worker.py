@@ -132,6 +132,7 @@ def _manifest(
         fusion=local.fusion,
         scoring=local.scoring,
         standardise=local.standardise,
+        always_on=local.always_on,
         base_model=str(resolve_model(config.slm.model)),
         slm_digest=runtime.digest,
         llm_digest=distilled.llm_digest,

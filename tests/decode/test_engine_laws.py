@@ -348,6 +348,22 @@ def test_adapted_proposals_are_the_merged_models(models: Models) -> None:
         )
 
 
+def test_an_always_on_version_decides_how_it_serves(models: Models) -> None:
+    """`s2t_local` with it is the adapted model's greedy decode, whatever trigger is asked for;
+    other modes do not know it."""
+    proposer = make_proposer(models)
+    gated = make_local_selector(proposer, "v", SelectorKind.PREFIX, Reading.ADAPTED)
+    adapted = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.NEVER, proposals=Proposals.ADAPTED)
+    (expected,) = run(Engine(proposer, local_selectors=lookup_in([gated], "v")), request(adapted))
+    always_on = replace(gated, always_on=True)
+    engine = Engine(proposer, local_selectors=lookup_in([always_on], "v"))
+    local = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY, threshold=0.0)
+    served, greedy = run(engine, request(local), request(Policy()))
+    assert served.output_ids == expected.output_ids != greedy.output_ids
+    assert not any(step.triggered for step in served.steps)
+    assert greedy.output_ids == greedy_from(models, PROMPTS[0], 16)
+
+
 # -- law 2: what an engine's Steps say is what plain forwards say ---------------------------------
 
 

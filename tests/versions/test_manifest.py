@@ -17,7 +17,7 @@ def test_manifests_of_the_first_schema_still_load(
 ) -> None:
     folder = registry.folder(publish(registry, runtime))
     content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name in ("job", "scoring", "standardise", "schema_version"):
+    for name in ("job", "scoring", "standardise", "always_on", "schema_version"):
         del content[name]
     content["files"] = {
         name: digest for name, digest in content["files"].items() if name != "README.md"

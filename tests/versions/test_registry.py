@@ -125,8 +125,16 @@ def test_scoring_is_kept(registry: Registry, runtime: ModelRuntime) -> None:
     loaded = registry.load(version, runtime, "tok")
     assert loaded.scoring is Scoring.BINARY
     assert loaded.standardise
+    assert not loaded.always_on
     card = (registry.folder(version) / "README.md").read_text(encoding="utf-8")
     assert "logit of the second of 16" in card
+
+
+def test_an_always_on_version_says_so(registry: Registry, runtime: ModelRuntime) -> None:
+    version = publish(registry, runtime, SelectorKind.PREFIX, always_on=True)
+    assert registry.load(version, runtime, "tok").always_on
+    card = (registry.folder(version) / "README.md").read_text(encoding="utf-8")
+    assert "Always on: the adapter acts on every token" in card
 
 
 def test_figures_that_are_no_numbers_are_left_out(

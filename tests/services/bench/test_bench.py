@@ -401,7 +401,7 @@ def test_plain_distillation_decodes_with_the_adapter_on(
     selector = workload.random_selector(
         work.models.slm, work.models.proposer.reserved_ids, SelectorKind.PREFIX, Reading.ADAPTED
     )
-    work.answerer.answer(PLAIN, selector)
+    work.answerer.answer(PLAIN, replace(selector, always_on=True))
     work.answerer.answer(SLM)
     assert len(answers) == 12 and sorted(answers[:6]) != sorted(answers[6:])
 
