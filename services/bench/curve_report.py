@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from s2t_shared.statistics import Z95, clustered_difference
@@ -23,6 +24,9 @@ Outcomes = Callable[[Point], Sequence[float]]  # of each problem
 def tables(points: Sequence[Point], groups: Sequence[str]) -> list[Table]:
     """One table for each condition: a trigger at a budget. Without answers, one of agreement.
 
+    "- plain" is the difference to plain distillation, "log p" the LLM's mean log-probability per
+    token of the answers.
+
     groups: of each problem. Differences are paired. Their intervals are over groups and seeds.
     """
     conditions = conditions_of(points) or [""]
@@ -34,11 +38,11 @@ def _table(points: Sequence[Point], condition: str, groups: Sequence[str]) -> Ta
     title = f"{slm.test_labels} test labels, {len(groups)} problems\n{machine()}"
     if condition:
         title = f"{_spoken(condition)}: {title}"
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("way to answer", no_wrap=True)
-    columns = ["labels", "seeds", "Agree@1", "accuracy", "- SLM alone", "- plain distillation"]
+    columns = ["labels", "seeds", "Agree@1", "accuracy", "- SLM alone", "- plain"]
     if slm.log_probs:
-        columns += ["log p per token", "- SLM alone"]
+        columns += ["log p", "- SLM alone"]
     for column in (*columns, "s"):
         shown.add_column(column, justify="right", no_wrap=True)
     by_count = _by_count(points)

@@ -411,6 +411,7 @@ def curve(
         typer.Option(help='JSONL with "answer" beside the prompt; default: the bundled pair\'s'),
     ] = None,
     count: Annotated[int, typer.Option(help="problems at most")] = 200,
+    skip: Annotated[int, typer.Option(help="problems to leave out before them")] = 0,
     answer_pattern: Annotated[
         str, typer.Option(help="regular expression of an answer in a text")
     ] = "",
@@ -457,7 +458,7 @@ def curve(
         batch=at_least_one(batch, "--batch"),
     )
     made = settings(slm=slm, llm=llm, new=new, k=k, threads=threads, dtype=dtype, device=device)
-    items = load_problems(problems, count, answer_pattern) if asked else []
+    items = load_problems(problems, skip + count, answer_pattern)[skip:] if asked else []
     points = bench_curve(
         made,
         wanted,
@@ -472,7 +473,7 @@ def curve(
         print(json.dumps([asdict(p) for p in points]))
     else:
         groups = [item.group or item.id for item in items]
-        console = Console(width=max(140, Console().width), highlight=False)
+        console = Console(width=max(150, Console().width), highlight=False)
         console.print(*tables(points, groups), sep="\n")
 
 
