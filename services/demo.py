@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ BEFORE = (
     ModeSpec(name="s2t", trigger="entropy", budget=BUDGET),
     ModeSpec(name="llm"),
 )
-AFTER = (ModeSpec(name="s2t_local", trigger="entropy", budget=BUDGET),)
+AFTER = (
+    ModeSpec(name="s2t_local", trigger="entropy", budget=BUDGET),
+    ModeSpec(name="s2t_local", trigger="entropy", budget=2 * BUDGET),
+)
 KEYS = {
     "takeover kl 5%": "takeover",
     "s2t kl 5%": "s2t",
@@ -65,10 +69,10 @@ class DemoSize:
     """How much the demo asks, harvests and trains."""
 
     problems: int = 200
-    first_harvest: int = 600
-    harvest: int = 4000
-    first_steps: int = 150
-    steps: int = 1200
+    first_harvest: int = 300
+    harvest: int = 3200
+    first_steps: int = 40
+    steps: int = 300
 
 
 @dataclass
@@ -99,7 +103,10 @@ def run_demo(
                 "gateway.port": 0,
                 "defaults.answer_pattern": problems.ANSWER_PATTERN,
                 "training.learning_rate": 3e-3,
-                "training.workers": 2,
+                "training.rank": 64,
+                "training.alpha": 128.0,
+                "training.batch_labels": 256,
+                "training.gate_prompt_count": 100,
                 "training.cpus_per_worker": 0.25,
             }
         )
@@ -141,9 +148,10 @@ def run_loop(
 
     training = problems.problems("train", size.harvest)
     _harvest(service, training[: size.first_harvest], say)
-    first = _train(service.config, size.first_steps, say)
-    _make_live(service, first, say)
-    _harvest(service, training[size.first_harvest :], say)
+    with ThreadPoolExecutor(1) as background:
+        first = background.submit(_train, service.config, size.first_steps, say)
+        _harvest(service, training[size.first_harvest :], say)
+    _make_live(service, first.result(), say)
     second, swap = _swap_under_load(service, target, held_out, size, say)
     results += [_ask(target, spec, held_out, say) for spec in AFTER]
 

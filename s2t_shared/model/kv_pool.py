@@ -210,13 +210,16 @@ class KVPool:
         MIN_PREFIX_MATCH do not count.
         """
         ids = list(token_ids[:-1])
-        start = ids[:MIN_PREFIX_MATCH]
         best: Slot | None = None
         longest = 0
+        if len(ids) < MIN_PREFIX_MATCH:
+            return best, longest
+        last = MIN_PREFIX_MATCH - 1
         for slot in self.slots():
-            if slot.adapter_key != adapter_key:
+            if slot.adapter_key != adapter_key or len(slot.token_ids) <= last:
                 continue
-            if slot.token_ids[:MIN_PREFIX_MATCH] != start:
+            # Tells most contexts apart at once: thousands may be cached.
+            if slot.token_ids[last] != ids[last]:
                 continue
             shared = common_prefix(slot.token_ids, ids)
             if shared < MIN_PREFIX_MATCH:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -88,7 +88,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the gate opens. reasons: why not, or what was found. figures: their numbers."""
+    """Whether the gate opens. reasons: why not, or which gains opened it. figures: of all
+    measures."""
 
     passed: bool
     reasons: tuple[str, ...]
@@ -129,7 +130,8 @@ def judge(
         return Verdict(False, tuple(loss.text for loss in losses), figures)
     if not any(finding.gains for finding in deciding):
         return Verdict(False, tuple(finding.text for finding in deciding), figures)
-    return Verdict(True, tuple(finding.text for finding in findings), figures)
+    gains = tuple(finding.text for finding in deciding if finding.gains)
+    return Verdict(True, gains, figures)
 
 
 def objection(live: Live, events: Sequence[Mapping[str, Any]], version: str) -> str:
@@ -239,9 +241,8 @@ def _widening(tests: int) -> float:
 
 
 def _as_guard(finding: _Finding) -> _Finding:
-    """A measure that only refuses: how large a gain would have shown is not said."""
-    text = finding.text.partition("; ")[0]
-    return _Finding(False, finding.loses, text, finding.figures)
+    """A measure that only refuses."""
+    return replace(finding, gains=False)
 
 
 def _task(tasks: Paired, against: str, settings: GateSettings, tests: int) -> _Finding:

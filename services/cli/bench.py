@@ -67,7 +67,9 @@ def at_least_one(value: int, option: str) -> int:
 
 
 def chosen(text: str, known: list[str], option: str) -> list[str]:
-    """ "all", or some of `known`, ;-separated. Raises InvalidRequestError."""
+    """ "all", "none", or some of `known`, ;-separated. Raises InvalidRequestError."""
+    if text == "none":
+        return []
     names = known if text == "all" else [name.strip() for name in text.split(";") if name.strip()]
     if unknown := [name for name in names if name not in known]:
         raise InvalidRequestError(f"{option}={unknown[0]!r}: choose from {'; '.join(known)}")
@@ -122,7 +124,7 @@ def decode(
     greedy."""
     from services.bench.decode import CONFIGURATIONS, bench_decode
 
-    names = [] if kinds == "none" else chosen(kinds, list(CONFIGURATIONS), "--kinds")
+    names = chosen(kinds, list(CONFIGURATIONS), "--kinds")
     made = settings(
         slm=slm,
         prefix=prefix,
@@ -394,7 +396,7 @@ def curve(
     ] = Path("curve.jsonl"),
     counts: Annotated[str, typer.Option(help="training labels, comma-separated")] = "200,1000",
     kinds: Annotated[
-        str, typer.Option(help="selector configurations: all, or some, ;-separated")
+        str, typer.Option(help="selector configurations: all, none, or some, ;-separated")
     ] = "all",
     control: Annotated[bool, typer.Option(help="also plain distillation")] = True,
     seeds: Annotated[int, typer.Option(help="trainings of each")] = 1,
