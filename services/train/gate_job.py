@@ -14,7 +14,6 @@ import ray
 import torch
 
 from s2t_shared.config import Config
-from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import S2TError, VersionError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.loading import resolve_model
@@ -195,9 +194,7 @@ def _with_answers(
         evidence = replace(evidence, tasks=compare_on_tasks(sides, problems))
     if not held_out:
         return evidence
-    proposer = pair.engine.proposer
-    assert isinstance(proposer, Proposer)
-    with gate_llm(config, proposer.runtime, pair.tokenizer) as llm:
+    with gate_llm(config, pair.engine.proposer.info, pair.tokenizer) as llm:
         if llm is None:
             return evidence
         likelihood, finished = compare_by_llm(sides, held_out, llm)

@@ -16,7 +16,7 @@ from typing import Any
 from ray import serve
 
 from s2t_shared.config import Config
-from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient, SLMInfo
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.errors import S2TError
 from s2t_shared.model.loading import resolve_model
@@ -31,9 +31,7 @@ REACH_S = 10.0  # wait so long for the service's selectors
 
 
 @contextmanager
-def gate_llm(
-    config: Config, slm: ModelRuntime, tokenizer: Tokenizer
-) -> Iterator[SelectorClient | None]:
+def gate_llm(config: Config, slm: SLMInfo, tokenizer: Tokenizer) -> Iterator[SelectorClient | None]:
     """An LLM that scores answers, while the block runs; None where there is none."""
     if config.llm.model == "bundled":
         yield _bundled(config, tokenizer)
@@ -81,7 +79,7 @@ def _selector_handle() -> Any:
 
 
 async def _connect(
-    config: Config, slm: ModelRuntime, tokenizer: Tokenizer, handle: Any
+    config: Config, slm: SLMInfo, tokenizer: Tokenizer, handle: Any
 ) -> SelectorClient | None:
     fallback = LLMInfo("", "", slm.eos_ids, slm.max_length)
     find_addresses = address_finder(config, handle)
