@@ -92,7 +92,7 @@ class Pair:
             check_same_tokenizer(tokenizer, llm_tokenizer)
             loaded = ModelRuntime.load(llm, dtype, device, kv_bytes, "llm")
             selector = LLMSelector(loaded, llm_tokenizer.digest)
-        runtime = ModelRuntime.load(slm, dtype, device, kv_bytes)
+        runtime = ModelRuntime.load(slm, dtype, device, kv_bytes, max_num_seqs=batch_size)
         local = None
         if version is not None:
             local = open_version(version, versions, runtime, tokenizer.digest)

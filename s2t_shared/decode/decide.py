@@ -31,7 +31,6 @@ class Next(Enum):
 def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tuple[Step, Next]:
     """The Step that the SLM's proposal makes, and what it needs."""
     policy = options.policy
-    support = proposal.support
     signal = None
     triggered = False
     if proposal.drawn_id is not None or not policies.may_trigger(policy, index):
@@ -39,12 +38,13 @@ def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tu
     elif policy.trigger.needs_llm:
         then = Next.DRAFT
     else:
-        assert support is not None
-        signal = policies.slm_signal(policy.trigger, support, options.sampling.seed, index)
+        signal = _signal(options, index, proposal)
         triggered = policies.triggers(policy, signal, index)
         selecting = Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
         then = selecting if triggered else Next.EMIT
     drawn_id = proposal.drawn_id
+    keeps_support = options.keep_support or options.score_rollout
+    wants_support = keeps_support or then is not Next.EMIT
     step = Step(
         index=index,
         token_id=proposal.top_id if drawn_id is None else drawn_id,
@@ -52,9 +52,18 @@ def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tu
         triggered=triggered,
         signal=signal,
         slm_top_id=proposal.top_id,
-        support=support,
+        support=proposal.support if wants_support else None,
     )
     return step, then
+
+
+def _signal(options: DecodeOptions, index: int, proposal: Proposal) -> float | None:
+    """The signal of a trigger that needs no LLM, by the proposer or from the support."""
+    if proposal.signal is not None:
+        return proposal.signal
+    support = proposal.support
+    assert support is not None
+    return policies.slm_signal(options.policy.trigger, support, options.sampling.seed, index)
 
 
 def after_llm_scores(

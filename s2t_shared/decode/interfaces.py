@@ -6,12 +6,12 @@ The engine knows nothing else of them. `Proposer` and `LLMSelector` implement th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from s2t_shared.types import Policy, Sampling, ScoreQuery, ScoreReply, Support
+from s2t_shared.types import Policy, Sampling, ScoreQuery, ScoreReply, Support, Trigger
 
 if TYPE_CHECKING:
     from s2t_shared.model.local_selector import LocalSelector
@@ -55,13 +55,15 @@ class SamplingInput:
 class NextTokenInput:
     """Read what is new in `token_ids` and propose what follows.
 
-    wants_support: the top ids with their log-probabilities, not only the first choice.
+    wants_support: the top ids with their log-probabilities, not only the first choice. signal: the
+    trigger whose signal is wanted with them, where it needs no LLM.
     """
 
     kv: SequenceKV
     token_ids: Sequence[int]
     sampling: SamplingInput | None = None
     wants_support: bool = True
+    signal: Trigger | None = None
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,22 @@ class SelectionInput:
     base_log_probs: Sequence[float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """The SLM's first choice; its support and a drawn id where they were wanted."""
+    """The SLM's first choice; its support and a drawn id where they were wanted.
+
+    signal: of the trigger that was asked for; None: the proposer leaves it to the reader of the
+    support. read_support: makes the support, of which few steps need more than the signal.
+    """
 
     top_id: int
-    support: Support | None = None
     drawn_id: int | None = None
+    signal: float | None = None
+    read_support: Callable[[], Support] | None = None
+
+    @property
+    def support(self) -> Support | None:
+        return self.read_support() if self.read_support is not None else None
 
 
 ModelInput = NextTokenInput | SelectionInput

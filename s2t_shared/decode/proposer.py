@@ -10,11 +10,12 @@ both. Decides nothing; knows no text, no LLM.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from s2t_shared.decode.interfaces import (
@@ -23,11 +24,11 @@ from s2t_shared.decode.interfaces import (
     ModelOutput,
     NextTokenInput,
     Proposal,
-    SamplingInput,
     SelectionInput,
     SequenceKV,
     SLMInfo,
 )
+from s2t_shared.decode.reductions import SIGNALS, draw, signals, top_1, top_k
 from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot, shares_longer_prefix
 from s2t_shared.model.local_selector import (
     Candidates,
@@ -39,10 +40,9 @@ from s2t_shared.model.local_selector import (
 )
 from s2t_shared.model.lora import Adapter, merge
 from s2t_shared.model.runtime import ModelRuntime, Segment
-from s2t_shared.types import SUPPORT_SIZE, Policy, Proposals, Support
+from s2t_shared.types import SUPPORT_SIZE, Policy, Proposals, Support, Trigger
 
 PREFILL_CHUNK_TOKENS = 256  # prompt tokens read per step, beside the decoding of others
-TOP_BLOCK = 128  # the vocabulary is searched in blocks of so many ids
 
 
 @dataclass
@@ -260,28 +260,43 @@ class Proposer:
         logits = self.runtime.logits(hidden)
         logits[:, self._excluded] = -torch.inf
         best = top_1(logits)
-        wanting = [i for i, item in enumerate(inputs) if item.wants_support or item.sampling]
-        if not wanting:
-            return [Proposal(top_id) for top_id in best.tolist()]
-        k = self._support_size
-        chosen = logits if len(wanting) == len(inputs) else logits[wanting]
-        norm = chosen.logsumexp(-1, keepdim=True)
-        values, ids = top_k(chosen, k)
-        packed = torch.cat([best.float(), (values - norm).flatten(), ids.flatten().float()])
-        numbers = packed.tolist()
-        proposals = [Proposal(int(top_id)) for top_id in numbers[: len(inputs)]]
-        log_probs = numbers[len(inputs) : len(inputs) + len(wanting) * k]
-        top_ids = numbers[len(inputs) + len(wanting) * k :]
-        for j, i in enumerate(wanting):
-            item = inputs[i]
-            mine = slice(j * k, (j + 1) * k)
-            ids_by_rank = list(map(int, top_ids[mine]))
-            support = _support(proposals[i].top_id, ids_by_rank, log_probs[mine])
-            drawn = None
-            if item.sampling is not None:
-                drawn = sample(chosen[j] - norm[j], item.sampling)
-            proposals[i] = Proposal(support.ids[0], support if item.wants_support else None, drawn)
-        return proposals
+        wanting = [i for i, item in enumerate(inputs) if item.wants_support]
+        drawing = [i for i, item in enumerate(inputs) if item.sampling is not None]
+        parts = [best.double()]
+        if wanting:
+            parts += self._supports(_rows(logits, wanting), [inputs[i].signal for i in wanting])
+        if drawing:
+            sampling = [item.sampling for item in inputs if item.sampling is not None]
+            parts.append(draw(_rows(logits, drawing), sampling).double())
+        numbers = iter(torch.cat(parts).tolist())
+        top_ids = [int(next(numbers)) for _ in inputs]
+        readers: dict[int, Callable[[], Support]] = {}
+        found: dict[int, float] = {}
+        if wanting:
+            k = self._support_size
+            for i in wanting:
+                found[i] = next(numbers)
+            rows = [(list(islice(numbers, k)), list(islice(numbers, k))) for _ in wanting]
+            for i, (ids, log_probs) in zip(wanting, rows, strict=True):
+                readers[i] = partial(_support, top_ids[i], ids, log_probs)
+        drawn = {i: int(next(numbers)) for i in drawing}
+        return [
+            Proposal(
+                top_id=top_id,
+                drawn_id=drawn.get(i),
+                signal=found[i] if i in found and inputs[i].signal in SIGNALS else None,
+                read_support=readers.get(i),
+            )
+            for i, top_id in enumerate(top_ids)
+        ]
+
+    def _supports(self, logits: Tensor, triggers: Sequence[Trigger | None]) -> list[Tensor]:
+        """Of [n, V] logits: the signals [n], then [n * 2 S] ids and log-probabilities by row."""
+        norm = logits.logsumexp(-1, keepdim=True)
+        values, ids = top_k(logits, self._support_size)
+        log_probs = values - norm
+        rows = torch.cat([ids.double(), log_probs.double()], dim=1)
+        return [signals(log_probs, triggers), rows.flatten()]
 
     @torch.no_grad()
     def _local_scores(
@@ -350,66 +365,17 @@ def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
 # -- reductions -----------------------------------------------------------------------------------
 
 
-def _support(top_id: int, ids: list[int], log_probs: list[float]) -> Support:
+def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _support(top_id: int, numbers: list[float], log_probs: list[float]) -> Support:
     """Best first. Among equals (common in bfloat16) the first choice stays first."""
+    ids = list(map(int, numbers))
+    log_probs = list(log_probs)
     if ids[0] != top_id:
         assert top_id in ids
         at = ids.index(top_id)
         ids.insert(0, ids.pop(at))
         log_probs.insert(0, log_probs.pop(at))
     return Support(tuple(ids), tuple(log_probs))
-
-
-def top_1(logits: Tensor) -> Tensor:
-    """The first greatest id of each row of [n, V]: by blocks, on CPU several times as fast as
-    argmax."""
-    n, v = logits.shape
-    if v % TOP_BLOCK:
-        return logits.argmax(-1)
-    blocks = logits.view(n, -1, TOP_BLOCK)
-    best = blocks.amax(-1).argmax(-1)
-    rows = torch.arange(n, device=logits.device)
-    return best * TOP_BLOCK + blocks[rows, best].argmax(-1)
-
-
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk` of [n, V], best first, by way of each block's maximum.
-
-    The top k lie in the k blocks with the greatest maxima: one pass over V instead of a selection
-    over it.
-    """
-    n, v = logits.shape
-    if v <= 2 * k * TOP_BLOCK:
-        values, ids = logits.topk(k)
-        return values, ids
-    blocks = F.pad(logits, (0, -v % TOP_BLOCK), value=-torch.inf).view(n, -1, TOP_BLOCK)
-    best = blocks.amax(-1).topk(k).indices
-    candidates = blocks.gather(1, best[..., None].expand(-1, -1, TOP_BLOCK)).flatten(1)
-    values, at = candidates.topk(k)
-    return values, best.gather(1, at // TOP_BLOCK) * TOP_BLOCK + at % TOP_BLOCK
-
-
-def sample(log_probs: Tensor, drawing: SamplingInput) -> int:
-    """One id from log-probabilities [V], after temperature, top-k and top-p.
-
-    The random number depends on the sequence's seed and step only.
-    """
-    sampling = drawing.sampling
-    if sampling.temperature <= 0.0:
-        return int(log_probs.argmax())
-    probs = (log_probs.double().cpu() / sampling.temperature).softmax(-1)
-    ids = None
-    if sampling.top_k > 0:
-        probs, ids = probs.topk(min(sampling.top_k, len(probs)))
-    elif sampling.top_p < 1.0:
-        probs, ids = probs.sort(descending=True, stable=True)
-    if sampling.top_p < 1.0:
-        before = probs.cumsum(0) - probs
-        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
-    seed = hash((sampling.seed, drawing.step)) & 0x7FFFFFFFFFFFFFFF
-    generator = torch.Generator().manual_seed(seed)
-    cumulated = probs.cumsum(0)
-    point = torch.rand(1, generator=generator, dtype=torch.float64) * cumulated[-1]
-    last = int(probs.nonzero()[-1])
-    index = min(int(torch.searchsorted(cumulated, point, right=True)), last)
-    return index if ids is None else int(ids[index])

@@ -143,7 +143,8 @@ class ScriptedSLM:
         ids = tuple(self.tokenizer.id_of(option) for option in options)
         log_probs = (-math.log(len(ids)),) * len(ids)
         drawn = ids[0] if item.sampling is not None else None
-        return Proposal(ids[0], Support(ids, log_probs), drawn)
+        support = Support(ids, log_probs)
+        return Proposal(top_id=ids[0], drawn_id=drawn, read_support=lambda: support)
 
 
 @dataclass

@@ -195,6 +195,7 @@ class LiveSequence:
             token_ids=self._drafted_ids(),
             sampling=sampling,
             wants_support=self._wants_support(),
+            signal=options.policy.trigger,
         )
 
     def on_proposal(self, proposal: Proposal) -> None:

@@ -3,8 +3,8 @@
 The pool knows tensors, slots and the ids each slot has read. It does not know what they mean.
 
 A *slot* stores one sequence. Its size class is a power of two of columns, one column a token.
-Slots of one size class lie together in a *slab*. All slabs of short slots have the same number of
-bytes, so an empty slab's bytes can serve another size class. Attention reads slots in place.
+Slots of one size class lie together in a *slab*. An empty slab's bytes can serve another size
+class. Attention reads slots in place.
 
     allocate   returns a slot that already holds the longest prefix of the ids found in any slot
     release    caches the slot for the prefixes it holds; the least recently used are evicted first
@@ -12,6 +12,7 @@ bytes, so an empty slab's bytes can serve another size class. Attention reads sl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,26 @@ from torch import Tensor
 SLAB_TOKENS = 8192
 MIN_SLOT_TOKENS = 128
 MIN_PREFIX_MATCH = 16  # reading a shorter prefix again is cheaper than looking for it
+# A slab of several slots has at most this share of the pool, so that several size classes fit.
+LARGEST_SLAB = 1 / 4
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How many single tokens of a forward may share one attention call.
+
+    slab_slots: how many slots of a size class lie together in a slab, at least. max_added_padding:
+    how many columns of padding cost about as much as one more call. Infinite: the tokens of a slab
+    always share one call, also with free slots between them.
+    """
+
+    slab_slots: int = 1
+    max_added_padding: float = 1024  # measured on CPU
+
+    @classmethod
+    def for_device(cls, device: torch.device, max_num_seqs: int = 1) -> BatchLayout:
+        """On a GPU launches are what costs: one call for a whole batch of `max_num_seqs`."""
+        return cls(max_num_seqs, math.inf) if device.type == "cuda" else cls()
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,9 @@ class Slab:
     def is_empty(self) -> bool:
         return not any(self.slots)
 
+    def live_slots(self) -> int:
+        return sum(slot is not None and slot.live for slot in self.slots)
+
 
 @dataclass(kw_only=True, eq=False)
 class Slot:
@@ -82,8 +106,14 @@ class KVPool:
     """Allocator and storage of at most `max_bytes`."""
 
     def __init__(
-        self, shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device, max_bytes: int
+        self,
+        shapes: Sequence[KVShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bytes: int,
+        layout: BatchLayout = BatchLayout(),  # noqa: B008 - frozen
     ) -> None:
+        self.layout = layout
         self._shapes = list(shapes)
         self._dtype = dtype
         self._device = device
@@ -125,10 +155,11 @@ class KVPool:
         return slabs * self._slab_bytes(size) <= self.max_bytes
 
     def _slots_per_slab(self, size: int) -> int:
-        return max(1, self._slab_tokens // size)
+        wanted = max(self.layout.slab_slots, self._slab_tokens // size)
+        return max(1, min(wanted, int(self.max_tokens * LARGEST_SLAB) // size))
 
     def _slab_bytes(self, size: int) -> int:
-        return max(self._slab_tokens, size) * self.bytes_per_token
+        return self._slots_per_slab(size) * size * self.bytes_per_token
 
     # -- slots ------------------------------------------------------------------------------------
 
@@ -259,6 +290,8 @@ class KVPool:
     def _new_slot(self, columns: int, adapter_key: Hashable, protected: Slot | None) -> Slot | None:
         """An empty slot; None: no room. Evicts cached slots for it, but never `protected`."""
         size = _size_class(columns)
+        if self.layout.slab_slots > 1:
+            self._evict_beside_live(size, protected)
         slab = self._slab_with_room(size)
         while slab is None:
             victim = next(self._evictable(size, protected), None)
@@ -271,9 +304,22 @@ class KVPool:
         self._touch(slot)
         return slot
 
+    def _evict_beside_live(self, size: int, protected: Slot | None) -> None:
+        """Make room in the slab with the most live slots, if it has none: live slots that lie
+        together share one attention call."""
+        slabs = [slab for slab in self.slabs if slab.columns == size]
+        for slab in sorted(slabs, key=Slab.live_slots, reverse=True):
+            if None in slab.slots:
+                return
+            cached = [slot for slot in slab.slots if slot is not None and not slot.live]
+            victims = [slot for slot in cached if slot is not protected]
+            if victims:
+                self._evict(min(victims, key=lambda slot: slot.used_at))
+                return
+
     def _slab_with_room(self, size: int) -> Slab | None:
         """A slab of this size class with a free slot, made if the bytes suffice; else None."""
-        for slab in self.slabs:
+        for slab in sorted(self.slabs, key=Slab.live_slots, reverse=True):
             if slab.columns == size and None in slab.slots:
                 return slab
         if not self._make_room(self._slab_bytes(size)):

@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from s2t_shared.bundled import BUNDLED, LLM_DIR, SLM_DIR
 from s2t_shared.errors import ModelLoadError
 from s2t_shared.model import attention
+from s2t_shared.model.device_memory import check_device_memory
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Role = Literal["slm", "llm"]
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -24,7 +26,7 @@ DIGEST_END_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model on the CPU, its digest and its end-of-sequence ids."""
+    """A causal language model on its device, its digest and its end-of-sequence ids."""
 
     model: Any
     digest: str
@@ -85,18 +87,28 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_model(model: str, dtype: str = "float32", role: Role = "slm") -> LoadedModel:
-    """Load a Hugging Face folder, a hub id or "bundled".
+def load_model(
+    model: str,
+    dtype: str = "float32",
+    role: Role = "slm",
+    device: torch.device = CPU,
+    kv_bytes: int = 0,
+) -> LoadedModel:
+    """Load a Hugging Face folder, a hub id or "bundled" onto a device, without a copy elsewhere.
+
+    kv_bytes: what else must fit the device.
 
     Raises:
-        ModelLoadError: missing, unreadable or unsupported model, unknown dtype.
+        ModelLoadError: missing, unreadable or unsupported model, unknown dtype, or a GPU with too
+            little free memory.
     """
     if dtype not in DTYPES:
         raise ModelLoadError(f"dtype {dtype!r} is not supported; choose from {sorted(DTYPES)}")
     folder = resolve_model(model, role)
     try:
         config = AutoConfig.from_pretrained(folder)
-        loaded = _load_weights(folder, config, DTYPES[dtype])
+        check_device_memory(folder, DTYPES[dtype], device, kv_bytes)
+        loaded = _load_weights(folder, config, DTYPES[dtype], device)
         eos_ids = _eos_ids(folder, config)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelLoadError(
@@ -105,7 +117,7 @@ def load_model(model: str, dtype: str = "float32", role: Role = "slm") -> Loaded
     return LoadedModel(loaded, model_digest(folder), eos_ids)
 
 
-def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+def _load_weights(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     loaded, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -113,6 +125,7 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         output_loading_info=True,
         attn_implementation=attention.NAME,
+        device_map=None if device == CPU else {"": device},
     )
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers

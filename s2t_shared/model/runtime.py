@@ -23,7 +23,8 @@ from torch import Tensor
 
 from s2t_shared.errors import InvalidRequestError, ModelLoadError
 from s2t_shared.model.attention import AttentionPlan
-from s2t_shared.model.kv_pool import KVPool, KVShape, Slot
+from s2t_shared.model.device_ints import DeviceInts
+from s2t_shared.model.kv_pool import BatchLayout, KVPool, KVShape, Slot
 from s2t_shared.model.loading import Role, load_model
 from s2t_shared.model.lora import Adapter, AdapterSwitch, Gate, adaptable_layers, install
 from s2t_shared.model.padded_plan import PaddedPlan
@@ -62,7 +63,12 @@ class ModelRuntime:
     """
 
     def __init__(
-        self, model: Any, digest: str, eos_ids: frozenset[int], kv_bytes: int = 1 << 30
+        self,
+        model: Any,
+        digest: str,
+        eos_ids: frozenset[int],
+        kv_bytes: int = 1 << 30,
+        layout: BatchLayout | None = None,
     ) -> None:
         self.model = model.eval()
         self.digest = digest
@@ -76,7 +82,8 @@ class ModelRuntime:
         _check_layer_types(self.config)
         if self.device.type == "cpu" and self.model.dtype is torch.float32:
             _order_for_single_tokens(self.model, self.head)
-        self.pool = KVPool(self._kv_shapes(), self.model.dtype, self.device, kv_bytes)
+        layout = layout or BatchLayout.for_device(self.device)
+        self.pool = KVPool(self._kv_shapes(), self.model.dtype, self.device, kv_bytes, layout)
 
     @classmethod
     def load(
@@ -86,14 +93,20 @@ class ModelRuntime:
         device: str = "cpu",
         kv_bytes: int = 1 << 30,
         role: Role = "slm",
+        max_num_seqs: int = 1,
     ) -> ModelRuntime:
         """Load a Hugging Face folder, a hub id or "bundled" onto a device.
 
+        max_num_seqs: sequences that decode together, at most; a GPU's KV pool is laid out for them.
+
         Raises:
-            ModelLoadError: missing, unreadable or unsupported model, unknown dtype.
+            ModelLoadError: missing, unreadable or unsupported model, unknown dtype, or a GPU with
+                too little free memory for the weights and `kv_bytes`.
         """
-        loaded = load_model(model, dtype, role)
-        return cls(loaded.model.to(device), loaded.digest, loaded.eos_ids, kv_bytes)
+        where = torch.device(device)
+        loaded = load_model(model, dtype, role, where, kv_bytes)
+        layout = BatchLayout.for_device(where, max_num_seqs)
+        return cls(loaded.model, loaded.digest, loaded.eos_ids, kv_bytes, layout)
 
     @property
     def switch(self) -> AdapterSwitch:
@@ -116,11 +129,13 @@ class ModelRuntime:
             token_ids += segment.token_ids
             token_ids += segment.siblings
             positions += span.positions()
+        ints = DeviceInts(self.device)
+        ids_at = ints.add(token_ids)
+        positions_at = ints.add(positions)
+        plan = VarlenPlan(spans, ints, self.model.dtype, self.pool.layout)
+        ints.send()
         hidden = self._decode(
-            torch.tensor([token_ids]),
-            torch.tensor([positions]),
-            VarlenPlan(spans, self.device, self.model.dtype),
-            self._gates(packed, spans),
+            ints[ids_at][None], ints[positions_at][None], plan, self._gates(packed, spans)
         )
         slices = [slice(0)] * len(segments)
         for index, segment, span in zip(order, packed, spans, strict=True):

@@ -2,10 +2,12 @@
 
 Single tokens in neighbouring slots share one attention call; longer spans have one call each.
 Query heads that share a key head are folded into the query length: keys are not copied per head.
+Masks and indices are made on the device, from a few integers per span that come in one transfer.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2t_shared.model.attention import AttentionParams, additive_mask, grouped_attention
-from s2t_shared.model.kv_pool import Slab, Slot
+from s2t_shared.model.device_ints import DeviceInts
+from s2t_shared.model.kv_pool import BatchLayout, Slab, Slot
 
-# Columns of padding that cost about as much as one more attention call (measured on CPU).
-MAX_ADDED_PADDING = 1024
 FOLDED_TOKENS = 64  # longer spans use SDPA's own grouped-query path
+MASK_COLUMNS = 64  # CUDA's kernels take masks whose rows are aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,28 +62,26 @@ class PackedSpan:
         positions += [sibling_position] * self.siblings
         return positions
 
-    def visible(self, window: int | None) -> Tensor:
+    def visible(self, window: int | None, device: torch.device) -> Tensor:
         """bool [length, columns]: which columns each token sees."""
-        own = torch.eye(self.length, dtype=torch.bool)
+        rows = torch.arange(self.length, device=device)[:, None]
+        columns = torch.arange(self.columns, device=device)[None, :]
+        own = columns - self.first_column  # place in the span of what a column holds
         # A causal token sees those before it; a sibling comes after all of them.
-        causal = torch.ones(self.length, self.causal, dtype=torch.bool).tril()
-        own[:, : self.causal] |= causal
-        visible = torch.zeros(self.length, self.columns, dtype=torch.bool)
-        visible[:, : self.start] = True
-        visible[:, self.first_column :] = own
+        visible = (own >= 0) & ((own == rows) | ((own <= rows) & (own < self.causal)))
+        visible = visible | (columns < self.start)
         if window is not None:
-            query_positions = torch.tensor(self.positions())
-            key_positions = torch.arange(self.columns)
-            key_positions[self.first_column :] = query_positions
-            distance = query_positions[:, None] - key_positions[None, :]
-            visible &= distance < window
+            query_positions = self.start + rows.clamp(max=self.causal)
+            key_positions = torch.where(own >= 0, self.start + own.clamp(max=self.causal), columns)
+            visible = visible & (query_positions - key_positions < window)
         return visible
 
 
 @dataclass(frozen=True)
 class SlotGroup:
-    """Single-token spans of neighbouring slots of one slab; they share one attention call.
+    """Single-token spans of one slab; they share one attention call.
 
+    The call reads the slots from the first span's to the last span's, those between included.
     columns: how many columns of each slot the call reads.
     """
 
@@ -94,9 +94,17 @@ class SlotGroup:
 
     @property
     def slots(self) -> slice:
-        """The group's slots in the slab."""
-        first = self.spans[0].slot.index
-        return slice(first, first + len(self.spans))
+        """The slots that the call reads."""
+        return slice(self.spans[0].slot.index, self.spans[-1].slot.index + 1)
+
+    @property
+    def count(self) -> int:
+        """How many slots the call reads."""
+        return self.slots.stop - self.slots.start
+
+    @property
+    def has_gaps(self) -> bool:
+        return self.count > len(self.spans)
 
     @property
     def at(self) -> int:
@@ -113,28 +121,44 @@ class SlotGroup:
 class _SlabWrite:
     """Where the keys and values of a slab's single tokens are stored.
 
-    slots and columns: int64 [n], by token. tokens: the n tokens in the packed forward.
+    slots and columns: places in the forward's integers of n slots and columns, by token. tokens:
+    the n tokens in the packed forward.
     """
 
     slab: Slab
-    slots: Tensor
-    columns: Tensor
+    slots: int
+    columns: int
     tokens: slice
+
+
+@dataclass(frozen=True)
+class _GroupInts:
+    """Places in the forward's integers: what a group's call reads, by slot of the call.
+
+    starts: how many columns from the first on are visible. own: the column of the slot's token.
+    rows: for each span, its slot of the call; None: the call has no other slots.
+    """
+
+    starts: int
+    own: int
+    rows: int | None
 
 
 class VarlenPlan:
     """The attention plan of one packed forward.
 
-    spans: in packed order, sorted by `packing_order`.
+    spans: in packed order, sorted by `packing_order`. ints: the plan adds its integers to them, and
+    reads them when they have been sent to the device.
     """
 
     def __init__(
-        self, spans: Sequence[PackedSpan], device: torch.device, dtype: torch.dtype
+        self, spans: Sequence[PackedSpan], ints: DeviceInts, dtype: torch.dtype, layout: BatchLayout
     ) -> None:
-        self._device = device
+        self._ints = ints
         self._dtype = dtype
         single_tokens = [span for span in spans if span.length == 1]
-        self._groups = _slot_groups(single_tokens)
+        self._groups = _slot_groups(single_tokens, layout.max_added_padding)
+        self._group_ints = [self._add_group(group) for group in self._groups]
         self._writes = self._slab_writes(single_tokens)
         self._long_spans = [span for span in spans if span.length > 1]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
@@ -148,8 +172,8 @@ class VarlenPlan:
         value = value[0]
         self._store_single_tokens(layer, key, value)
         outputs = []
-        for group in self._groups:
-            outputs.append(self._attend_group(group, layer, query, params))
+        for group, places in zip(self._groups, self._group_ints, strict=True):
+            outputs.append(self._attend_group(group, places, layer, query, params))
         for span in self._long_spans:
             _store_span(span, layer, key, value)
             outputs.append(self._attend_span(span, layer, query, params))
@@ -165,8 +189,8 @@ class VarlenPlan:
             by_slab[span.slot.slab].append(span)
         writes = []
         for slab, members in by_slab.items():
-            slots = torch.tensor([span.slot.index for span in members], device=self._device)
-            columns = torch.tensor([span.first_column for span in members], device=self._device)
+            slots = self._ints.add([span.slot.index for span in members])
+            columns = self._ints.add([span.first_column for span in members])
             at = members[0].at
             tokens = slice(at, at + len(members))
             writes.append(_SlabWrite(slab, slots, columns, tokens))
@@ -175,28 +199,54 @@ class VarlenPlan:
     def _store_single_tokens(self, layer: int, key: Tensor, value: Tensor) -> None:
         for write in self._writes:
             keys, values = write.slab.layers[layer]
-            keys[write.slots, :, write.columns] = key[:, write.tokens].transpose(0, 1)
-            values[write.slots, :, write.columns] = value[:, write.tokens].transpose(0, 1)
+            slots = self._ints[write.slots]
+            columns = self._ints[write.columns]
+            keys[slots, :, columns] = key[:, write.tokens].transpose(0, 1)
+            values[slots, :, columns] = value[:, write.tokens].transpose(0, 1)
 
     # -- attending --------------------------------------------------------------------------------
 
+    def _add_group(self, group: SlotGroup) -> _GroupInts:
+        first = group.slots.start
+        starts = [1] * group.count  # a slot without a token sees something, for a finite softmax
+        own = [0] * group.count
+        rows = []
+        for span in group.spans:
+            row = span.slot.index - first
+            rows.append(row)
+            starts[row] = span.start
+            own[row] = span.first_column
+        add = self._ints.add
+        return _GroupInts(add(starts), add(own), add(rows) if group.has_gaps else None)
+
     def _attend_group(
-        self, group: SlotGroup, layer: int, query: Tensor, params: AttentionParams
+        self,
+        group: SlotGroup,
+        places: _GroupInts,
+        layer: int,
+        query: Tensor,
+        params: AttentionParams,
     ) -> Tensor:
         """[heads, N, dim] of all tokens -> [n, heads, value dim] of the group's."""
         keys, values = group.slab.layers[layer]
-        count = len(group.spans)
         heads, _, dim = query.shape
         key_heads = keys.shape[1]
         own_query = query[:, group.tokens].transpose(0, 1)
+        own_query = own_query.reshape(len(group.spans), key_heads, heads // key_heads, dim)
+        rows = self._ints[places.rows] if places.rows is not None else None
+        if rows is not None:
+            by_slot = own_query.new_zeros(group.count, *own_query.shape[1:])
+            own_query = by_slot.index_copy(0, rows, own_query)
         out = grouped_attention(
-            own_query.reshape(count, key_heads, heads // key_heads, dim),
+            own_query,
             keys[group.slots, :, : group.columns],
             values[group.slots, :, : group.columns],
-            self._group_mask(group, params.window),
+            self._group_mask(group, places, params.window),
             params,
         )
-        return out.reshape(count, heads, -1)
+        if rows is not None:
+            out = out.index_select(0, rows)
+        return out.reshape(len(group.spans), heads, -1)
 
     def _attend_span(
         self, span: PackedSpan, layer: int, query: Tensor, params: AttentionParams
@@ -213,25 +263,27 @@ class VarlenPlan:
         )
         return out[0].transpose(0, 1)
 
-    def _group_mask(self, group: SlotGroup, window: int | None) -> Tensor | None:
+    def _group_mask(
+        self, group: SlotGroup, places: _GroupInts, window: int | None
+    ) -> Tensor | None:
         """[n, 1, 1, columns] to add to the scores; None: every token sees every column."""
         key = (group.at, window)
         if key not in self._masks:
-            self._masks[key] = self._new_group_mask(group, window)
+            self._masks[key] = self._new_group_mask(group, places, window)
         return self._masks[key]
 
-    def _new_group_mask(self, group: SlotGroup, window: int | None) -> Tensor | None:
-        visible = torch.zeros(len(group.spans), group.columns, dtype=torch.bool)
-        for row, span in enumerate(group.spans):
-            visible[row, : span.start] = True
-            visible[row, span.first_column] = True
-            if window is not None:
-                first_visible = max(0, span.start + 1 - window)
-                visible[row, :first_visible] = False
-        if visible.all():
+    def _new_group_mask(
+        self, group: SlotGroup, places: _GroupInts, window: int | None
+    ) -> Tensor | None:
+        if _sees_all(group, window):
             return None
-        mask = additive_mask(visible, self._dtype).to(self._device)
-        return mask[:, None, None, :]
+        columns = torch.arange(group.columns, device=self._ints.device)[None, :]
+        starts = self._ints[places.starts][:, None]
+        visible = columns < starts
+        if window is not None:
+            visible = visible & (columns >= starts + 1 - window)
+        visible = visible | (columns == self._ints[places.own][:, None])
+        return additive_mask(visible, self._dtype)[:, None, None, :]
 
     def _span_mask(self, span: PackedSpan, params: AttentionParams, groups: int) -> Tensor | None:
         """[length, columns] to add to the scores, [groups * length, columns] if heads are folded.
@@ -250,7 +302,7 @@ class VarlenPlan:
         folds_heads = _folds_heads(span.length, params)
         if not folds_heads and _is_causal(span, window):
             return None
-        mask = additive_mask(span.visible(window), self._dtype).to(self._device)
+        mask = additive_mask(span.visible(window, self._ints.device), self._dtype)
         return mask.repeat(groups, 1) if folds_heads else mask
 
 
@@ -262,24 +314,32 @@ def packing_order(slot: Slot, length: int) -> tuple[bool, int, int]:
 # -- groups of single tokens ----------------------------------------------------------------------
 
 
-def _slot_groups(spans: Sequence[PackedSpan]) -> list[SlotGroup]:
+def _slot_groups(spans: Sequence[PackedSpan], max_added_padding: float) -> list[SlotGroup]:
     """Groups of single-token spans, which are sorted by slab and slot."""
     groups: list[SlotGroup] = []
     members: list[PackedSpan] = []
     columns = 0  # that the members' call reads
     for span in spans:
-        if members and not _joins(span, members, columns):
-            groups.append(SlotGroup(tuple(members), columns))
+        if members and not _joins(span, members, columns, max_added_padding):
+            groups.append(_slot_group(members, columns, max_added_padding))
             members = []
             columns = 0
         members.append(span)
         columns = max(columns, span.columns)
     if members:
-        groups.append(SlotGroup(tuple(members), columns))
+        groups.append(_slot_group(members, columns, max_added_padding))
     return groups
 
 
-def _joins(span: PackedSpan, members: Sequence[PackedSpan], columns: int) -> bool:
+def _slot_group(members: Sequence[PackedSpan], columns: int, max_added_padding: float) -> SlotGroup:
+    if len(members) > 1 and math.isinf(max_added_padding):
+        columns = -(-columns // MASK_COLUMNS) * MASK_COLUMNS
+    return SlotGroup(tuple(members), columns)
+
+
+def _joins(
+    span: PackedSpan, members: Sequence[PackedSpan], columns: int, max_added_padding: float
+) -> bool:
     """Whether the span is the members' next slot, and padding costs less than another call.
 
     columns: that the members' call reads.
@@ -287,12 +347,24 @@ def _joins(span: PackedSpan, members: Sequence[PackedSpan], columns: int) -> boo
     previous = members[-1].slot
     if span.slot.slab is not previous.slab:
         return False
+    if math.isinf(max_added_padding):
+        return True
     if span.slot.index != previous.index + 1:
         return False
     columns_with_span = max(columns, span.columns)
     own_padding = columns_with_span - span.columns
     others_padding = (columns_with_span - columns) * len(members)
-    return own_padding + others_padding <= MAX_ADDED_PADDING
+    return own_padding + others_padding <= max_added_padding
+
+
+def _sees_all(group: SlotGroup, window: int | None) -> bool:
+    """Whether every token of the group sees every column that its call reads."""
+    if group.has_gaps:
+        return False
+    for span in group.spans:
+        if span.start + 1 < group.columns or span.first_column != span.start:
+            return False
+    return window is None or group.columns <= window
 
 
 # -- long spans -----------------------------------------------------------------------------------

@@ -94,7 +94,13 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
 
 def _load_slm(config: Config) -> ModelRuntime:
     slm = config.slm
-    runtime = ModelRuntime.load(config.slm.model, slm.dtype, slm.device, slm.kv_bytes)
+    runtime = ModelRuntime.load(
+        slm.model,
+        slm.dtype,
+        slm.device,
+        slm.kv_bytes,
+        max_num_seqs=config.proposer.max_num_seqs,
+    )
     runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
     return runtime
 

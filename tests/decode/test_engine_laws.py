@@ -26,7 +26,8 @@ from s2t_shared.decode.interfaces import (
     SamplingInput,
 )
 from s2t_shared.decode.llm_selector import InProcessSelector
-from s2t_shared.decode.proposer import Proposer, SequenceSlots, sample
+from s2t_shared.decode.proposer import Proposer, SequenceSlots
+from s2t_shared.decode.reductions import draw
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
@@ -616,13 +617,11 @@ def test_sampling_is_repeatable_and_its_own(models: Models) -> None:
 def test_every_step_and_seed_draws_anew() -> None:
     """One random number for all steps keeps a sequence in one quantile: all its tokens likely ones,
     or all odd ones."""
-    flat = torch.zeros(48).log_softmax(0)
-    assert (
-        len({sample(flat, SamplingInput(Sampling(1.0, seed=1), step)) for step in range(60)}) > 25
-    )
-    assert (
-        len({sample(flat, SamplingInput(Sampling(1.0, seed=seed), 1)) for seed in range(60)}) > 25
-    )
+    flat = torch.zeros(60, 48)
+    steps = [SamplingInput(Sampling(1.0, seed=1), step) for step in range(60)]
+    seeds = [SamplingInput(Sampling(1.0, seed=seed), 1) for seed in range(60)]
+    for inputs in (steps, seeds):
+        assert len(set(draw(flat, inputs).tolist())) > 25
 
 
 def test_sampling_follows_the_distribution(models: Models) -> None:

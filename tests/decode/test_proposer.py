@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2t_shared.decode.proposer import top_k
+from s2t_shared.decode.reductions import top_k
 
 
 @pytest.mark.parametrize("vocabulary", [80, 20000, 49152 + 5])
