@@ -30,6 +30,7 @@ from s2t_shared.decode.proposer import Proposer, SequenceSlots
 from s2t_shared.decode.reductions import draw
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
+from s2t_shared.model.kv_pool import BatchLayout
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.types import (
     CandidateRule,
@@ -68,6 +69,7 @@ from tests.helpers.engine import (
     select,
     with_options,
 )
+from tests.helpers.forwards import with_layout
 from tests.helpers.models import EOS, MAX_LENGTH
 
 # -- law 1: the ends of the dial ------------------------------------------------------------------
@@ -552,6 +554,17 @@ def test_a_mixed_batch_is_each_sequence_alone(
         assert a.output_ids == b.output_ids, a.request.request_id
         assert_same(a.steps, b.steps, a.request.request_id)
         assert (a.finish_reason, a.usage, a.version) == (b.finish_reason, b.usage, b.version)
+
+
+def test_a_mixed_batch_over_a_gpus_layout(models: Models, alone: list[LiveSequence]) -> None:
+    """All sequences in slabs of a whole batch, with free slots between them: the same answers."""
+    engine = mixed_engine(models)
+    layout = BatchLayout.for_device(torch.device("cuda"), max_num_seqs=32)
+    with_layout(engine.proposer.runtime, layout)
+    together = run(engine, *mixed_requests())
+    for a, b in zip(alone, together, strict=True):
+        assert a.output_ids == b.output_ids, a.request.request_id
+        assert_same(a.steps, b.steps, a.request.request_id)
 
 
 def test_the_mixed_batch_is_worth_comparing(alone: list[LiveSequence]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from s2t_shared.model.kv_pool import Slot
+from s2t_shared.model.kv_pool import BatchLayout, KVPool, Slot
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime, Segment
 
@@ -29,6 +29,13 @@ def plain_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     ).eval()
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def with_layout(runtime: ModelRuntime, layout: BatchLayout) -> ModelRuntime:
+    """The runtime with an empty pool of another layout."""
+    pool = runtime.pool
+    runtime.pool = KVPool(pool._shapes, pool._dtype, pool._device, pool.max_bytes, layout)
+    return runtime
 
 
 def new_slot(runtime: ModelRuntime, columns: int = 128, adapter_key: object = None) -> Slot:

@@ -20,6 +20,7 @@ from s2t_shared.model.kv_pool import (
     MIN_PREFIX_MATCH,
     MIN_SLOT_TOKENS,
     SLAB_TOKENS,
+    BatchLayout,
     KVPool,
     KVShape,
     Slot,
@@ -35,8 +36,10 @@ STORY = [(7 * i * i + i) % 11 for i in range(700)]
 # -- slots and what they hold ---------------------------------------------------------------------
 
 
-def new_pool(tokens: int) -> KVPool:
-    return KVPool(SHAPES, torch.float32, torch.device("cpu"), tokens * BYTES + BYTES // 2)
+def new_pool(tokens: int, slab_slots: int = 1) -> KVPool:
+    device = torch.device("cpu")
+    layout = BatchLayout(slab_slots)
+    return KVPool(SHAPES, torch.float32, device, tokens * BYTES + BYTES // 2, layout)
 
 
 def values_of(adapter_key: str | None, ids: Sequence[int]) -> torch.Tensor:
@@ -238,14 +241,15 @@ def apply(world: World, operation: tuple) -> None:
 @given(
     st.sampled_from([128, 300, 512, 513, 800, 1024, 1500, 2100, 3000]),
     st.lists(ALLOCATE | CHANGE, min_size=15, max_size=50),
+    st.sampled_from([1, 4]),
 )
 def test_slots_hold_what_their_ids_say_whatever_happens(
-    tokens: int, operations: list[tuple]
+    tokens: int, operations: list[tuple], slab_slots: int
 ) -> None:
     """An answer continued over another prompt's KV, or another adapter's, is fluent and wrong:
     nobody would notice. A pool above its bytes ends the process; one that refuses what fits it
     stops serving for ever."""
-    world = World(new_pool(tokens))
+    world = World(new_pool(tokens, slab_slots))
     for operation in operations:
         apply(world, operation)
         world.check()
@@ -261,13 +265,14 @@ def test_slots_hold_what_their_ids_say_whatever_happens(
     st.integers(1, 1200),
     st.integers(1, 6),
     st.lists(st.tuples(IDS, st.sampled_from([0, 100, 400])), max_size=8),
+    st.sampled_from([1, 4]),
 )
 def test_fits_is_honest(
-    tokens: int, columns: int, slots: int, history: list[tuple[list[int], int]]
+    tokens: int, columns: int, slots: int, history: list[tuple[list[int], int]], slab_slots: int
 ) -> None:
     """The engine refuses what does not fit and promises to serve what does: too timid loses
     requests, too bold makes one wait for ever, at the head of the queue."""
-    pool = new_pool(tokens)
+    pool = new_pool(tokens, slab_slots)
     for ids, extra in history:
         slot = pool.allocate(ids, len(ids) + extra)
         if slot is not None:
@@ -445,6 +450,28 @@ def test_short_slots_share_slabs_in_a_large_pool() -> None:
     long = allocated(pool, other_ids(-1), SLAB_TOKENS + 1)
     assert long.columns == 2 * SLAB_TOKENS
     assert len(long.slab.slots) == 1
+
+
+def test_live_slots_stay_together() -> None:
+    """On a GPU each slab of live slots is one more attention call per layer: cached slots give way
+    before a batch spreads over more slabs."""
+    pool = new_pool(64 * MIN_SLOT_TOKENS, slab_slots=4)
+    for first in range(0, 40, 4):  # four live sequences at a time, each new
+        slots = [allocated(pool, STORY[i : i + 30], 100) for i in range(first, first + 4)]
+        assert len({id(slot.slab) for slot in slots}) == 1
+        for slot in slots:
+            pool.release(slot)
+    assert len(pool.slabs) == 1
+    pool.check()
+
+
+def test_a_slab_for_a_batch_leaves_room_for_other_sizes() -> None:
+    """64 slots of the longest class would be the whole pool."""
+    pool = new_pool(16 * 1024, slab_slots=64)
+    long = allocated(pool, STORY[:600], 2048)
+    assert long.slab.bytes <= pool.max_bytes / 4
+    short = allocated(pool, STORY[:20], 100)
+    assert len(short.slab.slots) == 32
 
 
 def test_a_fresh_slab_is_zero() -> None:

@@ -9,9 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from s2t_shared.errors import InvalidRequestError, ModelLoadError
+from s2t_shared.model.kv_pool import BatchLayout
 from s2t_shared.model.runtime import ModelRuntime, Segment
-from tests.helpers.forwards import new_slot, plain_logits, random_adapter, read
+from tests.helpers.forwards import new_slot, plain_logits, random_adapter, read, with_layout
 
+# A GPU's layout works on any device.
+GPU_LAYOUT = BatchLayout.for_device(torch.device("cuda"), max_num_seqs=8)
 ARCHITECTURES = ["slm", "qwen2", "qwen2_tied", "padding", "gemma2", "mistral"]
 
 
@@ -94,11 +97,14 @@ def test_a_freed_slot_starts_clean(models: dict[str, Path]) -> None:
     assert_near(logits, plain_logits(models["slm"], [9, 8, 7]))
 
 
+@pytest.mark.parametrize("layout", [BatchLayout(), GPU_LAYOUT], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_packed_forward_of_everything_at_once(models: dict[str, Path], name: str) -> None:
+def test_one_packed_forward_of_everything_at_once(
+    models: dict[str, Path], name: str, layout: BatchLayout
+) -> None:
     """Prefill chunks, single tokens of slots with holes between them, a long chunk after a prefix,
     and candidates, in one forward and any order: each is what a plain forward of its own says."""
-    runtime = ModelRuntime.load(str(models[name]))
+    runtime = with_layout(ModelRuntime.load(str(models[name])), layout)
     torch.manual_seed(1)
     contexts = [torch.randint(5, 48, (n,)).tolist() for n in (9, 90, 30, 5, 100, 12, 3)]
     cached = [8, 20, 29, 0, 99, 12, 2]
