@@ -23,6 +23,7 @@ from torch import Tensor
 
 from s2t_shared.errors import InvalidRequestError, ModelLoadError
 from s2t_shared.model.attention import AttentionPlan
+from s2t_shared.model.decode_graphs import DecodeGraphs
 from s2t_shared.model.device_ints import DeviceInts
 from s2t_shared.model.kv_pool import BatchLayout, KVPool, KVShape, Slot
 from s2t_shared.model.loading import Role, load_model
@@ -79,6 +80,7 @@ class ModelRuntime:
         self.vocab_rows = int(self.head.weight.shape[0])
         self.max_length = _max_length(self.config)
         self._switch: AdapterSwitch | None = None
+        self._graphs: DecodeGraphs | None = None
         _check_layer_types(self.config)
         if self.device.type == "cpu" and self.model.dtype is torch.float32:
             _order_for_single_tokens(self.model, self.head)
@@ -106,7 +108,10 @@ class ModelRuntime:
         where = torch.device(device)
         loaded = load_model(model, dtype, role, where, kv_bytes)
         layout = BatchLayout.for_device(where, max_num_seqs)
-        return cls(loaded.model, loaded.digest, loaded.eos_ids, kv_bytes, layout)
+        runtime = cls(loaded.model, loaded.digest, loaded.eos_ids, kv_bytes, layout)
+        if where.type == "cuda" and max_num_seqs > 1:
+            runtime.use_decode_graphs()
+        return runtime
 
     @property
     def switch(self) -> AdapterSwitch:
@@ -129,20 +134,39 @@ class ModelRuntime:
             token_ids += segment.token_ids
             token_ids += segment.siblings
             positions += span.positions()
-        ints = DeviceInts(self.device)
-        ids_at = ints.add(token_ids)
-        positions_at = ints.add(positions)
-        plan = VarlenPlan(spans, ints, self.model.dtype, self.pool.layout)
-        ints.send()
-        hidden = self._decode(
-            ints[ids_at][None], ints[positions_at][None], plan, self._gates(packed, spans)
-        )
+        hidden = self._replayed(packed, spans, token_ids)
+        if hidden is None:
+            ints = DeviceInts(self.device)
+            ids_at = ints.add(token_ids)
+            positions_at = ints.add(positions)
+            plan = VarlenPlan(spans, ints, self.model.dtype, self.pool.layout)
+            ints.send()
+            gates = self._gates(packed, spans)
+            hidden = self._decode(ints[ids_at][None], ints[positions_at][None], plan, gates)[0]
         slices = [slice(0)] * len(segments)
         for index, segment, span in zip(order, packed, spans, strict=True):
             slices[index] = span.tokens
             if segment.extends_slot:
                 segment.slot.token_ids[segment.start :] = segment.token_ids
-        return hidden[0], slices
+        return hidden, slices
+
+    def _replayed(
+        self, segments: Sequence[Segment], spans: Sequence[PackedSpan], token_ids: Sequence[int]
+    ) -> Tensor | None:
+        """Hidden states [N, hidden] of a recorded decode step; None: this step is none."""
+        if self._graphs is None or spans[-1].length > 1:  # spans of several tokens come last
+            return None
+        if any(segment.adapter is not None for segment in segments):
+            return None
+        return self._graphs.run(spans, token_ids)
+
+    def use_decode_graphs(self) -> None:
+        """Record decode steps and replay them, see `decode_graphs`."""
+
+        def decode(token_ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+            return self._decode(token_ids, positions, plan, [])
+
+        self._graphs = DecodeGraphs(decode, self.device, self.model.dtype)
 
     def forward_padded(
         self, token_ids: Tensor, plan: PaddedPlan, adapter: Adapter | None = None

@@ -33,6 +33,7 @@ from s2t_shared.types import (
 )
 
 KV_BYTES = 4 << 30
+MAX_BATCH = 64  # a GPU's KV pool is laid out for it
 RANK = 16
 _runs = count()
 
@@ -70,7 +71,9 @@ def load(settings: Settings, needs_llm: bool = False) -> Models:
     """Raises ConfigError, ModelLoadError, TokenizerMismatchError."""
     torch.set_num_threads(settings.threads)
     tokenizer = Tokenizer.load(resolve_model(settings.slm))
-    slm = ModelRuntime.load(settings.slm, settings.dtype, settings.device, KV_BYTES)
+    slm = ModelRuntime.load(
+        settings.slm, settings.dtype, settings.device, KV_BYTES, max_num_seqs=MAX_BATCH
+    )
     proposer = Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows))
     if not needs_llm:
         return Models(tokenizer, proposer)
@@ -160,9 +163,10 @@ def run(
     prompt_ids: Sequence[tuple[int, ...]],
     new: int,
     engine: Callable[[Proposer], Engine] | None = None,
+    sampling: Sequence[Sampling] | None = None,
 ) -> Run:
     """Answer the prompts together, on empty pools. Without an `engine` of the caller's, each gets
-    exactly `new` tokens."""
+    exactly `new` tokens. sampling: by prompt, where the policies sample or trigger at random."""
     models.slm.pool.clear()
     if models.scorer is not None:
         models.scorer.runtime.pool.clear()
@@ -172,15 +176,16 @@ def run(
     made = (
         engine(models.proposer) if engine else Engine(models.proposer, max_num_seqs=len(prompt_ids))
     )
+    drawings = sampling or [Sampling()] * len(prompt_ids)
     live = [
         made.add(
             DecodeRequest(
                 request_id=f"{next(_runs)}",
                 token_ids=ids,
-                options=DecodeOptions(policy=policy, max_new_tokens=new),
+                options=DecodeOptions(policy=policy, sampling=drawing, max_new_tokens=new),
             )
         )
-        for ids, policy in zip(prompt_ids, policies, strict=True)
+        for ids, policy, drawing in zip(prompt_ids, policies, drawings, strict=True)
     ]
     started = time.perf_counter()
     while not made.idle:

@@ -19,7 +19,7 @@ from s2t_shared.requests import by_name
 from s2t_shared.types import Trigger
 
 if TYPE_CHECKING:
-    from services.bench.measure import Report
+    from services.bench.measure import Figure, Report
 
 bench_app = typer.Typer(
     no_args_is_help=True, help="Measure side by side, in one run, on any model folder."
@@ -139,6 +139,54 @@ def decode(
     with ticks() as tick:
         report = bench_decode(made, numbers(batches, "--batches"), names, hf, tick)
     show(report, json_out)
+
+
+@bench_app.command()
+def gpu(
+    slm: Annotated[str, typer.Option(help="size of the SLM: 0.5B, 1.5B, 7B, 32B")] = "1.5B",
+    llm: Annotated[str, typer.Option(help="size of the LLM, or none")] = "none",
+    batches: Annotated[str, typer.Option(help="batch sizes, comma-separated")] = "1,64,256",
+    prefix: Prefix = 256,
+    new: New = 128,
+    k: K = 8,
+    budget: Budget = 0.01,
+    kv_gib: Annotated[float, typer.Option(help="KV pool of each model")] = 6.0,
+    max_hf_batch: Annotated[int, typer.Option(help="largest batch for generate; 0: none")] = 64,
+    graphs: Annotated[bool, typer.Option(help="decode steps as CUDA graphs")] = True,
+    repeats: Repeats = 3,
+    threads: Threads = 2,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cuda",
+    json_out: Json = False,
+) -> None:
+    """Every mode with random weights of real shapes: no network and no model is needed."""
+    from services.bench.gpu import GpuSettings, bench_gpu
+
+    made = settings(
+        slm=slm,
+        prefix=prefix,
+        new=new,
+        k=k,
+        budget=budget,
+        repeats=repeats,
+        threads=threads,
+        dtype=dtype,
+        device=device,
+    )
+    wanted = GpuSettings(
+        slm=slm,
+        llm=None if llm == "none" else llm,
+        batches=numbers(batches, "--batches"),
+        kv_gib=kv_gib,
+        max_hf_batch=max_hf_batch,
+        graphs=graphs,
+    )
+
+    def say(found: Figure) -> None:
+        line = f"{found.name}: {found.median:.4g} {found.unit}, {found.conditions}"
+        print(line, file=sys.stderr, flush=True)
+
+    show(bench_gpu(made, wanted, say), json_out)
 
 
 @bench_app.command()

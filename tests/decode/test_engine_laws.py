@@ -557,10 +557,12 @@ def test_a_mixed_batch_is_each_sequence_alone(
 
 
 def test_a_mixed_batch_over_a_gpus_layout(models: Models, alone: list[LiveSequence]) -> None:
-    """All sequences in slabs of a whole batch, with free slots between them: the same answers."""
+    """All sequences in slabs of a whole batch, with free slots between them, and recorded steps:
+    the same answers."""
     engine = mixed_engine(models)
     layout = BatchLayout.for_device(torch.device("cuda"), max_num_seqs=32)
-    with_layout(engine.proposer.runtime, layout)
+    runtime = with_layout(engine.proposer.runtime, layout)
+    runtime.use_decode_graphs()
     together = run(engine, *mixed_requests())
     for a, b in zip(alone, together, strict=True):
         assert a.output_ids == b.output_ids, a.request.request_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.interfaces import SamplingInput
 from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.reductions import draw
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.types import CandidateRule, Mode, Policy, Trigger
+from s2t_shared.types import CandidateRule, Mode, Policy, Sampling, Trigger
 from tests.helpers.engine import (
     GREEDY,
     KINDS,
@@ -29,7 +32,8 @@ RESERVED = tuple(range(48, 64))
 
 
 def on_gpu(folder: Path, dtype: str = "float32") -> Proposer:
-    return Proposer(ModelRuntime.load(str(folder), dtype, "cuda", 64 << 20), RESERVED)
+    runtime = ModelRuntime.load(str(folder), dtype, "cuda", 64 << 20, max_num_seqs=8)
+    return Proposer(runtime, RESERVED)
 
 
 @pytest.mark.parametrize("name", ["slm", "qwen2", "gemma2", "mistral"])
@@ -81,3 +85,24 @@ def test_bfloat16_decodes(models: dict[str, Path]) -> None:
     assert exact.steps[0].support is not None
     assert answer.output_ids[0] in exact.steps[0].support.ids[:3]
     assert not set(answer.output_ids) & set(RESERVED)
+
+
+@pytest.mark.parametrize("name", ["slm", "qwen2", "gemma2", "mistral"])
+def test_recorded_steps_are_the_others(models: dict[str, Path], name: str) -> None:
+    """A tensor that lives outside a recorded graph, or a kernel chosen while recording, shows
+    here: the same answers in a batch whose sequences come and go."""
+    requests = [request(GREEDY, prompt, 5 + 4 * i) for i, prompt in enumerate(PROMPTS)]
+    recorded = on_gpu(models[name])
+    assert recorded.runtime._graphs is not None
+    plain = Proposer(ModelRuntime.load(str(models[name]), "float32", "cuda", 64 << 20), RESERVED)
+    for _ in range(2):
+        answers = [s.output_ids for s in run(Engine(recorded, max_num_seqs=3), *requests)]
+        expected = [s.output_ids for s in run(Engine(plain, max_num_seqs=3), *requests)]
+        assert answers == expected
+
+
+def test_drawn_ids_are_the_cpus() -> None:
+    logits = torch.randn(24, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    cuts = (Sampling(0.7), Sampling(1.3, 0.8), Sampling(1.0, 1.0, 40), Sampling(0.0))
+    inputs = [SamplingInput(replace(cuts[i % 4], seed=i), i) for i in range(24)]
+    assert draw(logits.cuda(), inputs).tolist() == draw(logits, inputs).tolist()

@@ -132,6 +132,52 @@ def test_one_packed_forward_of_everything_at_once(
     runtime.pool.check()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_recorded_steps_are_plain_forwards(models: dict[str, Path], name: str) -> None:
+    """Decode steps of changing batches: of some slots and of all, with free, waiting and ended
+    slots between them, which must not lose what they hold."""
+    runtime = with_layout(ModelRuntime.load(str(models[name])), GPU_LAYOUT)
+    runtime.use_decode_graphs()
+    graphs = runtime._graphs
+    assert graphs is not None
+    torch.manual_seed(2)
+    contexts = [torch.randint(5, 48, (n,)).tolist() for n in (9, 40, 90, 5, 30)]
+    slots = [new_slot(runtime) for _ in contexts]
+    for slot, context in zip(slots, contexts, strict=True):
+        read(runtime, slot, context[:-4])
+    runtime.pool.release(slots[2])  # ended, and kept for its prefix
+    read_so_far = [len(context) - 4 for context in contexts]
+    for step in ([0, 1, 3, 4], [4], [1, 3], [0, 1, 3, 4], [0, 3], [0, 1]):
+        segments = []
+        for i in step:
+            start = read_so_far[i]
+            segments.append(Segment(slot=slots[i], token_ids=[contexts[i][start]], start=start))
+        hidden, slices = runtime.forward(segments)
+        for i, tokens in zip(step, slices, strict=True):
+            expected = plain_logits(models[name], contexts[i][: read_so_far[i] + 1])[-1]
+            assert_near(runtime.logits(hidden[tokens])[0], expected, atol=5e-5)
+            read_so_far[i] += 1
+    assert len(graphs._recorded) == 1
+    # The ended context is still what it was.
+    again = runtime.pool.allocate(contexts[2], 128)
+    assert again is not None and len(again.token_ids) == len(contexts[2]) - 4
+    logits = runtime.logits(read(runtime, again, contexts[2][-4:], len(contexts[2]) - 4))
+    assert_near(logits, plain_logits(models[name], contexts[2])[-4:], atol=5e-5)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_usual(models: dict[str, Path]) -> None:
+    """A full slot beside the step's has no column for the dummy."""
+    runtime = with_layout(ModelRuntime.load(str(models["slm"])), GPU_LAYOUT)
+    runtime.use_decode_graphs()
+    full, slot = new_slot(runtime), new_slot(runtime)
+    context = torch.randint(5, 48, (128,), generator=torch.Generator().manual_seed(1)).tolist()
+    read(runtime, full, context)
+    read(runtime, slot, context[:9])
+    logits = runtime.logits(read(runtime, slot, context[9:10], 9))
+    assert_near(logits[0], plain_logits(models["slm"], context[:10])[-1])
+    assert full.token_ids == context
+
+
 def test_adapters_act_on_their_own_tokens_only(models: dict[str, Path]) -> None:
     """Two versions and none in one forward, each sequence as if alone."""
     runtime = ModelRuntime.load(str(models["qwen2"]))

@@ -1,0 +1,196 @@
+"""Decode steps as CUDA graphs: one launch for a whole forward of single tokens.
+
+A small model's decode step is some thousand short kernels, and a GPU waits for Python to start each
+of them. A graph is recorded once per shape and replayed. A shape is a slab, how many of its slots
+and how many of their columns take part. Slots without a token in the step take part too: their
+token is a dummy, written into a column behind all that the slot has read.
+
+Only steps whose tokens lie in one slab, without adapters and siblings, are replayed; the others run
+as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from s2t_shared.model.attention import (
+    AttentionParams,
+    AttentionPlan,
+    additive_mask,
+    grouped_attention,
+)
+from s2t_shared.model.kv_pool import Slab
+from s2t_shared.model.varlen_plan import PackedSpan
+
+Decode = Callable[[Tensor, Tensor, AttentionPlan], Tensor]
+MIN_COLUMNS = 128
+COLUMN_STEPS = 4  # sizes of columns between one power of two and the next
+WARMUP_RUNS = 2  # libraries choose their kernels in the first runs, which must not be recorded
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph with the integers it reads and the hidden states [rows, hidden] it writes."""
+
+    replay: Callable[[], None]
+    ints: Tensor
+    hidden: Tensor
+
+
+class DecodeGraphs:
+    """The recorded decode steps of one model.
+
+    decode: token ids [1, n], positions [1, n] and a plan -> hidden states [1, n, hidden].
+    """
+
+    def __init__(self, decode: Decode, device: torch.device, dtype: torch.dtype) -> None:
+        self._decode = decode
+        self._device = device
+        self._dtype = dtype
+        self._recorded: WeakKeyDictionary[Slab, dict[tuple[int, int], _Recorded]]
+        self._recorded = WeakKeyDictionary()
+
+    def run(self, spans: Sequence[PackedSpan], token_ids: Sequence[int]) -> Tensor | None:
+        """Hidden states [n, hidden] of n single tokens; None: the step must run as usual.
+
+        spans: of one token each, in packed order; the keys and values go where they say.
+        """
+        slab = spans[0].slot.slab
+        if any(span.slot.slab is not slab or span.length > 1 for span in spans):
+            return None
+        rows = _rows(spans)
+        numbers = _numbers(slab, rows, spans, token_ids)
+        if numbers is None:
+            return None
+        columns = _columns(max(span.columns for span in spans), slab.columns)
+        recorded = self._find(slab, rows, columns, numbers)
+        recorded.ints.copy_(self._to_send(numbers), non_blocking=True)
+        recorded.replay()
+        if len(spans) == rows:
+            return recorded.hidden.clone()
+        indices = [span.slot.index for span in spans]
+        return recorded.hidden[self._to_send(indices).to(self._device, non_blocking=True)]
+
+    def _to_send(self, numbers: Sequence[int]) -> Tensor:
+        """int64 on the host, pinned where a GPU reads it."""
+        return torch.tensor(numbers, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+
+    def _find(self, slab: Slab, rows: int, columns: int, numbers: list[int]) -> _Recorded:
+        """The recorded step of a shape; a new shape is recorded, which runs it."""
+        by_shape = self._recorded.setdefault(slab, {})
+        if (rows, columns) not in by_shape:
+            ints = self._to_send(numbers).to(self._device)
+            by_shape[rows, columns] = self._record(slab, rows, columns, ints)
+        return by_shape[rows, columns]
+
+    def _record(self, slab: Slab, rows: int, columns: int, ints: Tensor) -> _Recorded:
+        def step() -> Tensor:
+            token_ids, positions, starts, own = ints.view(4, rows)
+            plan = _SlabPlan(slab, starts, own, columns, self._dtype)
+            return self._decode(token_ids[None], positions[None], plan)[0]
+
+        if self._device.type != "cuda":  # nothing to record: the step itself, for tests
+            hidden = step()
+
+            def again() -> None:
+                hidden.copy_(step())
+
+            return _Recorded(again, ints, hidden)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_RUNS):
+                step()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = step()
+        return _Recorded(graph.replay, ints, hidden)
+
+
+class _SlabPlan:
+    """The attention plan of one token per slot, for the first slots of a slab.
+
+    starts: int64 [rows], how many columns from the first on each token sees. own: int64 [rows], the
+    column of its own key and value.
+    """
+
+    def __init__(
+        self, slab: Slab, starts: Tensor, own: Tensor, columns: int, dtype: torch.dtype
+    ) -> None:
+        self._slab = slab
+        self._starts = starts
+        self._own = own
+        self._columns = columns
+        self._dtype = dtype
+        self._slots = torch.arange(len(starts), device=starts.device)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
+        """See `AttentionPlan`."""
+        keys, values = self._slab.layers[layer]
+        keys[self._slots, :, self._own] = key[0].transpose(0, 1)
+        values[self._slots, :, self._own] = value[0].transpose(0, 1)
+        _, heads, rows, dim = query.shape
+        key_heads = keys.shape[1]
+        by_slot = query[0].transpose(0, 1).reshape(rows, key_heads, heads // key_heads, dim)
+        out = grouped_attention(
+            by_slot,
+            keys[:rows, :, : self._columns],
+            values[:rows, :, : self._columns],
+            self._mask(params.window),
+            params,
+        )
+        return out.reshape(1, rows, heads, -1)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[rows, 1, 1, columns] to add to the scores."""
+        if window not in self._masks:
+            columns = torch.arange(self._columns, device=self._starts.device)[None, :]
+            starts = self._starts[:, None]
+            visible = columns < starts
+            if window is not None:
+                visible = visible & (columns >= starts + 1 - window)
+            visible = visible | (columns == self._own[:, None])
+            self._masks[window] = additive_mask(visible, self._dtype)[:, None, None, :]
+        return self._masks[window]
+
+
+def _rows(spans: Sequence[PackedSpan]) -> int:
+    """How many slots take part: a power of two, or all of the slab."""
+    needed = spans[-1].slot.index + 1
+    return min(1 << (needed - 1).bit_length(), len(spans[0].slot.slab.slots))
+
+
+def _columns(needed: int, most: int) -> int:
+    """How many columns take part: one of few sizes, at most a fourth more than needed."""
+    size = max(MIN_COLUMNS, 1 << (needed - 1).bit_length())
+    step = max(MIN_COLUMNS, size // (2 * COLUMN_STEPS))
+    return min(-(-needed // step) * step, most)
+
+
+def _numbers(
+    slab: Slab, rows: int, spans: Sequence[PackedSpan], token_ids: Sequence[int]
+) -> list[int] | None:
+    """Token ids, positions, visible columns and own columns, by slot; None: a slot without a token
+    in the step is full, so that it has no column for the dummy."""
+    ids = [0] * rows
+    positions = [0] * rows
+    starts = [1] * rows
+    own = [0 if slot is None else len(slot.token_ids) for slot in slab.slots[:rows]]
+    for span, token_id in zip(spans, token_ids, strict=True):
+        row = span.slot.index
+        ids[row] = token_id
+        positions[row] = span.start
+        starts[row] = span.start
+        own[row] = span.first_column
+    if max(own) >= slab.columns:
+        return None
+    return [*ids, *positions, *starts, *own]

@@ -1,0 +1,248 @@
+"""`s2t bench gpu`: what a GPU makes of each mode, with models of real shapes.
+
+Needs no network and no weights: a size ("1.5B") stands for random weights of Qwen2.5's shape, which
+cost what trained ones cost. Their signals mean nothing, so triggers are random at the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from s2t_shared.bundled import SLM_DIR
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.llm_selector import LLMSelector
+from s2t_shared.decode.proposer import Proposer
+from s2t_shared.errors import ConfigError
+from s2t_shared.model import attention
+from s2t_shared.model.device_memory import GIB, check_fits
+from s2t_shared.model.kv_pool import BatchLayout
+from s2t_shared.model.loading import DTYPES
+from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.types import CandidateRule, Mode, Policy, Sampling
+from services.bench import workload
+from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
+from services.bench.workload import Models, Settings
+
+RESERVED_IDS = tuple(range(64))
+GREEDY = "greedy"
+# Qwen2.5's shapes, from the published configurations.
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "32B": {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSettings:
+    """slm, llm: of SHAPES. kv_gib: of each model's KV pool. max_hf_batch: larger batches are not
+    compared with `generate`. graphs: decode steps are recorded."""
+
+    slm: str
+    llm: str | None
+    batches: Sequence[int]
+    kv_gib: float
+    max_hf_batch: int = 64
+    graphs: bool = True
+
+
+def dummy_model(size: str, dtype: torch.dtype, implementation: str) -> PreTrainedModel:
+    """A model with random weights, made on the default device.
+
+    Raises:
+        ConfigError: no shape of this name.
+    """
+    if size not in SHAPES:
+        raise ConfigError(f"{size!r} is no size that is known here; choose from {list(SHAPES)}")
+    config = Qwen2Config(**SHAPES[size], max_position_embeddings=32768, dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=implementation
+    )
+    return model.eval()
+
+
+def _runtime(size: str, settings: Settings, kv_bytes: int, max_num_seqs: int) -> ModelRuntime:
+    device = torch.device(settings.device)
+    dtype = DTYPES[settings.dtype]
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        check_fits(size, _parameters(size) * dtype.itemsize, kv_bytes, free)
+    with device:
+        model = dummy_model(size, dtype, attention.NAME)
+    layout = BatchLayout.for_device(device, max_num_seqs)
+    return ModelRuntime(model, f"dummy-{size}", frozenset(), kv_bytes, layout)
+
+
+def _parameters(size: str) -> int:
+    with torch.device("meta"):
+        model = dummy_model(size, torch.bfloat16, "eager")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load(settings: Settings, gpu: GpuSettings) -> Models:
+    """Both models on the device.
+
+    Raises:
+        ConfigError: no shape of this name.
+        ModelLoadError: they do not fit.
+    """
+    torch.set_num_threads(settings.threads)
+    kv_bytes = int(gpu.kv_gib * GIB)
+    slm = _runtime(gpu.slm, settings, kv_bytes, max(gpu.batches))
+    slm.switch  # noqa: B018 - wraps the layers, as a service does
+    if gpu.graphs:
+        slm.use_decode_graphs()
+    tokenizer = Tokenizer.load(SLM_DIR)  # prompts are ids: it is never asked
+    scorer = None
+    if gpu.llm is not None:
+        scorer = LLMSelector(_runtime(gpu.llm, settings, kv_bytes, 1), tokenizer.digest)
+    return Models(tokenizer, Proposer(slm, RESERVED_IDS), scorer)
+
+
+def bench_gpu(
+    settings: Settings, gpu: GpuSettings, on_figure: Callable[[Figure], None] = lambda figure: None
+) -> Report:
+    """Tokens per second of every mode at every batch size, in turns, prompts included."""
+    models = load(settings, gpu)
+    figures = []
+    for batch in gpu.batches:
+        for found in _bench_batch(settings, gpu, models, batch):
+            figures.append(found)
+            on_figure(found)
+    title = f"gpu: SLM {gpu.slm}, LLM {gpu.llm}, random weights, {settings.dtype}"
+    return Report(title, tuple(figures))
+
+
+def _bench_batch(
+    settings: Settings, gpu: GpuSettings, models: Models, batch: int
+) -> Iterator[Figure]:
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, settings.prefix)
+    ids = torch.randint(64, 150_000, shape, generator=generator)
+    prompts = [tuple(row) for row in ids.tolist()]
+    sides: dict[str, Callable[[], float]] = {}
+    for name, (policies, selector) in _policies(settings, models, batch).items():
+        sides[name] = partial(_run, models, policies, selector, prompts, settings.new)
+    with _generate(settings, gpu, batch) as generate:
+        if generate is not None:
+            name = "greedy, Hugging Face generate"
+            sides[name] = partial(generate, ids.to(settings.device))
+        for side in sides.values():  # first runs load kernels and fill caches
+            side()
+        seconds = take_turns(sides, settings.repeats)
+    tokens = batch * settings.new
+    conditions = f"batch {batch}, prompts of {settings.prefix}, {settings.new} new"
+    for name, taken in seconds.items():
+        yield figure(name, [tokens / s for s in taken], "tokens/s", conditions)
+    for name, taken in seconds.items():
+        if name != GREEDY:
+            yield figure(f"{name} / greedy", ratios(seconds[GREEDY], taken), "x", f"batch {batch}")
+
+
+def _policies(
+    settings: Settings, models: Models, batch: int
+) -> Mapping[str, tuple[Sequence[Policy], LocalSelector | None]]:
+    rule = CandidateRule(settings.k)
+    local = Policy(mode=Mode.S2T_LOCAL, candidates=rule)
+    s2t = Policy(mode=Mode.S2T, candidates=rule)
+    selector = workload.random_selector(models.slm, RESERVED_IDS, SelectorKind.PREFIX, Reading.BASE)
+    budget = f"{settings.budget:.0%}"
+    sides: dict[str, tuple[Policy, LocalSelector | None]] = {
+        GREEDY: (Policy(), None),
+        "sample, top_p 0.95 of flat logits": (Policy(mode=Mode.SAMPLE), None),
+        f"s2t_local (prefix, base), {budget}": (
+            workload.with_random_trigger(local, settings.budget),
+            selector,
+        ),
+    }
+    if models.scorer is not None:
+        sides[f"s2t, {budget}"] = (workload.with_random_trigger(s2t, settings.budget), None)
+        sides["LLM alone (mode llm)"] = (Policy(mode=Mode.LLM), None)
+    return {name: ([policy] * batch, local) for name, (policy, local) in sides.items()}
+
+
+def _run(
+    models: Models,
+    policies: Sequence[Policy],
+    selector: LocalSelector | None,
+    prompts: Sequence[tuple[int, ...]],
+    new: int,
+) -> float:
+    """Seconds of one run."""
+    needs_llm = policies[0].needs_llm
+
+    def engine(proposer: Proposer) -> Engine:
+        if needs_llm:
+            return workload.with_llm(models, len(prompts))(proposer)
+        return Engine(proposer, None, lambda version: selector, max_num_seqs=len(prompts))
+
+    sampling = Sampling(1.0, 0.95) if policies[0].mode is Mode.SAMPLE else Sampling()
+    seeded = [replace(sampling, seed=i) for i in range(len(prompts))]
+    return workload.run(models, policies, prompts, new, engine, seeded).seconds
+
+
+@contextmanager
+def _generate(
+    settings: Settings, gpu: GpuSettings, batch: int
+) -> Iterator[Callable[[torch.Tensor], float] | None]:
+    """Seconds that Hugging Face `generate` takes; None for batches that are not compared."""
+    if batch > gpu.max_hf_batch:
+        yield None
+        return
+    with torch.device(settings.device):
+        model = dummy_model(gpu.slm, DTYPES[settings.dtype], "sdpa")
+
+    def generate(ids: torch.Tensor) -> float:
+        started = clock()
+        with torch.no_grad():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=settings.new,
+                min_new_tokens=settings.new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return clock() - started
+
+    yield generate
