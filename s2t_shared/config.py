@@ -64,6 +64,9 @@ class Placement(_Section):
 
 class ProposerConfig(Placement):
     max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
+    cuda_graphs: bool = Field(
+        True, description="on a GPU, record decode steps and replay them; off: for debugging"
+    )
     max_ongoing_requests: int = Field(
         256, ge=1, description="requests a replica accepts before it refuses more"
     )

@@ -1,16 +1,16 @@
 """Decode steps as CUDA graphs: one launch for a whole forward of single tokens.
 
 A small model's decode step is some thousand short kernels, and a GPU waits for Python to start each
-of them. A graph is recorded once per shape and replayed. A shape is a slab, how many of its slots
-and how many of their columns take part. Slots without a token in the step take part too: their
-token is a dummy, written into a column behind all that the slot has read.
+of them. A graph is recorded once per shape and replayed, one for each slab of a step. A shape is
+how many of a slab's slots and how many of their columns take part. Slots without a token in the
+step take part too: their token is a dummy, written into a column behind all that the slot has read.
 
-Only steps whose tokens lie in one slab, without adapters and siblings, are replayed; the others run
-as usual.
+Only steps of single tokens without adapters are replayed; the others run as usual.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -54,19 +54,28 @@ class DecodeGraphs:
         self._dtype = dtype
         self._recorded: WeakKeyDictionary[Slab, dict[tuple[int, int], _Recorded]]
         self._recorded = WeakKeyDictionary()
+        # One pool for all graphs: they never run at once, and each keeps what it returns.
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def run(self, spans: Sequence[PackedSpan], token_ids: Sequence[int]) -> Tensor | None:
         """Hidden states [n, hidden] of n single tokens; None: the step must run as usual.
 
-        spans: of one token each, in packed order; the keys and values go where they say.
+        spans: of one token each, sorted by slab and slot; their keys and values go where they say.
         """
-        slab = spans[0].slot.slab
-        if any(span.slot.slab is not slab or span.length > 1 for span in spans):
-            return None
+        by_slab: dict[Slab, list[tuple[PackedSpan, int]]] = defaultdict(list)
+        for span, token_id in zip(spans, token_ids, strict=True):
+            by_slab[span.slot.slab].append((span, token_id))
+        plans = [(slab, _numbers(slab, members)) for slab, members in by_slab.items()]
+        hidden = []
+        for (slab, numbers), members in zip(plans, by_slab.values(), strict=True):
+            if numbers is None:
+                return None
+            hidden.append(self._run(slab, numbers, [span for span, _ in members]))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _run(self, slab: Slab, numbers: list[int], spans: Sequence[PackedSpan]) -> Tensor:
+        """Hidden states [n, hidden] of the spans of one slab."""
         rows = _rows(spans)
-        numbers = _numbers(slab, rows, spans, token_ids)
-        if numbers is None:
-            return None
         columns = _columns(max(span.columns for span in spans), slab.columns)
         recorded = self._find(slab, rows, columns, numbers)
         recorded.ints.copy_(self._to_send(numbers), non_blocking=True)
@@ -108,7 +117,8 @@ class DecodeGraphs:
                 step()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may run the LLM on this device meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             hidden = step()
         return _Recorded(graph.replay, ints, hidden)
 
@@ -176,16 +186,15 @@ def _columns(needed: int, most: int) -> int:
     return min(-(-needed // step) * step, most)
 
 
-def _numbers(
-    slab: Slab, rows: int, spans: Sequence[PackedSpan], token_ids: Sequence[int]
-) -> list[int] | None:
+def _numbers(slab: Slab, members: Sequence[tuple[PackedSpan, int]]) -> list[int] | None:
     """Token ids, positions, visible columns and own columns, by slot; None: a slot without a token
     in the step is full, so that it has no column for the dummy."""
+    rows = _rows([span for span, _ in members])
     ids = [0] * rows
     positions = [0] * rows
     starts = [1] * rows
     own = [0 if slot is None else len(slot.token_ids) for slot in slab.slots[:rows]]
-    for span, token_id in zip(spans, token_ids, strict=True):
+    for span, token_id in members:
         row = span.slot.index
         ids[row] = token_id
         positions[row] = span.start

@@ -96,10 +96,12 @@ class ModelRuntime:
         kv_bytes: int = 1 << 30,
         role: Role = "slm",
         max_num_seqs: int = 1,
+        cuda_graphs: bool = True,
     ) -> ModelRuntime:
         """Load a Hugging Face folder, a hub id or "bundled" onto a device.
 
         max_num_seqs: sequences that decode together, at most; a GPU's KV pool is laid out for them.
+        cuda_graphs: on a GPU, decode steps of such a model are recorded and replayed.
 
         Raises:
             ModelLoadError: missing, unreadable or unsupported model, unknown dtype, or a GPU with
@@ -109,7 +111,7 @@ class ModelRuntime:
         loaded = load_model(model, dtype, role, where, kv_bytes)
         layout = BatchLayout.for_device(where, max_num_seqs)
         runtime = cls(loaded.model, loaded.digest, loaded.eos_ids, kv_bytes, layout)
-        if where.type == "cuda" and max_num_seqs > 1:
+        if cuda_graphs and where.type == "cuda" and max_num_seqs > 1:
             runtime.use_decode_graphs()
         return runtime
 

@@ -100,6 +100,7 @@ def _load_slm(config: Config) -> ModelRuntime:
         slm.device,
         slm.kv_bytes,
         max_num_seqs=config.proposer.max_num_seqs,
+        cuda_graphs=config.proposer.cuda_graphs,
     )
     runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
     return runtime
