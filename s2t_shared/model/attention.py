@@ -99,4 +99,5 @@ def grouped_attention(
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """bool mask -> `dtype` mask to add to the scores: 0 where visible, -inf elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, -torch.inf)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,6 +43,18 @@ class _Recorded:
     hidden: Tensor
 
 
+@dataclass
+class _SlabGraphs:
+    """The graphs of one slab, by rows and columns. They end with it.
+
+    memory: the pool that they share; None until there is one. They never run at once, and each
+    keeps what it returns.
+    """
+
+    by_shape: dict[tuple[int, int], _Recorded] = field(default_factory=dict)
+    memory: Any = None
+
+
 class DecodeGraphs:
     """The recorded decode steps of one model.
 
@@ -52,10 +65,7 @@ class DecodeGraphs:
         self._decode = decode
         self._device = device
         self._dtype = dtype
-        self._recorded: WeakKeyDictionary[Slab, dict[tuple[int, int], _Recorded]]
-        self._recorded = WeakKeyDictionary()
-        # One pool for all graphs: they never run at once, and each keeps what it returns.
-        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._slabs: WeakKeyDictionary[Slab, _SlabGraphs] = WeakKeyDictionary()
 
     def run(self, spans: Sequence[PackedSpan], token_ids: Sequence[int]) -> Tensor | None:
         """Hidden states [n, hidden] of n single tokens; None: the step must run as usual.
@@ -91,7 +101,9 @@ class DecodeGraphs:
 
     def _find(self, slab: Slab, rows: int, columns: int, numbers: list[int]) -> _Recorded:
         """The recorded step of a shape; a new shape is recorded, which runs it."""
-        by_shape = self._recorded.setdefault(slab, {})
+        if slab not in self._slabs:
+            self._slabs[slab] = _SlabGraphs()
+        by_shape = self._slabs[slab].by_shape
         if (rows, columns) not in by_shape:
             ints = self._to_send(numbers).to(self._device)
             by_shape[rows, columns] = self._record(slab, rows, columns, ints)
@@ -118,8 +130,10 @@ class DecodeGraphs:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Another thread may run the LLM on this device meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        memory = self._slabs[slab].memory
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             hidden = step()
+        self._slabs[slab].memory = graph.pool()
         return _Recorded(graph.replay, ints, hidden)
 
 

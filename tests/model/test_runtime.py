@@ -157,7 +157,7 @@ def test_recorded_steps_are_plain_forwards(models: dict[str, Path], name: str) -
             expected = plain_logits(models[name], contexts[i][: read_so_far[i] + 1])[-1]
             assert_near(runtime.logits(hidden[tokens])[0], expected, atol=5e-5)
             read_so_far[i] += 1
-    assert len(graphs._recorded) == 1
+    assert len(graphs._slabs) == 1
     # The ended context is still what it was.
     again = runtime.pool.allocate(contexts[2], 128)
     assert again is not None and len(again.token_ids) == len(contexts[2]) - 4
