@@ -70,8 +70,11 @@ class ProposerConfig(Placement):
     max_ongoing_requests: int = Field(
         256, ge=1, description="requests a replica accepts before it refuses more"
     )
-    prefill_chunk_tokens: int = Field(
-        256, ge=16, description="prompt tokens read per step, beside the decoding of others"
+    prefill_chunk_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="prompt tokens read per step, beside the decoding of others; default: 256 on a "
+        "CPU, 4096 on a GPU",
     )
     selection_timeout_s: float = Field(
         2.0, gt=0, description="a later LLM selection degrades the step"

@@ -42,7 +42,9 @@ from s2t_shared.model.lora import Adapter, merge
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.types import SUPPORT_SIZE, Policy, Proposals, Support, Trigger
 
-PREFILL_CHUNK_TOKENS = 256  # prompt tokens read per step, beside the decoding of others
+# Prompt tokens read per step, beside the decoding of others, by type of device: as many as delay the
+# others little. A GPU reads thousands in the time that its launches take.
+PREFILL_CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 
 
 @dataclass
@@ -75,11 +77,12 @@ class Proposer:
         self,
         runtime: ModelRuntime,
         reserved_ids: tuple[int, ...],
-        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        prefill_chunk_tokens: int | None = None,
     ) -> None:
         self.runtime = runtime
         self.reserved_ids = reserved_ids
-        self._prefill_chunk_tokens = prefill_chunk_tokens
+        by_device = PREFILL_CHUNK_TOKENS.get(runtime.device.type, 256)
+        self._prefill_chunk_tokens = prefill_chunk_tokens or by_device
         self.excluded_ids = tuple(i for i in reserved_ids if i < runtime.vocab_rows)
         self._excluded = torch.tensor(self.excluded_ids, dtype=torch.long, device=runtime.device)
         self._support_size = min(SUPPORT_SIZE, runtime.vocab_rows - len(self.excluded_ids))

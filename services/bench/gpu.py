@@ -27,7 +27,14 @@ from s2t_shared.model.loading import DTYPES
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
-from s2t_shared.types import CandidateRule, Mode, Policy, Sampling
+from s2t_shared.types import (
+    CandidateRule,
+    DecodeOptions,
+    DecodeRequest,
+    Mode,
+    Policy,
+    Sampling,
+)
 from services.bench import workload
 from services.bench.measure import Figure, Report, clock, figure, ratios, take_turns
 from services.bench.workload import Models, Settings
@@ -157,16 +164,18 @@ def _bench_batch(
     settings: Settings, gpu: GpuSettings, models: Models, batch: int
 ) -> Iterator[Figure]:
     generator = torch.Generator().manual_seed(batch)
-    shape = (batch, settings.prefix)
-    ids = torch.randint(64, 150_000, shape, generator=generator)
-    prompts = [tuple(row) for row in ids.tolist()]
+
+    def prompts() -> torch.Tensor:
+        """New ones for every run: contexts that were read before would be free."""
+        return torch.randint(64, 150_000, (batch, settings.prefix), generator=generator)
+
     sides: dict[str, Callable[[], float]] = {}
-    for name, (policies, selector) in _policies(settings, models, batch).items():
-        sides[name] = partial(_run, models, policies, selector, prompts, settings.new)
+    for name, (policy, selector) in _policies(settings, models).items():
+        sides[name] = partial(_run, models, policy, selector, prompts, settings.new)
     with _generate(settings, gpu, batch) as generate:
         if generate is not None:
             name = "greedy, Hugging Face generate"
-            sides[name] = partial(generate, ids.to(settings.device))
+            sides[name] = lambda: generate(prompts().to(settings.device))
         for side in sides.values():  # first runs load kernels and fill caches
             side()
         seconds = take_turns(sides, settings.repeats)
@@ -180,8 +189,8 @@ def _bench_batch(
 
 
 def _policies(
-    settings: Settings, models: Models, batch: int
-) -> Mapping[str, tuple[Sequence[Policy], LocalSelector | None]]:
+    settings: Settings, models: Models
+) -> Mapping[str, tuple[Policy, LocalSelector | None]]:
     rule = CandidateRule(settings.k)
     local = Policy(mode=Mode.S2T_LOCAL, candidates=rule)
     s2t = Policy(mode=Mode.S2T, candidates=rule)
@@ -198,27 +207,33 @@ def _policies(
     if models.scorer is not None:
         sides[f"s2t, {budget}"] = (workload.with_random_trigger(s2t, settings.budget), None)
         sides["LLM alone (mode llm)"] = (Policy(mode=Mode.LLM), None)
-    return {name: ([policy] * batch, local) for name, (policy, local) in sides.items()}
+    return sides
 
 
 def _run(
     models: Models,
-    policies: Sequence[Policy],
+    policy: Policy,
     selector: LocalSelector | None,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Callable[[], torch.Tensor],
     new: int,
 ) -> float:
-    """Seconds of one run."""
-    needs_llm = policies[0].needs_llm
-
-    def engine(proposer: Proposer) -> Engine:
-        if needs_llm:
-            return workload.with_llm(models, len(prompts))(proposer)
-        return Engine(proposer, None, lambda version: selector, max_num_seqs=len(prompts))
-
-    sampling = Sampling(1.0, 0.95) if policies[0].mode is Mode.SAMPLE else Sampling()
-    seeded = [replace(sampling, seed=i) for i in range(len(prompts))]
-    return workload.run(models, policies, prompts, new, engine, seeded).seconds
+    """Seconds of one batch. The KV pool is not emptied: recorded steps would end with its slabs."""
+    rows = prompts().tolist()
+    if policy.needs_llm:
+        engine = workload.with_llm(models, len(rows))(models.proposer)
+    else:
+        engine = Engine(models.proposer, None, lambda version: selector, max_num_seqs=len(rows))
+    sampling = Sampling(1.0, 0.95) if policy.mode is Mode.SAMPLE else Sampling()
+    started = clock()
+    for i, row in enumerate(rows):
+        options = DecodeOptions(
+            policy=policy, sampling=replace(sampling, seed=i), max_new_tokens=new
+        )
+        engine.add(DecodeRequest(request_id=str(i), token_ids=tuple(row), options=options))
+    while not engine.idle:
+        engine.step()
+        engine.wait()
+    return clock() - started
 
 
 @contextmanager

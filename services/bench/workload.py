@@ -163,10 +163,9 @@ def run(
     prompt_ids: Sequence[tuple[int, ...]],
     new: int,
     engine: Callable[[Proposer], Engine] | None = None,
-    sampling: Sequence[Sampling] | None = None,
 ) -> Run:
     """Answer the prompts together, on empty pools. Without an `engine` of the caller's, each gets
-    exactly `new` tokens. sampling: by prompt, where the policies sample or trigger at random."""
+    exactly `new` tokens."""
     models.slm.pool.clear()
     if models.scorer is not None:
         models.scorer.runtime.pool.clear()
@@ -176,16 +175,15 @@ def run(
     made = (
         engine(models.proposer) if engine else Engine(models.proposer, max_num_seqs=len(prompt_ids))
     )
-    drawings = sampling or [Sampling()] * len(prompt_ids)
     live = [
         made.add(
             DecodeRequest(
                 request_id=f"{next(_runs)}",
                 token_ids=ids,
-                options=DecodeOptions(policy=policy, sampling=drawing, max_new_tokens=new),
+                options=DecodeOptions(policy=policy, max_new_tokens=new),
             )
         )
-        for ids, policy, drawing in zip(prompt_ids, policies, drawings, strict=True)
+        for ids, policy in zip(prompt_ids, policies, strict=True)
     ]
     started = time.perf_counter()
     while not made.idle:
