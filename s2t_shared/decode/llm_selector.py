@@ -21,7 +21,7 @@ from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot, shares_longer_prefi
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
-STEP_TOKENS = 1024  # tokens of one forward
+STEP_TOKENS = {"cpu": 1024, "cuda": 4096}  # of one forward, by type of device
 HEAD_TOKENS = 256  # positions whose full-vocabulary logits exist at once
 IMPOSSIBLE = -1e4  # log-probability of an id that cannot occur; finite, to survive JSON and float32
 
@@ -81,10 +81,11 @@ class LLMSelector:
     """The LLM. One thread owns it."""
 
     def __init__(
-        self, runtime: ModelRuntime, tokenizer_digest: str, step_tokens: int = STEP_TOKENS
+        self, runtime: ModelRuntime, tokenizer_digest: str, step_tokens: int | None = None
     ) -> None:
         self.runtime = runtime
-        self._step_tokens = step_tokens
+        by_device = STEP_TOKENS.get(runtime.device.type, STEP_TOKENS["cpu"])
+        self._step_tokens = step_tokens or by_device
         self.info = LLMInfo(runtime.digest, tokenizer_digest, runtime.eos_ids, runtime.max_length)
         self._pending: list[PendingQuery] = []
 

@@ -42,8 +42,8 @@ from s2t_shared.model.lora import Adapter, merge
 from s2t_shared.model.runtime import ModelRuntime, Segment
 from s2t_shared.types import SUPPORT_SIZE, Policy, Proposals, Support, Trigger
 
-# Prompt tokens read per step, beside the decoding of others, by type of device: as many as delay the
-# others little. A GPU reads thousands in the time that its launches take.
+# Prompt tokens read per step beside the decoding of others, by type of device: as many as delay
+# the others little. A GPU reads thousands in the time that its launches take.
 PREFILL_CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 
 
@@ -81,7 +81,7 @@ class Proposer:
     ) -> None:
         self.runtime = runtime
         self.reserved_ids = reserved_ids
-        by_device = PREFILL_CHUNK_TOKENS.get(runtime.device.type, 256)
+        by_device = PREFILL_CHUNK_TOKENS.get(runtime.device.type, PREFILL_CHUNK_TOKENS["cpu"])
         self._prefill_chunk_tokens = prefill_chunk_tokens or by_device
         self.excluded_ids = tuple(i for i in reserved_ids if i < runtime.vocab_rows)
         self._excluded = torch.tensor(self.excluded_ids, dtype=torch.long, device=runtime.device)
