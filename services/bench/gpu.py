@@ -167,7 +167,8 @@ def _bench_batch(
 
     def prompts() -> torch.Tensor:
         """New ones for every run: contexts that were read before would be free."""
-        return torch.randint(64, 150_000, (batch, settings.prefix), generator=generator)
+        vocabulary = models.slm.vocab_rows
+        return torch.randint(64, vocabulary, (batch, settings.prefix), generator=generator)
 
     sides: dict[str, Callable[[], float]] = {}
     for name, (policy, selector) in _policies(settings, models).items():
