@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from s2t_shared.errors import ConfigError
 from s2t_shared.model.loading import DTYPES, resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.types import CandidateRule, Mode, Policy, Proposals
@@ -33,8 +34,13 @@ def bench_decode(
 ) -> Report:
     """Greedy tokens per second against `generate` (whole answers, prompts included), and the decode
     time of `s2t_local` over that of greedy at the budget (all prompts have been read; what an
-    adapter must first read of them for itself counts)."""
+    adapter must first read of them for itself counts).
+
+    Raises:
+        ConfigError: a model cannot be used, or prompt and answer are too long for it.
+    """
     models = workload.load(settings)
+    _check_lengths(settings, models, batches)
     figures: list[Figure] = []
     for batch in batches:
         ids = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
@@ -43,6 +49,17 @@ def bench_decode(
         if names:
             figures += _local(settings, models, ids, names, on_turn)
     return Report(f"decode: {settings.slm}, {settings.dtype}", tuple(figures))
+
+
+def _check_lengths(settings: Settings, models: Models, batches: Sequence[int]) -> None:
+    """Raises ConfigError: some prompt and its answer do not fit the model."""
+    longest = max(max(workload.ragged_lengths(batch, settings.prefix)) for batch in batches)
+    if longest + settings.new > models.slm.max_length:
+        raise ConfigError(
+            f"prompts of up to {longest} tokens (--prefix {settings.prefix} is their mean) and "
+            f"answers of {settings.new} do not fit the {models.slm.max_length} tokens of "
+            f"{settings.slm}; lower --prefix or --new"
+        )
 
 
 def _against_hf(
