@@ -191,7 +191,7 @@ def _shown_queued(counts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hit_table(measured: LabelStats) -> Table:
-    from s2t_shared.labels.stats import HIT_AT
+    from s2t_shared.statistics import HIT_AT
 
     table = Table(title="LLM's choice among the SLM's first K", title_justify="left")
     table.add_column("positions")

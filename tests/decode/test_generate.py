@@ -259,7 +259,7 @@ def test_metrics() -> None:
     low, high = wilson_interval(50, 100)
     assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
     assert paired_difference([True, True, False, True], [False, True, False, False])[0] == 0.5
-    assert hit_at([0, 1, 3, -1], 2) == 0.5
+    assert hit_at([0, 1, 3, -1])[2] == 0.5
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
     assert spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(-0.5)
     assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
