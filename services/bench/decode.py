@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import ConfigError
 from s2t_shared.model.loading import DTYPES, resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
@@ -97,18 +98,14 @@ def _against_hf(
         return seconds
 
     def ours() -> float:
-        result = workload.run(models, [Policy()] * len(ids), ids, settings.new)
+        result = workload.run(endless, [Policy()] * len(ids), ids, settings.new)
         answers["ours"] = [s.output_ids for s in result.sequences]
         return result.seconds
 
     # `min_new_tokens` suppresses the end token, so ours must not choose it either.
-    ours_excluded = models.proposer._excluded
-    eos = torch.tensor(sorted(models.slm.eos_ids), dtype=torch.long, device=ours_excluded.device)
-    models.proposer._excluded = torch.cat([ours_excluded, eos])
-    try:
-        seconds = take_turns({"ours": ours, "theirs": theirs}, settings.repeats, on_turn)
-    finally:
-        models.proposer._excluded = ours_excluded
+    excluded = {*models.proposer.reserved_ids, *models.slm.eos_ids}
+    endless = replace(models, proposer=Proposer(models.slm, tuple(sorted(excluded))))
+    seconds = take_turns({"ours": ours, "theirs": theirs}, settings.repeats, on_turn)
     tokens, b = len(ids) * settings.new, len(ids)
     conditions = (
         f"batch {b}, prompts {min(map(len, ids))}-{longest} tokens, {settings.new} new each"

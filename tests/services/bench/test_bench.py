@@ -52,8 +52,8 @@ from services.bench.train import (
     SIDES,
     PeakMemory,
     Work,
-    _peak_memory,
     bench_train,
+    peak_memory,
     synthetic_rollouts,
 )
 from services.bench.workload import Settings
@@ -236,7 +236,7 @@ def test_peak_memory_is_that_of_the_work(small: Settings) -> None:
             time.sleep(0.05)
     assert (64 << 20) * 0.9 < memory.peak - memory.before < (64 << 20) * 1.5
     work = Work(replace(small, prefix=10, new=40), rollouts=1)
-    measured = _peak_memory(work, "prefix, base")
+    measured = peak_memory(work, "prefix, base")
     assert measured.labels == 4 and 0 < measured.growth < measured.peak
 
 
