@@ -101,17 +101,15 @@ def test_majority_is_the_vote_of_its_samples(pair: Generator) -> None:
             ),
         )
         majority = one(pair, request)
-        alone = [
-            one(
-                pair,
-                options(
-                    request,
-                    policy=Policy(mode=Mode.SAMPLE),
-                    sampling=Sampling(1.0, seed=5 * 64 + i),
-                ),
+        samples = [
+            options(
+                request,
+                policy=Policy(mode=Mode.SAMPLE),
+                sampling=Sampling(1.0, seed=5 * 64 + i),
             )
             for i in range(7)
         ]
+        alone = [answer for _, answer in pair.generate(samples)]
         votes = Counter(extract_answer(a.text, problems.ANSWER_PATTERN) for a in alone)
         assert votes[extract_answer(majority.text, problems.ANSWER_PATTERN)] == max(votes.values())
         assert majority.usage.completion_tokens == sum(len(a.token_ids) for a in alone)
