@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 Z95 = 1.959964
+HIT_AT = (1, 2, 4, 8)
 T95 = (12.7062, 4.3027, 3.1824, 2.7764)  # of 1 to 4 degrees of freedom
 
 # Cornish-Fisher expansion of Student's t in the normal quantile z (Abramowitz and Stegun, 26.7.5):
@@ -88,16 +89,25 @@ def clustered_difference(
     return mean, t95(count - 1) * math.sqrt(variance)
 
 
-def hit_at(ranks: Sequence[int], k: int) -> float:
-    """Hit@K: share of positions where the LLM's first choice is among the SLM's first K.
+def hits(ranks: Sequence[int]) -> np.ndarray:
+    """Whether the LLM's first choice is among the SLM's first K, for K in HIT_AT.
 
-    ranks: place of the LLM's choice in the SLM's order, 0 = first, -1 = outside the support.
-    Returns nan for no positions.
+    ranks: [n], place of the LLM's choice in the SLM's order, 0 = first, -1 = outside the support.
+    Returns [n, 4], bool.
+    """
+    column = np.asarray(ranks, dtype=np.int64)[:, None]
+    found: np.ndarray = (column >= 0) & (column < np.asarray(HIT_AT))
+    return found
+
+
+def hit_at(ranks: Sequence[int]) -> dict[int, float]:
+    """Hit@K by K: share of positions where the LLM's first choice is among the SLM's first K.
+
+    `ranks` as in `hits`. nan for no positions.
     """
     if not ranks:
-        return math.nan
-    hits = sum(0 <= rank < k for rank in ranks)
-    return hits / len(ranks)
+        return dict.fromkeys(HIT_AT, math.nan)
+    return dict(zip(HIT_AT, hits(ranks).mean(0).tolist(), strict=True))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

@@ -440,10 +440,11 @@ class AnswerPiece:
 class ServiceDescription:
     """What a service runs.
 
-    llm_digest: "" while no LLM selector answers. max_length: of prompt and answer, in tokens.
-    live_version, canary_version: of the local selector, "" for none. canary_share: of the requests
-    that name no version. proposers: replicas that are configured. running_sequences,
-    waiting_sequences and live_kv_slots are those of the one proposer that answered.
+    llm_digest: as last known, "" while no LLM was reached yet. llm_reachable: whether there is one
+    to ask now. max_length: of prompt and answer, in tokens. live_version, canary_version: of the
+    local selector, "" for none. canary_share: of the requests that name no version. proposers:
+    replicas that are configured. running_sequences, waiting_sequences and live_kv_slots are those
+    of the one proposer that answered.
     """
 
     slm_digest: str
@@ -451,6 +452,7 @@ class ServiceDescription:
     template_digest: str
     llm_digest: str
     max_length: int
+    llm_reachable: bool = False
     live_version: str = ""
     canary_version: str = ""
     canary_share: float = 0.0

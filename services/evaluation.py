@@ -208,7 +208,7 @@ def local_sufficiency(
                 scored.append((step.kl, step.llm_top_rank))
     scored.sort(key=lambda pair: pair[0], reverse=True)
     ranks = [rank for _, rank in scored[: max(1, int(share * total))]]
-    return {k: hit_at(ranks, k) for k in (1, 2, 4, 8)}
+    return hit_at(ranks)
 
 
 def answers_match(expected: str, pattern: str = "") -> Callable[[str], bool]:

@@ -7,6 +7,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,14 @@ def module_of(file: Path) -> str:
     return dotted.removesuffix(".__init__")
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports(file: Path) -> Iterator[str]:
     """Modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -174,7 +180,7 @@ def test_a_client_needs_grpc_and_protobuf_only() -> None:
 
 def running_imports(path: Path) -> Iterator[str]:
     """Imports at a module's top: those inside functions and TYPE_CHECKING blocks do not run."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -203,7 +209,7 @@ def nodes(tree: ast.AST) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_files_and_functions_stay_small(file: Path) -> None:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = parsed(file)
     assert nodes(tree) <= MAX_NODES, f"{nodes(tree)} syntax nodes: this file is two things"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

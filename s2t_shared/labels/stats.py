@@ -8,16 +8,15 @@ in constant memory but for the problems' names.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.statistics import HIT_AT, hits
 from s2t_shared.types import WARMUP_STEPS
 
-HIT_AT = (1, 2, 4, 8)
 TOP_SHARES = (0.01, 0.05, 0.10)
 # Histogram of a signal in nats: bins of equal ratio, 0.3 % wide.
 BINS = 8192
@@ -106,18 +105,18 @@ def measure_labels(lake: Lake) -> LabelStats:
     problems: set[int] = set()  # hashes of 64 bits, rather than the names
     groups: dict[int, bool] = {}  # hash of a group -> whether it is held out
     mass = 0.0
-    hits = _Hits()
+    found = _Hits()
     for rollout in lake.rollouts():
         _count(stats, rollout)
         problems.add(hash((rollout.task, rollout.problem)))
         groups[hash((rollout.task, rollout.split_group))] = rollout.held_out
         mass += sum(label.mass for label in rollout.labels)
-        hits.add(rollout)
+        found.add(rollout)
     stats.problems = len(problems)
     stats.groups = len(groups)
     stats.held_out_groups = sum(groups.values())
     stats.mass = mass / stats.labels if stats.labels else None
-    stats.hits = hits.by_positions(stats.positions, stats.labels)
+    stats.hits = found.by_positions(stats.positions, stats.labels)
     return stats
 
 
@@ -147,12 +146,12 @@ class _Hits:
         self._signals = {"kl": _Histogram(), "entropy": _Histogram()}
 
     def add(self, rollout: Rollout) -> None:
-        hits = _hits(rollout.llm_top_rank)
-        self._all.add(np.ones(len(hits)), hits)
+        found = hits(rollout.llm_top_rank)
+        self._all.add(np.ones(len(found)), found)
         for name, histogram in self._signals.items():
             values = np.asarray(getattr(rollout, name))
-            histogram.add(values[WARMUP_STEPS:], hits[WARMUP_STEPS:])
-        labelled = _hits([label.llm_top_rank for label in rollout.labels])
+            histogram.add(values[WARMUP_STEPS:], found[WARMUP_STEPS:])
+        labelled = hits([label.llm_top_rank for label in rollout.labels])
         self._labelled.add(np.ones(len(labelled)), labelled)
 
     def by_positions(self, positions: int, labels: int) -> dict[str, dict[int, float | None]]:
@@ -165,10 +164,3 @@ class _Hits:
                 count = max(1, int(share * positions))
                 found[f"{name} top {share:.0%}"] = histogram.hit_at(count)
         return found
-
-
-def _hits(ranks: Sequence[int]) -> np.ndarray:
-    """Whether the LLM's choice is among the SLM's first K: ranks [n] -> [n, 4], bool."""
-    column = np.asarray(ranks, dtype=np.int64)[:, None]
-    hits: np.ndarray = (column >= 0) & (column < np.asarray(HIT_AT))
-    return hits

@@ -21,7 +21,6 @@ from s2t_shared.training.tree_forward import ContextCache, lm_kl, tree_scores
 from s2t_shared.training.tree_layout import micro_batches, regularised_positions
 
 LM_KL_POSITIONS = 8192
-HITS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def evaluate_local_selector(
         "spearman": rho,
     }
     ranks = [label.llm_top_rank for label in labels]
-    metrics |= {f"hit_at_{k}": hit_at(ranks, k) for k in HITS}
+    metrics |= {f"hit_at_{k}": rate for k, rate in hit_at(ranks).items()}
     groups = []
     for rollout in rollouts:
         groups += [f"{rollout.task}/{rollout.split_group}"] * len(rollout.labels)

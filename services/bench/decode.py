@@ -10,6 +10,8 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from s2t_shared.decode.proposer import Proposer
+from s2t_shared.errors import ConfigError
 from s2t_shared.model.loading import DTYPES, resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.types import CandidateRule, Mode, Policy, Proposals
@@ -33,8 +35,13 @@ def bench_decode(
 ) -> Report:
     """Greedy tokens per second against `generate` (whole answers, prompts included), and the decode
     time of `s2t_local` over that of greedy at the budget (all prompts have been read; what an
-    adapter must first read of them for itself counts)."""
+    adapter must first read of them for itself counts).
+
+    Raises:
+        ConfigError: a model cannot be used, or prompt and answer are too long for it.
+    """
     models = workload.load(settings)
+    _check_lengths(settings, models, batches)
     figures: list[Figure] = []
     for batch in batches:
         ids = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
@@ -43,6 +50,17 @@ def bench_decode(
         if names:
             figures += _local(settings, models, ids, names, on_turn)
     return Report(f"decode: {settings.slm}, {settings.dtype}", tuple(figures))
+
+
+def _check_lengths(settings: Settings, models: Models, batches: Sequence[int]) -> None:
+    """Raises ConfigError: some prompt and its answer do not fit the model."""
+    longest = max(max(workload.ragged_lengths(batch, settings.prefix)) for batch in batches)
+    if longest + settings.new > models.slm.max_length:
+        raise ConfigError(
+            f"prompts of up to {longest} tokens (--prefix {settings.prefix} is their mean) and "
+            f"answers of {settings.new} do not fit the {models.slm.max_length} tokens of "
+            f"{settings.slm}; lower --prefix or --new"
+        )
 
 
 def _against_hf(
@@ -80,18 +98,14 @@ def _against_hf(
         return seconds
 
     def ours() -> float:
-        result = workload.run(models, [Policy()] * len(ids), ids, settings.new)
+        result = workload.run(endless, [Policy()] * len(ids), ids, settings.new)
         answers["ours"] = [s.output_ids for s in result.sequences]
         return result.seconds
 
     # `min_new_tokens` suppresses the end token, so ours must not choose it either.
-    ours_excluded = models.proposer._excluded
-    eos = torch.tensor(sorted(models.slm.eos_ids), dtype=torch.long, device=ours_excluded.device)
-    models.proposer._excluded = torch.cat([ours_excluded, eos])
-    try:
-        seconds = take_turns({"ours": ours, "theirs": theirs}, settings.repeats, on_turn)
-    finally:
-        models.proposer._excluded = ours_excluded
+    excluded = {*models.proposer.reserved_ids, *models.slm.eos_ids}
+    endless = replace(models, proposer=Proposer(models.slm, tuple(sorted(excluded))))
+    seconds = take_turns({"ours": ours, "theirs": theirs}, settings.repeats, on_turn)
     tokens, b = len(ids) * settings.new, len(ids)
     conditions = (
         f"batch {b}, prompts {min(map(len, ids))}-{longest} tokens, {settings.new} new each"

@@ -78,7 +78,7 @@ class SwapReport:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """One streamed answer; moments are `time.monotonic()`. `failure`: "" or the gRPC status."""
 
     prompt: int
@@ -90,10 +90,10 @@ class _Asked:
 
 
 @dataclass
-class _Load:
+class Load:
     """What the streams saw, and when versions were swapped: (promoted, taken up)."""
 
-    asked: list[_Asked] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
     swaps: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -128,7 +128,7 @@ def bench_swap(
                 )
             )
             replays = asyncio.run(_replay(service.address, versions, concurrency))
-    return _report(
+    return report_of(
         load,
         replays,
         versions,
@@ -233,8 +233,8 @@ async def _run(
     every_s: float,
     concurrency: int,
     say: Callable[[str], None],
-) -> _Load:
-    load, stop = _Load(), asyncio.Event()
+) -> Load:
+    load, stop = Load(), asyncio.Event()
     target = Target(address)
     async with target.open_channel() as channel:
         caller = AsyncCaller(target, channel)
@@ -265,7 +265,7 @@ async def _run(
     return load
 
 
-async def _ask(caller: AsyncCaller, prompt: int, version: str | None = None) -> _Asked:
+async def _ask(caller: AsyncCaller, prompt: int, version: str | None = None) -> Asked:
     """One streamed answer, timed piece by piece."""
     request = new_request(
         _PROBLEMS[prompt].prompt,
@@ -283,9 +283,9 @@ async def _ask(caller: AsyncCaller, prompt: int, version: str | None = None) -> 
             pieces.append(time.monotonic())
             answer = piece.answer
     except S2TError as error:
-        return _Asked(prompt=prompt, began=began, pieces=tuple(pieces), failure=str(error))
+        return Asked(prompt=prompt, began=began, pieces=tuple(pieces), failure=str(error))
     assert answer is not None
-    return _Asked(
+    return Asked(
         prompt=prompt,
         began=began,
         pieces=tuple(pieces),
@@ -312,8 +312,8 @@ async def _replay(
     return {(a.version, a.prompt): a.token_ids for a in asked}
 
 
-def _report(
-    load: _Load,
+def report_of(
+    load: Load,
     replays: dict[tuple[str, int], tuple[int, ...]],
     versions: tuple[str, str],
     conditions: str,

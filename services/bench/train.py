@@ -301,7 +301,7 @@ def _memory(work: Work, names: Sequence[str], on_turn: Callable[[], None]) -> li
     measured = {}
     for name in (PUBLISHED, *names):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            measured[name] = pool.submit(_peak_memory, work, name).result()
+            measured[name] = pool.submit(peak_memory, work, name).result()
         on_turn()
     theirs = measured.pop(PUBLISHED)
     figures = [
@@ -346,7 +346,7 @@ def _settings(side: tuple[SelectorKind, Reading]) -> TrainingSettings:
     return TrainingSettings(kind=kind, reads=reads)
 
 
-def _peak_memory(work: Work, name: str) -> Memory:
+def peak_memory(work: Work, name: str) -> Memory:
     """Two training steps, the optimizer's included."""
     settings = work.settings
     torch.set_num_threads(settings.threads)

@@ -206,28 +206,22 @@ def interleaved(
     seeds: Sequence[int],
 ) -> dict[str, Run]:
     """The same prompts on several engines over one model, which take turns step by step: whatever
-    the machine does meanwhile, it does to all of them. The prompts have been read before; timed
-    from every sequence's second token on, so that all sides decode the same number of tokens."""
-    run(models, [Policy()] * len(prompt_ids), prompt_ids, 1)
+    the machine does meanwhile, it does to all of them. Every side has read the prompts before, with
+    the adapter it proposes with; timed from every sequence's second token on, so that all sides
+    decode the same number of tokens."""
+    models.slm.pool.clear()
     eos_ids, models.slm.eos_ids = models.slm.eos_ids, frozenset()
     engines, live, seconds = {}, {}, dict.fromkeys(sides, 0.0)
     for name, (policies, selector) in sides.items():
         engines[name] = engine = Engine(
             models.proposer, None, _always(selector), max_num_seqs=len(prompt_ids)
         )
-        live[name] = [
-            engine.add(
-                DecodeRequest(
-                    request_id=f"{next(_runs)}",
-                    token_ids=ids,
-                    options=DecodeOptions(
-                        policy=policy, sampling=Sampling(seed=seed), max_new_tokens=new
-                    ),
-                )
-            )
-            for ids, policy, seed in zip(prompt_ids, policies, seeds, strict=True)
-        ]
-        engine.step()
+        _add(engine, policies, prompt_ids, 1, seeds)
+        while not engine.idle:
+            engine.step()
+    for name, (policies, _) in sides.items():
+        live[name] = _add(engines[name], policies, prompt_ids, new, seeds)
+        engines[name].step()
         assert all(len(s.steps) == 1 for s in live[name]), "the prompts did not stay in the pool"
     names = list(sides)
     while any(not engine.idle for engine in engines.values()):
@@ -239,6 +233,27 @@ def interleaved(
                 seconds[name] += time.perf_counter() - started
     models.slm.eos_ids = eos_ids
     return {name: Run(tuple(live[name]), seconds[name]) for name in sides}
+
+
+def _add(
+    engine: Engine,
+    policies: Sequence[Policy],
+    prompt_ids: Sequence[tuple[int, ...]],
+    new: int,
+    seeds: Sequence[int],
+) -> list[LiveSequence]:
+    return [
+        engine.add(
+            DecodeRequest(
+                request_id=f"{next(_runs)}",
+                token_ids=ids,
+                options=DecodeOptions(
+                    policy=policy, sampling=Sampling(seed=seed), max_new_tokens=new
+                ),
+            )
+        )
+        for ids, policy, seed in zip(prompt_ids, policies, seeds, strict=True)
+    ]
 
 
 def with_llm(

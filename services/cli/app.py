@@ -44,6 +44,7 @@ from services.cli.options import (  # noqa: E402
     DataDir,
     Json,
     TokenFile,
+    as_typed,
     settings,
     target,
     wide_console,
@@ -69,7 +70,7 @@ def run() -> None:
     try:
         app()
     except S2TError as error:
-        print(f"s2t: {error}", file=sys.stderr)
+        print(f"s2t: {as_typed(str(error), sys.argv[1:])}", file=sys.stderr)
         sys.exit(2 if isinstance(error, USER_ERRORS) else 3)
 
 

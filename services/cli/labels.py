@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from s2t_shared.config import Config
     from s2t_shared.labels.lake import Lake
     from s2t_shared.labels.stats import LabelStats
+    from services.launch.service_record import ServiceRecord
 
 labels_app = typer.Typer(no_args_is_help=True, help="The lake of selection labels.")
 LakeFolder = Annotated[
@@ -37,6 +39,7 @@ LakeFolder = Annotated[
 ]
 GIB = 1 << 30
 DAY_S = 86_400.0
+BRING_IN_S = 10.0  # online traffic makes new labels all the time
 
 
 def _open(folder: Path | None, config: Path | None, data_dir: Path | None) -> tuple[Lake, Config]:
@@ -72,9 +75,13 @@ def stats(
 ) -> None:
     """How much there is, of what, and how often the LLM's choice is among the SLM's first K."""
     from s2t_shared.labels.stats import measure_labels
+    from services.launch.service_record import find_service
 
     opened, resolved = _open(lake, config, data_dir)
-    queued = _queued(opened, resolved, flush)
+    service = find_service(resolved.data_dir) if opened.root == resolved.lake else None
+    if flush and service is None:
+        raise ConfigError(f"--flush: no service runs on {str(resolved.data_dir)!r}")
+    queued = _queued(resolved, service, flush)
     measured = measure_labels(opened)
     if json_out:
         figures = asdict(measured) | {"label_share": measured.label_share} | queued
@@ -119,21 +126,38 @@ def _shown(measured: LabelStats) -> dict[str, Any]:
     }
 
 
-def _queued(lake: Lake, config: Config, flush: bool) -> dict[str, Any]:
+def bring_in(config: Config, say: Callable[[str], None]) -> None:
+    """Let a running service write the labels that are on their way to the lake.
+
+    Waits for them, BRING_IN_S at most, and says what did not come.
+    """
+    from services.launch.service_record import find_service
+
+    service = find_service(config.data_dir)
+    deadline = time.monotonic() + BRING_IN_S
+    counts = _queued(config, service, flush=True)
+    while service is not None and counts.get("in_redis") and time.monotonic() < deadline:
+        time.sleep(0.1)
+        counts = _queued(config, service, flush=True)
+    if "redis_error" in counts:
+        say(f"labels may be on their way to the lake: {counts['redis_error']}")
+    elif counts.get("in_redis"):
+        say(
+            f"{counts['in_redis']} rollouts are still on their way to the lake and not used now; "
+            "a running service (s2t serve) brings them there"
+        )
+
+
+def _queued(config: Config, service: ServiceRecord | None, flush: bool) -> dict[str, Any]:
     """Counts of rollouts that are not in the lake yet, by a running service or the configured
     Redis. Counts that cannot be had are None.
 
-    Raises:
-        ConfigError: `flush` without a service.
+    flush: a service writes first what it has.
     """
     from services.client import Client
-    from services.launch.service_record import find_service
     from services.rpc import channels
 
-    service = find_service(config.data_dir) if lake.root == config.lake else None
     if service is None:
-        if flush:
-            raise ConfigError(f"--flush: no service runs on {str(config.data_dir)!r}")
         return _redis_counts(config) if config.redis.url else {}
     security = config.security
     token = channels.read_token(security.token_file)
@@ -167,7 +191,7 @@ def _shown_queued(counts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hit_table(measured: LabelStats) -> Table:
-    from s2t_shared.labels.stats import HIT_AT
+    from s2t_shared.statistics import HIT_AT
 
     table = Table(title="LLM's choice among the SLM's first K", title_justify="left")
     table.add_column("positions")

@@ -4,7 +4,8 @@ itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
 ]
 DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis files")]
+QUOTES = "'\""
+SETTING = re.compile(r"""(?<![\w.-])(--)?(?P<name>[a-z][\w-]*)=(?P<value>'[^']*'|"[^"]*"|[^\s:,;]+)""")
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
 TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
@@ -50,6 +53,20 @@ def settings_beside_service(
     for difference in service.differences(own):
         say(f"differs from the service at {service.address}: {difference}")
     return own
+
+
+def as_typed(text: str, arguments: Sequence[str]) -> str:
+    """An error's text, its settings as the options they were given by: mode='x' -> --mode x.
+
+    A setting that came from a file or a default stays as it is.
+    """
+    given = {argument.partition("=")[0] for argument in arguments}
+
+    def option(setting: re.Match[str]) -> str:
+        name = "--" + setting["name"].replace("_", "-")
+        return f"{name} {setting['value'].strip(QUOTES)}" if name in given else setting[0]
+
+    return SETTING.sub(option, text)
 
 
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from s2t_shared.errors import InvalidRequestError
+from services.cli.labels import bring_in
 from services.cli.options import ConfigFile, DataDir, Json, settings_beside_service, show
 from services.cli.progress import progress
 
@@ -48,7 +49,8 @@ def train(
 ) -> None:
     """Distil the labels into a new version (a Ray Train job) and make it live if it is better.
 
-    Killed, the same command goes on where it was.
+    Labels that a running service still has on their way come first. Killed, the same command goes
+    on where it was.
     """
     from services.launch.local import local_ray
     from services.train import follow as following
@@ -91,6 +93,7 @@ def train(
                     resolved, every_labels, max_rounds, promote, on_progress, say, report
                 )
                 return
+            bring_in(resolved, say)
             with local_ray():
                 outcome = run_training(resolved, promote, on_progress, say)
         report(outcome)

@@ -226,10 +226,9 @@ class ServiceRollouts:
         self._patience_s = patience_s
         self.returns_labels = returns_labels
         service = describe(target)
-        if not service.llm_digest:
+        if not service.llm_reachable:
             raise SelectorUnavailableError(
-                "the service has no LLM to select with (llm_digest is empty); start a selector, "
-                "then harvest"
+                "the service has no LLM to select with now; start a selector, then harvest"
             )
         self.precision = ""
         self.digests = Digests(

@@ -108,6 +108,8 @@ def check_versions(config: Config) -> str:
 def check_service(address: str) -> str:
     with Client(address, timeout_s=5.0) as client:
         service = client.describe()
-    llm = service.llm_digest or "not reachable"
+    llm = service.llm_digest or "none"
+    if not service.llm_reachable:
+        llm += " (not reachable)"
     live = service.live_version or "none"
     return f"SLM {service.slm_digest}, LLM {llm}, live local selector {live}"

@@ -122,12 +122,12 @@ class ProposerService:
         """What this proposer runs, and what it holds now."""
         slm = self._engine.slm
         load = self.load
-        llm_digest = self._selector.info.digest if self._selector.reachable else ""
         return ServiceDescription(
             slm_digest=slm.digest,
             tokenizer_digest=self._tokenizer.digest,
             template_digest=self._tokenizer.template_digest,
-            llm_digest=llm_digest,
+            llm_digest=self._selector.info.digest,
+            llm_reachable=self._selector.reachable,
             max_length=slm.max_length,
             live_version=self._versions.live_version,
             canary_version=self._versions.canary_version,

@@ -113,8 +113,8 @@ def test_never_asking_is_the_slms_greedy(models: Models, slm: str) -> None:
         assert len(set(expected)) > 5, (
             "a constant answer proves little: choose another seed for this model"
         )
-        for policy in policies:
-            (sequence,) = run(engine, request(policy, prompt, 20))
+        sequences = run(engine, *[request(policy, prompt, 20) for policy in policies])
+        for policy, sequence in zip(policies, sequences, strict=True):
             assert sequence.output_ids == expected, (policy.mode, policy.trigger)
 
 
@@ -133,8 +133,9 @@ def test_always_asking_with_all_candidates_is_the_llms_greedy(
     engine = Engine(proposer, InProcessSelector(scorer))
     for prompt in (PROMPTS[0], PROMPTS[2]):
         expected = hf_greedy(models[llm], prompt, 20, suppressed)
-        for policy in (ALL, Policy(mode=Mode.LLM), replace(ALL, mode=Mode.TAKEOVER)):
-            (sequence,) = run(engine, request(policy, prompt, 20))
+        policies = (ALL, Policy(mode=Mode.LLM), replace(ALL, mode=Mode.TAKEOVER))
+        sequences = run(engine, *[request(policy, prompt, 20) for policy in policies])
+        for policy, sequence in zip(policies, sequences, strict=True):
             assert sequence.output_ids == expected, policy.mode
             assert {s.chosen_by for s in sequence.steps} == {ChosenBy.LLM}
         assert expected != hf_greedy(models[slm], prompt, 20, proposer.excluded_ids)

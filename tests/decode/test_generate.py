@@ -101,17 +101,15 @@ def test_majority_is_the_vote_of_its_samples(pair: Generator) -> None:
             ),
         )
         majority = one(pair, request)
-        alone = [
-            one(
-                pair,
-                options(
-                    request,
-                    policy=Policy(mode=Mode.SAMPLE),
-                    sampling=Sampling(1.0, seed=5 * 64 + i),
-                ),
+        samples = [
+            options(
+                request,
+                policy=Policy(mode=Mode.SAMPLE),
+                sampling=Sampling(1.0, seed=5 * 64 + i),
             )
             for i in range(7)
         ]
+        alone = [answer for _, answer in pair.generate(samples)]
         votes = Counter(extract_answer(a.text, problems.ANSWER_PATTERN) for a in alone)
         assert votes[extract_answer(majority.text, problems.ANSWER_PATTERN)] == max(votes.values())
         assert majority.usage.completion_tokens == sum(len(a.token_ids) for a in alone)
@@ -259,7 +257,7 @@ def test_metrics() -> None:
     low, high = wilson_interval(50, 100)
     assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
     assert paired_difference([True, True, False, True], [False, True, False, False])[0] == 0.5
-    assert hit_at([0, 1, 3, -1], 2) == 0.5
+    assert hit_at([0, 1, 3, -1])[2] == 0.5
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
     assert spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(-0.5)
     assert spearman([1, 1, 1], [1, 2, 3]) == 0.0

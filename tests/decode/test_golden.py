@@ -40,6 +40,7 @@ def check(name: str, now: dict[str, Any]) -> None:
     assert not found, f"{len(found)} differences, first: " + "; ".join(found[:5])
 
 
+@pytest.mark.slow
 def test_the_bundled_pair_decodes_as_recorded() -> None:
     check("bundled_pair", traces.bundled_pair())
 

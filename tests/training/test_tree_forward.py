@@ -123,7 +123,7 @@ def test_scoring_options_are_what_they_say(
 
 def check_against_published(runtime: ModelRuntime, config: TrainingSettings) -> None:
     local, parameters = trained_a_little(runtime, config)
-    rollouts = make_rollouts(3)
+    rollouts = make_rollouts(2)
     packed = training_loss(runtime, local, rollouts, config)
     ours = torch.autograd.grad(packed, parameters, allow_unused=True)
     losses = []

@@ -305,7 +305,7 @@ class DescribeServiceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeServiceResponse(_message.Message):
-    __slots__ = ("slm_digest", "tokenizer_digest", "template_digest", "llm_digest", "max_length", "live_version", "canary_version", "canary_share", "calibrated_triggers", "proposers", "running_sequences", "waiting_sequences", "live_kv_slots")
+    __slots__ = ("slm_digest", "tokenizer_digest", "template_digest", "llm_digest", "max_length", "live_version", "canary_version", "canary_share", "calibrated_triggers", "proposers", "running_sequences", "waiting_sequences", "live_kv_slots", "llm_reachable")
     SLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +319,7 @@ class DescribeServiceResponse(_message.Message):
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LIVE_KV_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LLM_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     slm_digest: str
     tokenizer_digest: str
     template_digest: str
@@ -332,4 +333,5 @@ class DescribeServiceResponse(_message.Message):
     running_sequences: int
     waiting_sequences: int
     live_kv_slots: int
-    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., template_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_version: _Optional[str] = ..., canary_version: _Optional[str] = ..., canary_share: _Optional[float] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., proposers: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_slots: _Optional[int] = ...) -> None: ...
+    llm_reachable: bool
+    def __init__(self, slm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., template_digest: _Optional[str] = ..., llm_digest: _Optional[str] = ..., max_length: _Optional[int] = ..., live_version: _Optional[str] = ..., canary_version: _Optional[str] = ..., canary_share: _Optional[float] = ..., calibrated_triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., proposers: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., live_kv_slots: _Optional[int] = ..., llm_reachable: _Optional[bool] = ...) -> None: ...

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from s2t_shared import policy as decide
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.llm_selector import InProcessSelector
+from s2t_shared.decode.proposer import PREFILL_CHUNK_TOKENS
 from s2t_shared.errors import ConfigError
 from s2t_shared.labels.label import check_rollout
 from s2t_shared.labels.lake import Lake
@@ -51,8 +52,8 @@ from services.bench.train import (
     SIDES,
     PeakMemory,
     Work,
-    _peak_memory,
     bench_train,
+    peak_memory,
     synthetic_rollouts,
 )
 from services.bench.workload import Settings
@@ -122,6 +123,20 @@ def test_decode_compares_equal_work(small: Settings) -> None:
         "batch 1; 1 of 1 answers token for token equal",
         "batch 3; 3 of 3 answers token for token equal",
     ]
+
+
+def test_decode_with_more_prompt_tokens_than_one_step_reads(small: Settings) -> None:
+    """An adapter that proposes must have read the prompts too, in as many steps as it takes; else
+    the sides begin at different tokens."""
+    adapted = "reserved, proposals adapted"
+    report = bench_decode(replace(small, new=20), [8], [adapted], False)
+    assert 8 * small.prefix > PREFILL_CHUNK_TOKENS and len(report.figures) == 1
+
+
+def test_decode_refuses_what_the_model_cannot_hold(small: Settings) -> None:
+    """Answers were cut short, and an assertion about triggers failed."""
+    with pytest.raises(ConfigError, match="up to 280 tokens .* lower --prefix or --new"):
+        bench_decode(replace(small, prefix=160, new=100), [1, 16], [], False)
 
 
 def test_score_and_kl_run(small: Settings) -> None:
@@ -221,7 +236,7 @@ def test_peak_memory_is_that_of_the_work(small: Settings) -> None:
             time.sleep(0.05)
     assert (64 << 20) * 0.9 < memory.peak - memory.before < (64 << 20) * 1.5
     work = Work(replace(small, prefix=10, new=40), rollouts=1)
-    measured = _peak_memory(work, "prefix, base")
+    measured = peak_memory(work, "prefix, base")
     assert measured.labels == 4 and 0 < measured.growth < measured.peak
 
 

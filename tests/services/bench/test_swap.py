@@ -16,22 +16,22 @@ from s2t_shared.types import DecodeOptions, DecodeRequest, Mode, Policy, Trigger
 from services.bench.swap import (
     PROMPTS,
     SIDES,
-    _Asked,
-    _Load,
-    _report,
+    Asked,
+    Load,
     bench_swap,
     random_selector,
+    report_of,
 )
 
 OLD, NEW = "v0001", "v0002"
 REPLAYS = {(OLD, i): (1, 2, i) for i in range(PROMPTS)} | {
     (NEW, i): (1, 3, i) for i in range(PROMPTS)
 }
-SOUND = _Asked(0, 10.0, (10.1, 10.2), (1, 2, 0), OLD)
+SOUND = Asked(0, 10.0, (10.1, 10.2), (1, 2, 0), OLD)
 
 
-def report(*asked: _Asked, swaps: tuple[tuple[float, float], ...] = ()):  # noqa: ANN201
-    return _report(_Load(list(asked), list(swaps)), REPLAYS, (OLD, NEW), "")
+def report(*asked: Asked, swaps: tuple[tuple[float, float], ...] = ()):  # noqa: ANN201
+    return report_of(Load(list(asked), list(swaps)), REPLAYS, (OLD, NEW), "")
 
 
 def test_mixed_answers_are_counted() -> None:
@@ -47,7 +47,7 @@ def test_mixed_answers_are_counted() -> None:
 
 
 def test_failed_requests_are_counted_and_give_no_times() -> None:
-    failed = _Asked(0, 10.0, (), failure="StatusCode.UNAVAILABLE")
+    failed = Asked(0, 10.0, (), failure="StatusCode.UNAVAILABLE")
     found = report(SOUND, failed)
     assert (found.requests, found.failed, found.mixed) == (2, 1, 0)
     assert found.first_piece_elsewhere["max"] == pytest.approx(100.0)

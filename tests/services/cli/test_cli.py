@@ -14,6 +14,7 @@ import pytest
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.labels.lake import Lake
 from services.cli import app
+from services.cli.options import as_typed
 
 VERBS = {
     "demo",
@@ -152,14 +153,14 @@ def test_broken_lines_do_not_stop_the_others(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mode", "nope"], "mode='nope': unknown; choose from greedy"),
-        (["--mode", "greedy@3"], "only majority"),
-        (["--trigger", "nope"], "trigger='nope'"),
-        (["--candidates", "0"], "candidates=0: must be 1..64"),
-        (["--candidates", "65"], "candidates=65: must be 1..64"),
-        (["--budget", "2"], "budget=2"),
+        (["--mode", "nope"], "s2t: --mode nope: unknown; choose from greedy"),
+        (["--mode", "greedy@3"], "--mode greedy@3: only majority"),
+        (["--trigger=nope"], "--trigger nope: unknown"),
+        (["--candidates", "0"], "--candidates 0: must be 1..64"),
+        (["--candidates", "65"], "--candidates 65: must be 1..64"),
+        (["--budget", "2"], "--budget 2"),
         (["--budget", "0.1", "--threshold", "1"], "not both"),
-        (["--threshold", "nan"], "threshold=nan"),
+        (["--threshold", "nan"], "--threshold nan"),
         (["--dtype", "float8"], "dtype 'float8'"),
         (["--slm", "/nowhere/model"], "'/nowhere/model' does not exist"),
         (["--selector", "v0001-none"], "no version 'v0001-none'"),
@@ -286,3 +287,17 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     assert s2t(monkeypatch, "doctor", "--json") == 1
     failed = [f for f in json.loads(capsys.readouterr().out) if not f["ok"]]
     assert [f["what"] for f in failed] == ["models"] and "does not exist" in failed[0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mode='x': unknown", "--mode x: unknown"),
+        ("--max-rounds=0 and max_rounds=0", "--max-rounds 0 and --max-rounds 0"),
+        ("trigger='x': unknown", "trigger='x': unknown"),
+        ("slm.mode=x", "slm.mode=x"),
+    ],
+)
+def test_settings_are_named_as_they_were_typed(text: str, shown: str) -> None:
+    """Those that were given as options, and only those."""
+    assert as_typed(text, ["train", "--mode", "x", "--max-rounds=0"]) == shown

@@ -20,7 +20,7 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.types import LabelCounts
 from services.cli.labels import labels_app
 from services.launch.redis_server import open_redis
-from services.launch.service_record import ServiceRecord
+from tests.helpers.fake_service import pretend_service
 from tests.helpers.scored_rollouts import ANSWER, SCORED_ROLLOUTS, scored_rollout
 
 
@@ -281,30 +281,18 @@ def test_verify_checks_values_too(scored_lake: Lake) -> None:
 
 
 def test_stats_beside_a_service_count_what_is_on_its_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right after a harvest they used to say 0 labels, without a hint that 549 were on their
     way."""
     counts = LabelCounts(queued=12, in_lake=0, dead_letters=1)
     asked: list[bool] = []
 
-    class FakeClient:
-        def __init__(self, *arguments: object, **options: object) -> None:
-            pass
+    def count(flush: bool) -> LabelCounts:
+        asked.append(flush)
+        return counts
 
-        def __enter__(self) -> FakeClient:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def count_labels(self, flush: bool) -> LabelCounts:
-            asked.append(flush)
-            return counts
-
-    record = ServiceRecord("127.0.0.1:1", 1, {})
-    monkeypatch.setattr("services.client.Client", FakeClient)
-    monkeypatch.setattr("services.launch.service_record.find_service", lambda folder: record)
+    pretend_service(monkeypatch, count)
     (tmp_path / "labels").mkdir()
     outcome = CliRunner().invoke(labels_app, ["stats", "--data-dir", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output

@@ -143,6 +143,7 @@ DESCRIPTIONS = st.builds(
     tokenizer_digest=TEXT,
     template_digest=TEXT,
     llm_digest=TEXT,
+    llm_reachable=st.booleans(),
     max_length=COUNT,
     live_version=TEXT,
     canary_version=TEXT,

@@ -397,6 +397,10 @@ def test_a_proposer_describes_itself() -> None:
     assert description.calibrated_triggers == (Trigger.ENTROPY,)
 
 
-def test_a_lost_llm_has_no_digest() -> None:
-    service = proposer_service(scripted_slm(), ScriptedSelector(available=False))
-    assert run(service, lambda s: s.describe()).llm_digest == ""
+def test_a_lost_llm_keeps_its_digest() -> None:
+    """Which LLM the labels and versions are of is known, whether or not it can be asked."""
+    for available in (True, False):
+        service = proposer_service(scripted_slm(), ScriptedSelector(available=available))
+        description = run(service, lambda s: s.describe())
+        assert description.llm_digest == "scripted"
+        assert description.llm_reachable == available
