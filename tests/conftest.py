@@ -33,3 +33,10 @@ transformers.utils.logging.set_verbosity_error()
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny random models, by their name in `tests.helpers.models.SPECS`."""
     return build_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """What earlier tests ran may have set more: on a busy machine threads wait for each other
+    longer than they work."""
+    torch.set_num_threads(1)

@@ -19,7 +19,8 @@ ConfigFile = Annotated[
 ]
 DataDir = Annotated[Path | None, typer.Option(help="labels, versions, Redis files")]
 QUOTES = "'\""
-SETTING = re.compile(r"""(?<![\w.-])(--)?(?P<name>[a-z][\w-]*)=(?P<value>'[^']*'|"[^"]*"|[^\s:,;]+)""")
+VALUE = r"""'[^']*'|"[^"]*"|[^\s:,;]+"""
+SETTING = re.compile(rf"(?<![\w.-])(--)?(?P<name>[a-z][\w-]*)=(?P<value>{VALUE})")
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
 TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
