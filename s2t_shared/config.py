@@ -11,10 +11,10 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
@@ -46,6 +46,33 @@ class ModelConfig(_Section):
     @property
     def kv_bytes(self) -> int:
         return int(self.kv_gib * (1 << 30))
+
+
+class LLMConfig(ModelConfig):
+    """The LLM. The settings from `tensor_parallel` on are vLLM's, and need `runtime: vllm`."""
+
+    runtime: Literal["torch", "vllm"] = Field(
+        "torch", description="what runs the LLM; vllm: several GPUs, quantised weights"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share every layer")
+    pipeline_parallel: int = Field(1, ge=1, description="GPUs that hold some layers each")
+    quantization: str | None = Field(
+        None, description="as vLLM names it, for example fp8; default: as the weights are stored"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory for weights and KV cache"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="longest context in tokens; default: the model's"
+    )
+
+    @model_validator(mode="after")
+    def _check_runtime(self) -> Self:
+        own = set(LLMConfig.model_fields) - set(ModelConfig.model_fields) - {"runtime"}
+        given = sorted(own & self.model_fields_set)
+        if self.runtime == "torch" and given:
+            raise ValueError(f"{given[0]} needs runtime: vllm (llm.runtime is torch)")
+        return self
 
 
 class Placement(_Section):
@@ -166,7 +193,7 @@ class Config(_Section):
     """The whole configuration; `s2t config` prints the resolved one."""
 
     slm: ModelConfig = ModelConfig()
-    llm: ModelConfig = ModelConfig()
+    llm: LLMConfig = LLMConfig()
     defaults: DefaultsConfig = DefaultsConfig()
     gateway: GatewayConfig = GatewayConfig()
     proposer: ProposerConfig = ProposerConfig()

@@ -25,8 +25,10 @@ from s2t_shared.decode.calibrate import (
 )
 from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine
 from s2t_shared.decode.generate import Generator, shown_steps, with_thresholds
+from s2t_shared.decode.interfaces import SelectorClient
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelectorClient
 from s2t_shared.errors import InvalidRequestError, S2TError, VersionNotFoundError
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
@@ -39,6 +41,7 @@ from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Prompt
 from s2t_shared.versions.live import open_version
 
 CALIBRATIONS = Path("~/.cache/s2t/calibration")
+SELECTION_TIMEOUT_S = 600.0  # nobody waits for an answer as for a service's: rather late than worse
 KV_GIB = 4.0  # of each model; taken as it is needed
 
 
@@ -52,7 +55,7 @@ class Pair:
 
     tokenizer: Tokenizer
     engine: Engine
-    llm: LLMSelector | None = None
+    llm: SelectorClient | None = None
     local_selector: LocalSelector | None = None
     calibrations: Path = CALIBRATIONS
 
@@ -71,12 +74,13 @@ class Pair:
         kv_gib: float = KV_GIB,
         chat_template: str | None = None,
         max_draft_tokens: int = MAX_DRAFT_TOKENS,
+        vllm: VLLMOptions | None = None,
     ) -> Pair:
         """Load the models.
 
         slm, llm: folder, hub id, or "bundled". version: of the local selector: a name in the
         registry `versions`, "live", or a version's folder. batch_size: sequences decoded at once.
-        threads: CPU threads, default all cores.
+        threads: CPU threads, default all cores. vllm: run the LLM on vLLM, so.
 
         Raises:
             ModelLoadError: a model is missing or not supported.
@@ -86,12 +90,15 @@ class Pair:
         torch.set_num_threads(threads or os.cpu_count() or 1)
         kv_bytes = int(kv_gib * (1 << 30))
         tokenizer = Tokenizer.load(resolve_model(slm), chat_template)
-        selector = None
+        selector: SelectorClient | None = None
         if llm is not None:
             llm_tokenizer = Tokenizer.load(resolve_model(llm, "llm"))
             check_same_tokenizer(tokenizer, llm_tokenizer)
-            loaded = ModelRuntime.load(llm, dtype, device, kv_bytes, "llm")
-            selector = LLMSelector(loaded, llm_tokenizer.digest)
+            if vllm is not None:
+                selector = VLLMSelectorClient(llm, vllm)
+            else:
+                loaded = ModelRuntime.load(llm, dtype, device, kv_bytes, "llm")
+                selector = InProcessSelector(LLMSelector(loaded, llm_tokenizer.digest))
         runtime = ModelRuntime.load(slm, dtype, device, kv_bytes, max_num_seqs=batch_size)
         local = None
         if version is not None:
@@ -103,6 +110,7 @@ class Pair:
             local,
             max_num_seqs=batch_size,
             max_draft_tokens=max_draft_tokens,
+            selection_timeout_s=SELECTION_TIMEOUT_S,
         )
 
     @classmethod
@@ -110,7 +118,7 @@ class Pair:
         cls,
         slm: ModelRuntime,
         tokenizer: Tokenizer,
-        llm: LLMSelector | None = None,
+        llm: SelectorClient | None = None,
         local_selector: LocalSelector | None = None,
         others: Sequence[LocalSelector] = (),
         **engine_options: Any,
@@ -130,8 +138,7 @@ class Pair:
             raise VersionNotFoundError(f"version {version!r} is not loaded")
 
         proposer = Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows))
-        client = InProcessSelector(llm) if llm is not None else None
-        engine = Engine(proposer, client, lookup, **engine_options)
+        engine = Engine(proposer, llm, lookup, **engine_options)
         return cls(tokenizer, engine, llm, local_selector)
 
     @property

@@ -143,6 +143,7 @@ HOMES = {  # dependency -> packages or modules that may import it
     "datasets": "s2t_shared.data",
     "transformers": "s2t_shared.model s2t_shared.bundled s2t_shared.versions.export services.bench",
     "psutil": "services.bench",
+    "vllm": "s2t_shared.decode.vllm_selector",
     "matplotlib": "services.bench services.train",
     "fcntl": "s2t_shared.files",
 }

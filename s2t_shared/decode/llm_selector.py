@@ -18,7 +18,7 @@ from torch import Tensor
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot, shares_longer_prefix
-from s2t_shared.model.runtime import ModelRuntime, Segment
+from s2t_shared.model.runtime import ModelRuntime, Segment, check_ids
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 STEP_TOKENS = {"cpu": 1024, "cuda": 4096}  # of one forward, by type of device
@@ -28,6 +28,36 @@ IMPOSSIBLE = -1e4  # log-probability of an id that cannot occur; finite, to surv
 
 def always() -> bool:
     return True
+
+
+def check_query(query: ScoreQuery, max_length: int, vocab_rows: int) -> None:
+    """Check a query against an LLM, whatever runs it.
+
+    max_length: tokens that the LLM reads at most. vocab_rows: of its head.
+
+    Raises:
+        InvalidRequestError: naming the field that is wrong.
+    """
+    n = len(query.token_ids)
+    if not n:
+        raise InvalidRequestError("token_ids: empty; send the whole context")
+    if n > max_length:
+        raise InvalidRequestError(f"token_ids: {n} ids, the LLM reads at most {max_length}")
+    groups = len(query.candidate_ids)
+    if not query.positions or len(query.positions) != groups:
+        raise InvalidRequestError(
+            f"positions: {len(query.positions)} given with {groups} candidate groups; send "
+            "one group (may be empty) per position, at least one"
+        )
+    for position in query.positions:
+        if not 0 <= position < n:
+            raise InvalidRequestError(f"positions: {position} is outside the context 0..{n - 1}")
+    if list(query.positions) != sorted(set(query.positions)):
+        raise InvalidRequestError("positions: must be ascending, each once")
+    check_ids(query.token_ids, vocab_rows)
+    for group in query.candidate_ids:
+        if any(token_id < 0 for token_id in group):
+            raise InvalidRequestError("candidate_ids: an id is negative")
 
 
 @dataclass(eq=False)
@@ -95,34 +125,13 @@ class LLMSelector:
         Raises:
             InvalidRequestError: naming the field that is wrong.
         """
-        n = len(query.token_ids)
-        longest = self.runtime.max_length
-        if not n:
-            raise InvalidRequestError("token_ids: empty; send the whole context")
-        if n > longest:
-            raise InvalidRequestError(f"token_ids: {n} ids, the LLM reads at most {longest}")
-        if not self.runtime.pool.fits(n):
+        check_query(query, self.runtime.max_length, self.runtime.vocab_rows)
+        pool = self.runtime.pool
+        if not pool.fits(len(query.token_ids)):
             raise InvalidRequestError(
-                f"token_ids: {n} ids do not fit the LLM's KV pool of "
-                f"{self.runtime.pool.max_tokens} tokens; shorten the context or raise kv_gib"
+                f"token_ids: {len(query.token_ids)} ids do not fit the LLM's KV pool of "
+                f"{pool.max_tokens} tokens; shorten the context or raise kv_gib"
             )
-        groups = len(query.candidate_ids)
-        if not query.positions or len(query.positions) != groups:
-            raise InvalidRequestError(
-                f"positions: {len(query.positions)} given with {groups} candidate groups; send "
-                "one group (may be empty) per position, at least one"
-            )
-        for position in query.positions:
-            if not 0 <= position < n:
-                raise InvalidRequestError(
-                    f"positions: {position} is outside the context 0..{n - 1}"
-                )
-        if list(query.positions) != sorted(set(query.positions)):
-            raise InvalidRequestError("positions: must be ascending, each once")
-        self.runtime.check_ids(query.token_ids)
-        for group in query.candidate_ids:
-            if any(token_id < 0 for token_id in group):
-                raise InvalidRequestError("candidate_ids: an id is negative")
 
     def add(self, query: ScoreQuery, is_wanted: Callable[[], bool] = always) -> PendingQuery:
         """Queue a checked query."""

@@ -87,6 +87,34 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What identifies a model whose weights another runtime loads.
+
+    digest: of config and weights. eos_ids: ids that end an answer.
+    """
+
+    folder: Path
+    digest: str
+    eos_ids: frozenset[int]
+
+
+def identify_model(model: str, role: Role = "slm") -> ModelIdentity:
+    """Identify a Hugging Face folder, a hub id or "bundled", without its weights in memory.
+
+    Raises:
+        ModelLoadError: missing or unreadable.
+    """
+    folder = resolve_model(model, role)
+    try:
+        eos_ids = _eos_ids(folder, AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"model folder {model!r} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    return ModelIdentity(folder, model_digest(folder), eos_ids)
+
+
 def load_model(
     model: str,
     dtype: str = "float32",

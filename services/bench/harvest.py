@@ -164,7 +164,7 @@ def _pair(models: Models, batch: int, max_draft_tokens: int) -> tuple[Pair, Time
         selection_timeout_s=PATIENCE_S,
         max_draft_tokens=max_draft_tokens,
     )
-    return Pair(tokenizer=models.tokenizer, engine=engine, llm=models.scorer), selector
+    return Pair(tokenizer=models.tokenizer, engine=engine, llm=selector), selector
 
 
 def _harvest(

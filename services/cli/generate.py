@@ -17,7 +17,15 @@ import typer
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.requests import by_name, new_request
 from s2t_shared.types import Answer, GenerateRequest, Mode, Prompt, Proposals, Sampling, Step
-from services.cli.options import ConfigFile, DataDir, settings
+from services.cli.options import (
+    ConfigFile,
+    DataDir,
+    LLMRuntime,
+    Quantization,
+    TensorParallel,
+    settings,
+    vllm_options,
+)
 from services.cli.progress import progress
 
 
@@ -57,6 +65,9 @@ def generate(
     calibration_prompts: Annotated[
         Path | None, typer.Option(help="JSONL of training prompts to calibrate the budget on")
     ] = None,
+    llm_runtime: LLMRuntime = "torch",
+    tensor_parallel: TensorParallel = 1,
+    quantization: Quantization = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -95,6 +106,7 @@ def generate(
         device=device,
         batch_size=batch_size,
         threads=threads,
+        vllm=vllm_options(llm_runtime, dtype, tensor_parallel, quantization),
     )
     template = pair.with_thresholds(template, calibration_prompts, _say)
     with progress("answers", count_lines(input)) as shown:

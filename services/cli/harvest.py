@@ -21,15 +21,20 @@ from services.cli.options import (
     ConfigFile,
     DataDir,
     Json,
+    LLMRuntime,
+    Quantization,
+    TensorParallel,
     TokenFile,
     settings,
     show,
     target,
+    vllm_options,
 )
 from services.cli.progress import progress
 
 if TYPE_CHECKING:
     from s2t_shared.data.prompts import PromptSource
+    from s2t_shared.decode.vllm_selector import VLLMOptions
     from s2t_shared.pair import Pair
     from services.harvest.rollouts import HarvestOptions, RolloutSource
     from services.harvest.run import HarvestOutcome, Prompts
@@ -98,6 +103,9 @@ def harvest(
     threads: Annotated[
         int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")
     ] = None,
+    llm_runtime: LLMRuntime = "torch",
+    tensor_parallel: TensorParallel = 1,
+    quantization: Quantization = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     json_out: Json = False,
@@ -135,7 +143,8 @@ def harvest(
     if slm or llm:
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template)
+        vllm = vllm_options(llm_runtime, dtype, tensor_parallel, quantization)
+        pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template, vllm)
         source, lake = PairRollouts(pair), out
     else:
         lake = out or settings(config, data_dir=str(data_dir) if data_dir else None).lake
@@ -190,6 +199,7 @@ def _open_pair(
     batch_size: int,
     threads: int | None,
     chat_template: Path | None,
+    vllm: VLLMOptions | None,
 ) -> Pair:
     from s2t_shared.pair import Pair
 
@@ -201,6 +211,7 @@ def _open_pair(
         batch_size=batch_size,
         threads=threads,
         chat_template=_read_template(chat_template),
+        vllm=vllm,
     )
 
 

@@ -7,12 +7,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from s2t_shared.config import Config, load_config
+from s2t_shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from s2t_shared.decode.vllm_selector import VLLMOptions
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
@@ -97,3 +101,29 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
         print(f"{key:>16}: {value:.4g}" if isinstance(value, float) else f"{key:>16}: {value}")
+
+
+# -- the LLM's runtime ----------------------------------------------------------------------------
+
+LLMRuntime = Annotated[str, typer.Option(help="what runs the LLM: torch, or vllm")]
+TensorParallel = Annotated[int, typer.Option(help="with vllm: GPUs that share every layer")]
+Quantization = Annotated[str | None, typer.Option(help="with vllm: as vLLM names it, as in fp8")]
+
+
+def vllm_options(
+    runtime: str, dtype: str, tensor_parallel: int, quantization: str | None
+) -> VLLMOptions | None:
+    """What the options say; None for torch.
+
+    Raises:
+        ConfigError: no such runtime, or an option that torch does not have.
+    """
+    from s2t_shared.decode.vllm_selector import VLLMOptions
+
+    if runtime == "vllm":
+        return VLLMOptions(dtype=dtype, tensor_parallel=tensor_parallel, quantization=quantization)
+    if runtime != "torch":
+        raise ConfigError(f"--llm-runtime={runtime!r}: choose torch or vllm")
+    if tensor_parallel != 1 or quantization is not None:
+        raise ConfigError("--tensor-parallel and --quantization need --llm-runtime vllm")
+    return None

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from s2t_shared.bundled import LLM_DIR
 from s2t_shared.bundled import problems as bundled_problems
-from s2t_shared.decode.llm_selector import InProcessSelector
 from s2t_shared.labels.label import Rollout
 from s2t_shared.pair import Pair
 from s2t_shared.requests import new_request
@@ -42,7 +41,7 @@ def test_the_llm_finds_what_it_selected_likelier(pair: Pair) -> None:
         old=new_request("", mode="greedy", max_new_tokens=40),
     )
     rollouts = prompts_of(pair)
-    likelihood, finished = compare_by_llm(sides, rollouts, InProcessSelector(pair.llm))
+    likelihood, finished = compare_by_llm(sides, rollouts, pair.llm)
     assert len(likelihood.new) == len(finished.new) == COUNT
     assert likelihood.clusters == COUNT
     assert sum(likelihood.new) > sum(likelihood.old)

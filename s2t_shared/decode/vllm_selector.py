@@ -1,0 +1,261 @@
+"""The LLM selector on vLLM: tensor parallel, quantised, many GPUs.
+
+The only home of `vllm` for scoring. One asked position is one request of one token: vLLM returns
+the log-probabilities of the asked ids (`logprob_token_ids`), and its prefix cache makes the
+positions of one query, and a sequence's next query, cheap. Ids that must not count are pushed away
+by a bias before vLLM normalises, so that what is left sums to one without them.
+
+Public vLLM interfaces only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2t_shared.decode.interfaces import LLMInfo
+from s2t_shared.decode.llm_selector import IMPOSSIBLE, check_query
+from s2t_shared.errors import ConfigError, ModelLoadError, SelectorUnavailableError
+from s2t_shared.model.loading import identify_model
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
+
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+MAX_ASKED_IDS = 128  # vLLM's limit of `logprob_token_ids`
+EXCLUDING_BIAS = -100.0  # vLLM's least; an id 100 nats less likely has no mass left
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMOptions:
+    """How vLLM runs the LLM. All of it is part of the LLM's digest, as it may change its numbers.
+
+    tensor_parallel, pipeline_parallel: GPUs of one layer; of one copy after the other.
+    quantization: as vLLM names it, None: as the weights are stored. gpu_memory_utilization: share
+    of each GPU's memory for weights and KV cache. max_length: longest context in tokens, None: the
+    model's. eager: without compiled kernels and graphs.
+    """
+
+    dtype: str = "bfloat16"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    quantization: str | None = None
+    gpu_memory_utilization: float = 0.9
+    max_length: int | None = None
+    eager: bool = False
+
+    def digest(self, model_digest: str) -> str:
+        """16 hex digits of the weights and these options."""
+        text = json.dumps([model_digest, "vllm", asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class VLLMSelector:
+    """The LLM, as an asyncio service. Use it on the loop that made it."""
+
+    def __init__(self, engine: AsyncLLM, info: LLMInfo, vocab_rows: int) -> None:
+        self._engine = engine
+        self.info = info
+        self._vocab_rows = vocab_rows
+        self._numbers = itertools.count()
+
+    @classmethod
+    def load(cls, model: str, options: VLLMOptions) -> VLLMSelector:
+        """Start vLLM on a Hugging Face folder, a hub id or "bundled". Call it on a running loop.
+
+        Raises:
+            ConfigError: vLLM is not installed.
+            ModelLoadError: the model is missing, or vLLM cannot run it with these options.
+        """
+        identity = identify_model(model, "llm")
+        args = _engine_args(identity.folder, options)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            engine = AsyncLLM.from_engine_args(args)
+        except Exception as error:  # the border to vLLM, which raises anything here
+            raise ModelLoadError(
+                f"vLLM cannot run {model!r} with {options}: {_first_line(error)}"
+            ) from error
+        config = engine.model_config
+        info = LLMInfo(
+            options.digest(identity.digest),
+            Tokenizer.load(identity.folder).digest,
+            identity.eos_ids,
+            config.max_model_len - 1,  # vLLM wants room for the one token it writes
+        )
+        return cls(engine, info, config.get_vocab_size())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything can be answered."""
+        return not self._engine.errored
+
+    def check(self, query: ScoreQuery) -> None:
+        """Raises InvalidRequestError: naming the field that is wrong."""
+        check_query(query, self.info.max_length, self._vocab_rows)
+
+    async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
+        """The reply to a query. time_left_s: how long its caller waits; None for no limit.
+
+        Raises:
+            InvalidRequestError: the query is wrong.
+            SelectorUnavailableError: the time was up, or vLLM has died.
+        """
+        self.check(query)
+        try:
+            async with asyncio.timeout(time_left_s):
+                positions = await self._score_positions(query)
+        except TimeoutError as error:
+            raise SelectorUnavailableError("the deadline passed before the LLM answered") from error
+        except Exception as error:  # the border to vLLM
+            reason = _first_line(error)
+            raise SelectorUnavailableError(f"vLLM does not answer: {reason}") from error
+        return ScoreReply(tuple(positions), self.info.digest)
+
+    async def _score_positions(self, query: ScoreQuery) -> list[PositionScores]:
+        bias = self._bias(query)
+        tasks = []
+        for position, ids in zip(query.positions, query.candidate_ids, strict=True):
+            context = query.token_ids[: position + 1]
+            tasks.append(asyncio.create_task(self._score_position(context, ids, bias)))
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # where one has failed or time is up, the others end too
+                task.cancel()
+
+    async def _score_position(
+        self, context: Sequence[int], ids: Sequence[int], bias: Mapping[int, float]
+    ) -> PositionScores:
+        """What follows `context`: log-probabilities of `ids`, and the likeliest id of all."""
+        from vllm import SamplingParams
+
+        known = [i for i in ids if i < self._vocab_rows]
+        found: dict[int, float] = {}
+        top_id = -1
+        for start in range(0, max(1, len(known)), MAX_ASKED_IDS):
+            asked = known[start : start + MAX_ASKED_IDS]
+            params = SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                logprob_token_ids=asked or None,
+                logit_bias=dict(bias) or None,
+                detokenize=False,
+            )
+            output = await self._run(context, params)
+            top_id = output.token_ids[0]
+            if asked:
+                for token_id, value in output.logprobs[0].items():
+                    found[token_id] = value.logprob
+        scores = [max(found.get(i, IMPOSSIBLE), IMPOSSIBLE) for i in ids]
+        return PositionScores(tuple(scores), top_id)
+
+    async def _run(self, context: Sequence[int], params: SamplingParams) -> Any:
+        """The one completion of a request; aborted when the caller is cancelled."""
+        prompt = {"prompt_token_ids": list(context)}
+        request_id = f"s2t-{next(self._numbers)}"
+        outputs = [output async for output in self._engine.generate(prompt, params, request_id)]
+        return outputs[-1].outputs[0]
+
+    def _bias(self, query: ScoreQuery) -> dict[int, float]:
+        """What must not count: excluded ids, and rows beyond the family's vocabulary."""
+        rows = self._vocab_rows
+        barred = [i for i in query.excluded_ids if i < rows]
+        barred += range(query.vocab_size or rows, rows)
+        return dict.fromkeys(barred, EXCLUDING_BIAS)
+
+    def shutdown(self) -> None:
+        """End vLLM's processes."""
+        self._engine.shutdown()
+
+
+def _engine_args(folder: Path, options: VLLMOptions) -> AsyncEngineArgs:
+    """Raises ConfigError: vLLM is not installed."""
+    try:
+        from vllm import AsyncEngineArgs
+    except ImportError as error:
+        raise ConfigError(
+            "runtime vllm needs vLLM, which is not installed: pip install 's2t[vllm]', or set "
+            "llm.runtime to torch"
+        ) from error
+    return AsyncEngineArgs(
+        model=str(folder),
+        dtype=options.dtype,
+        quantization=options.quantization,
+        tensor_parallel_size=options.tensor_parallel,
+        pipeline_parallel_size=options.pipeline_parallel,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        max_model_len=options.max_length + 1 if options.max_length else None,
+        enforce_eager=options.eager,
+        max_logprobs=MAX_ASKED_IDS,
+        logprobs_mode="processed_logprobs",  # of the logits with their bias
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        generation_config="vllm",  # a model's own sampling defaults would change the numbers
+        seed=0,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class VLLMSelectorClient:
+    """A `SelectorClient` over a `VLLMSelector` in this process, on a loop of its own."""
+
+    def __init__(self, model: str, options: VLLMOptions) -> None:
+        """Raises: as `VLLMSelector.load`."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+
+        async def load() -> VLLMSelector:
+            return VLLMSelector.load(model, options)
+
+        try:
+            self._selector = asyncio.run_coroutine_threadsafe(load(), self._loop).result()
+        except BaseException:
+            self._stop()
+            raise
+
+    @property
+    def info(self) -> LLMInfo:
+        return self._selector.info
+
+    def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
+        """See `SelectorClient`."""
+        return [
+            asyncio.run_coroutine_threadsafe(self._selector.score(query), self._loop)
+            for query in queries
+        ]
+
+    def close(self) -> None:
+        """End vLLM and the loop."""
+
+        async def end() -> None:
+            self._selector.shutdown()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
