@@ -294,7 +294,7 @@ class ScoreQuery:
     positions[i] asks for the distribution of the token that follows `token_ids[positions[i]]`.
     candidate_ids[i]: the ids wanted there; empty means that only the top-1 is wanted.
     excluded_ids (the reserved ids) and all ids >= vocab_size (0: no limit) get probability zero.
-    fresh: a cache must not answer.
+    fresh: a cache must not answer. patience_s: how long the caller waits, seconds; 0: not said.
     """
 
     token_ids: tuple[int, ...]
@@ -304,6 +304,7 @@ class ScoreQuery:
     vocab_size: int = 0
     sequence_id: str = ""
     fresh: bool = False
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)

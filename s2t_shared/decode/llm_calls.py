@@ -1,8 +1,6 @@
-"""Calls to the LLM selector that an engine has in flight: when to give up on one, and when not to
-ask at all.
+"""Calls to the LLM selector that an engine has in flight, and when to give up on one.
 
-After a late reply the LLM is left alone for a moment, because waiting out the timeout at every
-token would stall answers. Knows queries and the selector client; no sequences, no models.
+Knows queries and the selector client; no sequences, no models.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
@@ -19,7 +17,6 @@ from s2t_shared.errors import S2TError, SelectorUnavailableError
 from s2t_shared.types import ScoreQuery, ScoreReply
 
 log = logging.getLogger(__name__)
-REST_AFTER_LATE_S = 1.0  # after a late reply the LLM is not asked for so long
 ROLLOUT_PATIENCE = 10.0  # a whole rollout is scored in one prefill: it may take this many timeouts
 
 
@@ -71,7 +68,6 @@ class LLMCalls:
         self._client = client
         self._timeout_s = timeout_s
         self._wake = wake
-        self._resting_until = 0.0
 
     @property
     def info(self) -> LLMInfo:
@@ -81,18 +77,24 @@ class LLMCalls:
         """Send queries as one batch. Returns at once."""
         if not queries:
             return []
-        if time.monotonic() >= self._resting_until:
-            futures = self._client.submit([asked.query for asked in queries])
-        else:
-            futures = [_refused("the LLM was late a moment ago") for _ in queries]
+        patience_s = [self._patience_s(asked.purpose) for asked in queries]
+        futures = self._client.submit(
+            [
+                replace(asked.query, patience_s=wait_s)
+                for asked, wait_s in zip(queries, patience_s, strict=True)
+            ]
+        )
         now = time.monotonic()
         calls = []
-        for asked, future in zip(queries, futures, strict=True):
+        for asked, future, wait_s in zip(queries, futures, patience_s, strict=True):
             future.add_done_callback(lambda _: self._wake())
-            patience = ROLLOUT_PATIENCE if asked.purpose is Purpose.SCORE_ROLLOUT else 1.0
-            give_up_at = now + patience * self._timeout_s
-            calls.append(LLMCall(asked.purpose, len(asked.query.positions), future, give_up_at))
+            positions = len(asked.query.positions)
+            calls.append(LLMCall(asked.purpose, positions, future, now + wait_s))
         return calls
+
+    def _patience_s(self, purpose: Purpose) -> float:
+        patience = ROLLOUT_PATIENCE if purpose is Purpose.SCORE_ROLLOUT else 1.0
+        return patience * self._timeout_s
 
     def result(self, call: LLMCall) -> ScoreReply:
         """The reply of a call that is over.
@@ -102,7 +104,6 @@ class LLMCalls:
         """
         if not call.future.done():
             call.cancel()
-            self._resting_until = time.monotonic() + REST_AFTER_LATE_S
             raise SelectorUnavailableError("the LLM was late")
         try:
             return call.future.result()
@@ -112,9 +113,3 @@ class LLMCalls:
         except Exception as error:
             log.exception("a selector's reply could not be read")
             raise SelectorUnavailableError("the LLM's reply could not be read") from error
-
-
-def _refused(reason: str) -> Future[ScoreReply]:
-    future: Future[ScoreReply] = Future()
-    future.set_exception(SelectorUnavailableError(reason))
-    return future
