@@ -337,6 +337,7 @@ class Step:
     slm_top_id, llm_top_id: each model's own first choice, where known.
     entropy, kl: nats on the SLM's support. llm_top_rank: place of the LLM's first choice in the
     SLM's order, 0 = first, -1 = outside the support. All three only where the support was kept.
+    llm_digest: of the LLM that answered; "" where none was asked or none answered.
     degraded: empty, or why the step did without the LLM.
     text: what this token added to the answer's text, where the text was asked for.
     support, llm: the two models' numbers; they stay in the process that decoded.
@@ -354,6 +355,7 @@ class Step:
     llm_top_rank: int | None = None
     entropy: float | None = None
     kl: float | None = None
+    llm_digest: str = ""
     degraded: str = ""
     text: str = ""
     support: Support | None = None
@@ -397,7 +399,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Versions:
-    """Which weights made an answer: digests of SLM and LLM, version of the local selector."""
+    """Which weights made an answer: digests of SLM and LLM, version of the local selector.
+
+    llm: "" when no LLM answered; the last one where it was replaced meanwhile.
+    """
 
     slm: str = ""
     llm: str = ""

@@ -293,8 +293,9 @@ class LiveSequence:
         self.llm_forwards += not reply.cached
         if call.purpose is Purpose.SELECT:
             assert self._pending is not None
+            pending = self._pending.changed(llm_digest=reply.llm_digest)
             scores = reply.positions[0]
-            self._act(*decide.after_llm_scores(self.request.options, self._pending, scores))
+            self._act(*decide.after_llm_scores(self.request.options, pending, scores))
         elif call.purpose is Purpose.VERIFY:
             self._verify(reply)
         else:
@@ -327,7 +328,8 @@ class LiveSequence:
         scores = iter(reply.positions)
         for i, step in enumerate(self.steps):
             if step.llm is None:
-                self.steps[i] = decide.with_figures(step.changed(llm=next(scores)))
+                step = step.changed(llm=next(scores), llm_digest=reply.llm_digest)
+                self.steps[i] = decide.with_figures(step)
         self._finish_scored()
 
     def _finish_scored(self) -> None:
@@ -388,7 +390,7 @@ class LiveSequence:
     def _verify(self, reply: ScoreReply) -> None:
         """Decide drafted tokens, up to the first that the LLM's view makes another one."""
         for scores in reply.positions:
-            drafted = self._draft[0]
+            drafted = self._draft[0].changed(llm_digest=reply.llm_digest)
             step, then = decide.after_llm_scores(self.request.options, drafted, scores)
             self._verified += 1
             accepted = then is Next.EMIT and step.token_id == drafted.token_id

@@ -194,11 +194,10 @@ class ProposerService:
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
         """Build the answer, record its labels, and drop Steps that were not asked for."""
         slm_digest = self._engine.slm.digest
-        llm_digest = self._selector.info.digest
-        answer = builder.answer(slm_digest, llm_digest if request.options.needs_llm else "")
+        answer = builder.answer(slm_digest)
         digests = Digests(
             slm=slm_digest,
-            llm=llm_digest,
+            llm=answer.versions.llm,
             tokenizer=self._tokenizer.digest,
             template=self._tokenizer.template_digest,
         )

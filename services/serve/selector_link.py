@@ -11,12 +11,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from s2t_shared.decode.interfaces import LLMInfo
+from s2t_shared.decode.llm_calls import check_reply
 from s2t_shared.errors import (
     ConfigError,
     InvalidRequestError,
@@ -114,7 +116,21 @@ class SelectorLink:
             if self._clock() - started >= LATE_SHARE * patience_s:
                 self._failed()
             raise
-        return wire.read_reply(query, response)
+        return self._read(query, response)
+
+    def _read(self, query: ScoreQuery, response: pb.ScoreResponse) -> ScoreReply:
+        """The reply, if it comes from the LLM that is known here, and can be true.
+
+        Raises SelectorUnavailableError: it does not; the next probe asks which LLM it is now.
+        """
+        assert self.info is not None
+        digests = (response.llm_digest, response.tokenizer_digest)
+        for digest, known in zip(digests, (self.info.digest, self._tokenizer_digest), strict=True):
+            if digest not in ("", known):
+                raise SelectorUnavailableError("the LLM has been replaced by another one")
+        reply = wire.read_reply(query, response)
+        check_reply(query, reply)
+        return replace(reply, llm_digest=self.info.digest)
 
     def _failed(self) -> None:
         if self._breaker.query_failed() and not self._is_dropped:
@@ -151,10 +167,8 @@ class SelectorLink:
         if query is None:
             return
         patience_s = LATE_SHARE * (query.patience_s or PATIENCE_S)
-        try:
-            await asyncio.wait_for(self._score(query, wire.write_query(query)), patience_s)
-        except TimeoutError as error:
-            raise SelectorUnavailableError("the probe's reply was late") from error
+        query = replace(query, patience_s=patience_s)
+        await self._score(query, wire.write_query(query))
 
     async def _describe(self) -> LLMInfo:
         """Raises SelectorUnavailableError, TokenizerMismatchError."""

@@ -3,7 +3,10 @@ out."""
 
 from __future__ import annotations
 
+import math
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -17,12 +20,16 @@ from s2t_shared.types import (
     FinishReason,
     Mode,
     Policy,
+    PositionScores,
+    ScoreQuery,
+    ScoreReply,
     Step,
     Trigger,
 )
 
 WORDS = ("a", "b", "c", "d", "e", "f", "g")
 S2T = Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=0.1)
+ALWAYS = Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS)
 KL = Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=0.1)
 
 
@@ -101,6 +108,60 @@ def test_a_late_llm_degrades_the_step() -> None:
     run(engine)
     assert not again.steps[4].degraded
     assert [query.patience_s for query in llm.queries] == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        ScoreReply(()),
+        ScoreReply((PositionScores((), 1),)),
+        ScoreReply((PositionScores((-1.0, math.nan), 1),)),
+        ScoreReply((PositionScores((-1.0, -math.inf), 1),)),
+        ScoreReply((PositionScores((-1.0, -1.0), -1),)),
+        ScoreReply((PositionScores((-1.0, -1.0), 1 << 40),)),
+    ],
+)
+@pytest.mark.parametrize("mode", [Mode.S2T, Mode.TAKEOVER])
+def test_a_reply_that_cannot_be_true_degrades_the_step(reply: ScoreReply, mode: Mode) -> None:
+    """Its top id became a token, and ended the thread that runs the engine."""
+
+    class WrongSelector(ScriptedSelector):
+        def _answer(self, query: ScoreQuery) -> Future[ScoreReply]:
+            future: Future[ScoreReply] = Future()
+            future.set_result(reply)
+            return future
+
+    model = slm()
+    engine = Engine(model, WrongSelector())
+    sequence = engine.add(request(replace(S2T, mode=mode)))
+    run(engine)
+    assert words(model, sequence) == "a b c d e f g"
+    assert [bool(step.degraded) for step in sequence.steps] == [i == 4 for i in range(8)]
+    assert "the LLM's reply" in sequence.steps[4].degraded
+
+
+@pytest.mark.parametrize("policy", [ALWAYS, replace(ALWAYS, mode=Mode.LLM), KL], ids=str)
+def test_each_step_says_which_llm_answered(policy: Policy) -> None:
+    """The LLM can be replaced in the middle of an answer."""
+    llm = ScriptedSelector(prefers=1, digest="old")
+    engine = Engine(slm(), llm, max_draft_tokens=1)
+    sequence = engine.add(request(policy, max_new_tokens=7))
+    while len(sequence.steps) < 5:
+        engine.step()
+    llm.digest = "new"
+    run(engine)
+    digests = [step.llm_digest for step in sequence.steps]
+    asked = [digest for digest in digests if digest]
+    assert asked[0] == "old" and asked[-1] == "new" and asked == sorted(asked, reverse=True)
+    for step in sequence.steps:
+        assert bool(step.llm_digest) == (step.llm is not None)
+
+
+def test_a_scored_rollout_says_which_llm_scored_it() -> None:
+    engine = Engine(slm(), ScriptedSelector(digest="llm"))
+    sequence = engine.add(request(Policy(), score_rollout=True))
+    run(engine)
+    assert {step.llm_digest for step in sequence.steps} == {"llm"}
 
 
 @pytest.mark.parametrize("max_draft_tokens", [1, 3, 32])

@@ -61,7 +61,12 @@ class FixedSelection(pb_grpc.SelectionServiceServicer):
             await wire.abort(context, TokenizerMismatchError("thirteen"))
         if self.reply is not None:
             return self.reply
-        return pb.ScoreResponse(log_probs=[-1.0] * len(request.candidate_ids), top_ids=[7])
+        return pb.ScoreResponse(
+            log_probs=[-1.0] * len(request.candidate_ids),
+            top_ids=[7],
+            llm_digest=self.digest,
+            tokenizer_digest=self.tokenizer_digest,
+        )
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext

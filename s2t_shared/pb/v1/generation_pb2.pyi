@@ -211,7 +211,7 @@ class Versions(_message.Message):
     def __init__(self, slm: _Optional[str] = ..., llm: _Optional[str] = ..., local_selector: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("index", "token_id", "chosen_by", "triggered", "signal", "candidate_ids", "scores", "slm_top_id", "llm_top_id", "llm_top_rank", "kl", "entropy", "degraded", "text")
+    __slots__ = ("index", "token_id", "chosen_by", "triggered", "signal", "candidate_ids", "scores", "slm_top_id", "llm_top_id", "llm_top_rank", "kl", "entropy", "degraded", "text", "llm_digest")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_BY_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +226,7 @@ class Step(_message.Message):
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_id: int
     chosen_by: ChosenBy
@@ -240,7 +241,8 @@ class Step(_message.Message):
     entropy: float
     degraded: str
     text: str
-    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., chosen_by: _Optional[_Union[ChosenBy, str]] = ..., triggered: _Optional[bool] = ..., signal: _Optional[float] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., slm_top_id: _Optional[int] = ..., llm_top_id: _Optional[int] = ..., llm_top_rank: _Optional[int] = ..., kl: _Optional[float] = ..., entropy: _Optional[float] = ..., degraded: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    llm_digest: str
+    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., chosen_by: _Optional[_Union[ChosenBy, str]] = ..., triggered: _Optional[bool] = ..., signal: _Optional[float] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., slm_top_id: _Optional[int] = ..., llm_top_id: _Optional[int] = ..., llm_top_rank: _Optional[int] = ..., kl: _Optional[float] = ..., entropy: _Optional[float] = ..., degraded: _Optional[str] = ..., text: _Optional[str] = ..., llm_digest: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "versions", "steps", "labels_stored", "rollout")

@@ -350,6 +350,7 @@ def write_step(step: Step) -> pb.Step:
         entropy=step.entropy,
         degraded=step.degraded,
         text=step.text,
+        llm_digest=step.llm_digest,
     )
 
 
@@ -372,6 +373,7 @@ def read_step(message: pb.Step) -> Step:
         kl=known("kl"),
         degraded=message.degraded,
         text=message.text,
+        llm_digest=message.llm_digest,
     )
 
 

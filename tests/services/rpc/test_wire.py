@@ -236,7 +236,9 @@ def test_a_query_and_its_reply_survive(data: st.DataObject) -> None:
         log_probs = data.draw(st.lists(REAL32, min_size=len(group), max_size=len(group)))
         positions.append(PositionScores(tuple(log_probs), data.draw(COUNT)))
     reply = ScoreReply(tuple(positions), data.draw(TEXT))
-    answer = selection_pb2.ScoreResponse.FromString(wire.write_reply(reply).SerializeToString())
+    answer = selection_pb2.ScoreResponse.FromString(
+        wire.write_reply(reply, "tok").SerializeToString()
+    )
     assert wire.read_reply(query, answer) == reply
 
 

@@ -50,7 +50,10 @@ def test_score_survives_the_wire() -> None:
     reply = ScoreReply(
         (PositionScores((-0.5, -1.5), 5), PositionScores((), 2), PositionScores((-2.0,), 7)), "d"
     )
-    sent = selection_pb2.ScoreResponse.FromString(wire.write_reply(reply).SerializeToString())
+    sent = selection_pb2.ScoreResponse.FromString(
+        wire.write_reply(reply, "tok").SerializeToString()
+    )
+    assert (sent.llm_digest, sent.tokenizer_digest) == ("d", "tok")
     assert wire.read_reply(query, sent) == reply
 
 
@@ -201,6 +204,7 @@ def test_answer_on_the_wire() -> None:
         candidate_ids=(4, 5),
         scores=(-3.0, -0.1),
         slm_top_id=4,
+        llm_digest="b",
         support=support,
         llm=llm,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -31,11 +32,14 @@ from s2t_shared.types import (
     Mode,
     Policy,
     Prompt,
+    ScoreQuery,
+    ScoreReply,
     Step,
     Trigger,
 )
 from services.serve.proposer_service import ProposerService
 from tests.helpers.serving import (
+    ALTERNATIVE,
     LLM_TEXT,
     SLM_TEXT,
     UNSURE_AT,
@@ -294,6 +298,35 @@ def test_selections_are_collected_as_labels() -> None:
         rollout.prompt_length + i for i in (4, 6)
     ]
     assert answer.labels_stored == 0 and json.loads(answer.rollout)["request_id"] == "r"
+
+
+class ReplacedSelector(ScriptedSelector):
+    """An LLM that is replaced by another one after its first reply."""
+
+    def _answer(self, query: ScoreQuery) -> Future[ScoreReply]:
+        reply = super()._answer(query)
+        self.digest = "new"
+        return reply
+
+
+def test_an_llm_that_is_replaced_meanwhile_leaves_no_mixed_labels() -> None:
+    """Labels carried the digest of the LLM that was known when the answer ended."""
+    slm = scripted_slm()
+    selector = ReplacedSelector(slm.tokenizer.id_of(ALTERNATIVE), digest="old")
+    labels = LabelOptions(collect=True)
+    service = proposer_service(slm, selector)
+    with pytest.raises(SelectorUnavailableError, match="replaced by another one"):
+        answer_of(service, replace(REQUEST, labels=labels))
+
+
+def test_an_answer_says_which_llm_answered() -> None:
+    slm = scripted_slm()
+    selector = ReplacedSelector(slm.tokenizer.id_of(ALTERNATIVE), digest="old")
+    answer = answer_of(proposer_service(slm, selector), replace(REQUEST, return_steps=True))
+    assert [step.llm_digest for step in answer.steps] == ["old", "new"]
+    assert answer.versions.llm == "new"
+    degraded = answer_of(proposer_service(slm, ScriptedSelector(available=False)), REQUEST)
+    assert degraded.versions.llm == "", "no LLM took part"
 
 
 @pytest.mark.parametrize(
