@@ -83,6 +83,12 @@ class SelectorConfig(Placement):
     addresses: tuple[str, ...] = Field(
         (), description="host:port of selectors elsewhere; then none is started here"
     )
+    start_wait_s: float = Field(
+        120.0,
+        ge=0,
+        description="a proposer that starts waits so long for the LLM; later, it is taken up "
+        "when it comes",
+    )
 
 
 class GatewayConfig(Placement):
