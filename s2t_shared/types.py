@@ -92,6 +92,13 @@ class Proposals(str, Enum):
     ADAPTED = "adapted"
 
 
+class OnLLMFailure(str, Enum):
+    """What an answer does when the LLM is needed and does not answer."""
+
+    DEGRADE = "degrade"  # it goes on without the LLM, and its Steps say so
+    FAIL = "fail"  # it ends with an error
+
+
 class ChosenBy(str, Enum):
     """Who chose the token of a step."""
 
@@ -108,6 +115,7 @@ class FinishReason(str, Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    LLM_FAILED = "llm_failed"
 
 
 # -- what to decode -------------------------------------------------------------------------------
@@ -168,6 +176,7 @@ class DecodeOptions:
     score_rollout: after the answer the LLM scores every position in one prefill (plain harvest).
     keep_support: every Step keeps its support, not only the triggered ones.
     fresh_selections: the LLM is asked even where a cache knows the answer.
+    on_llm_failure: whether the answer goes on without the LLM, or ends, when it does not answer.
     """
 
     policy: Policy = Policy()
@@ -177,6 +186,7 @@ class DecodeOptions:
     score_rollout: bool = False
     keep_support: bool = False
     fresh_selections: bool = False
+    on_llm_failure: OnLLMFailure = OnLLMFailure.DEGRADE
 
     @property
     def needs_llm(self) -> bool:

@@ -216,6 +216,8 @@ class AnswerBuilder:
         rest = ""
         if sequence.finish_reason is not None:
             self._open -= 1
+            if sequence.finish_reason is FinishReason.LLM_FAILED:
+                self.cancel()  # the other samples have nothing left to vote on
             rest = text.finish()
             if new:
                 new[-1] = new[-1].changed(text=new[-1].text + rest)
@@ -243,9 +245,16 @@ class AnswerBuilder:
         """The finished answer, with every Step.
 
         Raises: DeadlineExceededError: the request's own deadline passed first.
-            SelectorUnavailableError: the LLM's own answer was asked for, and the LLM made none of
-            it.
+            SelectorUnavailableError: the LLM did not answer, and the request chose to fail then; or
+            the LLM's own answer was asked for, and the LLM made none of it.
         """
+        for s in self.sequences:
+            if s.finish_reason is FinishReason.LLM_FAILED:
+                raise SelectorUnavailableError(
+                    f"the LLM was needed behind token {len(s.steps)} and did not answer "
+                    f"({s.llm_failure}); the request chose to fail then: send it again, or choose "
+                    "on_llm_failure=degrade"
+                )
         if any(s.finish_reason is FinishReason.DEADLINE for s in self.sequences):
             decoded = sum(len(s.steps) for s in self.sequences)
             raise DeadlineExceededError(

@@ -40,6 +40,7 @@ from s2t_shared.types import (
     DecodeRequest,
     FinishReason,
     Mode,
+    OnLLMFailure,
     ScoreQuery,
     ScoreReply,
     Step,
@@ -81,6 +82,7 @@ class LiveSequence:
     steps: list[Step] = field(default_factory=list, repr=False)
     finish_reason: FinishReason | None = None
     llm_forwards: int = 0
+    llm_failure: str = ""  # why it ended as LLM_FAILED
     cancelled: bool = False
     _pending: Step | None = None  # the next token, while somebody selects it
     _draft: list[Step] = field(default_factory=list, repr=False)
@@ -302,8 +304,12 @@ class LiveSequence:
             self._take_rollout_scores(reply)
 
     def on_llm_failure(self, call: LLMCall, reason: str) -> None:
-        """The LLM has not answered: the sequence does without it and says so in its Steps."""
-        if call.purpose is Purpose.SELECT:
+        """The LLM has not answered: the sequence does without it and says so in its Steps, or ends,
+        as its request chose."""
+        if self.request.options.on_llm_failure is OnLLMFailure.FAIL:
+            self.llm_failure = reason
+            self.finish(FinishReason.LLM_FAILED)
+        elif call.purpose is Purpose.SELECT:
             self._select_without_llm(reason)
         elif call.purpose is Purpose.VERIFY:
             self._accept_unverified(call.positions, reason)

@@ -22,7 +22,15 @@ from s2t_shared.labels.label import Digests
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import Calibration
-from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Mode, ServiceDescription, Step
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    GenerateRequest,
+    Mode,
+    OnLLMFailure,
+    ServiceDescription,
+    Step,
+)
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
 
@@ -172,6 +180,12 @@ class ProposerService:
             raise SelectorUnavailableError(
                 "no selector (LLM) can be reached, and mode llm is the LLM's own answer; "
                 "try again in a moment, or choose a mode that goes on without the LLM"
+            )
+        fails_without = options.on_llm_failure is OnLLMFailure.FAIL and options.needs_llm
+        if fails_without and not self._selector.reachable:
+            raise SelectorUnavailableError(
+                "no selector (LLM) can be reached, and the request chose to fail then; try again "
+                "in a moment, or choose on_llm_failure=degrade"
             )
         if options.score_rollout and not self._selector.info.digest:
             raise SelectorUnavailableError(

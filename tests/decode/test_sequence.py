@@ -19,6 +19,7 @@ from s2t_shared.types import (
     DecodeRequest,
     FinishReason,
     Mode,
+    OnLLMFailure,
     Policy,
     PositionScores,
     ScoreQuery,
@@ -138,6 +139,29 @@ def test_a_reply_that_cannot_be_true_degrades_the_step(reply: ScoreReply, mode: 
     assert words(model, sequence) == "a b c d e f g"
     assert [bool(step.degraded) for step in sequence.steps] == [i == 4 for i in range(8)]
     assert "the LLM's reply" in sequence.steps[4].degraded
+
+
+@pytest.mark.parametrize("failure", [{"available": False}, {"late": True}], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "decided"),
+    [(S2T, 4), (KL, 3), (Policy(mode=Mode.LLM), 0), (ALWAYS, 0)],
+    ids=["s2t", "kl", "llm", "always"],
+)
+def test_an_answer_may_choose_to_fail(
+    policy: Policy, decided: int, failure: dict[str, bool]
+) -> None:
+    """It ends where the LLM was needed first, and none of its steps did without."""
+    model = slm()
+    engine = Engine(model, ScriptedSelector(**failure), selection_timeout_s=0.01)  # type: ignore[arg-type]
+    sequence = engine.add(request(policy, on_llm_failure=OnLLMFailure.FAIL))
+    beside = engine.add(request(policy))
+    run(engine)
+    assert sequence.finish_reason is FinishReason.LLM_FAILED
+    assert sequence.llm_failure in ("the scripted LLM is away", "the LLM was late")
+    assert len(sequence.steps) == decided
+    assert not sequence.usage.degraded_steps
+    assert beside.finish_reason is FinishReason.STOP and beside.usage.degraded_steps
+    assert model.kv_slots_in_use == 0
 
 
 @pytest.mark.parametrize("policy", [ALWAYS, replace(ALWAYS, mode=Mode.LLM), KL], ids=str)

@@ -155,6 +155,7 @@ def test_broken_lines_do_not_stop_the_others(
         (["--mode", "nope"], "mode='nope': unknown; choose from greedy"),
         (["--mode", "greedy@3"], "only majority"),
         (["--trigger", "nope"], "trigger='nope'"),
+        (["--on-llm-failure", "nope"], "on_llm_failure='nope': unknown; choose from degrade, fail"),
         (["--candidates", "0"], "candidates=0: must be 1..64"),
         (["--candidates", "65"], "candidates=65: must be 1..64"),
         (["--budget", "2"], "budget=2"),

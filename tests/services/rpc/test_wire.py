@@ -25,6 +25,7 @@ from s2t_shared.types import (
     LabelRule,
     Message,
     Mode,
+    OnLLMFailure,
     Policy,
     PositionScores,
     Prompt,
@@ -75,6 +76,7 @@ OPTIONS = st.builds(
     version=maybe(st.text("v0123456789-", max_size=6)),
     score_rollout=st.booleans(),
     fresh_selections=st.booleans(),
+    on_llm_failure=st.sampled_from(OnLLMFailure),
 )
 LABELS = st.builds(
     LabelOptions,

@@ -18,6 +18,7 @@ from s2t_shared.types import (
     FinishReason,
     LabelRule,
     Mode,
+    OnLLMFailure,
     PositionScores,
     Proposals,
     ScoreQuery,
@@ -154,6 +155,14 @@ def test_request_defaults_and_fields() -> None:
         and not full.labels.store
     )
     assert full.prompt.token_ids == (1, 2) and full.timeout_s == 1.5 and full.stop == (".",)
+    for default in OnLLMFailure:
+        defaults = DefaultsConfig(on_llm_failure=default)
+        bare = wire.read_request(asked(pb.GenerationParameters(text="x")), defaults, 7.0)
+        assert bare.options.on_llm_failure is default
+        for chosen in OnLLMFailure:
+            said = wire.write_settings("x", on_llm_failure=chosen.value)
+            read = wire.read_request(asked(said), defaults, 7.0)
+            assert read.options.on_llm_failure is chosen
     for wanted, left, effective in (
         (9.0, 7.0, 7.0),
         (0.0, 7.0, 7.0),
