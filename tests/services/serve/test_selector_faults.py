@@ -222,7 +222,7 @@ def test_a_black_hole_holds_up_no_other_selector() -> None:
             assert await becomes(lambda: client.reachable)
             assert not refreshing.done()
             assert client.replicas_for("s") == [address]
-            await asyncio.wait_for(refreshing, 5.0)
+            await asyncio.wait_for(refreshing, 4.0)  # a description is waited for 5 s
             await server.stop(None)
 
     asyncio.run(main())
