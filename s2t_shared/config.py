@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
 from s2t_shared.training.settings import TrainingSettings
-from s2t_shared.types import MAX_CANDIDATES, Mode, Trigger
+from s2t_shared.types import MAX_CANDIDATES, Mode, OnLLMFailure, Trigger
 
 ENVIRONMENT_PREFIX = "S2T_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -116,6 +116,12 @@ class SelectorConfig(Placement):
     addresses: tuple[str, ...] = Field(
         (), description="host:port of selectors elsewhere; then none is started here"
     )
+    start_wait_s: float = Field(
+        120.0,
+        ge=0,
+        description="a proposer that starts waits so long for the LLM; later, it is taken up "
+        "when it comes",
+    )
 
 
 class GatewayConfig(Placement):
@@ -149,6 +155,10 @@ class DefaultsConfig(_Section):
     budget: float = Field(0.01, gt=0, le=1)
     candidates: int = Field(8, ge=1, le=MAX_CANDIDATES)
     max_new_tokens: int = Field(256, ge=1)
+    on_llm_failure: OnLLMFailure = Field(
+        OnLLMFailure.DEGRADE,
+        description="when the LLM does not answer: degrade (go on without it, and say so) or fail",
+    )
     store_labels: bool = False
     answer_pattern: str = Field(
         "", description="regular expression that finds the answer in a text, for majority@n"

@@ -156,7 +156,7 @@ class Pair:
     @property
     def generator(self) -> Generator:
         """The loop that answers requests on this pair's engine."""
-        return Generator(self.tokenizer, self.engine, self.llm_digest)
+        return Generator(self.tokenizer, self.engine)
 
     # -- answers ----------------------------------------------------------------------------------
 

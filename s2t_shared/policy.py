@@ -245,6 +245,11 @@ class Calibration:
         """This calibration, and `other` for the triggers it lacks."""
         return Calibration({**other.thresholds, **self.thresholds})
 
+    def without_llm(self) -> Calibration:
+        """The thresholds that say nothing of an LLM."""
+        own = {t: table for t, table in self.thresholds.items() if not t.needs_llm}
+        return Calibration(own)
+
     def to_json(self) -> str:
         named = {}
         for trigger, table in self.thresholds.items():

@@ -16,6 +16,7 @@ from s2t_shared.types import (
     GenerateRequest,
     Message,
     Mode,
+    OnLLMFailure,
     Policy,
     Prompt,
     Sampling,
@@ -44,15 +45,16 @@ def new_request(
     sampling: Sampling = DEFAULT_SAMPLING,
     steps: bool = False,
     request_id: str = "",
+    on_llm_failure: str = "degrade",
 ) -> GenerateRequest:
     """A request from plain values.
 
     mode: as in `Mode`, or majority@n. budget: share of steps that may trigger, default 0.01.
     threshold: instead of a budget, in the trigger's unit. steps: the answer carries its triggered
-    Steps.
+    Steps. on_llm_failure: as in `OnLLMFailure`.
 
     Raises:
-        InvalidRequestError: an unknown mode or trigger, or budget and threshold together.
+        InvalidRequestError: an unknown name, or budget and threshold together.
     """
     if budget is not None and threshold is not None:
         raise InvalidRequestError("give a threshold or a budget, not both")
@@ -68,6 +70,7 @@ def new_request(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         version=version,
+        on_llm_failure=by_name(OnLLMFailure, on_llm_failure, "on_llm_failure"),
     )
     if threshold is None and budget is None:
         budget = DEFAULT_BUDGET

@@ -92,6 +92,13 @@ class Proposals(str, Enum):
     ADAPTED = "adapted"
 
 
+class OnLLMFailure(str, Enum):
+    """What an answer does when the LLM is needed and does not answer."""
+
+    DEGRADE = "degrade"  # it goes on without the LLM, and its Steps say so
+    FAIL = "fail"  # it ends with an error
+
+
 class ChosenBy(str, Enum):
     """Who chose the token of a step."""
 
@@ -108,6 +115,7 @@ class FinishReason(str, Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    LLM_FAILED = "llm_failed"
 
 
 # -- what to decode -------------------------------------------------------------------------------
@@ -168,6 +176,7 @@ class DecodeOptions:
     score_rollout: after the answer the LLM scores every position in one prefill (plain harvest).
     keep_support: every Step keeps its support, not only the triggered ones.
     fresh_selections: the LLM is asked even where a cache knows the answer.
+    on_llm_failure: whether the answer goes on without the LLM, or ends, when it does not answer.
     """
 
     policy: Policy = Policy()
@@ -177,6 +186,7 @@ class DecodeOptions:
     score_rollout: bool = False
     keep_support: bool = False
     fresh_selections: bool = False
+    on_llm_failure: OnLLMFailure = OnLLMFailure.DEGRADE
 
     @property
     def needs_llm(self) -> bool:
@@ -294,7 +304,7 @@ class ScoreQuery:
     positions[i] asks for the distribution of the token that follows `token_ids[positions[i]]`.
     candidate_ids[i]: the ids wanted there; empty means that only the top-1 is wanted.
     excluded_ids (the reserved ids) and all ids >= vocab_size (0: no limit) get probability zero.
-    fresh: a cache must not answer.
+    fresh: a cache must not answer. patience_s: how long the caller waits, seconds; 0: not said.
     """
 
     token_ids: tuple[int, ...]
@@ -304,6 +314,7 @@ class ScoreQuery:
     vocab_size: int = 0
     sequence_id: str = ""
     fresh: bool = False
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -336,6 +347,7 @@ class Step:
     slm_top_id, llm_top_id: each model's own first choice, where known.
     entropy, kl: nats on the SLM's support. llm_top_rank: place of the LLM's first choice in the
     SLM's order, 0 = first, -1 = outside the support. All three only where the support was kept.
+    llm_digest: of the LLM that answered; "" where none was asked or none answered.
     degraded: empty, or why the step did without the LLM.
     text: what this token added to the answer's text, where the text was asked for.
     support, llm: the two models' numbers; they stay in the process that decoded.
@@ -353,6 +365,7 @@ class Step:
     llm_top_rank: int | None = None
     entropy: float | None = None
     kl: float | None = None
+    llm_digest: str = ""
     degraded: str = ""
     text: str = ""
     support: Support | None = None
@@ -396,7 +409,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Versions:
-    """Which weights made an answer: digests of SLM and LLM, version of the local selector."""
+    """Which weights made an answer: digests of SLM and LLM, version of the local selector.
+
+    llm: "" when no LLM answered; the last one where it was replaced meanwhile.
+    """
 
     slm: str = ""
     llm: str = ""

@@ -73,7 +73,8 @@ class Client:
 
         prompt: text, chat messages ({"role", "content"}) or token ids. settings: mode and trigger
         by name ("s2t", "majority@8", "entropy"), budget or threshold, candidates, max_new_tokens,
-        version, stop, return_steps and the other fields of `GenerationParameters`.
+        version, stop, return_steps, on_llm_failure ("degrade" or "fail") and the other fields of
+        `GenerationParameters`.
 
         Raises:
             S2TError: the request was refused or could not be answered.

@@ -6,7 +6,7 @@ Training prompts only: an evaluation split is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from s2t_shared.bundled import SLM_DIR
 from s2t_shared.bundled import problems as bundled_problems
 from s2t_shared.data.prompts import PromptSource, read
 from s2t_shared.decode.generate import Generator
-from s2t_shared.errors import ConfigError
+from s2t_shared.errors import ConfigError, S2TError
 from s2t_shared.files import write_atomically
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.policy import Calibration
@@ -63,18 +63,37 @@ def measure_calibration(
     Raises:
         ConfigError: not one prompt could be rolled out.
     """
+    requests = (
+        calibration_request(i, prompt, max_new_tokens, with_llm) for i, prompt in enumerate(prompts)
+    )
+    return calibration_from([outcome for _, outcome in generator.generate(requests)])
+
+
+def calibration_request(
+    number: int, prompt: Prompt, max_new_tokens: int, with_llm: bool
+) -> GenerateRequest:
+    """The greedy rollout of one training prompt, whose answer keeps what is calibrated on."""
     options = DecodeOptions(
         max_new_tokens=max_new_tokens, score_rollout=with_llm, keep_support=True, version=""
     )
+    return GenerateRequest(request_id=f"calibration-{number}", prompt=prompt, options=options)
 
-    def requests() -> Iterator[GenerateRequest]:
-        for i, prompt in enumerate(prompts):
-            yield GenerateRequest(request_id=f"calibration-{i}", prompt=prompt, options=options)
 
-    outcomes = [outcome for _, outcome in generator.generate(requests())]
+def calibration_from(
+    outcomes: Sequence[Answer | S2TError], llm_digest: str | None = None
+) -> Calibration:
+    """Calibrate on the rollouts that became whole.
+
+    llm_digest: take those that this LLM has scored; None: whichever.
+
+    Raises:
+        ConfigError: there are none.
+    """
     answers = [o for o in outcomes if isinstance(o, Answer) and not o.usage.degraded_steps]
+    if llm_digest is not None:
+        answers = [answer for answer in answers if answer.versions.llm == llm_digest]
     if not answers:
-        reason = outcomes[0] if outcomes else "there are none"
+        reason = next((o for o in outcomes if isinstance(o, S2TError)), "the LLM did not answer")
         raise ConfigError(
             f"calibration failed: none of {len(outcomes)} training prompts could be rolled out "
             f"({reason})"

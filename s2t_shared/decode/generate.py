@@ -216,6 +216,8 @@ class AnswerBuilder:
         rest = ""
         if sequence.finish_reason is not None:
             self._open -= 1
+            if sequence.finish_reason is FinishReason.LLM_FAILED:
+                self.cancel()  # the other samples have nothing left to vote on
             rest = text.finish()
             if new:
                 new[-1] = new[-1].changed(text=new[-1].text + rest)
@@ -239,13 +241,20 @@ class AnswerBuilder:
             if sequence.finish_reason is None:
                 self._engine.cancel(sequence)
 
-    def answer(self, slm_digest: str, llm_digest: str) -> Answer:
+    def answer(self, slm_digest: str) -> Answer:
         """The finished answer, with every Step.
 
         Raises: DeadlineExceededError: the request's own deadline passed first.
-            SelectorUnavailableError: the LLM's own answer was asked for, and the LLM made none of
-            it.
+            SelectorUnavailableError: the LLM did not answer, and the request chose to fail then; or
+            the LLM's own answer was asked for, and the LLM made none of it.
         """
+        for s in self.sequences:
+            if s.finish_reason is FinishReason.LLM_FAILED:
+                raise SelectorUnavailableError(
+                    f"the LLM was needed behind token {len(s.steps)} and did not answer "
+                    f"({s.llm_failure}); the request chose to fail then: send it again, or choose "
+                    "on_llm_failure=degrade"
+                )
         if any(s.finish_reason is FinishReason.DEADLINE for s in self.sequences):
             decoded = sum(len(s.steps) for s in self.sequences)
             raise DeadlineExceededError(
@@ -266,7 +275,7 @@ class AnswerBuilder:
             text=self._texts[chosen].text,
             finish_reason=chosen.finish_reason,
             usage=replace(usage, prompt_tokens=chosen.usage.prompt_tokens),
-            versions=Versions(slm_digest, llm_digest, chosen.version),
+            versions=Versions(slm_digest, _llm_digest(chosen.steps), chosen.version),
             steps=tuple(self._steps[chosen]),
         )
 
@@ -281,6 +290,11 @@ class AnswerBuilder:
             return self.sequences[0]
         winner = max(votes, key=lambda answer: (votes[answer], -answers.index(answer)))
         return self.sequences[answers.index(winner)]
+
+
+def _llm_digest(steps: Sequence[Step]) -> str:
+    """Of the last LLM that answered, "" when none did."""
+    return next((step.llm_digest for step in reversed(steps) if step.llm_digest), "")
 
 
 def shown_steps(request: GenerateRequest, steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -301,7 +315,6 @@ class Generator:
 
     tokenizer: TextTokenizer
     engine: Engine
-    llm_digest: str = ""
 
     def generate(
         self, requests: Iterable[GenerateRequest], window: int = 256
@@ -377,8 +390,4 @@ class Generator:
             return error
 
     def _answer(self, builder: AnswerBuilder) -> Answer:
-        uses_llm = builder.request.options.needs_llm
-        return builder.answer(
-            slm_digest=self.engine.proposer.info.digest,
-            llm_digest=self.llm_digest if uses_llm else "",
-        )
+        return builder.answer(self.engine.proposer.info.digest)

@@ -146,7 +146,8 @@ class LLMInfo:
 class SelectorClient(Protocol):
     """Where LLM selections come from: this process, a cache, or the network.
 
-    A failed future holds `SelectorUnavailableError` or `InvalidRequestError`.
+    A failed future holds `SelectorUnavailableError` or `InvalidRequestError`. A client that knows
+    that nobody would answer fails at once: an engine that waited at every token would stall.
     """
 
     @property

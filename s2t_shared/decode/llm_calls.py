@@ -1,17 +1,16 @@
-"""Calls to the LLM selector that an engine has in flight: when to give up on one, and when not to
-ask at all.
+"""Calls to the LLM selector that an engine has in flight, and when to give up on one.
 
-After a late reply the LLM is left alone for a moment, because waiting out the timeout at every
-token would stall answers. Knows queries and the selector client; no sequences, no models.
+Knows queries and the selector client; no sequences, no models.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
@@ -19,7 +18,8 @@ from s2t_shared.errors import S2TError, SelectorUnavailableError
 from s2t_shared.types import ScoreQuery, ScoreReply
 
 log = logging.getLogger(__name__)
-REST_AFTER_LATE_S = 1.0  # after a late reply the LLM is not asked for so long
+LOG_ZERO = -10_000.0  # what selectors send for probability zero
+ROUNDING = 1e-2  # a log-probability may be above zero by so much
 ROLLOUT_PATIENCE = 10.0  # a whole rollout is scored in one prefill: it may take this many timeouts
 
 
@@ -44,9 +44,14 @@ class LLMCall:
     """A query in flight. give_up_at: a `time.monotonic()` value in seconds."""
 
     purpose: Purpose
-    positions: int
+    query: ScoreQuery
     future: Future[ScoreReply]
     give_up_at: float
+
+    @property
+    def positions(self) -> int:
+        """How many positions the LLM was asked about."""
+        return len(self.query.positions)
 
     @property
     def is_over(self) -> bool:
@@ -71,7 +76,6 @@ class LLMCalls:
         self._client = client
         self._timeout_s = timeout_s
         self._wake = wake
-        self._resting_until = 0.0
 
     @property
     def info(self) -> LLMInfo:
@@ -81,18 +85,23 @@ class LLMCalls:
         """Send queries as one batch. Returns at once."""
         if not queries:
             return []
-        if time.monotonic() >= self._resting_until:
-            futures = self._client.submit([asked.query for asked in queries])
-        else:
-            futures = [_refused("the LLM was late a moment ago") for _ in queries]
+        patience_s = [self._patience_s(asked.purpose) for asked in queries]
+        futures = self._client.submit(
+            [
+                replace(asked.query, patience_s=wait_s)
+                for asked, wait_s in zip(queries, patience_s, strict=True)
+            ]
+        )
         now = time.monotonic()
         calls = []
-        for asked, future in zip(queries, futures, strict=True):
+        for asked, future, wait_s in zip(queries, futures, patience_s, strict=True):
             future.add_done_callback(lambda _: self._wake())
-            patience = ROLLOUT_PATIENCE if asked.purpose is Purpose.SCORE_ROLLOUT else 1.0
-            give_up_at = now + patience * self._timeout_s
-            calls.append(LLMCall(asked.purpose, len(asked.query.positions), future, give_up_at))
+            calls.append(LLMCall(asked.purpose, asked.query, future, now + wait_s))
         return calls
+
+    def _patience_s(self, purpose: Purpose) -> float:
+        patience = ROLLOUT_PATIENCE if purpose is Purpose.SCORE_ROLLOUT else 1.0
+        return patience * self._timeout_s
 
     def result(self, call: LLMCall) -> ScoreReply:
         """The reply of a call that is over.
@@ -102,10 +111,11 @@ class LLMCalls:
         """
         if not call.future.done():
             call.cancel()
-            self._resting_until = time.monotonic() + REST_AFTER_LATE_S
             raise SelectorUnavailableError("the LLM was late")
         try:
-            return call.future.result()
+            reply = call.future.result()
+            check_reply(call.query, reply)
+            return reply
         except (S2TError, CancelledError) as error:
             reason = str(error) or "the LLM could not be asked"
             raise SelectorUnavailableError(reason) from error
@@ -114,7 +124,26 @@ class LLMCalls:
             raise SelectorUnavailableError("the LLM's reply could not be read") from error
 
 
-def _refused(reason: str) -> Future[ScoreReply]:
-    future: Future[ScoreReply] = Future()
-    future.set_exception(SelectorUnavailableError(reason))
-    return future
+def check_reply(query: ScoreQuery, reply: ScoreReply) -> None:
+    """Check that a reply can be true: an id from it may become a token, a score a label.
+
+    Raises:
+        SelectorUnavailableError: counts that are not the query's, a log-probability that is none,
+            or a first choice that the query excludes.
+    """
+    if len(reply.positions) != len(query.positions):
+        raise SelectorUnavailableError("the LLM's reply has other positions than its query")
+    for scores, candidate_ids in zip(reply.positions, query.candidate_ids, strict=True):
+        log_probs = scores.log_probs
+        if len(log_probs) != len(candidate_ids):
+            raise SelectorUnavailableError("the LLM's reply has other candidates than its query")
+        # A sum is finite only if all its terms are; min and max alone can miss a NaN.
+        if log_probs and not (
+            math.isfinite(sum(log_probs))
+            and min(log_probs) >= LOG_ZERO
+            and max(log_probs) <= ROUNDING
+        ):
+            raise SelectorUnavailableError("the LLM's reply holds an impossible log-probability")
+        in_range = scores.top_id >= 0 and (not query.vocab_size or scores.top_id < query.vocab_size)
+        if not in_range or scores.top_id in query.excluded_ids:
+            raise SelectorUnavailableError("the LLM's reply holds an impossible token id")

@@ -152,18 +152,19 @@ class ScriptedSelector:
     """A `SelectorClient` whose LLM prefers one id wherever it is a candidate, else the SLM's first.
 
     prefers: where no candidates are given (mode llm) its first choice; None ends the answer there.
-    available: False fails every query. late: True answers none of them.
+    available: False fails every query. late: True answers none of them. digest: of the LLM.
     queries: all that were asked.
     """
 
     prefers: int | None = None
     available: bool = True
     late: bool = False
+    digest: str = DIGEST
     queries: list[ScoreQuery] = field(default_factory=list)
 
     @property
     def info(self) -> LLMInfo:
-        return LLMInfo(DIGEST, DIGEST, frozenset({0}), 1 << 20)
+        return LLMInfo(self.digest, DIGEST, frozenset({0}), 1 << 20)
 
     @property
     def reachable(self) -> bool:
@@ -180,7 +181,7 @@ class ScriptedSelector:
             future.set_exception(SelectorUnavailableError("the scripted LLM is away"))
         elif not self.late:
             scores = tuple(self._scores(group) for group in query.candidate_ids)
-            future.set_result(ScoreReply(scores, DIGEST))
+            future.set_result(ScoreReply(scores, self.digest))
         return future
 
     def _scores(self, candidate_ids: tuple[int, ...]) -> PositionScores:

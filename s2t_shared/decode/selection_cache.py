@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import queue
 import threading
 import time
@@ -20,7 +19,8 @@ from functools import partial
 from typing import Any
 
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
-from s2t_shared.errors import StoreError
+from s2t_shared.decode.llm_calls import check_reply
+from s2t_shared.errors import SelectorUnavailableError, StoreError
 from s2t_shared.redis_connection import open_client, place_of, redis_errors
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
@@ -202,8 +202,11 @@ def decode_selection(value: bytes | None, query: ScoreQuery, digest: str) -> Sco
         return None
     if not isinstance(log_probs, list) or type(top_id) is not int:
         return None
-    if len(log_probs) != len(query.candidate_ids[0]):
+    if not all(type(x) is float for x in log_probs):
         return None
-    if not all(type(x) is float and math.isfinite(x) for x in log_probs):
+    reply = ScoreReply((PositionScores(tuple(log_probs), top_id),), digest, cached=True)
+    try:
+        check_reply(query, reply)
+    except SelectorUnavailableError:
         return None
-    return ScoreReply((PositionScores(tuple(log_probs), top_id),), digest, cached=True)
+    return reply

@@ -40,6 +40,7 @@ from s2t_shared.types import (
     DecodeRequest,
     FinishReason,
     Mode,
+    OnLLMFailure,
     ScoreQuery,
     ScoreReply,
     Step,
@@ -81,6 +82,7 @@ class LiveSequence:
     steps: list[Step] = field(default_factory=list, repr=False)
     finish_reason: FinishReason | None = None
     llm_forwards: int = 0
+    llm_failure: str = ""  # why it ended as LLM_FAILED
     cancelled: bool = False
     _pending: Step | None = None  # the next token, while somebody selects it
     _draft: list[Step] = field(default_factory=list, repr=False)
@@ -294,16 +296,21 @@ class LiveSequence:
         self.llm_forwards += not reply.cached
         if call.purpose is Purpose.SELECT:
             assert self._pending is not None
+            pending = self._pending.changed(llm_digest=reply.llm_digest)
             scores = reply.positions[0]
-            self._act(*decide.after_llm_scores(self.request.options, self._pending, scores))
+            self._act(*decide.after_llm_scores(self.request.options, pending, scores))
         elif call.purpose is Purpose.VERIFY:
             self._verify(reply)
         else:
             self._take_rollout_scores(reply)
 
     def on_llm_failure(self, call: LLMCall, reason: str) -> None:
-        """The LLM has not answered: the sequence does without it and says so in its Steps."""
-        if call.purpose is Purpose.SELECT:
+        """The LLM has not answered: the sequence does without it and says so in its Steps, or ends,
+        as its request chose."""
+        if self.request.options.on_llm_failure is OnLLMFailure.FAIL:
+            self.llm_failure = reason
+            self.finish(FinishReason.LLM_FAILED)
+        elif call.purpose is Purpose.SELECT:
             self._select_without_llm(reason)
         elif call.purpose is Purpose.VERIFY:
             self._accept_unverified(call.positions, reason)
@@ -328,7 +335,8 @@ class LiveSequence:
         scores = iter(reply.positions)
         for i, step in enumerate(self.steps):
             if step.llm is None:
-                self.steps[i] = decide.with_figures(step.changed(llm=next(scores)))
+                step = step.changed(llm=next(scores), llm_digest=reply.llm_digest)
+                self.steps[i] = decide.with_figures(step)
         self._finish_scored()
 
     def _finish_scored(self) -> None:
@@ -389,7 +397,7 @@ class LiveSequence:
     def _verify(self, reply: ScoreReply) -> None:
         """Decide drafted tokens, up to the first that the LLM's view makes another one."""
         for scores in reply.positions:
-            drafted = self._draft[0]
+            drafted = self._draft[0].changed(llm_digest=reply.llm_digest)
             step, then = decide.after_llm_scores(self.request.options, drafted, scores)
             self._verified += 1
             accepted = then is Next.EMIT and step.token_id == drafted.token_id

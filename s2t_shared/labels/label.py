@@ -214,6 +214,11 @@ def _is_scored(step: Step) -> bool:
     return step.support is not None and step.llm is not None
 
 
+def _seen_by(llm_digest: str, step: Step) -> Step:
+    """The Step without what another LLM said."""
+    return step if step.llm_digest in ("", llm_digest) else step.changed(llm=None)
+
+
 # -- from Steps to a rollout ----------------------------------------------------------------------
 
 
@@ -239,12 +244,13 @@ def rollout_of(
     """Fold the Steps of one answer into its rollout.
 
     Every LLM selection becomes a label, or, of a scored rollout, every position that one of
-    `options.rules` marks.
+    `options.rules` marks. Steps that another LLM than `digests.llm` answered count as not scored.
 
     Raises:
         EvaluationSplitError: `options.split` names an evaluation split.
     """
     check_split(options.split)
+    steps = [_seen_by(digests.llm, step) for step in steps]
     figures = [_figures(step) for step in steps if _is_scored(step)]
     if len(figures) < len(steps):
         figures = []

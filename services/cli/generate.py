@@ -61,6 +61,9 @@ def generate(
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")] = None,
     seed: Annotated[int, typer.Option(help="of sampling and of the random trigger")] = 0,
     temperature: Annotated[float, typer.Option(help="of sample and majority")] = 0.7,
+    on_llm_failure: Annotated[
+        str, typer.Option(help="degrade: go on without the LLM; fail: the line fails")
+    ] = "degrade",
     steps: Annotated[bool, typer.Option("--steps", help="also write the triggered steps")] = False,
     calibration_prompts: Annotated[
         Path | None, typer.Option(help="JSONL of training prompts to calibrate the budget on")
@@ -87,6 +90,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, seed=seed),
         steps=True,
+        on_llm_failure=on_llm_failure,
     )
     template = _with_proposals(template, by_name(Proposals, proposals, "--proposals"))
     if template.options.policy.needs_llm and llm is None:

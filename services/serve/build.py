@@ -5,21 +5,14 @@ The only place that knows all of them. Each function is called in its replica's 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
 import torch
 
 from s2t_shared.config import Config
-from s2t_shared.decode.calibrate import (
-    calibration_prompts,
-    load_calibration,
-    measure_calibration,
-    store_calibration,
-)
+from s2t_shared.decode.calibrate import calibration_prompts
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_selector import LLMSelector
 from s2t_shared.decode.proposer import Proposer
@@ -32,9 +25,10 @@ from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
-from s2t_shared.policy import Calibration
+from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
 from services.serve.admin_servicer import AdminServicer
+from services.serve.calibrator import Calibrator
 from services.serve.engine_thread import EngineThread
 from services.serve.gateway_server import GatewayServer
 from services.serve.generation_servicer import Proposers
@@ -45,7 +39,6 @@ from services.serve.selector_server import SelectorServer
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
-SELECTOR_START_S = 120.0  # a proposer waits so long for the first selector
 
 
 # -- proposer -------------------------------------------------------------------------------------
@@ -78,16 +71,24 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         selection_timeout_s=settings.selection_timeout_s,
         max_draft_tokens=settings.max_draft_tokens,
     )
-    calibration = await asyncio.to_thread(_calibration, config, engine, tokenizer, remote)
+    thread = EngineThread(engine, tokenizer, check_when_idle=runtime.pool.check)
+    calibrator = Calibrator(
+        engine=thread,
+        selector=remote,
+        folder=config.data_dir / "calibration",
+        prompts=_calibration_prompts(config, tokenizer),
+        max_new_tokens=config.calibration.max_new_tokens,
+    )
+    await calibrator.start()
     live = versions.live_version or "none"
     log.info("proposer ready: slm %s, live local selector %s", runtime.digest, live)
     return ProposerService(
-        engine=EngineThread(engine, tokenizer, check_when_idle=runtime.pool.check),
+        engine=thread,
         tokenizer=tokenizer,
         selector=remote,
         versions=versions,
         labels=labels,
-        calibration=calibration,
+        calibration=calibrator.calibration,
         max_ongoing_requests=settings.max_ongoing_requests,
     )
 
@@ -127,28 +128,13 @@ async def _connect_selector(
     fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
     remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
     if config.selector.addresses or selectors is not None:
-        await remote.wait_until_reachable(SELECTOR_START_S)
+        await remote.wait_until_reachable(config.selector.start_wait_s)
     return remote
 
 
-def _calibration(
-    config: Config, engine: Engine, tokenizer: Tokenizer, remote: RemoteSelector
-) -> Calibration:
-    """Thresholds of this pair: from an earlier start, else measured now."""
-    folder = config.data_dir / "calibration"
-    slm_digest = engine.proposer.info.digest
-    llm_digest = remote.info.digest
-    known = load_calibration(folder, slm_digest, llm_digest)
-    if known is not None:
-        return known
+def _calibration_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     settings = config.calibration
-    prompts = calibration_prompts(tokenizer, settings.count, settings.prompts)
-    generator = Generator(tokenizer, engine)
-    calibration = measure_calibration(
-        generator, prompts, settings.max_new_tokens, with_llm=remote.reachable
-    )
-    store_calibration(folder, slm_digest, llm_digest, calibration)
-    return calibration
+    return calibration_prompts(tokenizer, settings.count, settings.prompts)
 
 
 # -- selector -------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ class LabelRecorder:
         """The answer with what became of its labels. `answer` holds every Step.
 
         Raises:
-            SelectorUnavailableError: labels are wanted, but the LLM did not answer everywhere.
+            SelectorUnavailableError: labels are wanted, but the LLM did not answer everywhere, or
+                two LLMs did.
             StoreError: the labels could not be stored durably.
         """
         options = request.labels
@@ -73,6 +74,11 @@ class LabelRecorder:
             raise SelectorUnavailableError(
                 f"the LLM did not answer at {degraded} positions; nothing was kept, "
                 "send the request again"
+            )
+        if (options.durable or options.collect) and _llms(answer) - {digests.llm}:
+            raise SelectorUnavailableError(
+                "the LLM was replaced by another one while it answered; nothing was kept, send "
+                "the request again"
             )
         # Not on the loop: hashes and statistics of a long answer take a while.
         rollout = await asyncio.to_thread(make_rollout, request, prompt_ids, answer, digests)
@@ -109,6 +115,10 @@ class LabelRecorder:
         """Store what is queued."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _llms(answer: Answer) -> set[str]:
+    return {step.llm_digest for step in answer.steps if step.llm_digest}
 
 
 def make_rollout(

@@ -5,19 +5,32 @@ Knows the engine's thread and the collaborators it is given; no Ray, no network,
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Protocol
 
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.generate import AnswerBuilder, shown_steps, with_thresholds
 from s2t_shared.decode.interfaces import LLMInfo
-from s2t_shared.errors import OverloadedError, SelectorUnavailableError, VersionNotFoundError
+from s2t_shared.errors import (
+    ConfigError,
+    OverloadedError,
+    SelectorUnavailableError,
+    VersionNotFoundError,
+)
 from s2t_shared.labels.label import Digests
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import Calibration
-from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Mode, ServiceDescription, Step
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    GenerateRequest,
+    Mode,
+    OnLLMFailure,
+    ServiceDescription,
+    Step,
+)
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
 
@@ -52,7 +65,10 @@ class ServingVersions(Protocol):
 
 
 class ProposerService:
-    """Answers requests on one engine. All requests of all modes share its batch."""
+    """Answers requests on one engine. All requests of all modes share its batch.
+
+    calibration: says which thresholds hold now.
+    """
 
     def __init__(
         self,
@@ -62,7 +78,7 @@ class ProposerService:
         selector: SelectorStatus,
         versions: ServingVersions,
         labels: LabelRecorder,
-        calibration: Calibration,
+        calibration: Callable[[], Calibration],
         max_ongoing_requests: int = 256,
     ) -> None:
         self._engine = engine
@@ -132,7 +148,7 @@ class ProposerService:
             live_version=self._versions.live_version,
             canary_version=self._versions.canary_version,
             canary_share=self._versions.canary_share,
-            calibrated_triggers=tuple(self._calibration.thresholds),
+            calibrated_triggers=tuple(self._calibration().thresholds),
             running_sequences=load.running,
             waiting_sequences=load.waiting,
             live_kv_slots=load.kv_slots,
@@ -165,18 +181,24 @@ class ProposerService:
                 "no selector (LLM) can be reached, and mode llm is the LLM's own answer; "
                 "try again in a moment, or choose a mode that goes on without the LLM"
             )
+        fails_without = options.on_llm_failure is OnLLMFailure.FAIL and options.needs_llm
+        if fails_without and not self._selector.reachable:
+            raise SelectorUnavailableError(
+                "no selector (LLM) can be reached, and the request chose to fail then; try again "
+                "in a moment, or choose on_llm_failure=degrade"
+            )
         if options.score_rollout and not self._selector.info.digest:
             raise SelectorUnavailableError(
                 "no selector (LLM) is running, so a rollout cannot be scored"
             )
         local_selector = await self._local_selector(request)
-        calibration = self._calibration
+        calibration = self._calibration()
         version = ""
         if local_selector is not None:
             calibration = local_selector.calibration.or_else(calibration)
             version = local_selector.version
         request = replace(request, options=replace(options, version=version))
-        return with_thresholds(request, calibration), local_selector
+        return _with_thresholds(request, calibration), local_selector
 
     async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
         version = request.options.version
@@ -194,17 +216,34 @@ class ProposerService:
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
         """Build the answer, record its labels, and drop Steps that were not asked for."""
         slm_digest = self._engine.slm.digest
-        llm_digest = self._selector.info.digest
-        answer = builder.answer(slm_digest, llm_digest if request.options.needs_llm else "")
+        answer = builder.answer(slm_digest)
         digests = Digests(
             slm=slm_digest,
-            llm=llm_digest,
+            llm=answer.versions.llm,
             tokenizer=self._tokenizer.digest,
             template=self._tokenizer.template_digest,
         )
         prompt_ids = builder.sequences[0].request.token_ids
         answer = await self._labels.record(request, prompt_ids, answer, digests)
         return replace(answer, steps=_travelling(shown_steps(request, answer.steps)))
+
+
+def _with_thresholds(request: GenerateRequest, calibration: Calibration) -> GenerateRequest:
+    """The request with its budgets turned into thresholds.
+
+    Raises:
+        ConfigError: a trigger is not calibrated.
+        SelectorUnavailableError: it is a KL trigger, and no LLM was reached yet.
+    """
+    try:
+        return with_thresholds(request, calibration)
+    except ConfigError as error:
+        asked = {request.options.policy.trigger, *request.labels.triggers}
+        if not any(t.needs_llm and t not in calibration.thresholds for t in asked):
+            raise
+        raise SelectorUnavailableError(
+            f"{error}; they are measured as soon as a selector (LLM) answers: try again in a moment"
+        ) from error
 
 
 def _travelling(steps: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -1,10 +1,10 @@
-"""A `SelectorClient` over the network: which selector replica to ask, and what to do when it does
-not answer.
+"""A `SelectorClient` over the network: which selector to ask, and what to do when it does not
+answer.
 
-Each sequence goes to the replica that rendezvous hashing of its id names, so that its KV stays warm
-there. A replica that fails is not asked for a second; its sequences go to the next one in their
-order. When none is left, futures fail at once with `SelectorUnavailableError` and the engine
-degrades.
+Each sequence goes to the selector that rendezvous hashing of its id names, so that its KV stays
+warm there. One that fails or is late is left out (`SelectorLink`), and its sequences go to the next
+one in their order. When none is left, futures fail at once with `SelectorUnavailableError` and the
+engine degrades.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
-
-import grpc
-import grpc.aio
 
 from s2t_shared.config import Config, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
-from s2t_shared.errors import SelectorUnavailableError, TokenizerMismatchError
-from s2t_shared.pb.v1 import selection_pb2 as pb
-from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
+from s2t_shared.errors import (
+    InvalidRequestError,
+    SelectorUnavailableError,
+    TokenizerMismatchError,
+)
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import channels, wire
+from services.serve.breaker import Backoff, CircuitBreaker
+from services.serve.selector_link import LATE_SHARE, PATIENCE_S, SelectorLink
 
 log = logging.getLogger(__name__)
-REST_AFTER_FAILURE_S = 1.0
-REFRESH_S = 2.0
+REFRESH_S = 2.0  # selectors are looked for this often; a new one that hangs holds up no other
 START_POLL_S = 0.2
-DESCRIBE_TIMEOUT_S = 5.0
-CALL_TIMEOUT_S = 30.0
-ATTEMPTS = 2  # replicas that are asked for one query
+ATTEMPTS = 2  # selectors that are asked for one query
 FIND_TIMEOUT_S = 10.0
+BACKOFF = Backoff()
 
 FindAddresses = Callable[[], Awaitable[Sequence[str]]]
 
@@ -59,6 +59,9 @@ def address_finder(config: Config, selectors: Any = None) -> FindAddresses:
 class RemoteSelector:
     """Lives on one asyncio loop. `submit` may be called from any thread.
 
+    Asks selectors of one LLM at a time, so that answers do not mix two. While an LLM is being
+    replaced, the selectors of the new one wait until none of the old one answers.
+
     find_addresses: asks where the selectors are now. fallback: assumed until one was reached.
     """
 
@@ -68,15 +71,16 @@ class RemoteSelector:
         security: SecurityConfig,
         tokenizer_digest: str,
         fallback: LLMInfo,
+        backoff: Backoff = BACKOFF,
     ) -> None:
         """Raises ConfigError: the token file holds no token."""
         self._find_addresses = find_addresses
         self._authority = security.authority
         self._tokenizer_digest = tokenizer_digest
         self._metadata = channels.call_metadata(channels.read_token(security.token_file))
-        self._stubs: dict[str, Any] = {}
-        self._resting_until: dict[str, float] = {}
-        self._mismatch = ""
+        self._backoff = backoff
+        self._links: dict[str, SelectorLink] = {}
+        self._last_query: ScoreQuery | None = None
         self.info = fallback
         self._loop = asyncio.get_running_loop()
         self._watch_task = self._loop.create_task(self._watch())
@@ -89,35 +93,51 @@ class RemoteSelector:
 
     async def _score(self, query: ScoreQuery) -> ScoreReply:
         message = wire.write_query(query)
-        for address in self.replicas_for(query.sequence_id)[:ATTEMPTS]:
-            stub = self._stubs.get(address)
-            if stub is None:  # refreshed away meanwhile
-                continue
-            try:
-                response = await stub.Score(
-                    message, timeout=CALL_TIMEOUT_S, metadata=self._metadata
+        if message.ByteSize() > channels.MAX_MESSAGE_BYTES:
+            raise InvalidRequestError(
+                f"a query of {message.ByteSize()} bytes; selectors take "
+                f"{channels.MAX_MESSAGE_BYTES}: ask for a shorter answer"
+            )
+        self._last_query = query
+        waiting = [self._links[a] for a in self.replicas_for(query.sequence_id)[:ATTEMPTS]]
+        if len(waiting) == 1:
+            return await waiting[0].ask(query, message)
+        late_s = LATE_SHARE * (query.patience_s or PATIENCE_S)
+        asked: set[asyncio.Task[ScoreReply]] = set()
+        failure = SelectorUnavailableError("no selector answers")
+        try:
+            while waiting or asked:
+                if waiting:
+                    asked.add(self._loop.create_task(waiting.pop(0).ask(query, message)))
+                done, asked = await asyncio.wait(
+                    asked,
+                    timeout=late_s if waiting else None,
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
-                return wire.read_reply(query, response)
-            except grpc.RpcError as error:
-                failure = wire.error_of(error)
-                if not isinstance(failure, SelectorUnavailableError):
-                    raise failure from error
-                self._resting_until[address] = time.monotonic() + REST_AFTER_FAILURE_S
-        raise SelectorUnavailableError("no selector answers")
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        return task.result()
+                    if not isinstance(error, SelectorUnavailableError):
+                        raise error
+                    failure = error
+            raise failure
+        finally:
+            for task in asked:
+                task.cancel()
 
     def replicas_for(self, sequence_id: str) -> list[str]:
         """Addresses in a sequence's order: every proposer finds the same, and few sequences move
         when a replica leaves."""
-        now = time.monotonic()
-        awake = [a for a in self._stubs if self._resting_until.get(a, 0.0) <= now]
-        return sorted(awake, key=lambda a: hashlib.sha256(f"{a}|{sequence_id}".encode()).digest())
+        usable = [a for a, link in self._links.items() if link.is_closed and link.info == self.info]
+        return sorted(usable, key=lambda a: hashlib.sha256(f"{a}|{sequence_id}".encode()).digest())
 
-    # -- replicas ---------------------------------------------------------------------------------
+    # -- selectors --------------------------------------------------------------------------------
 
     @property
     def reachable(self) -> bool:
         """Whether there is a selector to ask."""
-        return bool(self._stubs)
+        return any(link.is_closed for link in self._links.values())
 
     async def wait_until_reachable(self, timeout_s: float) -> None:
         """Wait for the first selector; after `timeout_s` seconds go on without one.
@@ -135,40 +155,63 @@ class RemoteSelector:
 
     def check_tokenizer(self) -> None:
         """Raises TokenizerMismatchError: the only selectors there are tokenize differently."""
-        if self._mismatch and not self._stubs:
-            raise TokenizerMismatchError(self._mismatch)
+        mismatches = [link.mismatch for link in self._links.values() if link.mismatch]
+        if mismatches and not self.reachable:
+            raise TokenizerMismatchError(mismatches[0])
 
     async def refresh(self) -> None:
-        """Learn the selectors' addresses. Admit those that tokenize as the SLM does."""
+        """Learn the selectors' addresses, and get to know new ones, all at once.
+
+        A selector that does not answer holds up no other. It is admitted whenever it answers, if
+        it tokenizes as the SLM does.
+        """
         try:
             found = set(await self._find_addresses())
         except Exception as error:  # noqa: BLE001 - whatever Serve raises means "not now"
             log.info("selectors cannot be listed now: %s", type(error).__name__)
             return
-        for address in self._stubs.keys() - found:
-            del self._stubs[address]
-        for address in sorted(found - self._stubs.keys()):
-            await self._admit(address)
+        for address in self._links.keys() - found:
+            await self._links.pop(address).close()
+        new = [self._open(address) for address in sorted(found - self._links.keys())]
+        self._choose_llm()
+        if new:
+            waits = [asyncio.ensure_future(link.first_probe_done.wait()) for link in new]
+            _, late = await asyncio.wait(waits, timeout=REFRESH_S)
+            for wait in late:
+                wait.cancel()
 
-    async def _admit(self, address: str) -> None:
-        stub = pb_grpc.SelectionServiceStub(channels.open_channel(address, self._authority))
-        try:
-            model = await stub.DescribeModel(
-                pb.DescribeModelRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=self._metadata
-            )
-        except grpc.RpcError:
-            return  # the next refresh tries again
-        if model.tokenizer_digest != self._tokenizer_digest:
-            self._mismatch = (
-                f"a selector's tokenizer ({model.tokenizer_digest}) is not the SLM's "
-                f"({self._tokenizer_digest}); choose two models of one family"
-            )
-            log.error("selector refused: %s", self._mismatch)
-            return
-        eos_ids = frozenset(model.eos_ids)
-        self.info = LLMInfo(model.digest, model.tokenizer_digest, eos_ids, model.max_length)
-        self._stubs[address] = stub
-        self._resting_until.pop(address, None)
+    def _open(self, address: str) -> SelectorLink:
+        link = SelectorLink(
+            address,
+            channels.open_channel(address, self._authority),
+            metadata=self._metadata,
+            tokenizer_digest=self._tokenizer_digest,
+            breaker=CircuitBreaker(self._backoff),
+            on_change=self._choose_llm,
+            sample=self._sample_query,
+        )
+        self._links[address] = link
+        return link
+
+    def _choose_llm(self) -> None:
+        """Stay with the LLM that answers now as long as one of its selectors does."""
+        known = [link.info for link in self._links.values() if link.is_closed and link.info]
+        if known and self.info not in known:
+            if self.info.digest:
+                log.warning("the LLM is now %s, it was %s", known[0].digest, self.info.digest)
+            self.info = known[0]
+
+    def _sample_query(self) -> ScoreQuery | None:
+        """The last query, cut down to one position: what a probe asks."""
+        query = self._last_query
+        if query is None:
+            return None
+        return replace(
+            query,
+            positions=query.positions[-1:],
+            candidate_ids=query.candidate_ids[-1:],
+            sequence_id="probe",
+        )
 
     async def _watch(self) -> None:
         while True:

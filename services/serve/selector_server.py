@@ -116,7 +116,7 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
         try:
             query = wire.read_query(message)
             reply = await self._thread.score(query, context.time_remaining())
-            return wire.write_reply(reply)
+            return wire.write_reply(reply, self._info.tokenizer_digest)
         except S2TError as error:
             await wire.abort(context, error)
             raise AssertionError("abort raises") from error

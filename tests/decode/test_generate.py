@@ -55,7 +55,6 @@ def pair() -> Generator:
     return Generator(
         tokenizer,
         Engine(Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows)), InProcessSelector(scorer)),
-        scorer.info.digest,
     )
 
 
@@ -211,7 +210,7 @@ def test_labels_of_a_scored_rollout(pair: Generator) -> None:
     options = LabelOptions(
         store=True, task="shop", problem_id="p", rules=(LabelRule(Trigger.ENTROPY, -1.0),)
     )
-    digests = Digests("slm", "llm", "tok")
+    digests = Digests("slm", answer.versions.llm, "tok")
     rollout = rollout_of(prompt, answer.steps, CandidateRule(16), options, digests, "r")
     labels = rollout.labels
     assert rollout.token_ids == (*prompt, *answer.token_ids) and rollout.prompt_length == len(

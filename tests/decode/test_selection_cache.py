@@ -193,6 +193,7 @@ def test_an_undecodable_value_is_a_miss(
     value: bytes, cached: CachedSelector, inner: CountingSelector, client: redis.Redis
 ) -> None:
     assert decode_selection(b"[[[-1.0,-1.0,-1.0],1]]", QUERY, "") is not None
+    assert decode_selection(b"[[[-1.0,-1.0,-1.0],-1]]", QUERY, "") is None
     client.set(CACHE_PREFIX + selection_key(QUERY, INFO), value)
     assert ask(cached, QUERY) == [inner.reply(QUERY)]
 

@@ -3,7 +3,10 @@ out."""
 
 from __future__ import annotations
 
+import math
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -16,13 +19,18 @@ from s2t_shared.types import (
     DecodeRequest,
     FinishReason,
     Mode,
+    OnLLMFailure,
     Policy,
+    PositionScores,
+    ScoreQuery,
+    ScoreReply,
     Step,
     Trigger,
 )
 
 WORDS = ("a", "b", "c", "d", "e", "f", "g")
 S2T = Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=0.1)
+ALWAYS = Policy(mode=Mode.S2T, trigger=Trigger.ALWAYS)
 KL = Policy(mode=Mode.S2T, trigger=Trigger.KL, threshold=0.1)
 
 
@@ -85,7 +93,9 @@ def test_a_sequence_says_what_it_waits_for() -> None:
     assert second.status is SequenceStatus.RUNNING, "it takes the place in the same step"
 
 
-def test_a_late_llm_degrades_the_step_and_is_left_alone() -> None:
+def test_a_late_llm_degrades_the_step() -> None:
+    """One late reply says nothing about the other selectors: the next step asks again. The client
+    knows whom to leave alone, and it knows how long the engine waits."""
     llm = ScriptedSelector(late=True)
     model = slm()
     engine = Engine(model, llm, selection_timeout_s=0.01)
@@ -94,10 +104,88 @@ def test_a_late_llm_degrades_the_step_and_is_left_alone() -> None:
     assert words(model, sequence) == "a b c d e f g"
     assert [step.index for step in sequence.steps if step.degraded] == [4]
     assert sequence.steps[4].degraded == "the LLM was late"
+    llm.late = False
     again = engine.add(request(S2T))
     run(engine)
-    assert again.steps[4].degraded == "the LLM was late a moment ago"
-    assert len(llm.queries) == 1
+    assert not again.steps[4].degraded
+    assert [query.patience_s for query in llm.queries] == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        ScoreReply(()),
+        ScoreReply((PositionScores((), 1),)),
+        ScoreReply((PositionScores((-1.0, math.nan), 1),)),
+        ScoreReply((PositionScores((-1.0, -math.inf), 1),)),
+        ScoreReply((PositionScores((-1.0, -1.0), -1),)),
+        ScoreReply((PositionScores((-1.0, -1.0), 1 << 40),)),
+    ],
+)
+@pytest.mark.parametrize("mode", [Mode.S2T, Mode.TAKEOVER])
+def test_a_reply_that_cannot_be_true_degrades_the_step(reply: ScoreReply, mode: Mode) -> None:
+    """Its top id became a token, and ended the thread that runs the engine."""
+
+    class WrongSelector(ScriptedSelector):
+        def _answer(self, query: ScoreQuery) -> Future[ScoreReply]:
+            future: Future[ScoreReply] = Future()
+            future.set_result(reply)
+            return future
+
+    model = slm()
+    engine = Engine(model, WrongSelector())
+    sequence = engine.add(request(replace(S2T, mode=mode)))
+    run(engine)
+    assert words(model, sequence) == "a b c d e f g"
+    assert [bool(step.degraded) for step in sequence.steps] == [i == 4 for i in range(8)]
+    assert "the LLM's reply" in sequence.steps[4].degraded
+
+
+@pytest.mark.parametrize("failure", [{"available": False}, {"late": True}], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "decided"),
+    [(S2T, 4), (KL, 3), (Policy(mode=Mode.LLM), 0), (ALWAYS, 0)],
+    ids=["s2t", "kl", "llm", "always"],
+)
+def test_an_answer_may_choose_to_fail(
+    policy: Policy, decided: int, failure: dict[str, bool]
+) -> None:
+    """It ends where the LLM was needed first, and none of its steps did without."""
+    model = slm()
+    engine = Engine(model, ScriptedSelector(**failure), selection_timeout_s=0.01)  # type: ignore[arg-type]
+    sequence = engine.add(request(policy, on_llm_failure=OnLLMFailure.FAIL))
+    beside = engine.add(request(policy))
+    run(engine)
+    assert sequence.finish_reason is FinishReason.LLM_FAILED
+    assert sequence.llm_failure in ("the scripted LLM is away", "the LLM was late")
+    assert len(sequence.steps) == decided
+    assert not sequence.usage.degraded_steps
+    assert beside.finish_reason is FinishReason.STOP and beside.usage.degraded_steps
+    assert model.kv_slots_in_use == 0
+
+
+@pytest.mark.parametrize("policy", [ALWAYS, replace(ALWAYS, mode=Mode.LLM), KL], ids=str)
+def test_each_step_says_which_llm_answered(policy: Policy) -> None:
+    """The LLM can be replaced in the middle of an answer."""
+    llm = ScriptedSelector(prefers=1, digest="old")
+    engine = Engine(slm(), llm, max_draft_tokens=1)
+    sequence = engine.add(request(policy, max_new_tokens=7))
+    while len(sequence.steps) < 5:
+        engine.step()
+    llm.digest = "new"
+    run(engine)
+    digests = [step.llm_digest for step in sequence.steps]
+    asked = [digest for digest in digests if digest]
+    assert asked[0] == "old" and asked[-1] == "new" and asked == sorted(asked, reverse=True)
+    for step in sequence.steps:
+        assert bool(step.llm_digest) == (step.llm is not None)
+
+
+def test_a_scored_rollout_says_which_llm_scored_it() -> None:
+    engine = Engine(slm(), ScriptedSelector(digest="llm"))
+    sequence = engine.add(request(Policy(), score_rollout=True))
+    run(engine)
+    assert {step.llm_digest for step in sequence.steps} == {"llm"}
 
 
 @pytest.mark.parametrize("max_draft_tokens", [1, 3, 32])

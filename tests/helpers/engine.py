@@ -277,11 +277,12 @@ class FailingSelector:
             self.unanswered.append((asked, future))
         return future
 
-    def answer_late(self) -> None:
-        for asked, future in self.unanswered:
+    def answer_late(self, count: int) -> None:
+        """Answer the oldest `count` queries, whoever still waits."""
+        for asked, future in self.unanswered[:count]:
             if future.set_running_or_notify_cancel():
                 future.set_result(self.real.submit([asked])[0].result())
-        self.unanswered.clear()
+        del self.unanswered[:count]
 
 
 FAILURES = {

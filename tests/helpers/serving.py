@@ -113,7 +113,7 @@ def proposer_service(
         selector=selector,
         versions=versions or FixedVersions(),
         labels=LabelRecorder(writer),
-        calibration=CALIBRATION,
+        calibration=lambda: CALIBRATION,
         max_ongoing_requests=max_ongoing_requests,
     )
 

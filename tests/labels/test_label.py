@@ -196,6 +196,19 @@ def test_every_llm_selection_of_an_answer_is_a_label() -> None:
     assert made.entropy == made.kl == made.llm_top_rank == ()  # one position was not scored
 
 
+def test_what_another_llm_said_is_no_label() -> None:
+    """During a rolling change of the LLM, labels of the old one were filed under the new."""
+    steps = [
+        scored(3, triggered=True).changed(llm_digest="llm"),
+        scored(4, triggered=True).changed(llm_digest="another"),
+    ]
+    made = folded(*steps)
+    assert [label.position for label in made.labels] == [len(PROMPT)]
+    assert made.llm_digest == "llm" and made.kl == ()
+    rules = (LabelRule(Trigger.ENTROPY, -1.0),)
+    assert len(folded(*steps, *steps, rules=rules).labels) == 2
+
+
 def test_of_a_scored_rollout_the_rules_choose_behind_the_warm_up() -> None:
     steps = [scored(i) for i in range(8)]
     made = folded(*steps, rules=(LabelRule(Trigger.ENTROPY, -1.0),))

@@ -35,6 +35,12 @@ class Proposals(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PROPOSALS_BASE: _ClassVar[Proposals]
     PROPOSALS_ADAPTED: _ClassVar[Proposals]
 
+class OnLlmFailure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_LLM_FAILURE_UNSPECIFIED: _ClassVar[OnLlmFailure]
+    ON_LLM_FAILURE_DEGRADE: _ClassVar[OnLlmFailure]
+    ON_LLM_FAILURE_FAIL: _ClassVar[OnLlmFailure]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -67,6 +73,9 @@ TRIGGER_ALWAYS: Trigger
 PROPOSALS_UNSPECIFIED: Proposals
 PROPOSALS_BASE: Proposals
 PROPOSALS_ADAPTED: Proposals
+ON_LLM_FAILURE_UNSPECIFIED: OnLlmFailure
+ON_LLM_FAILURE_DEGRADE: OnLlmFailure
+ON_LLM_FAILURE_FAIL: OnLlmFailure
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -141,7 +150,7 @@ class LabelOptions(_message.Message):
     def __init__(self, store: _Optional[bool] = ..., task: _Optional[str] = ..., problem_id: _Optional[str] = ..., split: _Optional[str] = ..., triggers: _Optional[_Iterable[_Union[Trigger, str]]] = ..., budget: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[LabelRule, _Mapping]]] = ..., durable: _Optional[bool] = ..., collect: _Optional[bool] = ..., group: _Optional[str] = ...) -> None: ...
 
 class GenerationParameters(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "version", "return_steps", "score_rollout", "labels", "fresh_selections")
+    __slots__ = ("text", "messages", "token_ids", "mode", "trigger", "budget", "threshold", "candidates", "candidate_ratio", "proposals", "sampling", "samples", "max_new_tokens", "stop", "timeout_seconds", "version", "return_steps", "score_rollout", "labels", "fresh_selections", "on_llm_failure")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +171,7 @@ class GenerationParameters(_message.Message):
     SCORE_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     FRESH_SELECTIONS_FIELD_NUMBER: _ClassVar[int]
+    ON_LLM_FAILURE_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: Messages
     token_ids: TokenIds
@@ -182,7 +192,8 @@ class GenerationParameters(_message.Message):
     score_rollout: bool
     labels: LabelOptions
     fresh_selections: bool
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., budget: _Optional[float] = ..., threshold: _Optional[float] = ..., candidates: _Optional[int] = ..., candidate_ratio: _Optional[float] = ..., proposals: _Optional[_Union[Proposals, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., samples: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., version: _Optional[str] = ..., return_steps: _Optional[bool] = ..., score_rollout: _Optional[bool] = ..., labels: _Optional[_Union[LabelOptions, _Mapping]] = ..., fresh_selections: _Optional[bool] = ...) -> None: ...
+    on_llm_failure: OnLlmFailure
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., budget: _Optional[float] = ..., threshold: _Optional[float] = ..., candidates: _Optional[int] = ..., candidate_ratio: _Optional[float] = ..., proposals: _Optional[_Union[Proposals, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., samples: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., version: _Optional[str] = ..., return_steps: _Optional[bool] = ..., score_rollout: _Optional[bool] = ..., labels: _Optional[_Union[LabelOptions, _Mapping]] = ..., fresh_selections: _Optional[bool] = ..., on_llm_failure: _Optional[_Union[OnLlmFailure, str]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "triggers", "flips", "llm_forwards", "degraded_steps")
@@ -211,7 +222,7 @@ class Versions(_message.Message):
     def __init__(self, slm: _Optional[str] = ..., llm: _Optional[str] = ..., local_selector: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("index", "token_id", "chosen_by", "triggered", "signal", "candidate_ids", "scores", "slm_top_id", "llm_top_id", "llm_top_rank", "kl", "entropy", "degraded", "text")
+    __slots__ = ("index", "token_id", "chosen_by", "triggered", "signal", "candidate_ids", "scores", "slm_top_id", "llm_top_id", "llm_top_rank", "kl", "entropy", "degraded", "text", "llm_digest")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_BY_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +237,7 @@ class Step(_message.Message):
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_id: int
     chosen_by: ChosenBy
@@ -240,7 +252,8 @@ class Step(_message.Message):
     entropy: float
     degraded: str
     text: str
-    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., chosen_by: _Optional[_Union[ChosenBy, str]] = ..., triggered: _Optional[bool] = ..., signal: _Optional[float] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., slm_top_id: _Optional[int] = ..., llm_top_id: _Optional[int] = ..., llm_top_rank: _Optional[int] = ..., kl: _Optional[float] = ..., entropy: _Optional[float] = ..., degraded: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    llm_digest: str
+    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., chosen_by: _Optional[_Union[ChosenBy, str]] = ..., triggered: _Optional[bool] = ..., signal: _Optional[float] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., slm_top_id: _Optional[int] = ..., llm_top_id: _Optional[int] = ..., llm_top_rank: _Optional[int] = ..., kl: _Optional[float] = ..., entropy: _Optional[float] = ..., degraded: _Optional[str] = ..., text: _Optional[str] = ..., llm_digest: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "versions", "steps", "labels_stored", "rollout")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n s2t_shared/pb/v1/selection.proto\x12\x06s2t.v1\"\xb8\x01\n\x0cScoreRequest\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x02 \x03(\rB\x02\x10\x01\x12\x19\n\rcandidate_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x1c\n\x10\x63\x61ndidate_counts\x18\x04 \x03(\rB\x02\x10\x01\x12\x18\n\x0c\x65xcluded_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x13\n\x0bsequence_id\x18\x07 \x01(\t\"O\n\rScoreResponse\x12\x15\n\tlog_probs\x18\x01 \x03(\x02\x42\x02\x10\x01\x12\x13\n\x07top_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\nllm_digest\x18\x03 \x01(\t\"\x16\n\x14\x44\x65scribeModelRequest\"j\n\x15\x44\x65scribeModelResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x13\n\x07\x65os_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x12\n\nmax_length\x18\x04 \x01(\r2\x96\x01\n\x10SelectionService\x12\x34\n\x05Score\x12\x14.s2t.v1.ScoreRequest\x1a\x15.s2t.v1.ScoreResponse\x12L\n\rDescribeModel\x12\x1c.s2t.v1.DescribeModelRequest\x1a\x1d.s2t.v1.DescribeModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n s2t_shared/pb/v1/selection.proto\x12\x06s2t.v1\"\xb8\x01\n\x0cScoreRequest\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x02 \x03(\rB\x02\x10\x01\x12\x19\n\rcandidate_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x1c\n\x10\x63\x61ndidate_counts\x18\x04 \x03(\rB\x02\x10\x01\x12\x18\n\x0c\x65xcluded_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x13\n\x0bsequence_id\x18\x07 \x01(\t\"i\n\rScoreResponse\x12\x15\n\tlog_probs\x18\x01 \x03(\x02\x42\x02\x10\x01\x12\x13\n\x07top_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\nllm_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\"\x16\n\x14\x44\x65scribeModelRequest\"j\n\x15\x44\x65scribeModelResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x13\n\x07\x65os_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x12\n\nmax_length\x18\x04 \x01(\r2\x96\x01\n\x10SelectionService\x12\x34\n\x05Score\x12\x14.s2t.v1.ScoreRequest\x1a\x15.s2t.v1.ScoreResponse\x12L\n\rDescribeModel\x12\x1c.s2t.v1.DescribeModelRequest\x1a\x1d.s2t.v1.DescribeModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,11 +50,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST']._serialized_start=45
   _globals['_SCOREREQUEST']._serialized_end=229
   _globals['_SCORERESPONSE']._serialized_start=231
-  _globals['_SCORERESPONSE']._serialized_end=310
-  _globals['_DESCRIBEMODELREQUEST']._serialized_start=312
-  _globals['_DESCRIBEMODELREQUEST']._serialized_end=334
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=336
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=442
-  _globals['_SELECTIONSERVICE']._serialized_start=445
-  _globals['_SELECTIONSERVICE']._serialized_end=595
+  _globals['_SCORERESPONSE']._serialized_end=336
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=338
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=360
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=362
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=468
+  _globals['_SELECTIONSERVICE']._serialized_start=471
+  _globals['_SELECTIONSERVICE']._serialized_end=621
 # @@protoc_insertion_point(module_scope)

@@ -25,14 +25,16 @@ class ScoreRequest(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., candidate_counts: _Optional[_Iterable[int]] = ..., excluded_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., sequence_id: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("log_probs", "top_ids", "llm_digest")
+    __slots__ = ("log_probs", "top_ids", "llm_digest", "tokenizer_digest")
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_IDS_FIELD_NUMBER: _ClassVar[int]
     LLM_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     log_probs: _containers.RepeatedScalarFieldContainer[float]
     top_ids: _containers.RepeatedScalarFieldContainer[int]
     llm_digest: str
-    def __init__(self, log_probs: _Optional[_Iterable[float]] = ..., top_ids: _Optional[_Iterable[int]] = ..., llm_digest: _Optional[str] = ...) -> None: ...
+    tokenizer_digest: str
+    def __init__(self, log_probs: _Optional[_Iterable[float]] = ..., top_ids: _Optional[_Iterable[int]] = ..., llm_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ...) -> None: ...
 
 class DescribeModelRequest(_message.Message):
     __slots__ = ()

@@ -25,6 +25,7 @@ from s2t_shared.types import (
     LabelRule,
     Message,
     Mode,
+    OnLLMFailure,
     Policy,
     Prompt,
     Proposals,
@@ -52,6 +53,7 @@ def _by_number(kind: type[E], values: Any, prefix: str) -> dict[int, E]:
 MODES = _by_number(Mode, pb.Mode, "MODE")
 TRIGGERS = _by_number(Trigger, pb.Trigger, "TRIGGER")
 PROPOSALS = _by_number(Proposals, pb.Proposals, "PROPOSALS")
+ON_LLM_FAILURE = _by_number(OnLLMFailure, pb.OnLlmFailure, "ON_LLM_FAILURE")
 CHOSEN_BY = _by_number(ChosenBy, pb.ChosenBy, "CHOSEN_BY")
 FINISH_REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -91,6 +93,7 @@ def write_request(request: GenerateRequest) -> pb.GenerationParameters:
         score_rollout=options.score_rollout,
         labels=_write_label_options(request.labels),
         fresh_selections=options.fresh_selections,
+        on_llm_failure=_number(ON_LLM_FAILURE, options.on_llm_failure),
     )
     if request.budget is not None:
         message.budget = request.budget
@@ -103,13 +106,14 @@ def write_request(request: GenerateRequest) -> pb.GenerationParameters:
 
 
 def write_settings(prompt: PromptLike, **settings: Any) -> pb.GenerationParameters:
-    """Settings by keyword: mode and trigger by name, and any field of `GenerationParameters`.
+    """Settings by keyword: mode, trigger and on_llm_failure by name, and any field of
+    `GenerationParameters`.
 
     `sampling` and `labels` are a `Sampling` and a `LabelOptions`, or dictionaries of some of their
     fields. Fields that are not given stay unset, so that the deployment's defaults apply.
 
     Raises:
-        InvalidRequestError: an unknown mode, trigger or field, or budget and threshold together.
+        InvalidRequestError: an unknown name or field, or budget and threshold together.
     """
     if settings.get("budget") is not None and settings.get("threshold") is not None:
         raise InvalidRequestError("give a threshold or a budget, not both")
@@ -123,6 +127,10 @@ def write_settings(prompt: PromptLike, **settings: Any) -> pb.GenerationParamete
     if trigger:
         kind_of_trigger = by_name(Trigger, trigger.lower(), "trigger")
         settings["trigger"] = _number(TRIGGERS, kind_of_trigger)
+    on_llm_failure = settings.pop("on_llm_failure", None)
+    if on_llm_failure:
+        choice = by_name(OnLLMFailure, on_llm_failure.lower(), "on_llm_failure")
+        settings["on_llm_failure"] = _number(ON_LLM_FAILURE, choice)
     if isinstance(settings.get("sampling"), Sampling):
         settings["sampling"] = _write_sampling(settings["sampling"])
     if isinstance(settings.get("labels"), LabelOptions):
@@ -175,6 +183,9 @@ def _read_options(message: pb.GenerationParameters, defaults: DefaultsConfig) ->
     if message.HasField("max_new_tokens"):
         max_new_tokens = message.max_new_tokens
     version = message.version if message.HasField("version") else None
+    on_llm_failure = defaults.on_llm_failure
+    if message.on_llm_failure:
+        on_llm_failure = _member(ON_LLM_FAILURE, message.on_llm_failure, "on_llm_failure")
     return DecodeOptions(
         policy=_read_policy(message, defaults),
         sampling=_read_sampling(message.sampling),
@@ -182,6 +193,7 @@ def _read_options(message: pb.GenerationParameters, defaults: DefaultsConfig) ->
         version="" if version == NO_VERSION else version,
         score_rollout=message.score_rollout,
         fresh_selections=message.fresh_selections,
+        on_llm_failure=on_llm_failure,
     )
 
 
@@ -350,6 +362,7 @@ def write_step(step: Step) -> pb.Step:
         entropy=step.entropy,
         degraded=step.degraded,
         text=step.text,
+        llm_digest=step.llm_digest,
     )
 
 
@@ -372,6 +385,7 @@ def read_step(message: pb.Step) -> Step:
         kl=known("kl"),
         degraded=message.degraded,
         text=message.text,
+        llm_digest=message.llm_digest,
     )
 
 

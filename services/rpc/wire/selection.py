@@ -68,7 +68,7 @@ def _check_counts(request: pb.ScoreRequest, counts: list[int]) -> None:
         raise InvalidRequestError(f"candidate_counts: at most {MAX_CANDIDATES} per position")
 
 
-def write_reply(reply: ScoreReply) -> pb.ScoreResponse:
+def write_reply(reply: ScoreReply, tokenizer_digest: str) -> pb.ScoreResponse:
     """`cached` is the caller's own knowledge and is not sent."""
     log_probs: list[float] = []
     for position in reply.positions:
@@ -77,6 +77,7 @@ def write_reply(reply: ScoreReply) -> pb.ScoreResponse:
         log_probs=log_probs,
         top_ids=[position.top_id for position in reply.positions],
         llm_digest=reply.llm_digest,
+        tokenizer_digest=tokenizer_digest,
     )
 
 

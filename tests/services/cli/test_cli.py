@@ -156,6 +156,7 @@ def test_broken_lines_do_not_stop_the_others(
         (["--mode", "nope"], "s2t: --mode nope: unknown; choose from greedy"),
         (["--mode", "greedy@3"], "--mode greedy@3: only majority"),
         (["--trigger=nope"], "--trigger nope: unknown"),
+        (["--on-llm-failure", "nope"], "--on-llm-failure nope: unknown; choose from degrade, fail"),
         (["--candidates", "0"], "--candidates 0: must be 1..64"),
         (["--candidates", "65"], "--candidates 65: must be 1..64"),
         (["--budget", "2"], "--budget 2"),

@@ -25,6 +25,7 @@ from s2t_shared.types import (
     LabelRule,
     Message,
     Mode,
+    OnLLMFailure,
     Policy,
     PositionScores,
     Prompt,
@@ -75,6 +76,7 @@ OPTIONS = st.builds(
     version=maybe(st.text("v0123456789-", max_size=6)),
     score_rollout=st.booleans(),
     fresh_selections=st.booleans(),
+    on_llm_failure=st.sampled_from(OnLLMFailure),
 )
 LABELS = st.builds(
     LabelOptions,
@@ -237,7 +239,9 @@ def test_a_query_and_its_reply_survive(data: st.DataObject) -> None:
         log_probs = data.draw(st.lists(REAL32, min_size=len(group), max_size=len(group)))
         positions.append(PositionScores(tuple(log_probs), data.draw(COUNT)))
     reply = ScoreReply(tuple(positions), data.draw(TEXT))
-    answer = selection_pb2.ScoreResponse.FromString(wire.write_reply(reply).SerializeToString())
+    answer = selection_pb2.ScoreResponse.FromString(
+        wire.write_reply(reply, "tok").SerializeToString()
+    )
     assert wire.read_reply(query, answer) == reply
 
 

@@ -18,6 +18,7 @@ from s2t_shared.types import (
     FinishReason,
     LabelRule,
     Mode,
+    OnLLMFailure,
     PositionScores,
     Proposals,
     ScoreQuery,
@@ -51,7 +52,10 @@ def test_score_survives_the_wire() -> None:
     reply = ScoreReply(
         (PositionScores((-0.5, -1.5), 5), PositionScores((), 2), PositionScores((-2.0,), 7)), "d"
     )
-    sent = selection_pb2.ScoreResponse.FromString(wire.write_reply(reply).SerializeToString())
+    sent = selection_pb2.ScoreResponse.FromString(
+        wire.write_reply(reply, "tok").SerializeToString()
+    )
+    assert (sent.llm_digest, sent.tokenizer_digest) == ("d", "tok")
     assert wire.read_reply(query, sent) == reply
 
 
@@ -172,6 +176,14 @@ def test_request_defaults_and_fields() -> None:
         and not full.labels.store
     )
     assert full.prompt.token_ids == (1, 2) and full.timeout_s == 1.5 and full.stop == (".",)
+    for default in OnLLMFailure:
+        defaults = DefaultsConfig(on_llm_failure=default)
+        bare = wire.read_request(asked(pb.GenerationParameters(text="x")), defaults, 7.0)
+        assert bare.options.on_llm_failure is default
+        for chosen in OnLLMFailure:
+            said = wire.write_settings("x", on_llm_failure=chosen.value)
+            read = wire.read_request(asked(said), defaults, 7.0)
+            assert read.options.on_llm_failure is chosen
     for wanted, left, effective in (
         (9.0, 7.0, 7.0),
         (0.0, 7.0, 7.0),
@@ -222,6 +234,7 @@ def test_answer_on_the_wire() -> None:
         candidate_ids=(4, 5),
         scores=(-3.0, -0.1),
         slm_top_id=4,
+        llm_digest="b",
         support=support,
         llm=llm,
     )

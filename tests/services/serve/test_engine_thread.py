@@ -158,7 +158,7 @@ def test_max_new_tokens_reaches_the_engine() -> None:
         is_last = False
         while not is_last:
             _, is_last = await answer.next_piece()
-        assert builder.answer("slm", "").text == " one two"
+        assert builder.answer("slm").text == " one two"
 
     asyncio.run(run())
     engine.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +30,17 @@ from s2t_shared.types import (
     GenerateRequest,
     LabelOptions,
     Mode,
+    OnLLMFailure,
     Policy,
     Prompt,
+    ScoreQuery,
+    ScoreReply,
     Step,
     Trigger,
 )
 from services.serve.proposer_service import ProposerService
 from tests.helpers.serving import (
+    ALTERNATIVE,
     LLM_TEXT,
     SLM_TEXT,
     UNSURE_AT,
@@ -168,6 +173,8 @@ def test_without_stream_steps_only_text_comes() -> None:
     assert "".join(piece.text for piece in pieces) == LLM_TEXT
 
 
+FAILING = with_options(REQUEST, on_llm_failure=OnLLMFailure.FAIL)
+
 # -- without the LLM ------------------------------------------------------------------------------
 
 
@@ -200,6 +207,37 @@ def test_what_only_the_llm_can_give_is_unavailable(request_: GenerateRequest, me
     service = proposer_service(scripted_slm(), ScriptedSelector(available=False))
     with pytest.raises(SelectorUnavailableError, match=message):
         answer_of(service, request_)
+
+
+def test_an_answer_that_chose_to_fail_is_unavailable() -> None:
+    """What was decided before has been streamed; the answer itself never comes."""
+    slm = scripted_slm()
+    service = proposer_service(slm, ScriptedSelector(late=True), selection_timeout_s=0.01)
+    pieces: list[AnswerPiece] = []
+
+    async def work(service: ProposerService) -> None:
+        with pytest.raises(SelectorUnavailableError, match="behind token 4 .* chose to fail"):
+            async for piece in service.stream(replace(FAILING, stream_steps=True)):
+                pieces.append(piece)
+        assert service.ongoing_requests == 0
+
+    run(service, work)
+    assert SLM_TEXT.startswith("".join(piece.text for piece in pieces))
+    assert all(piece.answer is None for piece in pieces)
+    assert not any(step.degraded for piece in pieces for step in piece.steps)
+
+
+def test_an_answer_that_chose_to_fail_is_not_begun_without_an_llm() -> None:
+    selector = ScriptedSelector(available=False)
+    with pytest.raises(SelectorUnavailableError, match="chose to fail"):
+        answer_of(proposer_service(scripted_slm(), selector), FAILING)
+    assert not selector.queries
+
+
+def test_an_answer_without_the_llm_cannot_fail_by_it() -> None:
+    greedy = with_options(with_mode(Mode.GREEDY), on_llm_failure=OnLLMFailure.FAIL)
+    service = proposer_service(scripted_slm(), ScriptedSelector(available=False))
+    assert answer_of(service, greedy).text == SLM_TEXT
 
 
 def test_an_llm_that_is_lost_before_its_first_step_makes_no_answer() -> None:
@@ -294,6 +332,35 @@ def test_selections_are_collected_as_labels() -> None:
         rollout.prompt_length + i for i in (4, 6)
     ]
     assert answer.labels_stored == 0 and json.loads(answer.rollout)["request_id"] == "r"
+
+
+class ReplacedSelector(ScriptedSelector):
+    """An LLM that is replaced by another one after its first reply."""
+
+    def _answer(self, query: ScoreQuery) -> Future[ScoreReply]:
+        reply = super()._answer(query)
+        self.digest = "new"
+        return reply
+
+
+def test_an_llm_that_is_replaced_meanwhile_leaves_no_mixed_labels() -> None:
+    """Labels carried the digest of the LLM that was known when the answer ended."""
+    slm = scripted_slm()
+    selector = ReplacedSelector(slm.tokenizer.id_of(ALTERNATIVE), digest="old")
+    labels = LabelOptions(collect=True)
+    service = proposer_service(slm, selector)
+    with pytest.raises(SelectorUnavailableError, match="replaced by another one"):
+        answer_of(service, replace(REQUEST, labels=labels))
+
+
+def test_an_answer_says_which_llm_answered() -> None:
+    slm = scripted_slm()
+    selector = ReplacedSelector(slm.tokenizer.id_of(ALTERNATIVE), digest="old")
+    answer = answer_of(proposer_service(slm, selector), replace(REQUEST, return_steps=True))
+    assert [step.llm_digest for step in answer.steps] == ["old", "new"]
+    assert answer.versions.llm == "new"
+    degraded = answer_of(proposer_service(slm, ScriptedSelector(available=False)), REQUEST)
+    assert degraded.versions.llm == "", "no LLM took part"
 
 
 @pytest.mark.parametrize(
