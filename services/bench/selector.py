@@ -203,7 +203,7 @@ def _serve(settings: Settings, instant: bool, pipe: Connection) -> None:
                 digest,
             )
         server = channels.new_server(SecurityConfig())
-        SelectionServicer(SelectorThread(scorer), scorer).add_to(server)  # type: ignore[arg-type]
+        SelectionServicer(SelectorThread(scorer)).add_to(server)  # type: ignore[arg-type]
         port = channels.bind(server, "127.0.0.1", 0, SecurityConfig(), "port")
         await server.start()
         pipe.send((f"127.0.0.1:{port}", scorer.info))

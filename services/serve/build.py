@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from s2t_shared.config import Config
+from s2t_shared.config import Config, LLMConfig
 from s2t_shared.decode.calibrate import calibration_prompts
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_selector import LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
+from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
@@ -35,7 +36,7 @@ from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
-from services.serve.selector_server import SelectorServer
+from services.serve.selector_server import AsyncSelector, SelectorServer, SelectorThread
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
@@ -145,14 +146,29 @@ def selector_server(config: Config) -> SelectorServer:
 
     Raises:
         ModelLoadError: the LLM is missing or not supported.
-        ConfigError: its address cannot be used.
+        ConfigError: its address cannot be used, or vLLM is wanted and not installed.
     """
     torch.set_num_threads(config.llm.threads)
-    llm = config.llm
+    runs = _vllm_selector if config.llm.runtime == "vllm" else _torch_selector
+    return SelectorServer(runs(config.llm), config.security, config.selector.host)
+
+
+def _torch_selector(llm: LLMConfig) -> AsyncSelector:
     runtime = ModelRuntime.load(llm.model, llm.dtype, llm.device, llm.kv_bytes, "llm")
     tokenizer = Tokenizer.load(resolve_model(llm.model, "llm"))
-    selector = LLMSelector(runtime, tokenizer.digest)
-    return SelectorServer(selector, config.security, config.selector.host)
+    return SelectorThread(LLMSelector(runtime, tokenizer.digest))
+
+
+def _vllm_selector(llm: LLMConfig) -> AsyncSelector:
+    options = VLLMOptions(
+        dtype=llm.dtype,
+        tensor_parallel=llm.tensor_parallel,
+        pipeline_parallel=llm.pipeline_parallel,
+        quantization=llm.quantization,
+        gpu_memory_utilization=llm.gpu_memory_utilization,
+        max_length=llm.max_length,
+    )
+    return VLLMSelector.load(llm.model, options)
 
 
 # -- gateway --------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The LLM behind a gRPC server: joins the queries of many proposers in one forward.
 
+What runs the LLM is behind `AsyncSelector`: torch on a thread of its own, or vLLM.
+
 Proposers call this server directly. A Serve handle or proxy would cost 7-12 ms a selection, this
 hop about one. Knows gRPC and the LLM selector's interface; no Ray.
 """
@@ -11,11 +13,13 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 import grpc.aio
 
 from s2t_shared.config import SecurityConfig
+from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
 from s2t_shared.errors import S2TError, SelectorUnavailableError
 from s2t_shared.pb.v1 import selection_pb2 as pb
@@ -43,6 +47,27 @@ class QueuedQuery:
         return self.deadline is None or time.monotonic() < self.deadline
 
 
+class AsyncSelector(Protocol):
+    """An LLM that answers queries on an asyncio loop."""
+
+    @property
+    def info(self) -> LLMInfo: ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything can still be answered."""
+        ...
+
+    async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
+        """The reply to a query. time_left_s: how long its caller waits; None for no limit.
+
+        Raises:
+            InvalidRequestError: the query is wrong.
+            SelectorUnavailableError: the time was up, or the LLM has died.
+        """
+        ...
+
+
 class SelectorThread:
     """Owns the LLM selector on one thread.
 
@@ -55,6 +80,10 @@ class SelectorThread:
         self._in_progress: dict[PendingQuery, QueuedQuery] = {}
         self._thread = threading.Thread(target=self._run, daemon=True, name="llm")
         self._thread.start()
+
+    @property
+    def info(self) -> LLMInfo:
+        return self._llm.info
 
     @property
     def is_alive(self) -> bool:
@@ -101,11 +130,11 @@ def _complete(future: asyncio.Future[ScoreReply], reply: ScoreReply | None) -> N
 
 
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
-    """`SelectionService` over a `SelectorThread`."""
+    """`SelectionService` over an `AsyncSelector`."""
 
-    def __init__(self, thread: SelectorThread, llm: LLMSelector) -> None:
-        self._thread = thread
-        self._info = llm.info
+    def __init__(self, selector: AsyncSelector) -> None:
+        self._selector = selector
+        self._info = selector.info
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_SelectionServiceServicer_to_server(self, server)
@@ -115,7 +144,7 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
     ) -> pb.ScoreResponse:
         try:
             query = wire.read_query(message)
-            reply = await self._thread.score(query, context.time_remaining())
+            reply = await self._selector.score(query, context.time_remaining())
             return wire.write_reply(reply, self._info.tokenizer_digest)
         except S2TError as error:
             await wire.abort(context, error)
@@ -135,16 +164,16 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
 class SelectorServer:
     """One server with one LLM. Created and started on one loop."""
 
-    def __init__(self, llm: LLMSelector, security: SecurityConfig, host: str) -> None:
+    def __init__(self, selector: AsyncSelector, security: SecurityConfig, host: str) -> None:
         """Listen on a free port of `host`, but answer nothing yet.
 
         Raises:
             ConfigError: the address is not this machine's, or a security file cannot be used.
         """
-        self.llm_digest = llm.info.digest
-        self._thread = SelectorThread(llm)
+        self.llm_digest = selector.info.digest
+        self._selector = selector
         self._server = channels.new_server(security)
-        SelectionServicer(self._thread, llm).add_to(self._server)
+        SelectionServicer(selector).add_to(self._server)
         self.port = channels.bind(self._server, host, 0, security, "selector.host")
 
     async def start(self) -> None:
@@ -157,5 +186,5 @@ class SelectorServer:
 
     def check_health(self) -> None:
         """Raises RuntimeError: nothing can be answered any more."""
-        if not self._thread.is_alive:
-            raise RuntimeError("the LLM thread has died")
+        if not self._selector.is_alive:
+            raise RuntimeError("what runs the LLM has died")

@@ -48,9 +48,18 @@ def gate_llm(config: Config, slm: SLMInfo, tokenizer: Tokenizer) -> Iterator[Sel
         connecting = _connect(config, slm, tokenizer, handle)
         yield asyncio.run_coroutine_threadsafe(connecting, loop).result()
     finally:
+        asyncio.run_coroutine_threadsafe(_end_tasks(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def _end_tasks() -> None:
+    """End what a `RemoteSelector` does on this loop in the background."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _bundled(config: Config, tokenizer: Tokenizer) -> SelectorClient | None:

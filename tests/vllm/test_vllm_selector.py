@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import grpc.aio
 import psutil
 import pytest
 
@@ -24,6 +25,7 @@ os.environ |= {
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR  # noqa: E402
 from s2t_shared.bundled import problems as bundled_problems  # noqa: E402
+from s2t_shared.config import load_config  # noqa: E402
 from s2t_shared.decode.engine import Engine  # noqa: E402
 from s2t_shared.decode.interfaces import SelectorClient  # noqa: E402
 from s2t_shared.decode.llm_selector import (  # noqa: E402
@@ -38,6 +40,7 @@ from s2t_shared.model.runtime import ModelRuntime  # noqa: E402
 from s2t_shared.model.tokenizer import Tokenizer  # noqa: E402
 from s2t_shared.model.vocabulary import reserved_ids  # noqa: E402
 from s2t_shared.pair import Pair  # noqa: E402
+from s2t_shared.pb.v1.selection_pb2_grpc import SelectionServiceStub  # noqa: E402
 from s2t_shared.types import (  # noqa: E402
     CandidateRule,
     DecodeOptions,
@@ -45,8 +48,11 @@ from s2t_shared.types import (  # noqa: E402
     Mode,
     Policy,
     ScoreQuery,
+    ScoreReply,
     Trigger,
 )
+from services.rpc import wire  # noqa: E402
+from services.serve.build import selector_server  # noqa: E402
 
 OPTIONS = VLLMOptions(dtype="float32", max_length=255, eager=True)
 TIMEOUT_S = 120.0
@@ -192,6 +198,32 @@ def test_the_pair_opens_with_it(torch_llm: LLMSelector) -> None:
     kill_vllm()
     [answer] = pair.generate(prompts[:1], **settings)
     assert answer.usage.degraded_steps > 0 and answer.token_ids
+
+
+def test_a_selector_server_on_it(torch_llm: LLMSelector) -> None:
+    """What Serve runs with `llm.runtime: vllm`, asked by gRPC as proposers do."""
+    rng = random.Random(5)
+    rows = torch_llm.runtime.vocab_rows
+    queries = [random_query(rng, rows) for _ in range(6)]
+    overrides = {"llm.runtime": "vllm", "llm.max_length": 255, "llm.dtype": "float32"}
+    config = load_config(None, overrides, environment={})
+
+    async def ask() -> list[ScoreReply]:
+        server = selector_server(config)
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                stub = SelectionServiceStub(channel)
+                calls = [stub.Score(wire.write_query(query)) for query in queries]
+                replies = await asyncio.gather(*calls)
+            pairs = zip(queries, replies, strict=True)
+            return [wire.read_reply(query, reply) for query, reply in pairs]
+        finally:
+            await server.stop()
+
+    for found, expected in zip(asyncio.run(ask()), torch_llm.score(queries), strict=True):
+        top = [position.top_id for position in expected.positions]
+        assert [position.top_id for position in found.positions] == top
 
 
 def kill_vllm() -> None:

@@ -109,7 +109,7 @@ def test_a_selector_server_answers_a_proposer() -> None:
     llm.gate.set()
 
     async def main() -> None:
-        server = SelectorServer(llm, SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
+        server = SelectorServer(SelectorThread(llm), SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
         await server.start()
         server.check_health()
 
