@@ -135,3 +135,11 @@ def test_rayservice_is_safe_and_reaches_the_gateway() -> None:
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
             }
+
+
+def test_vllms_settings_need_vllm() -> None:
+    """Two GPUs that are asked for and silently not used would be found out under load."""
+    with pytest.raises(ConfigError, match="tensor_parallel needs runtime: vllm"):
+        load_config(None, {"llm.tensor_parallel": 2}, environment={})
+    llm = load_config(None, {"llm.tensor_parallel": 2, "llm.runtime": "vllm"}, environment={}).llm
+    assert llm.tensor_parallel == 2
