@@ -139,11 +139,13 @@ class Engine:
         if self._llm is None:
             raise InvalidRequestError(
                 f"mode {policy.mode.value!r} with trigger {policy.trigger.value!r} asks the LLM, "
-                "but none is configured; give an LLM, or choose mode greedy, sample or s2t_local"
+                "but none is configured; give an LLM, or choose mode greedy, sample or s2t_local",
+                field="mode",
             )
         if request.options.score_rollout and policy.mode is Mode.LLM:
             raise InvalidRequestError(
-                "score_rollout goes with every mode but llm, where no SLM proposes"
+                "score_rollout goes with every mode but llm, where no SLM proposes",
+                field="score_rollout",
             )
         return self._llm.info
 
@@ -155,20 +157,24 @@ class Engine:
         if llm is not None:
             longest = min(longest, llm.max_length)
         if not prompt:
-            raise InvalidRequestError("the prompt is empty: it has no tokens")
+            raise InvalidRequestError("the prompt is empty: it has no tokens", field="prompt")
         if prompt >= longest:
             raise InvalidRequestError(
                 f"the prompt has {prompt} tokens, but prompt and answer together fit {longest}; "
-                "shorten the prompt"
+                "shorten the prompt",
+                field="prompt",
             )
         if wanted < 1:
-            raise InvalidRequestError(f"max_new_tokens={wanted}: must be at least 1")
+            raise InvalidRequestError(
+                f"max_new_tokens={wanted}: must be at least 1", field="max_new_tokens"
+            )
         new = min(wanted, longest - prompt)
         if not self.proposer.fits(request.options.policy, prompt + new):
             raise InvalidRequestError(
                 f"prompt and answer may take {prompt + new} tokens, more than the KV pool of "
                 f"{self.proposer.info.kv_tokens} tokens can ever hold for this mode; lower "
-                "max_new_tokens, shorten the prompt or raise slm.kv_gib"
+                "max_new_tokens, shorten the prompt or raise slm.kv_gib",
+                field="max_new_tokens",
             )
         return new
 

@@ -56,15 +56,21 @@ def check_request(request: GenerateRequest) -> None:
         InvalidRequestError: a field is out of range.
     """
     if not 1 <= request.samples <= MAX_SAMPLES:
-        raise InvalidRequestError(f"samples={request.samples}: must be 1..{MAX_SAMPLES}")
+        raise InvalidRequestError(
+            f"samples={request.samples}: must be 1..{MAX_SAMPLES}", field="samples"
+        )
     if len(request.stop) > MAX_STOP_STRINGS or "" in request.stop:
-        raise InvalidRequestError(f"stop: at most {MAX_STOP_STRINGS} strings, none empty")
+        raise InvalidRequestError(
+            f"stop: {len(request.stop)} strings given; at most {MAX_STOP_STRINGS}, none empty",
+            field="stop",
+        )
     longest = max(map(len, request.stop), default=0)
     total = sum(map(len, request.stop))
     if longest > MAX_STOP_LENGTH or total > MAX_STOP_TOTAL:
         raise InvalidRequestError(
             f"stop: the longest string has {longest} characters, all have {total}; at most "
-            f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted"
+            f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted",
+            field="stop",
         )
     _check_sampling(request.options.sampling)
     for rule in request.labels.rules:
@@ -72,17 +78,24 @@ def check_request(request: GenerateRequest) -> None:
             known = ", ".join(trigger.value for trigger in CALIBRATED)
             raise InvalidRequestError(
                 f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of "
-                f"{known}"
+                f"{known}",
+                field="labels.rules",
             )
 
 
 def _check_sampling(sampling: Sampling) -> None:
     if not 0.0 <= sampling.temperature <= 100.0:
-        raise InvalidRequestError(f"temperature={sampling.temperature}: must be 0..100")
+        raise InvalidRequestError(
+            f"temperature={sampling.temperature}: must be 0..100", field="sampling.temperature"
+        )
     if not 0.0 < sampling.top_p <= 1.0:
-        raise InvalidRequestError(f"top_p={sampling.top_p}: must be above 0 and at most 1")
+        raise InvalidRequestError(
+            f"top_p={sampling.top_p}: must be above 0 and at most 1", field="sampling.top_p"
+        )
     if sampling.top_k < 0:
-        raise InvalidRequestError(f"top_k={sampling.top_k}: must be 0 (off) or more")
+        raise InvalidRequestError(
+            f"top_k={sampling.top_k}: must be 0 (off) or more", field="sampling.top_k"
+        )
 
 
 def with_thresholds(request: GenerateRequest, calibration: Calibration) -> GenerateRequest:

@@ -56,7 +56,7 @@ class ScriptedTokenizer:
             return prompt.token_ids
         text = prompt.text or " ".join(message.content for message in prompt.messages)
         if not text:
-            raise InvalidRequestError("the prompt is empty: it has no tokens")
+            raise InvalidRequestError("the prompt is empty: it has no tokens", field="prompt")
         return tuple(self.id_of(word) for word in text.split())
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -107,7 +107,7 @@ class ScriptedSLM:
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         if any(token_id < 0 for token_id in token_ids):
-            raise InvalidRequestError("token_ids: an id is negative")
+            raise InvalidRequestError("token_ids: an id is negative", field="token_ids")
 
     def fits(self, policy: Policy, tokens: int) -> bool:
         return tokens <= self.max_length

@@ -263,7 +263,8 @@ class ModelRuntime:
         for index, token_id in enumerate(token_ids):
             if not 0 <= token_id < self.vocab_rows:
                 raise InvalidRequestError(
-                    f"token_ids[{index}]={token_id}: must be 0..{self.vocab_rows - 1}"
+                    f"token_ids[{index}]={token_id}: must be 0..{self.vocab_rows - 1}",
+                    field="token_ids",
                 )
 
 

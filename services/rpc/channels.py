@@ -1,6 +1,6 @@
 """Opens gRPC servers and channels with credentials, token and limits.
 
-Every server and client of the project uses these. Imports grpcio only.
+Every server and client of the project uses these. Imports grpcio and the wire only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from s2t_shared.errors import ConfigError
+from s2t_shared.errors import ConfigError, UnauthenticatedError
+from services.rpc import wire
 
 if TYPE_CHECKING:
     from s2t_shared.config import SecurityConfig
@@ -31,10 +32,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         self._expected = f"Bearer {token}".encode()
 
         async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "no valid token: send metadata 'authorization: Bearer TOKEN'",
-            )
+            text = "no valid token: send metadata 'authorization: Bearer TOKEN'"
+            await wire.abort(context, UnauthenticatedError(text))
 
         self._refuse_unary = grpc.unary_unary_rpc_method_handler(refuse)
 

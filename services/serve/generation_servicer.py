@@ -22,6 +22,7 @@ from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescri
 from services.rpc import wire
 
 log = logging.getLogger(__name__)
+RETRY_LOST_S = 0.1  # another proposer can take the request at once
 NO_DEADLINE_S = 1e6  # gRPC gives a call without a deadline a huge number of seconds
 
 
@@ -49,14 +50,24 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """End the call with the status and text of `error`. An unexpected error shows nothing of our
     insides."""
     if isinstance(error, S2TError):
+        if wire.public_text(error) != str(error):
+            log.warning("told a client less than this: %s", error)
         await wire.abort(context, error)
     if isinstance(error, ProposerLostError):
-        await context.abort(
+        await wire.abort_with(
+            context,
             grpc.StatusCode.UNAVAILABLE,
             "the proposer that answered was lost; send the request again",
+            wire.PROPOSER_LOST,
+            retry_after_s=RETRY_LOST_S,
         )
     log.error("unexpected error", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "an unexpected error; it is in the service's log")
+    await wire.abort_with(
+        context,
+        grpc.StatusCode.INTERNAL,
+        "an unexpected error; it is in the service's log",
+        wire.INTERNAL,
+    )
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
