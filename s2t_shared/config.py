@@ -65,7 +65,16 @@ class Placement(_Section):
 class ProposerConfig(Placement):
     max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
     max_ongoing_requests: int = Field(
-        256, ge=1, description="requests a replica accepts before it refuses more"
+        256,
+        ge=1,
+        description="requests a replica accepts before it refuses more; it refuses earlier those "
+        "that could not be finished before their deadline",
+    )
+    max_queue_s: float = Field(
+        30.0,
+        ge=0,
+        description="a request that would wait longer for a place in the batch is refused; 0: only "
+        "its deadline counts",
     )
     prefill_chunk_tokens: int = Field(
         256, ge=16, description="prompt tokens read per step, beside the decoding of others"

@@ -191,13 +191,15 @@ StoppingCriteria = Callable[[int], bool]  # called with each emitted id; True en
 class DecodeRequest:
     """One sequence for the engine: token ids in, Steps out.
 
-    deadline: a `time.monotonic()` value in seconds. stopping: ends the answer by its text.
+    deadline, start_by: `time.monotonic()` values in seconds. A sequence that has no place in the
+    batch by `start_by` is not begun any more. stopping: ends the answer by its text.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     options: DecodeOptions = DecodeOptions()
     deadline: float | None = None
+    start_by: float | None = None
     stopping: StoppingCriteria | None = None
 
 

@@ -48,8 +48,10 @@ class Engine:
     """Continuous batching over one SLM proposer and, where there is one, an LLM selector.
 
     local_selectors: finds a version's local selector. max_num_seqs: sequences in one batch.
-    selection_timeout_s: a later LLM selection degrades the step.
+    selection_timeout_s: a later LLM selection degrades the step. capacity: sequences that can run
+    at once, as far as KV has shown.
     max_draft_tokens: drafted tokens per LLM call, at most; 1 asks token by token.
+    clock: seconds, on which requests' deadlines are.
     """
 
     def __init__(
@@ -61,8 +63,11 @@ class Engine:
         max_num_seqs: int = 32,
         selection_timeout_s: float = 2.0,
         max_draft_tokens: int = MAX_DRAFT_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.proposer = proposer
+        self.capacity = max_num_seqs
+        self._clock = clock
         self._local_selectors = local_selectors
         self._max_num_seqs = max_num_seqs
         self._max_draft_tokens = max_draft_tokens
@@ -201,15 +206,18 @@ class Engine:
         return [(s, s.take_new_steps()) for s in ended] + self._retire()
 
     def _end_cancelled_and_expired(self) -> list[LiveSequence]:
-        """End sequences that were cancelled or ran past their deadline.
+        """End sequences that were cancelled, ran past their deadline, or would do so if begun now.
 
         Returns those that never ran.
         """
-        now = time.monotonic()
+        now = self._clock()
         for s in [*self._waiting, *self._running]:
             if s.cancelled:
                 s.finish(FinishReason.CANCELLED)
             elif s.request.deadline is not None and now >= s.request.deadline:
+                s.finish(FinishReason.DEADLINE)
+        for s in self._waiting:
+            if s.request.start_by is not None and now >= s.request.start_by:
                 s.finish(FinishReason.DEADLINE)
         ended = [s for s in self._waiting if s.finish_reason is not None]
         self._waiting = deque(s for s in self._waiting if s.finish_reason is None)
@@ -227,9 +235,12 @@ class Engine:
                 sequence.max_tokens,
             )
             if kv is None:
+                self.capacity = max(1, self._unfinished())
                 return
             sequence.start(kv)
+            sequence.started_at = self._clock()
             self._running.append(self._waiting.popleft())
+        self.capacity = self._max_num_seqs
 
     def _unfinished(self) -> int:
         return sum(s.finish_reason is None for s in self._running)
@@ -274,6 +285,10 @@ class Engine:
     def _retire(self) -> list[tuple[LiveSequence, list[Step]]]:
         """Hand out new Steps, and let ended sequences go."""
         self._release_kv()
+        now = self._clock()
+        for s in self._running:
+            if s.finish_reason is not None:
+                s.ended_at = now
         new = [(s, s.take_new_steps()) for s in self._running]
         events = [(s, steps) for s, steps in new if steps or s.finish_reason is not None]
         self._running = [s for s in self._running if s.finish_reason is None]

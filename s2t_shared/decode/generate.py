@@ -19,6 +19,7 @@ from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import (
     DeadlineExceededError,
     InvalidRequestError,
+    OverloadedError,
     S2TError,
     SelectorUnavailableError,
 )
@@ -118,15 +119,37 @@ def with_thresholds(request: GenerateRequest, calibration: Calibration) -> Gener
     return replace(request, options=options, labels=labels, budget=None)
 
 
-def decode_requests(
-    request: GenerateRequest, token_ids: tuple[int, ...], deadline: float | None
-) -> list[DecodeRequest]:
+@dataclass(frozen=True, kw_only=True)
+class EncodedRequest:
+    """A checked request and its prompt's token ids. deadline, start_by: as in `DecodeRequest`."""
+
+    request: GenerateRequest
+    token_ids: tuple[int, ...]
+    deadline: float | None = None
+    start_by: float | None = None
+
+
+def encode_request(request: GenerateRequest, tokenizer: TextTokenizer) -> EncodedRequest:
+    """Check a request, tokenize its prompt, and start the time it has. Needs no engine.
+
+    Raises:
+        InvalidRequestError: a field is out of range, or the prompt cannot be tokenized.
+    """
+    check_request(request)
+    deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
+    token_ids = tokenizer.encode(request.prompt)
+    return EncodedRequest(request=request, token_ids=token_ids, deadline=deadline)
+
+
+def decode_requests(encoded: EncodedRequest) -> list[DecodeRequest]:
     """The sequences of a request: one, or `samples` sampled ones for majority@n."""
+    request = encoded.request
     one = DecodeRequest(
         request_id=request.request_id,
-        token_ids=token_ids,
+        token_ids=encoded.token_ids,
         options=request.options,
-        deadline=deadline,
+        deadline=encoded.deadline,
+        start_by=encoded.start_by,
     )
     if request.options.policy.mode is not Mode.MAJORITY:
         return [one]
@@ -192,7 +215,7 @@ class AnswerBuilder:
 
     def __init__(
         self,
-        request: GenerateRequest,
+        encoded: EncodedRequest,
         tokenizer: TextTokenizer,
         engine: Engine,
         local_selector: LocalSelector | None = None,
@@ -203,16 +226,13 @@ class AnswerBuilder:
             InvalidRequestError: the request cannot be answered.
             VersionNotFoundError: there is no local selector of the named version.
         """
-        check_request(request)
-        self.request = request
+        self.request = encoded.request
         self._engine = engine
-        token_ids = tokenizer.encode(request.prompt)
-        deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
         self.sequences: list[LiveSequence] = []
         self._texts: dict[LiveSequence, SequenceText] = {}
         self._steps: dict[LiveSequence, list[Step]] = {}  # with their text
-        for decode in decode_requests(request, token_ids, deadline):
-            text = SequenceText(tokenizer, request.stop)
+        for decode in decode_requests(encoded):
+            text = SequenceText(tokenizer, encoded.request.stop)
             sequence = engine.add(replace(decode, stopping=text), local_selector)
             self.sequences.append(sequence)
             self._texts[sequence] = text
@@ -255,11 +275,18 @@ class AnswerBuilder:
     def answer(self, slm_digest: str, llm_digest: str) -> Answer:
         """The finished answer, with every Step.
 
-        Raises: DeadlineExceededError: the request's own deadline passed first.
+        Raises:
+            OverloadedError: it was not begun, because its deadline could not be met any more.
+            DeadlineExceededError: the request's own deadline passed first.
             SelectorUnavailableError: the LLM's own answer was asked for, and the LLM made none of
-            it.
+                it.
         """
         if any(s.finish_reason is FinishReason.DEADLINE for s in self.sequences):
+            if not any(s.was_begun or s.request.start_by is None for s in self.sequences):
+                raise OverloadedError(
+                    f"waited for a place in the batch until the deadline of "
+                    f"{self.request.timeout_s:g} s could not be met any more; nothing was begun"
+                )
             decoded = sum(len(s.steps) for s in self.sequences)
             raise DeadlineExceededError(
                 f"the deadline of {self.request.timeout_s:g} s passed after {decoded} tokens; "
@@ -347,7 +374,7 @@ class Generator:
                     more = False
                     break
                 try:
-                    builder = AnswerBuilder(request, self.tokenizer, self.engine)
+                    builder = self._builder(request)
                 except S2TError as error:
                     yield request, error
                     continue
@@ -369,7 +396,7 @@ class Generator:
         Raises:
             S2TError: the request cannot be answered.
         """
-        builder = AnswerBuilder(request, self.tokenizer, self.engine)
+        builder = self._builder(request)
         try:
             while not builder.done:
                 for sequence, steps in self.engine.step():
@@ -382,6 +409,9 @@ class Generator:
             builder.cancel()
             while not self.engine.idle:  # what was cancelled gives its KV back
                 self.engine.step()
+
+    def _builder(self, request: GenerateRequest) -> AnswerBuilder:
+        return AnswerBuilder(encode_request(request, self.tokenizer), self.tokenizer, self.engine)
 
     def _outcome(self, builder: AnswerBuilder) -> Answer | S2TError:
         try:

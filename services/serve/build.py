@@ -89,6 +89,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         labels=labels,
         calibration=calibration,
         max_ongoing_requests=settings.max_ongoing_requests,
+        max_queue_s=settings.max_queue_s,
     )
 
 

@@ -101,6 +101,7 @@ def proposer_service(
     versions: FixedVersions | None = None,
     writer: LabelWriter | None = None,
     max_ongoing_requests: int = 256,
+    max_queue_s: float = 0.0,
     check_when_idle: Callable[[], None] = lambda: None,
     **engine_options: Any,
 ) -> ProposerService:
@@ -116,6 +117,7 @@ def proposer_service(
         labels=LabelRecorder(writer),
         calibration=CALIBRATION,
         max_ongoing_requests=max_ongoing_requests,
+        max_queue_s=max_queue_s,
     )
 
 
