@@ -116,10 +116,12 @@ class SimulatedProposer:
         """Offer the loads together, until the last request has ended."""
         tally = Tally()
         start = self.clock.now
-        coming = sorted(
-            (start + at, load.client, n, load) for load in loads for at, n in load.arrivals()
-        )
-        coming.reverse()
+        coming = [
+            (start + at, load.client, length, load)
+            for load in loads
+            for at, length in load.arrivals()
+        ]
+        coming.sort(key=lambda arrival: arrival[0], reverse=True)
         while coming or not self.engine.idle:
             if self.engine.idle:
                 self.clock.now = max(self.clock.now, coming[-1][0])
