@@ -99,6 +99,12 @@ class GatewayConfig(Placement):
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535, description="0: any free port")
     max_message_bytes: int = Field(4 << 20, ge=1024)
+    max_requests_per_client: int = Field(
+        128,
+        ge=0,
+        description="requests of one client (a token from a host) that are answered at once; 0: "
+        "any number",
+    )
 
 
 class SecurityConfig(_Section):

@@ -192,7 +192,8 @@ class DecodeRequest:
     """One sequence for the engine: token ids in, Steps out.
 
     deadline, start_by: `time.monotonic()` values in seconds. A sequence that has no place in the
-    batch by `start_by` is not begun any more. stopping: ends the answer by its text.
+    batch by `start_by` is not begun any more. turn: the lowest begins first, equal ones as they
+    came. stopping: ends the answer by its text.
     """
 
     request_id: str
@@ -200,6 +201,7 @@ class DecodeRequest:
     options: DecodeOptions = DecodeOptions()
     deadline: float | None = None
     start_by: float | None = None
+    turn: float = 0.0
     stopping: StoppingCriteria | None = None
 
 
@@ -260,6 +262,7 @@ class GenerateRequest:
     return_steps: the answer carries the triggered Steps (with score_rollout: every Step).
     stream_steps: each Step is streamed as soon as it is decided.
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
+    client: who asks, as the gateway knows it: clients get equal shares of a proposer.
     """
 
     request_id: str
@@ -273,6 +276,7 @@ class GenerateRequest:
     stream_steps: bool = False
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
+    client: str = ""
 
 
 # -- what the models say --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ class Engine:
             max_draft_tokens=self._max_draft_tokens,
             local_selector=local_selector,
         )
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=lambda s: s.request.turn)
         return sequence
 
     def cancel(self, sequence: LiveSequence) -> None:
@@ -225,7 +226,7 @@ class Engine:
         return ended
 
     def _admit(self) -> None:
-        """First come, first served, as far as sequences and KV allow."""
+        """In the order of their turns, as far as sequences and KV allow."""
         while self._waiting and self._unfinished() < self._max_num_seqs:
             sequence = self._waiting[0]
             kv = self.proposer.open(

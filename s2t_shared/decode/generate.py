@@ -121,12 +121,14 @@ def with_thresholds(request: GenerateRequest, calibration: Calibration) -> Gener
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedRequest:
-    """A checked request and its prompt's token ids. deadline, start_by: as in `DecodeRequest`."""
+    """A checked request and its prompt's token ids. deadline, start_by, turn: as in
+    `DecodeRequest`."""
 
     request: GenerateRequest
     token_ids: tuple[int, ...]
     deadline: float | None = None
     start_by: float | None = None
+    turn: float = 0.0
 
 
 def encode_request(request: GenerateRequest, tokenizer: TextTokenizer) -> EncodedRequest:
@@ -150,6 +152,7 @@ def decode_requests(encoded: EncodedRequest) -> list[DecodeRequest]:
         options=request.options,
         deadline=encoded.deadline,
         start_by=encoded.start_by,
+        turn=encoded.turn,
     )
     if request.options.policy.mode is not Mode.MAJORITY:
         return [one]

@@ -3,7 +3,9 @@
 The estimate is of time, not of slots: how long a token took of late, how much of what was asked
 for an answer uses, and what is still to be decoded ahead of a request. What cannot be done in time
 is refused at once; what was taken and cannot be done in time any more is not begun (`start_by`).
-Knows sequences and a clock; no thread, no network. All calls are made on one asyncio loop.
+Clients take turns (start-time fair queueing): who floods the queue waits behind his own requests,
+not others behind his. Knows sequences and a clock; no thread, no network. All calls are made on
+one asyncio loop.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from s2t_shared.types import FinishReason, GenerateRequest, Mode
 
 MEMORY = 0.95  # what the past counts, each time that a sequence ends
 MIN_TOKENS = 8  # of a running sequence: before, reading its prompt weighs too much
-CAUTION = 1.5  # an answer may be so much longer than expected, where its deadline is at stake
+CAUTION = 1.5  # where a deadline is at stake, an answer may be so many times as long as expected
+QUEUE_CAUTION = 1.2  # and what is ahead of it may take so many times as long
 OVERDUE = 0.25  # of the expected length: expected of a sequence that is longer than expected
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 30.0
@@ -31,24 +34,36 @@ MAX_RETRY_S = 30.0
 class Ticket:
     """A request's place among those that are being answered.
 
-    count: its sequences. max_new_tokens: of each. deadline, start_by: as in `DecodeRequest`.
-    sequences: once they are on the engine.
+    count: its sequences. max_new_tokens: of each. deadline, start_by, turn: as in `DecodeRequest`.
+    next_turn: of the same client's next request. sequences: once they are on the engine.
     """
 
+    client: str
     count: int
     max_new_tokens: int
     deadline: float | None
+    turn: float = 0.0
+    next_turn: float = 0.0
     start_by: float | None = None
     sequences: Sequence[LiveSequence] = ()
+
+    @property
+    def was_begun(self) -> bool:
+        """Whether one of its sequences ever had a place in the batch."""
+        return any(s.was_begun for s in self.sequences)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """When a request would begin, and be finished though it took `CAUTION` times as long as
-    expected, in seconds from now."""
+    """start_s: seconds until a request would begin. service_s: seconds that it may then take."""
 
     start_s: float
-    end_s: float
+    service_s: float
+
+    @property
+    def end_s(self) -> float:
+        """Seconds until it is finished, with caution."""
+        return QUEUE_CAUTION * self.start_s + self.service_s
 
 
 class Admission:
@@ -72,6 +87,7 @@ class Admission:
         self._max_queue_s = max_queue_s
         self._clock = clock
         self._open: dict[Ticket, None] = {}  # in the order they came
+        self._present_turn = 0.0
         # Of the sequences of late, each counting less as others end:
         self._seconds = 0.0  # in the batch
         self._tokens = 0.0  # decoded in these seconds
@@ -99,19 +115,31 @@ class Admission:
         """Check and take without a pause between, so that a burst finds the places taken."""
         left = request.timeout_s if request.timeout_s > 0 else math.inf
         ticket = Ticket(
+            client=request.client,
             count=request.samples if request.options.policy.mode is Mode.MAJORITY else 1,
             max_new_tokens=request.options.max_new_tokens,
             deadline=self._clock() + left if left < math.inf else None,
         )
+        self._give_turn(ticket)
         forecast = self.forecast(ticket)
         if len(self._open) >= self._max_ongoing_requests:
             raise _overloaded(f"{len(self._open)} requests are being answered", forecast.start_s)
         if forecast.start_s > 0:
             self._check(forecast, left)
             if ticket.deadline is not None:
-                ticket.start_by = ticket.deadline - (forecast.end_s - forecast.start_s)
+                ticket.start_by = ticket.deadline - forecast.service_s
         self._open[ticket] = None
         return ticket
+
+    def _give_turn(self, ticket: Ticket) -> None:
+        """Behind the client's own requests, and beside what began last. A turn is in tokens."""
+        for other in self._open:
+            if other.was_begun:
+                self._present_turn = max(self._present_turn, other.turn)
+        own = [other.next_turn for other in self._open if other.client == ticket.client]
+        ticket.turn = max(self._present_turn, *own) if own else self._present_turn
+        expected = self._expected(ticket.max_new_tokens)
+        ticket.next_turn = ticket.turn + ticket.count * expected
 
     def _check(self, forecast: Forecast, left: float) -> None:
         if 0 < self._max_queue_s < forecast.start_s:
@@ -133,13 +161,15 @@ class Admission:
         seconds_per_token = self._seconds_per_token()
         slots = self._capacity()
         lanes: list[float] = []  # a heap: after so many tokens each slot is free
-        for other in self._open:
+        ahead = [t for t in self._open if t.was_begun or t.turn <= ticket.turn]
+        for other in sorted(ahead, key=lambda t: (not t.was_begun, t.turn)):
             for tokens in self._remaining(other):
                 _occupy(lanes, slots, tokens)
         start = lanes[0] if len(lanes) >= slots else 0.0
-        expected = min(ticket.max_new_tokens, CAUTION * self._expected(ticket.max_new_tokens))
-        end = max(_occupy(lanes, slots, expected) for _ in range(ticket.count))
-        return Forecast(start * seconds_per_token, end * seconds_per_token)
+        expected = self._expected(ticket.max_new_tokens)
+        service = max(_occupy(lanes, slots, expected) for _ in range(ticket.count)) - start
+        caution = min(CAUTION, ticket.max_new_tokens / expected)
+        return Forecast(start * seconds_per_token, caution * service * seconds_per_token)
 
     def _seconds_per_token(self) -> float:
         """Of one sequence in the batch: of late and now. 0: not known."""
@@ -154,7 +184,7 @@ class Admission:
 
     def _expected(self, max_new_tokens: int) -> float:
         """How long an answer of so many tokens at most will be."""
-        return max_new_tokens * (self._used / self._asked if self._asked else 1.0)
+        return max(1.0, max_new_tokens * (self._used / self._asked if self._asked else 1.0))
 
     def _remaining(self, ticket: Ticket) -> Iterator[float]:
         """Tokens that are still to be decoded, of each sequence."""

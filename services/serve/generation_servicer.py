@@ -20,6 +20,7 @@ from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
+from services.serve.client_quota import ClientQuota
 
 log = logging.getLogger(__name__)
 RETRY_LOST_S = 0.1  # another proposer can take the request at once
@@ -75,6 +76,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, config: Config, proposers: Proposers) -> None:
         self._defaults = config.defaults
+        self._quota = ClientQuota(config.gateway.max_requests_per_client)
         self._replicas = config.proposer.replicas
         self._proposers = proposers
 
@@ -118,7 +120,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         message: pb.StreamGenerateRequest | pb.GenerateRequest,
         context: grpc.aio.ServicerContext,
     ) -> GenerateRequest:
-        return wire.read_request(message, self._defaults, _time_remaining(context))
+        client = self._quota.count(context)
+        request = wire.read_request(message, self._defaults, _time_remaining(context))
+        return replace(request, client=client)
 
 
 def _close_with(

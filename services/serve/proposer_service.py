@@ -204,7 +204,9 @@ class ProposerService:
         encoded = await loop.run_in_executor(
             self._tokenizing, encode_request, request, self._tokenizer
         )
-        return replace(encoded, deadline=ticket.deadline, start_by=ticket.start_by)
+        return replace(
+            encoded, deadline=ticket.deadline, start_by=ticket.start_by, turn=ticket.turn
+        )
 
     async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
         version = request.options.version

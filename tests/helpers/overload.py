@@ -144,6 +144,7 @@ class SimulatedProposer:
             prompt=Prompt(token_ids=(1,)),
             options=DecodeOptions(max_new_tokens=MAX_NEW_TOKENS),
             stop=(WORDS[length - 1],),
+            client=outcome.client,
             timeout_s=outcome.arrived + deadline_s - self.clock.now,
         )
         place = ExitStack()
@@ -153,7 +154,11 @@ class SimulatedProposer:
             self._end(outcome, error, tally)
             return
         encoded = EncodedRequest(
-            request=request, token_ids=(1,), deadline=ticket.deadline, start_by=ticket.start_by
+            request=request,
+            token_ids=(1,),
+            deadline=ticket.deadline,
+            start_by=ticket.start_by,
+            turn=ticket.turn,
         )
         builder = AnswerBuilder(encoded, self._slm.tokenizer, self.engine)
         ticket.sequences = builder.sequences

@@ -66,7 +66,7 @@ def test_refusals_come_at_once_and_say_when_to_try_again() -> None:
     tally = under_load(5.0)
     refused = [o for o in tally.outcomes if isinstance(o.error, OverloadedError)]
     at_once = [o for o in refused if o.seconds <= 0.1]
-    assert len(at_once) >= 0.97 * len(refused) > 0.7 * len(tally.outcomes)
+    assert len(at_once) >= 0.99 * len(refused) > 0.7 * len(tally.outcomes)
     assert all(0.1 <= (error.retry_after_s or 0.0) <= 30.0 for error in tally.refusals)
 
 
@@ -81,6 +81,52 @@ def test_a_proposer_that_becomes_slow_takes_less() -> None:
     proposer.slow_down(3.0)
     tally = proposer.run(Load(rate=proposer.capacity, seconds=MINUTE, deadline_s=10.0))
     assert tally.goodput >= 0.85 * proposer.capacity / 3
+
+
+# -- clients take turns ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calm_comes", ["first", "second"])
+def test_one_clients_flood_does_not_starve_another(calm_comes: str) -> None:
+    """The other asks for a fifth of the capacity, and gets it, nearly as fast as alone."""
+    proposer = SimulatedProposer()
+    alone = proposer.run(Load(rate=0.2 * proposer.capacity, seconds=MINUTE, deadline_s=10.0))
+    calm, flood = ("a", "b") if calm_comes == "first" else ("b", "a")
+    tally = proposer.run(
+        Load(rate=0.2 * proposer.capacity, seconds=MINUTE, deadline_s=10.0, client=calm),
+        Load(rate=5 * proposer.capacity, seconds=MINUTE, deadline_s=10.0, client=flood, seed=1),
+    )
+    assert not tally.of(calm).refusals
+    assert tally.of(calm).p99 <= 2 * alone.p99
+    assert tally.goodput >= 0.9 * proposer.capacity
+
+
+def test_the_louder_of_two_floods_gets_no_more() -> None:
+    proposer = SimulatedProposer()
+    loads = [
+        Load(rate=rate * proposer.capacity, seconds=MINUTE, deadline_s=10.0, client=c, seed=rate)
+        for c, rate in (("a", 2), ("b", 6))
+    ]
+    tally = proposer.run(*loads)
+    quiet, loud = (tally.of(client).goodput for client in ("a", "b"))
+    assert loud <= 1.1 * quiet
+    assert loud >= 0.35 * proposer.capacity
+    assert quiet + loud >= 0.9 * proposer.capacity
+
+
+def test_the_lowest_turn_begins_first_and_equal_ones_as_they_came() -> None:
+    slm = ScriptedSLM(["word"] * 5)
+    engine = Engine(slm, max_num_seqs=1)
+    turns = [5.0, 0.0, 3.0, 0.0]
+    added = [
+        engine.add(DecodeRequest(request_id=str(i), token_ids=(1,), turn=turn))
+        for i, turn in enumerate(turns)
+    ]
+    begun: list[str] = []
+    while not engine.idle:
+        engine.step()
+        begun += [s.request.request_id for s in added if s.was_begun]
+    assert list(dict.fromkeys(begun)) == ["1", "3", "2", "0"]
 
 
 # -- the estimate ---------------------------------------------------------------------------------
@@ -136,7 +182,7 @@ def test_the_first_answers_under_way_are_known_already() -> None:
     for _ in range(2):
         place.take(request(max_new_tokens=100))
     place.step(20)
-    with pytest.raises(OverloadedError, match=r"may take 180.0 s, and its deadline is in 150") as e:
+    with pytest.raises(OverloadedError, match=r"may take 196.0 s, and its deadline is in 150") as e:
         place.take(request(max_new_tokens=100, timeout_s=150.0))
     assert e.value.retry_after_s == 30.0
     place.take(request(max_new_tokens=100, timeout_s=200.0))
@@ -164,7 +210,7 @@ def test_samples_of_a_majority_count_each() -> None:
     place = Place(slots=2)
     place.take(request(max_new_tokens=50, samples=8))
     place.step(20)
-    with pytest.raises(OverloadedError, match="may take 190.0 s"):  # 30 + 3 * 50 ahead, then 10
+    with pytest.raises(OverloadedError, match="may take 226.0 s"):  # 1.2 * (30 + 3 * 50) and 10
         place.take(request(max_new_tokens=10, timeout_s=1.0))
 
 
@@ -174,7 +220,7 @@ def test_scarce_kv_is_a_small_batch() -> None:
     place.take(request(max_new_tokens=40))
     place.take(request(max_new_tokens=40))
     place.step(20)
-    with pytest.raises(OverloadedError, match="may take 70.0 s"):
+    with pytest.raises(OverloadedError, match="may take 82.0 s"):
         place.take(request(max_new_tokens=10, timeout_s=1.0))
 
 
@@ -186,9 +232,9 @@ def test_answers_that_end_early_are_expected_to() -> None:
     place.step(32)
     place.places.close()
     place.take(request(max_new_tokens=100))
-    place.take(request(max_new_tokens=100, timeout_s=26.0))  # 10, and one and a half times 10
+    place.take(request(max_new_tokens=100, timeout_s=28.0))  # 1.2 * 10 and 1.5 * 10
     with pytest.raises(OverloadedError):
-        place.take(request(max_new_tokens=100, timeout_s=26.0))
+        place.take(request(max_new_tokens=100, timeout_s=28.0))
 
 
 def test_the_queue_is_bounded_in_time() -> None:
