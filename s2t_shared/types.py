@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 MAX_CANDIDATES = 64
+MAX_SAMPLES = 64
 SUPPORT_SIZE = 64
 WARMUP_STEPS = 3
 

@@ -28,6 +28,7 @@ from s2t_shared.model.text_stream import TextStream
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.types import (
+    MAX_SAMPLES,
     Answer,
     AnswerPiece,
     DecodeRequest,
@@ -41,7 +42,6 @@ from s2t_shared.types import (
     Versions,
 )
 
-MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters of one stop string
 MAX_STOP_TOTAL = 1024  # characters of all stop strings

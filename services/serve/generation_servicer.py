@@ -15,12 +15,14 @@ import grpc
 import grpc.aio
 
 from s2t_shared.config import Config
+from s2t_shared.decode.generate import check_request
 from s2t_shared.errors import DeadlineExceededError, S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
 from services.serve.client_quota import ClientQuota
+from services.serve.request_limits import RequestLimits
 
 log = logging.getLogger(__name__)
 RETRY_LOST_S = 0.1  # another proposer can take the request at once
@@ -76,6 +78,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, config: Config, proposers: Proposers) -> None:
         self._defaults = config.defaults
+        self._limits = RequestLimits(config.gateway)
         self._quota = ClientQuota(config.gateway.max_requests_per_client)
         self._replicas = config.proposer.replicas
         self._proposers = proposers
@@ -121,7 +124,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> GenerateRequest:
         client = self._quota.count(context)
+        self._limits.check(message)
         request = wire.read_request(message, self._defaults, _time_remaining(context))
+        check_request(request)
         return replace(request, client=client)
 
 

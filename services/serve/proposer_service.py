@@ -21,15 +21,29 @@ from s2t_shared.decode.generate import (
     with_thresholds,
 )
 from s2t_shared.decode.interfaces import LLMInfo
-from s2t_shared.errors import SelectorUnavailableError, VersionNotFoundError
+from s2t_shared.errors import (
+    InvalidRequestError,
+    SelectorUnavailableError,
+    VersionNotFoundError,
+)
 from s2t_shared.labels.label import Digests
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import Calibration
-from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Mode, ServiceDescription, Step
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    GenerateRequest,
+    Mode,
+    Prompt,
+    ServiceDescription,
+    Step,
+)
 from services.serve.admission import Admission, Ticket
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
+
+MAX_BYTES_PER_TOKEN = 32  # of a whole prompt: tokens of text have 3 to 5
 
 
 class SelectorStatus(Protocol):
@@ -199,7 +213,20 @@ class ProposerService:
         return with_thresholds(request, calibration), local_selector
 
     async def _encode(self, request: GenerateRequest, ticket: Ticket) -> EncodedRequest:
-        """Tokenize the prompt, elsewhere. The deadline is counted from the request's arrival."""
+        """Tokenize the prompt, elsewhere. The deadline is counted from the request's arrival.
+
+        Raises:
+            InvalidRequestError: the prompt is much too long, or cannot be tokenized.
+        """
+        longest = MAX_BYTES_PER_TOKEN * self._engine.slm.max_length
+        size = _text_bytes(request.prompt)
+        if size > longest:
+            raise InvalidRequestError(
+                f"the prompt has {size} bytes, and prompt and answer together fit "
+                f"{self._engine.slm.max_length} tokens: more than {longest} bytes are not read; "
+                "shorten the prompt",
+                field="prompt",
+            )
         loop = asyncio.get_running_loop()
         encoded = await loop.run_in_executor(
             self._tokenizing, encode_request, request, self._tokenizer
@@ -235,6 +262,12 @@ class ProposerService:
         prompt_ids = builder.sequences[0].request.token_ids
         answer = await self._labels.record(request, prompt_ids, answer, digests)
         return replace(answer, steps=_travelling(shown_steps(request, answer.steps)))
+
+
+def _text_bytes(prompt: Prompt) -> int:
+    """Bytes that must be tokenized."""
+    texts = [prompt.text or "", *(message.content for message in prompt.messages)]
+    return sum(len(text.encode()) for text in texts)
 
 
 def _travelling(steps: tuple[Step, ...]) -> tuple[Step, ...]:
