@@ -112,6 +112,21 @@ class GatewayConfig(Placement):
         description="requests of one client (a token from a host) that are answered at once; 0: "
         "any number",
     )
+    max_concurrent_streams: int = Field(
+        256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
+    )
+    max_connection_idle_s: float = Field(
+        600.0, ge=0, description="a connection without calls is closed after this long; 0: never"
+    )
+    max_connection_age_s: float = Field(
+        0.0,
+        ge=0,
+        description="an older connection takes no new calls, so that clients spread over gateways "
+        "behind one address; 0: never",
+    )
+    max_connection_age_grace_s: float = Field(
+        600.0, ge=0, description="calls of such a connection are cut after this long; 0: never"
+    )
 
 
 class SecurityConfig(_Section):
