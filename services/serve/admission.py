@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heappush, heapreplace
 
 from s2t_shared.decode.sequence import LiveSequence
-from s2t_shared.errors import OverloadedError
+from s2t_shared.errors import RETRY_AFTER_S, OverloadedError
 from s2t_shared.types import FinishReason, GenerateRequest, Mode
 
 MEMORY = 0.95  # what the past counts, each time that a sequence ends
@@ -36,6 +36,7 @@ class Ticket:
 
     count: its sequences. max_new_tokens: of each. deadline, start_by, turn: as in `DecodeRequest`.
     next_turn: of the same client's next request. sequences: once they are on the engine.
+    was_begun: whether one of them was seen in the batch.
     """
 
     client: str
@@ -46,11 +47,7 @@ class Ticket:
     next_turn: float = 0.0
     start_by: float | None = None
     sequences: Sequence[LiveSequence] = ()
-
-    @property
-    def was_begun(self) -> bool:
-        """Whether one of its sequences ever had a place in the batch."""
-        return any(s.was_begun for s in self.sequences)
+    was_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,10 +117,11 @@ class Admission:
             max_new_tokens=request.options.max_new_tokens,
             deadline=self._clock() + left if left < math.inf else None,
         )
+        if len(self._open) >= self._max_ongoing_requests:
+            raise _overloaded(f"{len(self._open)} requests are being answered", RETRY_AFTER_S)
+        self._see_what_began()
         self._give_turn(ticket)
         forecast = self.forecast(ticket)
-        if len(self._open) >= self._max_ongoing_requests:
-            raise _overloaded(f"{len(self._open)} requests are being answered", forecast.start_s)
         if forecast.start_s > 0:
             self._check(forecast, left)
             if ticket.deadline is not None:
@@ -131,11 +129,14 @@ class Admission:
         self._open[ticket] = None
         return ticket
 
+    def _see_what_began(self) -> None:
+        for ticket in self._open:
+            if not ticket.was_begun and any(s.was_begun for s in ticket.sequences):
+                ticket.was_begun = True
+                self._present_turn = max(self._present_turn, ticket.turn)
+
     def _give_turn(self, ticket: Ticket) -> None:
         """Behind the client's own requests, and beside what began last. A turn is in tokens."""
-        for other in self._open:
-            if other.was_begun:
-                self._present_turn = max(self._present_turn, other.turn)
         own = [other.next_turn for other in self._open if other.client == ticket.client]
         ticket.turn = max(self._present_turn, *own) if own else self._present_turn
         expected = self._expected(ticket.max_new_tokens)
@@ -161,8 +162,9 @@ class Admission:
         seconds_per_token = self._seconds_per_token()
         slots = self._capacity()
         lanes: list[float] = []  # a heap: after so many tokens each slot is free
-        ahead = [t for t in self._open if t.was_begun or t.turn <= ticket.turn]
-        for other in sorted(ahead, key=lambda t: (not t.was_begun, t.turn)):
+        waiting = [t for t in self._open if not t.was_begun and t.turn <= ticket.turn]
+        waiting.sort(key=lambda t: t.turn)
+        for other in (*self._begun(), *waiting):
             for tokens in self._remaining(other):
                 _occupy(lanes, slots, tokens)
         start = lanes[0] if len(lanes) >= slots else 0.0
@@ -175,26 +177,32 @@ class Admission:
         """Of one sequence in the batch: of late and now. 0: not known."""
         now = self._clock()
         seconds, tokens = self._seconds, self._tokens
-        for ticket in self._open:
+        for ticket in self._begun():
             for s in ticket.sequences:
                 if s.started_at is not None and s.ended_at is None and len(s.steps) >= MIN_TOKENS:
                     seconds += now - s.started_at
                     tokens += len(s.steps)
         return seconds / tokens if tokens else 0.0
 
+    def _begun(self) -> list[Ticket]:
+        return [ticket for ticket in self._open if ticket.was_begun]
+
     def _expected(self, max_new_tokens: int) -> float:
         """How long an answer of so many tokens at most will be."""
         return max(1.0, max_new_tokens * (self._used / self._asked if self._asked else 1.0))
 
-    def _remaining(self, ticket: Ticket) -> Iterator[float]:
+    def _remaining(self, ticket: Ticket) -> list[float]:
         """Tokens that are still to be decoded, of each sequence."""
         expected = self._expected(ticket.max_new_tokens)
-        if not ticket.sequences:
-            yield from [expected] * ticket.count
+        if not ticket.was_begun:
+            return [expected] * ticket.count
+        remaining = []
         for s in ticket.sequences:
             if s.finish_reason is None:
                 done = len(s.steps)
-                yield min(s.max_new_tokens - done, max(expected - done, OVERDUE * expected))
+                left = max(expected - done, OVERDUE * expected)
+                remaining.append(min(s.max_new_tokens - done, left))
+        return remaining
 
     def _learn(self, ticket: Ticket) -> None:
         for s in ticket.sequences:
@@ -209,9 +217,12 @@ class Admission:
 
 def _occupy(lanes: list[float], slots: int, tokens: float) -> float:
     """Give the slot that is free first to a sequence; returns when it is free again."""
-    begin = heappop(lanes) if len(lanes) >= slots else 0.0
-    heappush(lanes, begin + tokens)
-    return begin + tokens
+    if len(lanes) < slots:
+        heappush(lanes, tokens)
+        return tokens
+    end = lanes[0] + tokens
+    heapreplace(lanes, end)
+    return end
 
 
 def _overloaded(text: str, wait_s: float) -> OverloadedError:
