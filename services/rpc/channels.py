@@ -16,6 +16,7 @@ import grpc.aio
 
 from s2t_shared.errors import ConfigError, UnauthenticatedError
 from services.rpc import wire
+from services.rpc.undecodable import DecodingInterceptor
 
 if TYPE_CHECKING:
     from s2t_shared.config import SecurityConfig
@@ -114,7 +115,10 @@ def new_server(
     """
     token = read_token(security.token_file)
     return grpc.aio.server(
-        interceptors=[] if token is None else [TokenInterceptor(token)],
+        interceptors=[
+            *([] if token is None else [TokenInterceptor(token)]),
+            DecodingInterceptor(),
+        ],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),

@@ -1,7 +1,7 @@
 """Converts value types to protobuf messages, errors to gRPC statuses, and both back.
 
-Only servicers and clients, which send the messages, know protobuf besides. Imports grpcio and
-protobuf only, so that a client needs neither torch nor Ray.
+Only servicers and clients, which send the messages, know protobuf besides. Imports grpcio,
+protobuf and google.rpc only, so that a client needs neither torch nor Ray.
 """
 
 from services.rpc.wire.admin import (

@@ -374,6 +374,30 @@ def test_large_messages_are_refused(tmp_path: Path) -> None:
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "s2t.v1.GenerationService/Generate",
+        "s2t.v1.GenerationService/StreamGenerate",
+        "s2t.v1.AdminService/RollbackVersion",
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+    ],
+)
+def test_what_cannot_be_decoded_is_the_clients_mistake(tmp_path: Path, method: str) -> None:
+    """It was UNKNOWN, with the class of the decoder's error."""
+
+    async def send(stub: pb_grpc.GenerationServiceStub, channel: grpc.aio.Channel) -> None:
+        if method.rpartition("/")[2] in ("StreamGenerate", "Watch"):
+            await channel.unary_stream(f"/{method}")(b"\xff\xff\xff\x01").read()
+        else:
+            await channel.unary_unary(f"/{method}")(b"\xff\xff\xff\x01")
+
+    error = refusal(tmp_path, proposer_service(), send)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "cannot be decoded" in error.details() and "class" not in error.details()
+
+
 def test_without_redis_there_are_no_labels_to_count(tmp_path: Path) -> None:
     async def count(stub: pb_grpc.GenerationServiceStub, channel: grpc.aio.Channel) -> Any:
         return await admin_pb2_grpc.AdminServiceStub(channel).CountLabels(
