@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
 from s2t_shared.training.settings import TrainingSettings
-from s2t_shared.types import MAX_CANDIDATES, Mode, OnLLMFailure, Trigger
+from s2t_shared.types import MAX_CANDIDATES, MAX_SAMPLES, Mode, OnLLMFailure, Trigger
 
 ENVIRONMENT_PREFIX = "S2T_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -95,7 +95,16 @@ class ProposerConfig(Placement):
         True, description="on a GPU, record decode steps and replay them; off: for debugging"
     )
     max_ongoing_requests: int = Field(
-        256, ge=1, description="requests a replica accepts before it refuses more"
+        256,
+        ge=1,
+        description="requests a replica accepts before it refuses more; it refuses earlier those "
+        "that could not be finished before their deadline",
+    )
+    max_queue_s: float = Field(
+        30.0,
+        ge=0,
+        description="a request that would wait longer for a place in the batch is refused; 0: only "
+        "its deadline counts",
     )
     prefill_chunk_tokens: int | None = Field(
         None,
@@ -128,7 +137,35 @@ class GatewayConfig(Placement):
     num_cpus: float = Field(0.1, ge=0)
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535, description="0: any free port")
-    max_message_bytes: int = Field(4 << 20, ge=1024)
+    max_message_bytes: int = Field(4 << 20, ge=1024, description="of one request")
+    max_prompt_bytes: int = Field(
+        1 << 20, ge=1, description="of a prompt's text or messages; a token id counts 4"
+    )
+    max_new_tokens: int = Field(8192, ge=1, description="that a request may ask for")
+    max_samples: int = Field(
+        MAX_SAMPLES, ge=1, le=MAX_SAMPLES, description="of majority@n that a request may ask for"
+    )
+    max_requests_per_client: int = Field(
+        128,
+        ge=0,
+        description="requests of one client (a token from a host) that are answered at once; 0: "
+        "any number",
+    )
+    max_concurrent_streams: int = Field(
+        256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
+    )
+    max_connection_idle_s: float = Field(
+        600.0, ge=0, description="a connection without calls is closed after this long; 0: never"
+    )
+    max_connection_age_s: float = Field(
+        0.0,
+        ge=0,
+        description="an older connection takes no new calls, so that clients spread over gateways "
+        "behind one address; 0: never",
+    )
+    max_connection_age_grace_s: float = Field(
+        600.0, ge=0, description="calls of such a connection are cut after this long; 0: never"
+    )
 
 
 class SecurityConfig(_Section):
@@ -243,7 +280,7 @@ def load_config(
 
     Raises:
         ConfigError: an unreadable file, an unknown key (with the nearest name), a value out of
-            range, or settings that contradict each other.
+            range, or settings that contradict one another.
     """
     values: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file is not None:
@@ -261,7 +298,17 @@ def load_config(
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+    _check_together(config)
     return config.model_copy(update={"data_dir": config.data_dir.expanduser().absolute()})
+
+
+def _check_together(config: Config) -> None:
+    default, limit = config.defaults.max_new_tokens, config.gateway.max_new_tokens
+    if default > limit:
+        raise ConfigError(
+            f"defaults.max_new_tokens={default} is more than gateway.max_new_tokens={limit} lets a "
+            "request have; lower the one or raise the other"
+        )
 
 
 def check_exposure(config: Config) -> None:

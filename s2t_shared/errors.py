@@ -20,9 +20,27 @@ A message says what is wrong, where, and how to mend it. Bugs are `assert`s, nev
 
 from __future__ import annotations
 
+RETRY_AFTER_S = 1.0  # where nothing better is known
+
 
 class S2TError(Exception):
-    """Base of all errors that a user can cause or mend."""
+    """Base of all errors that a user can cause or mend.
+
+    field: the field of the request that is wrong, "" where it is none or not known.
+    retry_after_s: after so many seconds the same request may succeed; None: not by waiting.
+    """
+
+    field: str = ""
+    retry_after_s: float | None = None
+
+    def __init__(
+        self, text: str = "", *, field: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(text)
+        if field:
+            self.field = field
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class InvalidRequestError(S2TError):
@@ -56,13 +74,19 @@ class EvaluationSplitError(S2TError):
 class OverloadedError(S2TError):
     """The service has no room for the request now; retrying later can succeed."""
 
+    retry_after_s = RETRY_AFTER_S
+
 
 class SelectorUnavailableError(S2TError):
     """No selector (LLM) answered in time."""
 
+    retry_after_s = RETRY_AFTER_S
+
 
 class StoreError(S2TError):
     """Redis or the label lake cannot be used."""
+
+    retry_after_s = RETRY_AFTER_S
 
 
 class DeadlineExceededError(S2TError):

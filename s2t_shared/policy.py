@@ -148,11 +148,18 @@ def check_policy(policy: Policy) -> None:
     """
     rule = policy.candidates
     if not 1 <= rule.k <= MAX_CANDIDATES:
-        raise InvalidRequestError(f"candidates={rule.k}: must be 1..{MAX_CANDIDATES}")
+        raise InvalidRequestError(
+            f"candidates={rule.k}: must be 1..{MAX_CANDIDATES}", field="candidates"
+        )
     if not 0.0 <= rule.ratio <= 1.0:
-        raise InvalidRequestError(f"candidate_ratio={rule.ratio}: must be 0 (fixed K) or in (0, 1]")
+        raise InvalidRequestError(
+            f"candidate_ratio={rule.ratio}: must be 0 (fixed K) or in (0, 1]",
+            field="candidate_ratio",
+        )
     if not np.isfinite(policy.threshold):
-        raise InvalidRequestError(f"threshold={policy.threshold}: must be a finite number")
+        raise InvalidRequestError(
+            f"threshold={policy.threshold}: must be a finite number", field="threshold"
+        )
 
 
 def check_budget(budget: float) -> float:
@@ -163,7 +170,8 @@ def check_budget(budget: float) -> float:
     """
     if not 0.0 < budget <= 1.0:
         raise InvalidRequestError(
-            f"budget={budget}: must be above 0 and at most 1 (0.01 means 1 % of the steps)"
+            f"budget={budget}: must be above 0 and at most 1 (0.01 means 1 % of the steps)",
+            field="budget",
         )
     return budget
 

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 MAX_CANDIDATES = 64
+MAX_SAMPLES = 64
 SUPPORT_SIZE = 64
 WARMUP_STEPS = 3
 
@@ -201,13 +202,17 @@ StoppingCriteria = Callable[[int], bool]  # called with each emitted id; True en
 class DecodeRequest:
     """One sequence for the engine: token ids in, Steps out.
 
-    deadline: a `time.monotonic()` value in seconds. stopping: ends the answer by its text.
+    deadline, start_by: `time.monotonic()` values in seconds. A sequence that has no place in the
+    batch by `start_by` is not begun any more. turn: the lowest begins first, equal ones as they
+    came. stopping: ends the answer by its text.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     options: DecodeOptions = DecodeOptions()
     deadline: float | None = None
+    start_by: float | None = None
+    turn: float = 0.0
     stopping: StoppingCriteria | None = None
 
 
@@ -268,6 +273,7 @@ class GenerateRequest:
     return_steps: the answer carries the triggered Steps (with score_rollout: every Step).
     stream_steps: each Step is streamed as soon as it is decided.
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
+    client: who asks, as the gateway knows it: clients get equal shares of a proposer.
     """
 
     request_id: str
@@ -281,6 +287,7 @@ class GenerateRequest:
     stream_steps: bool = False
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
+    client: str = ""
 
 
 # -- what the models say --------------------------------------------------------------------------

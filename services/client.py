@@ -1,4 +1,4 @@
-"""The Python client. Imports grpcio and protobuf only.
+"""The Python client. Imports grpcio, protobuf and google.rpc only.
 
 >>> from services.client import Client
 >>> with Client("127.0.0.1:50051") as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_every_error_has_a_status(kind: type[errors.S2TError]) -> None:
     """A new error class without a status would reach clients as INTERNAL."""
     assert kind in wire.STATUS
     assert wire.status_of(kind("x")) is wire.STATUS[kind] is not grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda k: k.__name__)
+def test_an_error_survives_the_way_between_processes(kind: type[errors.S2TError]) -> None:
+    """Ray pickles what a replica raises; copying takes the same way."""
+    error = copy.copy(kind("what", field="samples", retry_after_s=2.5))
+    assert (str(error), error.field, error.retry_after_s) == ("what", "samples", 2.5)
 
 
 def test_every_enum_member_is_on_the_wire() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,8 +49,10 @@ class Engine:
     """Continuous batching over one SLM proposer and, where there is one, an LLM selector.
 
     local_selectors: finds a version's local selector. max_num_seqs: sequences in one batch.
-    selection_timeout_s: a later LLM selection degrades the step.
+    selection_timeout_s: a later LLM selection degrades the step. capacity: sequences that can run
+    at once, as far as KV has shown.
     max_draft_tokens: drafted tokens per LLM call, at most; 1 asks token by token.
+    clock: seconds, on which requests' deadlines are.
     """
 
     def __init__(
@@ -61,8 +64,11 @@ class Engine:
         max_num_seqs: int = 32,
         selection_timeout_s: float = 2.0,
         max_draft_tokens: int = MAX_DRAFT_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.proposer = proposer
+        self.capacity = max_num_seqs
+        self._clock = clock
         self._local_selectors = local_selectors
         self._max_num_seqs = max_num_seqs
         self._max_draft_tokens = max_draft_tokens
@@ -105,7 +111,7 @@ class Engine:
             max_draft_tokens=self._max_draft_tokens,
             local_selector=local_selector,
         )
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=lambda s: s.request.turn)
         return sequence
 
     def cancel(self, sequence: LiveSequence) -> None:
@@ -139,11 +145,13 @@ class Engine:
         if self._llm is None:
             raise InvalidRequestError(
                 f"mode {policy.mode.value!r} with trigger {policy.trigger.value!r} asks the LLM, "
-                "but none is configured; give an LLM, or choose mode greedy, sample or s2t_local"
+                "but none is configured; give an LLM, or choose mode greedy, sample or s2t_local",
+                field="mode",
             )
         if request.options.score_rollout and policy.mode is Mode.LLM:
             raise InvalidRequestError(
-                "score_rollout goes with every mode but llm, where no SLM proposes"
+                "score_rollout goes with every mode but llm, where no SLM proposes",
+                field="score_rollout",
             )
         return self._llm.info
 
@@ -155,20 +163,24 @@ class Engine:
         if llm is not None:
             longest = min(longest, llm.max_length)
         if not prompt:
-            raise InvalidRequestError("the prompt is empty: it has no tokens")
+            raise InvalidRequestError("the prompt is empty: it has no tokens", field="prompt")
         if prompt >= longest:
             raise InvalidRequestError(
                 f"the prompt has {prompt} tokens, but prompt and answer together fit {longest}; "
-                "shorten the prompt"
+                "shorten the prompt",
+                field="prompt",
             )
         if wanted < 1:
-            raise InvalidRequestError(f"max_new_tokens={wanted}: must be at least 1")
+            raise InvalidRequestError(
+                f"max_new_tokens={wanted}: must be at least 1", field="max_new_tokens"
+            )
         new = min(wanted, longest - prompt)
         if not self.proposer.fits(request.options.policy, prompt + new):
             raise InvalidRequestError(
                 f"prompt and answer may take {prompt + new} tokens, more than the KV pool of "
                 f"{self.proposer.info.kv_tokens} tokens can ever hold for this mode; lower "
-                "max_new_tokens, shorten the prompt or raise slm.kv_gib"
+                "max_new_tokens, shorten the prompt or raise slm.kv_gib",
+                field="max_new_tokens",
             )
         return new
 
@@ -195,15 +207,18 @@ class Engine:
         return [(s, s.take_new_steps()) for s in ended] + self._retire()
 
     def _end_cancelled_and_expired(self) -> list[LiveSequence]:
-        """End sequences that were cancelled or ran past their deadline.
+        """End sequences that were cancelled, ran past their deadline, or would do so if begun now.
 
         Returns those that never ran.
         """
-        now = time.monotonic()
+        now = self._clock()
         for s in [*self._waiting, *self._running]:
             if s.cancelled:
                 s.finish(FinishReason.CANCELLED)
             elif s.request.deadline is not None and now >= s.request.deadline:
+                s.finish(FinishReason.DEADLINE)
+        for s in self._waiting:
+            if s.request.start_by is not None and now >= s.request.start_by:
                 s.finish(FinishReason.DEADLINE)
         ended = [s for s in self._waiting if s.finish_reason is not None]
         self._waiting = deque(s for s in self._waiting if s.finish_reason is None)
@@ -211,7 +226,7 @@ class Engine:
         return ended
 
     def _admit(self) -> None:
-        """First come, first served, as far as sequences and KV allow."""
+        """In the order of their turns, as far as sequences and KV allow."""
         while self._waiting and self._unfinished() < self._max_num_seqs:
             sequence = self._waiting[0]
             kv = self.proposer.open(
@@ -221,9 +236,12 @@ class Engine:
                 sequence.max_tokens,
             )
             if kv is None:
+                self.capacity = max(1, self._unfinished())
                 return
             sequence.start(kv)
+            sequence.started_at = self._clock()
             self._running.append(self._waiting.popleft())
+        self.capacity = self._max_num_seqs
 
     def _unfinished(self) -> int:
         return sum(s.finish_reason is None for s in self._running)
@@ -268,6 +286,10 @@ class Engine:
     def _retire(self) -> list[tuple[LiveSequence, list[Step]]]:
         """Hand out new Steps, and let ended sequences go."""
         self._release_kv()
+        now = self._clock()
+        for s in self._running:
+            if s.finish_reason is not None:
+                s.ended_at = now
         new = [(s, s.take_new_steps()) for s in self._running]
         events = [(s, steps) for s, steps in new if steps or s.finish_reason is not None]
         self._running = [s for s in self._running if s.finish_reason is None]

@@ -19,6 +19,7 @@ from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import (
     DeadlineExceededError,
     InvalidRequestError,
+    OverloadedError,
     S2TError,
     SelectorUnavailableError,
 )
@@ -27,6 +28,7 @@ from s2t_shared.model.text_stream import TextStream
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.types import (
+    MAX_SAMPLES,
     Answer,
     AnswerPiece,
     DecodeRequest,
@@ -40,7 +42,6 @@ from s2t_shared.types import (
     Versions,
 )
 
-MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters of one stop string
 MAX_STOP_TOTAL = 1024  # characters of all stop strings
@@ -56,15 +57,21 @@ def check_request(request: GenerateRequest) -> None:
         InvalidRequestError: a field is out of range.
     """
     if not 1 <= request.samples <= MAX_SAMPLES:
-        raise InvalidRequestError(f"samples={request.samples}: must be 1..{MAX_SAMPLES}")
+        raise InvalidRequestError(
+            f"samples={request.samples}: must be 1..{MAX_SAMPLES}", field="samples"
+        )
     if len(request.stop) > MAX_STOP_STRINGS or "" in request.stop:
-        raise InvalidRequestError(f"stop: at most {MAX_STOP_STRINGS} strings, none empty")
+        raise InvalidRequestError(
+            f"stop: {len(request.stop)} strings given; at most {MAX_STOP_STRINGS}, none empty",
+            field="stop",
+        )
     longest = max(map(len, request.stop), default=0)
     total = sum(map(len, request.stop))
     if longest > MAX_STOP_LENGTH or total > MAX_STOP_TOTAL:
         raise InvalidRequestError(
             f"stop: the longest string has {longest} characters, all have {total}; at most "
-            f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted"
+            f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted",
+            field="stop",
         )
     _check_sampling(request.options.sampling)
     for rule in request.labels.rules:
@@ -72,17 +79,24 @@ def check_request(request: GenerateRequest) -> None:
             known = ", ".join(trigger.value for trigger in CALIBRATED)
             raise InvalidRequestError(
                 f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of "
-                f"{known}"
+                f"{known}",
+                field="labels.rules",
             )
 
 
 def _check_sampling(sampling: Sampling) -> None:
     if not 0.0 <= sampling.temperature <= 100.0:
-        raise InvalidRequestError(f"temperature={sampling.temperature}: must be 0..100")
+        raise InvalidRequestError(
+            f"temperature={sampling.temperature}: must be 0..100", field="sampling.temperature"
+        )
     if not 0.0 < sampling.top_p <= 1.0:
-        raise InvalidRequestError(f"top_p={sampling.top_p}: must be above 0 and at most 1")
+        raise InvalidRequestError(
+            f"top_p={sampling.top_p}: must be above 0 and at most 1", field="sampling.top_p"
+        )
     if sampling.top_k < 0:
-        raise InvalidRequestError(f"top_k={sampling.top_k}: must be 0 (off) or more")
+        raise InvalidRequestError(
+            f"top_k={sampling.top_k}: must be 0 (off) or more", field="sampling.top_k"
+        )
 
 
 def with_thresholds(request: GenerateRequest, calibration: Calibration) -> GenerateRequest:
@@ -105,15 +119,40 @@ def with_thresholds(request: GenerateRequest, calibration: Calibration) -> Gener
     return replace(request, options=options, labels=labels, budget=None)
 
 
-def decode_requests(
-    request: GenerateRequest, token_ids: tuple[int, ...], deadline: float | None
-) -> list[DecodeRequest]:
+@dataclass(frozen=True, kw_only=True)
+class EncodedRequest:
+    """A checked request and its prompt's token ids. deadline, start_by, turn: as in
+    `DecodeRequest`."""
+
+    request: GenerateRequest
+    token_ids: tuple[int, ...]
+    deadline: float | None = None
+    start_by: float | None = None
+    turn: float = 0.0
+
+
+def encode_request(request: GenerateRequest, tokenizer: TextTokenizer) -> EncodedRequest:
+    """Check a request, tokenize its prompt, and start the time it has. Needs no engine.
+
+    Raises:
+        InvalidRequestError: a field is out of range, or the prompt cannot be tokenized.
+    """
+    check_request(request)
+    deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
+    token_ids = tokenizer.encode(request.prompt)
+    return EncodedRequest(request=request, token_ids=token_ids, deadline=deadline)
+
+
+def decode_requests(encoded: EncodedRequest) -> list[DecodeRequest]:
     """The sequences of a request: one, or `samples` sampled ones for majority@n."""
+    request = encoded.request
     one = DecodeRequest(
         request_id=request.request_id,
-        token_ids=token_ids,
+        token_ids=encoded.token_ids,
         options=request.options,
-        deadline=deadline,
+        deadline=encoded.deadline,
+        start_by=encoded.start_by,
+        turn=encoded.turn,
     )
     if request.options.policy.mode is not Mode.MAJORITY:
         return [one]
@@ -179,7 +218,7 @@ class AnswerBuilder:
 
     def __init__(
         self,
-        request: GenerateRequest,
+        encoded: EncodedRequest,
         tokenizer: TextTokenizer,
         engine: Engine,
         local_selector: LocalSelector | None = None,
@@ -190,16 +229,13 @@ class AnswerBuilder:
             InvalidRequestError: the request cannot be answered.
             VersionNotFoundError: there is no local selector of the named version.
         """
-        check_request(request)
-        self.request = request
+        self.request = encoded.request
         self._engine = engine
-        token_ids = tokenizer.encode(request.prompt)
-        deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
         self.sequences: list[LiveSequence] = []
         self._texts: dict[LiveSequence, SequenceText] = {}
         self._steps: dict[LiveSequence, list[Step]] = {}  # with their text
-        for decode in decode_requests(request, token_ids, deadline):
-            text = SequenceText(tokenizer, request.stop)
+        for decode in decode_requests(encoded):
+            text = SequenceText(tokenizer, encoded.request.stop)
             sequence = engine.add(replace(decode, stopping=text), local_selector)
             self.sequences.append(sequence)
             self._texts[sequence] = text
@@ -244,9 +280,11 @@ class AnswerBuilder:
     def answer(self, slm_digest: str) -> Answer:
         """The finished answer, with every Step.
 
-        Raises: DeadlineExceededError: the request's own deadline passed first.
+        Raises:
+            OverloadedError: it was not begun, because its deadline could not be met any more.
+            DeadlineExceededError: the request's own deadline passed first.
             SelectorUnavailableError: the LLM did not answer, and the request chose to fail then; or
-            the LLM's own answer was asked for, and the LLM made none of it.
+                the LLM's own answer was asked for, and the LLM made none of it.
         """
         for s in self.sequences:
             if s.finish_reason is FinishReason.LLM_FAILED:
@@ -256,6 +294,11 @@ class AnswerBuilder:
                     "on_llm_failure=degrade"
                 )
         if any(s.finish_reason is FinishReason.DEADLINE for s in self.sequences):
+            if not any(s.was_begun or s.request.start_by is None for s in self.sequences):
+                raise OverloadedError(
+                    f"waited for a place in the batch until the deadline of "
+                    f"{self.request.timeout_s:g} s could not be met any more; nothing was begun"
+                )
             decoded = sum(len(s.steps) for s in self.sequences)
             raise DeadlineExceededError(
                 f"the deadline of {self.request.timeout_s:g} s passed after {decoded} tokens; "
@@ -347,7 +390,7 @@ class Generator:
                     more = False
                     break
                 try:
-                    builder = AnswerBuilder(request, self.tokenizer, self.engine)
+                    builder = self._builder(request)
                 except S2TError as error:
                     yield request, error
                     continue
@@ -369,7 +412,7 @@ class Generator:
         Raises:
             S2TError: the request cannot be answered.
         """
-        builder = AnswerBuilder(request, self.tokenizer, self.engine)
+        builder = self._builder(request)
         try:
             while not builder.done:
                 for sequence, steps in self.engine.step():
@@ -382,6 +425,9 @@ class Generator:
             builder.cancel()
             while not self.engine.idle:  # what was cancelled gives its KV back
                 self.engine.step()
+
+    def _builder(self, request: GenerateRequest) -> AnswerBuilder:
+        return AnswerBuilder(encode_request(request, self.tokenizer), self.tokenizer, self.engine)
 
     def _outcome(self, builder: AnswerBuilder) -> Answer | S2TError:
         try:

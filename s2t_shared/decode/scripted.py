@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -56,7 +56,7 @@ class ScriptedTokenizer:
             return prompt.token_ids
         text = prompt.text or " ".join(message.content for message in prompt.messages)
         if not text:
-            raise InvalidRequestError("the prompt is empty: it has no tokens")
+            raise InvalidRequestError("the prompt is empty: it has no tokens", field="prompt")
         return tuple(self.id_of(word) for word in text.split())
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -78,7 +78,8 @@ class ScriptedSLM:
     """An `SLMProposer` that says the same words to every prompt.
 
     words: the answer. unsure_at: indices where `alternatives` are as likely as the word.
-    slots: sequences that can run at once. step_s: seconds that one forward takes.
+    slots: sequences that can run at once. step_s: seconds that one forward takes; `sleep`
+    lets them pass.
     """
 
     words: Sequence[str]
@@ -88,6 +89,7 @@ class ScriptedSLM:
     max_length: int = 4096
     slots: int = 64
     step_s: float = 0.0
+    sleep: Callable[[float], None] = time.sleep
     open_sequences: int = 0
 
     @property
@@ -107,7 +109,7 @@ class ScriptedSLM:
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         if any(token_id < 0 for token_id in token_ids):
-            raise InvalidRequestError("token_ids: an id is negative")
+            raise InvalidRequestError("token_ids: an id is negative", field="token_ids")
 
     def fits(self, policy: Policy, tokens: int) -> bool:
         return tokens <= self.max_length
@@ -129,7 +131,7 @@ class ScriptedSLM:
 
     def run(self, inputs: Sequence[ModelInput]) -> list[ModelOutput]:
         if inputs and self.step_s:
-            time.sleep(self.step_s)
+            self.sleep(self.step_s)
         return [self._output(item) for item in inputs]
 
     def _output(self, item: ModelInput) -> ModelOutput:

@@ -67,7 +67,8 @@ class LiveSequence:
 
     stop_ids: ids that end the answer, whoever chose them. max_draft_tokens: drafted per LLM call.
     local_selector: kept from the beginning, so that a sequence never changes its version.
-    kv: the sequence's place in the SLM's KV cache while it runs.
+    kv: the sequence's place in the SLM's KV cache while it runs. started_at, ended_at: when it was
+    in the batch, on the engine's clock.
     """
 
     request: DecodeRequest
@@ -78,6 +79,8 @@ class LiveSequence:
     local_selector: LocalSelector | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     kv: SequenceKV | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
     token_ids: list[int] = field(init=False, repr=False)
     steps: list[Step] = field(default_factory=list, repr=False)
     finish_reason: FinishReason | None = None
@@ -137,6 +140,11 @@ class LiveSequence:
         if self.status is not SequenceStatus.RUNNING:
             return False
         return not self._draft or self._may_draft()
+
+    @property
+    def was_begun(self) -> bool:
+        """Whether it ever had a place in the batch."""
+        return self.started_at is not None
 
     @property
     def has_finished_call(self) -> bool:

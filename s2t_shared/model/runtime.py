@@ -308,7 +308,9 @@ def check_ids(token_ids: Sequence[int], vocab_rows: int) -> None:
     """Raises InvalidRequestError: an id has no embedding row."""
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_rows:
-            raise InvalidRequestError(f"token_ids[{index}]={token_id}: must be 0..{vocab_rows - 1}")
+            raise InvalidRequestError(
+                f"token_ids[{index}]={token_id}: must be 0..{vocab_rows - 1}", field="token_ids"
+            )
 
 
 # -- packing --------------------------------------------------------------------------------------

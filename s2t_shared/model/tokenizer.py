@@ -100,7 +100,9 @@ class Tokenizer:
         """
         forms = [prompt.text is not None, bool(prompt.messages), bool(prompt.token_ids)]
         if sum(forms) != 1 or prompt.text == "":
-            raise InvalidRequestError("give exactly one non-empty of: prompt, messages, token_ids")
+            raise InvalidRequestError(
+                "give exactly one non-empty of: prompt, messages, token_ids", field="prompt"
+            )
         if prompt.token_ids:
             return prompt.token_ids
         if prompt.messages:
@@ -108,7 +110,7 @@ class Tokenizer:
         else:
             ids = self.hf.encode(prompt.text)
         if len(ids) == 0:
-            raise InvalidRequestError("the prompt is empty: it has no tokens")
+            raise InvalidRequestError("the prompt is empty: it has no tokens", field="prompt")
         return tuple(int(i) for i in ids)
 
     def _rendered_messages(self, prompt: Prompt) -> str:
@@ -116,7 +118,8 @@ class Tokenizer:
         if not self.hf.chat_template:
             raise InvalidRequestError(
                 "messages: this model has no chat template; send prompt or token_ids, "
-                "or configure chat_template"
+                "or configure chat_template",
+                field="messages",
             )
         messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         try:
@@ -124,7 +127,7 @@ class Tokenizer:
         except Exception as error:  # the border to Jinja: templates raise what they like
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidRequestError(
-                f"messages: the chat template refuses them: {reason}"
+                f"messages: the chat template refuses them: {reason}", field="messages"
             ) from error
         return str(text)
 

@@ -48,6 +48,7 @@ from s2t_shared.versions.model_card import model_card
 
 LEFTOVERS = ".publishing*"
 NAME = re.compile(r"v(\d{4,})-.+")
+MAX_LISTED = 10  # versions that a message names
 
 
 class Registry:
@@ -124,7 +125,7 @@ class Registry:
         names = self.names()
         if version not in names:
             raise VersionNotFoundError(
-                f"no version {version!r} in the registry; there are: {', '.join(names) or 'none'}"
+                f"no version {version!r} in the registry; {_listed(names)}", field="version"
             )
         return self.root / version
 
@@ -274,6 +275,14 @@ def _write_extra(extra: Mapping[str, bytes], folder: Path) -> None:
         assert path.name == name and path.suffix in DATA_SUFFIXES, name
         assert name not in (MANIFEST, CARD) and not path.exists(), name
         path.write_bytes(content)
+
+
+def _listed(names: list[str]) -> str:
+    """What there is instead: the newest versions of so many."""
+    newest = ", ".join(names[-MAX_LISTED:])
+    if len(names) <= MAX_LISTED:
+        return f"there are: {newest or 'none'}"
+    return f"there are {len(names)}, the newest: {newest}"
 
 
 def _number(name: str) -> int:

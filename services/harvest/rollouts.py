@@ -28,7 +28,7 @@ from s2t_shared.types import (
     Prompt,
     Trigger,
 )
-from services.rpc.ask_many import AsyncCaller, Target, describe
+from services.rpc.ask_many import AsyncCaller, Target, describe, pause_before_retry
 
 TRIGGERS = (Trigger.ENTROPY, Trigger.KL)
 # A part of the service is away or full, and will be back.
@@ -288,5 +288,6 @@ class ServiceRollouts:
             waited = time.monotonic() - self._answered_at
             if not isinstance(answer, RETRIED) or waited > self._patience_s:
                 return answer
-            await asyncio.sleep(pause)
+            wanted = pause_before_retry(answer)
+            await asyncio.sleep(pause if wanted is None else min(MAX_PAUSE_S, wanted))
             pause = min(MAX_PAUSE_S, 2 * pause)

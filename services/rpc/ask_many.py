@@ -6,6 +6,8 @@ Concurrency is bounded. Outcomes are in input order; a request that failed has i
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from s2t_shared.errors import S2TError
+from s2t_shared.errors import OverloadedError, S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
@@ -68,6 +70,16 @@ class AsyncCaller:
             return wire.error_of(error)
         return wire.read_answer(response.answer)
 
+    async def patient_answer(self, request: GenerateRequest, timeout_s: float) -> Outcome:
+        """As `answer`; an overloaded service is asked again when it says so, within the timeout."""
+        give_up_at = time.monotonic() + timeout_s
+        while True:
+            outcome = await self.answer(request, max(0.0, give_up_at - time.monotonic()))
+            pause_s = pause_before_retry(outcome)
+            if pause_s is None or time.monotonic() + pause_s >= give_up_at:
+                return outcome
+            await asyncio.sleep(pause_s)
+
     async def stream(
         self, request: GenerateRequest, timeout_s: float
     ) -> AsyncIterator[AnswerPiece]:
@@ -89,6 +101,14 @@ class AsyncCaller:
             raise wire.error_of(error) from error
         finally:
             call.cancel()
+
+
+def pause_before_retry(outcome: Outcome) -> float | None:
+    """Seconds until an overloaded service wants to be asked again, and a little more, so that not
+    all its callers come back at once. None for any other outcome."""
+    if not isinstance(outcome, OverloadedError) or outcome.retry_after_s is None:
+        return None
+    return outcome.retry_after_s * random.uniform(1.0, 1.5)
 
 
 def describe(target: Target) -> ServiceDescription:
@@ -116,7 +136,8 @@ def answer_all(
 ) -> list[Outcome]:
     """Ask all requests; returns outcomes in input order.
 
-    timeout_s: seconds of each call. on_answer: called with each outcome when it is known.
+    timeout_s: seconds of each request, those included in which an overloaded service lets it wait.
+    on_answer: called with each outcome when it is known.
     """
 
     async def main() -> list[Outcome]:
@@ -124,7 +145,7 @@ def answer_all(
             caller = AsyncCaller(target, channel)
 
             async def ask(request: GenerateRequest) -> Outcome:
-                outcome = await caller.answer(request, timeout_s)
+                outcome = await caller.patient_answer(request, timeout_s)
                 on_answer(outcome)
                 return outcome
 

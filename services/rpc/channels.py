@@ -1,26 +1,61 @@
 """Opens gRPC servers and channels with credentials, token and limits.
 
-Every server and client of the project uses these. Imports grpcio only.
+Every server and client of the project uses these. Imports grpcio and the wire only.
 """
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
-from s2t_shared.errors import ConfigError
+from s2t_shared.errors import ConfigError, UnauthenticatedError
+from services.rpc import wire
+from services.rpc.undecodable import DecodingInterceptor
 
 if TYPE_CHECKING:
     from s2t_shared.config import SecurityConfig
 
 MAX_MESSAGE_BYTES = 4 << 20
 MIN_TOKEN_BYTES = 16
+# Both sides ask a silent peer whether it lives. A server takes pings twice as often as ours come:
+# at gRPC's own minimum of five minutes it would end our clients' connections (too_many_pings).
+KEEPALIVE_S = 10.0
+KEEPALIVE_TIMEOUT_S = 5.0
 OPEN_METHODS = ("/grpc.health.v1.Health/",)  # what a load balancer may ask without a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """What a server lets a connection do; 0: no limit.
+
+    max_streams: calls at once. max_idle_s: without a call, then it is closed. max_age_s: then it
+    takes no new calls, and its client opens another. max_age_grace_s: for calls under way then.
+    """
+
+    max_streams: int = 0
+    max_idle_s: float = 0.0
+    max_age_s: float = 0.0
+    max_age_grace_s: float = 0.0
+
+    @property
+    def options(self) -> list[tuple[str, int]]:
+        """As gRPC names them."""
+        given = [
+            ("grpc.max_concurrent_streams", self.max_streams),
+            ("grpc.max_connection_idle_ms", _ms(self.max_idle_s)),
+            ("grpc.max_connection_age_ms", _ms(self.max_age_s)),
+            ("grpc.max_connection_age_grace_ms", _ms(self.max_age_grace_s)),
+        ]
+        return [(name, value) for name, value in given if value]
+
+
+NO_LIMITS = ConnectionLimits()
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
@@ -31,10 +66,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         self._expected = f"Bearer {token}".encode()
 
         async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "no valid token: send metadata 'authorization: Bearer TOKEN'",
-            )
+            text = "no valid token: send metadata 'authorization: Bearer TOKEN'"
+            await wire.abort(context, UnauthenticatedError(text))
 
         self._refuse_unary = grpc.unary_unary_rpc_method_handler(refuse)
 
@@ -71,7 +104,9 @@ def read_token(file: Path | None) -> str | None:
 
 
 def new_server(
-    security: SecurityConfig, max_message_bytes: int = MAX_MESSAGE_BYTES
+    security: SecurityConfig,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    connections: ConnectionLimits = NO_LIMITS,
 ) -> grpc.aio.Server:
     """A server with our limits; it demands the token if, and only if, a token file is configured.
 
@@ -80,11 +115,18 @@ def new_server(
     """
     token = read_token(security.token_file)
     return grpc.aio.server(
-        interceptors=[] if token is None else [TokenInterceptor(token)],
+        interceptors=[
+            *([] if token is None else [TokenInterceptor(token)]),
+            DecodingInterceptor(),
+        ],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),
             ("grpc.max_metadata_size", 8 << 10),
+            *_keepalive(),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", _ms(KEEPALIVE_S / 2)),
+            *connections.options,
         ],
     )
 
@@ -120,8 +162,7 @@ def open_channel(address: str, authority: Path | None, asynchronous: bool = True
     """A channel with our limits; TLS when an authority is given."""
     options = [
         ("grpc.max_receive_message_length", 64 << 20),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
+        *_keepalive(),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
     ]
@@ -131,6 +172,19 @@ def open_channel(address: str, authority: Path | None, asynchronous: bool = True
             address, grpc.ssl_channel_credentials(_read(authority)), options=options
         )
     return library.insecure_channel(address, options=options)
+
+
+def _keepalive() -> list[tuple[str, int]]:
+    return [
+        ("grpc.keepalive_time_ms", _ms(KEEPALIVE_S)),
+        ("grpc.keepalive_timeout_ms", _ms(KEEPALIVE_TIMEOUT_S)),
+        ("grpc.http2.ping_timeout_ms", _ms(KEEPALIVE_TIMEOUT_S)),  # its default is a minute
+        ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+    ]
+
+
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds)
 
 
 def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:

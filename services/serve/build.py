@@ -75,6 +75,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     thread = EngineThread(engine, tokenizer, check_when_idle=runtime.pool.check)
     calibrator = Calibrator(
         engine=thread,
+        tokenizer=tokenizer,
         selector=remote,
         folder=config.data_dir / "calibration",
         prompts=_calibration_prompts(config, tokenizer),
@@ -91,6 +92,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         labels=labels,
         calibration=calibrator.calibration,
         max_ongoing_requests=settings.max_ongoing_requests,
+        max_queue_s=settings.max_queue_s,
     )
 
 

@@ -18,7 +18,9 @@ from s2t_shared.decode.calibrate import (
     load_calibration,
     store_calibration,
 )
+from s2t_shared.decode.generate import encode_request
 from s2t_shared.errors import ConfigError, S2TError
+from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import Calibration
 from s2t_shared.types import Answer, GenerateRequest, Prompt
 from services.rpc.ask_many import bounded
@@ -43,6 +45,7 @@ class Calibrator:
         self,
         *,
         engine: EngineThread,
+        tokenizer: TextTokenizer,
         selector: SelectorStatus,
         folder: Path,
         prompts: Sequence[Prompt],
@@ -51,6 +54,7 @@ class Calibrator:
         retry_s: float = RETRY_S,
     ) -> None:
         self._engine = engine
+        self._tokenizer = tokenizer
         self._selector = selector
         self._folder = folder
         self._prompts = prompts
@@ -126,7 +130,8 @@ class Calibrator:
 
     async def _answer(self, request: GenerateRequest) -> Answer | S2TError:
         try:
-            builder, ongoing = await self._engine.submit(request)
+            encoded = encode_request(request, self._tokenizer)
+            builder, ongoing = await self._engine.submit(encoded)
             try:
                 is_last = False
                 while not is_last:

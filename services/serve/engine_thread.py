@@ -15,13 +15,13 @@ from contextlib import suppress
 from functools import partial
 
 from s2t_shared.decode.engine import Engine, EngineLoad
-from s2t_shared.decode.generate import AnswerBuilder
+from s2t_shared.decode.generate import AnswerBuilder, EncodedRequest
 from s2t_shared.decode.interfaces import SLMInfo
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import S2TError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
-from s2t_shared.types import AnswerPiece, GenerateRequest, Step
+from s2t_shared.types import AnswerPiece, Step
 
 WAIT_S = 0.005  # while all sequences wait for the LLM, new requests are looked for this often
 JOIN_S = 1.0
@@ -84,8 +84,13 @@ class EngineThread:
         """Whether the thread can still answer requests."""
         return self._thread.is_alive()
 
+    @property
+    def capacity(self) -> int:
+        """Sequences that can run at once, as far as known."""
+        return self._engine.capacity
+
     async def submit(
-        self, request: GenerateRequest, local_selector: LocalSelector | None = None
+        self, request: EncodedRequest, local_selector: LocalSelector | None = None
     ) -> tuple[AnswerBuilder, OngoingAnswer]:
         """Start an answer. A caller that is cancelled meanwhile leaves nothing behind.
 
@@ -129,7 +134,7 @@ class EngineThread:
 
     def _accept(
         self,
-        request: GenerateRequest,
+        request: EncodedRequest,
         local_selector: LocalSelector | None,
         answer: OngoingAnswer,
         accepted: Future[AnswerBuilder],

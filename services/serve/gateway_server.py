@@ -37,14 +37,23 @@ class GatewayServer:
         self._proposers = proposers
         self._drain = drain
         self._health = health.aio.HealthServicer()
-        server = channels.new_server(config.security, config.gateway.max_message_bytes)
+        gateway = config.gateway
+        server = channels.new_server(
+            config.security,
+            gateway.max_message_bytes,
+            channels.ConnectionLimits(
+                max_streams=gateway.max_concurrent_streams,
+                max_idle_s=gateway.max_connection_idle_s,
+                max_age_s=gateway.max_connection_age_s,
+                max_age_grace_s=gateway.max_connection_age_grace_s,
+            ),
+        )
         generation = GenerationServicer(config, proposers)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflected = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(reflected, server)
-        gateway = config.gateway
         self.port = channels.bind(
             server, gateway.host, gateway.port, config.security, "gateway.port"
         )

@@ -15,13 +15,17 @@ import grpc
 import grpc.aio
 
 from s2t_shared.config import Config
+from s2t_shared.decode.generate import check_request
 from s2t_shared.errors import DeadlineExceededError, S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
+from services.serve.client_quota import ClientQuota
+from services.serve.request_limits import RequestLimits
 
 log = logging.getLogger(__name__)
+RETRY_LOST_S = 0.1  # another proposer can take the request at once
 NO_DEADLINE_S = 1e6  # gRPC gives a call without a deadline a huge number of seconds
 
 
@@ -49,14 +53,24 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """End the call with the status and text of `error`. An unexpected error shows nothing of our
     insides."""
     if isinstance(error, S2TError):
+        if wire.public_text(error) != str(error):
+            log.warning("told a client less than this: %s", error)
         await wire.abort(context, error)
     if isinstance(error, ProposerLostError):
-        await context.abort(
+        await wire.abort_with(
+            context,
             grpc.StatusCode.UNAVAILABLE,
             "the proposer that answered was lost; send the request again",
+            wire.PROPOSER_LOST,
+            retry_after_s=RETRY_LOST_S,
         )
     log.error("unexpected error", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "an unexpected error; it is in the service's log")
+    await wire.abort_with(
+        context,
+        grpc.StatusCode.INTERNAL,
+        "an unexpected error; it is in the service's log",
+        wire.INTERNAL,
+    )
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -64,6 +78,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, config: Config, proposers: Proposers) -> None:
         self._defaults = config.defaults
+        self._limits = RequestLimits(config.gateway)
+        self._quota = ClientQuota(config.gateway.max_requests_per_client)
         self._replicas = config.proposer.replicas
         self._proposers = proposers
 
@@ -107,7 +123,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         message: pb.StreamGenerateRequest | pb.GenerateRequest,
         context: grpc.aio.ServicerContext,
     ) -> GenerateRequest:
-        return wire.read_request(message, self._defaults, _time_remaining(context))
+        client = self._quota.count(context)
+        self._limits.check(message)
+        request = wire.read_request(message, self._defaults, _time_remaining(context))
+        check_request(request)
+        return replace(request, client=client)
 
 
 def _close_with(

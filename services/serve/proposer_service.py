@@ -5,16 +5,25 @@ Knows the engine's thread and the collaborators it is given; no Ray, no network,
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
 from s2t_shared.decode.engine import EngineLoad
-from s2t_shared.decode.generate import AnswerBuilder, shown_steps, with_thresholds
+from s2t_shared.decode.generate import (
+    AnswerBuilder,
+    EncodedRequest,
+    check_request,
+    encode_request,
+    shown_steps,
+    with_thresholds,
+)
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
     ConfigError,
-    OverloadedError,
+    InvalidRequestError,
     SelectorUnavailableError,
     VersionNotFoundError,
 )
@@ -28,11 +37,15 @@ from s2t_shared.types import (
     GenerateRequest,
     Mode,
     OnLLMFailure,
+    Prompt,
     ServiceDescription,
     Step,
 )
+from services.serve.admission import Admission, Ticket
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
+
+MAX_BYTES_PER_TOKEN = 32  # of a whole prompt: tokens of text have 3 to 5
 
 
 class SelectorStatus(Protocol):
@@ -80,15 +93,27 @@ class ProposerService:
         labels: LabelRecorder,
         calibration: Callable[[], Calibration],
         max_ongoing_requests: int = 256,
+        max_queue_s: float = 0.0,
     ) -> None:
+        """max_ongoing_requests, max_queue_s: as in `Admission`."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._selector = selector
         self._versions = versions
         self._labels = labels
         self._calibration = calibration
-        self._max_ongoing_requests = max_ongoing_requests
-        self.ongoing_requests = 0
+        self._admission = Admission(
+            lambda: engine.capacity,
+            max_ongoing_requests=max_ongoing_requests,
+            max_queue_s=max_queue_s,
+        )
+        # Not on the loop, nor on the engine's thread: a long prompt takes a second.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    @property
+    def ongoing_requests(self) -> int:
+        """Requests that are being answered or wait for it."""
+        return len(self._admission)
 
     @property
     def load(self) -> EngineLoad:
@@ -101,16 +126,15 @@ class ProposerService:
         A caller that goes away frees the answer's KV.
 
         Raises:
+            OverloadedError: it cannot begin, or not be finished, in time.
             S2TError: the request cannot be answered.
         """
-        if self.ongoing_requests >= self._max_ongoing_requests:
-            raise OverloadedError(
-                f"{self.ongoing_requests} requests are being answered; try again in a moment"
-            )
-        self.ongoing_requests += 1
-        try:
+        check_request(request)
+        with self._admission.admit(request) as ticket:
             request, local_selector = await self._prepare(request)
-            builder, ongoing = await self._engine.submit(request, local_selector)
+            encoded = await self._encode(request, ticket)
+            builder, ongoing = await self._engine.submit(encoded, local_selector)
+            ticket.sequences = builder.sequences
             try:
                 is_last = False
                 while not is_last:
@@ -123,8 +147,6 @@ class ProposerService:
             finally:
                 if not builder.done:
                     self._engine.cancel(builder)
-        finally:
-            self.ongoing_requests -= 1
 
     async def answer(self, request: GenerateRequest) -> Answer:
         """The finished answer alone. Raises as `stream`."""
@@ -165,6 +187,7 @@ class ProposerService:
 
     def close(self) -> None:
         """End decoding and store the labels that are queued."""
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
         self._labels.close()
 
@@ -199,6 +222,29 @@ class ProposerService:
             version = local_selector.version
         request = replace(request, options=replace(options, version=version))
         return _with_thresholds(request, calibration), local_selector
+
+    async def _encode(self, request: GenerateRequest, ticket: Ticket) -> EncodedRequest:
+        """Tokenize the prompt, elsewhere. The deadline is counted from the request's arrival.
+
+        Raises:
+            InvalidRequestError: the prompt is much too long, or cannot be tokenized.
+        """
+        longest = MAX_BYTES_PER_TOKEN * self._engine.slm.max_length
+        size = _text_bytes(request.prompt)
+        if size > longest:
+            raise InvalidRequestError(
+                f"the prompt has {size} bytes, and prompt and answer together fit "
+                f"{self._engine.slm.max_length} tokens: more than {longest} bytes are not read; "
+                "shorten the prompt",
+                field="prompt",
+            )
+        loop = asyncio.get_running_loop()
+        encoded = await loop.run_in_executor(
+            self._tokenizing, encode_request, request, self._tokenizer
+        )
+        return replace(
+            encoded, deadline=ticket.deadline, start_by=ticket.start_by, turn=ticket.turn
+        )
 
     async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
         version = request.options.version
@@ -244,6 +290,12 @@ def _with_thresholds(request: GenerateRequest, calibration: Calibration) -> Gene
         raise SelectorUnavailableError(
             f"{error}; they are measured as soon as a selector (LLM) answers: try again in a moment"
         ) from error
+
+
+def _text_bytes(prompt: Prompt) -> int:
+    """Bytes that must be tokenized."""
+    texts = [prompt.text or "", *(message.content for message in prompt.messages)]
+    return sum(len(text.encode()) for text in texts)
 
 
 def _travelling(steps: tuple[Step, ...]) -> tuple[Step, ...]:

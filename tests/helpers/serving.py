@@ -18,6 +18,7 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.scripted import ScriptedSelector, ScriptedSLM
 from s2t_shared.errors import VersionNotFoundError
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import BUDGETS, Calibration
@@ -100,6 +101,7 @@ def proposer_service(
     versions: FixedVersions | None = None,
     writer: LabelWriter | None = None,
     max_ongoing_requests: int = 256,
+    max_queue_s: float = 0.0,
     check_when_idle: Callable[[], None] = lambda: None,
     **engine_options: Any,
 ) -> ProposerService:
@@ -115,6 +117,7 @@ def proposer_service(
         labels=LabelRecorder(writer),
         calibration=lambda: CALIBRATION,
         max_ongoing_requests=max_ongoing_requests,
+        max_queue_s=max_queue_s,
     )
 
 
@@ -124,18 +127,25 @@ def gateway_config(folder: Path, **settings: Any) -> Config:
 
 
 @asynccontextmanager
-async def gateway(config: Config, proposers: Any) -> AsyncIterator[grpc.aio.Channel]:
+async def gateway(
+    config: Config, proposers: Any, stream: LabelStream | None = None
+) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the real gateway server before `proposers`."""
-    async with gateway_address(config, proposers) as address:
+    async with gateway_address(config, proposers, stream) as address:
         async with channels.open_channel(address, None) as channel:
             yield channel
 
 
 @asynccontextmanager
-async def gateway_address(config: Config, proposers: Any) -> AsyncIterator[str]:
+async def gateway_address(
+    config: Config, proposers: Any, stream: LabelStream | None = None
+) -> AsyncIterator[str]:
     """The address of the real gateway server before `proposers`."""
     admin = AdminServicer(
-        versions=LiveVersions(config.versions), lake=Lake(config.lake), proposers=proposers
+        versions=LiveVersions(config.versions),
+        lake=Lake(config.lake),
+        proposers=proposers,
+        stream=stream,
     )
     server = GatewayServer(config, proposers, admin)
     await server.start()

@@ -18,6 +18,7 @@ from s2t_shared.files import sha256_file
 from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.versions.live import LiveVersions
+from s2t_shared.versions.manifest import MANIFEST
 from s2t_shared.versions.registry import Registry
 from tests.helpers.versions import (
     BAD_VERSIONS,
@@ -91,6 +92,17 @@ def test_versions_of_strange_names_are_not_found(
         for use in (registry.verify, versions.promote, registry.manifest, registry.folder):
             with pytest.raises(VersionNotFoundError):
                 use(name)
+
+
+def test_a_long_list_of_versions_is_not_told(tmp_path: Path) -> None:
+    """300 names in one text were more than gRPC's metadata may hold."""
+    for number in range(300):
+        folder = tmp_path / f"v{number:04}-x"
+        folder.mkdir()
+        (folder / MANIFEST).write_text("{}")
+    with pytest.raises(VersionNotFoundError, match="there are 300, the newest: v0290-x") as caught:
+        Registry(tmp_path).folder("nope")
+    assert "v0289-x" not in str(caught.value) and "v0299-x" in str(caught.value)
 
 
 def test_a_job_publishes_once(registry: Registry, runtime: ModelRuntime) -> None:

@@ -1,7 +1,7 @@
 """Converts value types to protobuf messages, errors to gRPC statuses, and both back.
 
-Only servicers and clients, which send the messages, know protobuf besides. Imports grpcio and
-protobuf only, so that a client needs neither torch nor Ray.
+Only servicers and clients, which send the messages, know protobuf besides. Imports grpcio,
+protobuf and google.rpc only, so that a client needs neither torch nor Ray.
 """
 
 from services.rpc.wire.admin import (
@@ -10,7 +10,19 @@ from services.rpc.wire.admin import (
     write_label_counts,
     write_version,
 )
-from services.rpc.wire.errors import ERROR_KIND, STATUS, abort, error_of, status_of
+from services.rpc.wire.errors import (
+    ERROR_KIND,
+    INTERNAL,
+    PROPOSER_LOST,
+    REASONS,
+    STATUS,
+    STATUS_DETAILS,
+    abort,
+    abort_with,
+    error_of,
+    public_text,
+    status_of,
+)
 from services.rpc.wire.generation import (
     read_answer,
     read_description,
@@ -28,9 +40,15 @@ from services.rpc.wire.selection import read_query, read_reply, write_query, wri
 
 __all__ = [
     "ERROR_KIND",
+    "INTERNAL",
+    "PROPOSER_LOST",
+    "REASONS",
     "STATUS",
+    "STATUS_DETAILS",
     "abort",
+    "abort_with",
     "error_of",
+    "public_text",
     "read_answer",
     "read_description",
     "read_label_counts",

@@ -1,14 +1,32 @@
-"""Errors <-> gRPC statuses. The trailing metadata names the error's class for our own clients."""
+"""Errors <-> gRPC statuses.
+
+A failed call carries a `google.rpc.Status` in its trailing metadata: `ErrorInfo` with our stable
+name of the error, `BadRequest` with the field that is wrong, `RetryInfo` with the seconds after
+which the same request may succeed. `s2t-error` names the error's class, for older clients.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 
 from s2t_shared import errors
 
+STATUS_DETAILS = "grpc-status-details-bin"  # trailing metadata, as grpcio-status writes it
 ERROR_KIND = "s2t-error"  # trailing metadata
+DOMAIN = "s2t"
+INTERNAL = "INTERNAL"  # the reason of what is no S2TError
+PROPOSER_LOST = "PROPOSER_LOST"
+MAX_TEXT_BYTES = 512
+MAX_DESCRIPTION_BYTES = 200  # of a wrong field; the status has the whole text
+MAX_FIELD_BYTES = 64
 
 # Subclasses before their bases: the first match wins.
 STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
@@ -26,6 +44,34 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
 }
 
+# Part of the contract: a class may get another name, its reason may not.
+REASONS: dict[type[errors.S2TError], str] = {
+    errors.InvalidRequestError: "INVALID_REQUEST",
+    errors.EvaluationSplitError: "EVALUATION_SPLIT",
+    errors.TokenizerMismatchError: "TOKENIZER_MISMATCH",
+    errors.ConfigError: "CONFIG",
+    errors.ModelLoadError: "MODEL_LOAD",
+    errors.VersionNotFoundError: "VERSION_NOT_FOUND",
+    errors.VersionError: "VERSION",
+    errors.OverloadedError: "OVERLOADED",
+    errors.SelectorUnavailableError: "SELECTOR_UNAVAILABLE",
+    errors.StoreError: "STORE",
+    errors.DeadlineExceededError: "DEADLINE_EXCEEDED",
+    errors.UnauthenticatedError: "UNAUTHENTICATED",
+}
+KINDS = {reason: kind for kind, reason in REASONS.items()}
+
+# What a text may not tell a client: where our processes and files are.
+ADDRESS = re.compile(
+    r"\[[\da-f]*:[\da-f:]+\](:\d+)?"  # [IPv6]:port
+    r"|\b\d{1,3}(\.\d{1,3}){3}\b(:\d+)?"  # IPv4:port
+    r"|\b[\w.-]+:\d{2,5}\b"  # host:port
+)
+PATH = re.compile(r"(?<![\w/.])/[\w.@+-]+(/[\w.@+-]+)+")
+
+
+# -- to a client ----------------------------------------------------------------------------------
+
 
 def status_of(error: errors.S2TError) -> grpc.StatusCode:
     """The status of an error's class or nearest base class."""
@@ -35,24 +81,122 @@ def status_of(error: errors.S2TError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+def public_text(error: errors.S2TError) -> str:
+    """The error's text as a client may read it: without addresses and paths, at most
+    `MAX_TEXT_BYTES` long."""
+    text = PATH.sub("[path]", ADDRESS.sub("[address]", str(error)))
+    return _cut(text, MAX_TEXT_BYTES)
+
+
 async def abort(context: Any, error: errors.S2TError) -> None:
-    """End a call with the error's status and text. The trailing metadata names its class."""
-    await context.abort(status_of(error), str(error), ((ERROR_KIND, type(error).__name__),))
+    """End a call with the error's status, text and details."""
+    reason = next((name for kind, name in REASONS.items() if isinstance(error, kind)), INTERNAL)
+    await abort_with(
+        context,
+        status_of(error),
+        public_text(error),
+        reason,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+        more=((ERROR_KIND, type(error).__name__),),
+    )
+
+
+async def abort_with(
+    context: Any,
+    code: grpc.StatusCode,
+    text: str,
+    reason: str,
+    *,
+    field: str = "",
+    retry_after_s: float | None = None,
+    more: tuple[tuple[str, str], ...] = (),
+) -> None:
+    """End a call with a status and its details. more: trailing metadata beside them."""
+    details: list[Any] = [ErrorInfo(reason=reason, domain=DOMAIN)]
+    if field:
+        violation = BadRequest.FieldViolation(
+            field=_cut(field, MAX_FIELD_BYTES), description=_cut(text, MAX_DESCRIPTION_BYTES)
+        )
+        details.append(BadRequest(field_violations=[violation]))
+    if retry_after_s is not None:
+        details.append(RetryInfo(retry_delay=_duration(retry_after_s)))
+    status = Status(code=code.value[0], message=text, details=[_packed(d) for d in details])
+    await context.abort(code, text, ((STATUS_DETAILS, status.SerializeToString()), *more))
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(max(0, round(1000 * seconds)))
+    return duration
+
+
+def _packed(detail: Any) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    return packed
+
+
+def _cut(text: str, size: int) -> str:
+    """The text, or as much of its beginning as fits into `size` bytes."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= size:
+        return encoded.decode()
+    return encoded[: size - 3].decode(errors="ignore") + "..."
+
+
+# -- from a server --------------------------------------------------------------------------------
 
 
 def error_of(error: grpc.RpcError) -> errors.S2TError:
     """The error that the server raised, from the failure of a call."""
     code = error.code()
-    details = error.details() or "no details"
-    names = {kind.__name__: kind for kind in STATUS}
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KIND and value in names:
-            return names[value](details)
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.SelectorUnavailableError(
-            f"the service cannot be reached or is not ready ({details})"
-        )
-    for kind, status in STATUS.items():
-        if status is code:
-            return kind(details)
-    return errors.S2TError(f"{code.name}: {details}")
+    text = error.details() or "no details"
+    trailing = dict(error.trailing_metadata() or ())
+    details = _read_details(trailing.get(STATUS_DETAILS))
+    kind = _named_kind(details, trailing.get(ERROR_KIND))
+    if kind is None and code is grpc.StatusCode.UNAVAILABLE:
+        kind = errors.SelectorUnavailableError
+        text = f"the service cannot be reached or is not ready ({text})"
+    if kind is None:
+        kind = next((known for known, status in STATUS.items() if status is code), None)
+    if kind is None:
+        return errors.S2TError(f"{code.name}: {text}")
+    violations = details.bad_request.field_violations
+    return kind(
+        text,
+        field=violations[0].field if violations else "",
+        retry_after_s=details.retry_after_s,
+    )
+
+
+class _Details:
+    """The details of a failed call that we know."""
+
+    def __init__(self, messages: list[AnyMessage]) -> None:
+        self.info = ErrorInfo()
+        self.bad_request = BadRequest()
+        self._retry = RetryInfo()
+        for message in messages:
+            for known in (self.info, self.bad_request, self._retry):
+                message.Unpack(known)  # does nothing to a message of another type
+
+    @property
+    def retry_after_s(self) -> float | None:
+        if not self._retry.HasField("retry_delay"):
+            return None
+        return float(self._retry.retry_delay.ToMilliseconds()) / 1000
+
+
+def _read_details(sent: Any) -> _Details:
+    """Details that cannot be read, as a proxy may write them, count as none."""
+    try:
+        return _Details(list(Status.FromString(sent).details if sent else ()))
+    except (DecodeError, TypeError):
+        return _Details([])
+
+
+def _named_kind(details: _Details, class_name: Any) -> type[errors.S2TError] | None:
+    if details.info.domain == DOMAIN and details.info.reason in KINDS:
+        return KINDS[details.info.reason]
+    return next((kind for kind in STATUS if kind.__name__ == class_name), None)

@@ -67,7 +67,9 @@ def _number(table: dict[int, E], member: E) -> Any:
 
 def _member(table: dict[int, E], number: int, field: str) -> E:
     if number not in table:
-        raise InvalidRequestError(f"{field}={number}: unknown; known are {sorted(table)}")
+        raise InvalidRequestError(
+            f"{field}={number}: unknown; known are {sorted(table)}", field=field
+        )
     return table[number]
 
 
@@ -116,7 +118,7 @@ def write_settings(prompt: PromptLike, **settings: Any) -> pb.GenerationParamete
         InvalidRequestError: an unknown name or field, or budget and threshold together.
     """
     if settings.get("budget") is not None and settings.get("threshold") is not None:
-        raise InvalidRequestError("give a threshold or a budget, not both")
+        raise InvalidRequestError("give a threshold or a budget, not both", field="budget")
     mode = settings.pop("mode", None)
     if mode:
         kind, samples = parse_mode(mode.lower())
@@ -293,7 +295,7 @@ def _read_prompt(message: pb.GenerationParameters) -> Prompt:
         return Prompt(messages=tuple(messages))
     if form == "token_ids":
         return Prompt(token_ids=tuple(message.token_ids.ids))
-    raise InvalidRequestError("prompt: missing; give text, messages or token_ids")
+    raise InvalidRequestError("prompt: missing; give text, messages or token_ids", field="prompt")
 
 
 # -- answers --------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def with_proposer(
         thread = EngineThread(Engine(slm, llm), slm.tokenizer)
         calibrator = Calibrator(
             engine=thread,
+            tokenizer=slm.tokenizer,
             selector=llm,
             folder=folder,
             prompts=PROMPTS,
@@ -69,6 +70,7 @@ def with_proposer(
         )
         service = ProposerService(
             engine=thread,
+            tokenizer=slm.tokenizer,
             tokenizer=slm.tokenizer,
             selector=llm,
             versions=FixedVersions(),

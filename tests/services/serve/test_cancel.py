@@ -176,6 +176,12 @@ class HeldContext:
     def time_remaining(self) -> None:
         return None
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:5000"
+
+    def invocation_metadata(self) -> None:
+        return None
+
     def add_done_callback(self, callback: Callable[[object], None]) -> None:
         self.callbacks.append(callback)
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from s2t_shared.decode.engine import Engine, EngineLoad
-from s2t_shared.decode.scripted import ScriptedTokenizer
+from s2t_shared.decode.generate import EncodedRequest
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.types import AnswerPiece, DecodeOptions, GenerateRequest, Prompt, Step
 from services.serve.engine_thread import EngineThread, OngoingAnswer
 from tests.helpers.serving import WORDS, becomes, scripted_slm, slow_slm
 
-REQUEST = GenerateRequest(request_id="r", prompt=Prompt(text="say it"))
+
+def encoded(*token_ids: int, **options: Any) -> EncodedRequest:
+    request = GenerateRequest(
+        request_id="r", prompt=Prompt(token_ids=token_ids), options=DecodeOptions(**options)
+    )
+    return EncodedRequest(request=request, token_ids=token_ids)
+
+
+REQUEST = encoded(1, 2)
 NOTHING = EngineLoad(0, 0, 0)
 
 
@@ -60,7 +70,7 @@ def test_a_refused_request_leaves_nothing() -> None:
 
     async def run() -> None:
         with pytest.raises(InvalidRequestError, match="no tokens"):
-            await engine.submit(GenerateRequest(request_id="r", prompt=Prompt(text="")))
+            await engine.submit(encoded())
 
     asyncio.run(run())
     assert engine.load == NOTHING and engine.is_alive
@@ -89,32 +99,25 @@ def test_a_caller_that_leaves_while_it_is_accepted_leaves_nothing() -> None:
     engine.close()
 
 
-class BlockingTokenizer(ScriptedTokenizer):
-    """Encodes only when it may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoding = threading.Event()
-        self.may_go_on = threading.Event()
-
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        self.encoding.set()
-        self.may_go_on.wait(5)
-        return super().encode(prompt)
-
-
 def test_a_request_that_is_accepted_too_late_is_cancelled() -> None:
     """Its caller went away while the engine's thread was accepting it."""
-    tokenizer = BlockingTokenizer()
-    slm = slow_slm(tokenizer=tokenizer)
-    engine = EngineThread(Engine(slm), tokenizer)
+    slm = slow_slm()
+    accepting = threading.Event()
+    may_go_on = threading.Event()
+
+    def check(token_ids: Sequence[int]) -> None:
+        accepting.set()
+        may_go_on.wait(5)
+
+    slm.check_ids = check  # type: ignore[method-assign]
+    engine = EngineThread(Engine(slm), slm.tokenizer)
 
     async def run() -> None:
         call = asyncio.create_task(engine.submit(REQUEST))
-        assert await becomes(tokenizer.encoding.is_set)
+        assert await becomes(accepting.is_set)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        tokenizer.may_go_on.set()
+        may_go_on.set()
         await asyncio.sleep(0.05)  # now it is accepted
         assert await becomes(lambda: engine.load == NOTHING, 0.25)
 
@@ -149,9 +152,7 @@ def test_a_bug_that_is_found_when_idle_ends_the_thread() -> None:
 def test_max_new_tokens_reaches_the_engine() -> None:
     slm = scripted_slm()
     engine = EngineThread(Engine(slm), slm.tokenizer)
-    request = GenerateRequest(
-        request_id="r", prompt=Prompt(text="x"), options=DecodeOptions(max_new_tokens=2)
-    )
+    request = encoded(1, max_new_tokens=2)
 
     async def run() -> None:
         builder, answer = await engine.submit(request)

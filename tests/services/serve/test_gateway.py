@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.scripted import ScriptedSelector
 from s2t_shared.errors import ConfigError, OverloadedError
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
@@ -219,6 +220,9 @@ def test_each_bad_request_has_its_status(tmp_path: Path, case: str, streamed: bo
     assert error.code() is grpc.StatusCode[status] and message in error.details()
     for secret in ("Traceback", "/", "actor", "ray", PROMPT):
         assert secret not in error.details()
+    field = wire.error_of(error).field
+    assert (field != "") == (status == "INVALID_ARGUMENT" and case != "evaluation split")
+    assert not field or field.rpartition(".")[2] in error.details()
 
 
 def refusal(folder: Path, service: Any, work: Work, **settings: Any) -> grpc.aio.AioRpcError:
@@ -244,6 +248,8 @@ def test_too_many_requests_are_refused(tmp_path: Path) -> None:
 
     error = refusal(tmp_path, proposer_service(slow_slm(), max_ongoing_requests=1), overload)
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "try again" in error.details()
+    retry_after_s = wire.error_of(error).retry_after_s
+    assert retry_after_s is not None and retry_after_s > 0
 
 
 class FailingProposers:
@@ -368,6 +374,30 @@ def test_large_messages_are_refused(tmp_path: Path) -> None:
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "s2t.v1.GenerationService/Generate",
+        "s2t.v1.GenerationService/StreamGenerate",
+        "s2t.v1.AdminService/RollbackVersion",
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+    ],
+)
+def test_what_cannot_be_decoded_is_the_clients_mistake(tmp_path: Path, method: str) -> None:
+    """It was UNKNOWN, with the class of the decoder's error."""
+
+    async def send(stub: pb_grpc.GenerationServiceStub, channel: grpc.aio.Channel) -> None:
+        if method.rpartition("/")[2] in ("StreamGenerate", "Watch"):
+            await channel.unary_stream(f"/{method}")(b"\xff\xff\xff\x01").read()
+        else:
+            await channel.unary_unary(f"/{method}")(b"\xff\xff\xff\x01")
+
+    error = refusal(tmp_path, proposer_service(), send)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "cannot be decoded" in error.details() and "class" not in error.details()
+
+
 def test_without_redis_there_are_no_labels_to_count(tmp_path: Path) -> None:
     async def count(stub: pb_grpc.GenerationServiceStub, channel: grpc.aio.Channel) -> Any:
         return await admin_pb2_grpc.AdminServiceStub(channel).CountLabels(
@@ -376,6 +406,26 @@ def test_without_redis_there_are_no_labels_to_count(tmp_path: Path) -> None:
 
     error = refusal(tmp_path, proposer_service(), count)
     assert error.code() is grpc.StatusCode.UNAVAILABLE and "redis.url" in error.details()
+
+
+def test_where_redis_is_stays_inside(tmp_path: Path) -> None:
+    """CountLabels told clients host and port of a Redis that was away."""
+
+    async def main() -> str:
+        config = gateway_config(tmp_path)
+        service = proposer_service()
+        stream = LabelStream("redis://127.0.0.1:1/0")
+        async with gateway(config, service, stream) as channel:
+            admin = admin_pb2_grpc.AdminServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await admin.CountLabels(admin_pb2.CountLabelsRequest())
+        service.close()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert wire.error_of(caught.value).retry_after_s == 1.0
+        return str(caught.value.details())
+
+    text = asyncio.run(main())
+    assert "Redis" in text and "127.0.0.1" not in text and ":1" not in text
 
 
 def test_an_empty_registry_over_the_wire(tmp_path: Path) -> None:

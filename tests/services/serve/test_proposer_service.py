@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from s2t_shared.decode.engine import EngineLoad
-from s2t_shared.decode.scripted import ScriptedSelector
+from s2t_shared.decode.scripted import ScriptedSelector, ScriptedTokenizer
 from s2t_shared.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -287,6 +288,67 @@ def test_a_request_that_is_refused_takes_no_place() -> None:
 def test_the_deadline_ends_an_answer() -> None:
     with pytest.raises(DeadlineExceededError, match=r"deadline of 0.02 s passed after \d+ tokens"):
         answer_of(proposer_service(slow_slm()), replace(REQUEST, timeout_s=0.02))
+
+
+def test_a_burst_overshoots_nothing() -> None:
+    """Requests were counted after an await: a burst passed the check together."""
+
+    async def burst(service: ProposerService) -> list[Any]:
+        calls = [service.answer(REQUEST) for _ in range(20)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    outcomes = run(proposer_service(slow_slm(max_length=40), max_ongoing_requests=5), burst)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, OverloadedError)]
+    assert len(refused) == 15 and all(error.retry_after_s for error in refused)
+
+
+class SlowTokenizer(ScriptedTokenizer):
+    """Takes seconds for a prompt that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoding = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.text == "slow":
+            self.encoding.set()
+            assert self.may_go_on.wait(5)
+        return super().encode(prompt)
+
+
+def test_tokenizing_stops_nobody_else() -> None:
+    """A prompt of 4 MB stalled all streams of its replica for seconds."""
+    tokenizer = SlowTokenizer()
+
+    async def go_on_beside(service: ProposerService) -> None:
+        stream = service.stream(REQUEST)
+        await anext(stream)
+        slow = replace(REQUEST, prompt=Prompt(text="slow"))
+        call = asyncio.create_task(service.answer(with_options(slow, max_new_tokens=1)))
+        assert await becomes(tokenizer.encoding.is_set)
+        for _ in range(20):
+            await anext(stream)
+        tokenizer.may_go_on.set()
+        assert (await call).text
+        await stream.aclose()
+
+    run(proposer_service(slow_slm(tokenizer=tokenizer)), go_on_beside)
+
+
+def test_the_deadline_is_counted_from_the_arrival() -> None:
+    """Not from when the prompt was tokenized at last."""
+    tokenizer = SlowTokenizer()
+
+    async def late(service: ProposerService) -> None:
+        slow = replace(REQUEST, prompt=Prompt(text="slow"), timeout_s=0.05)
+        call = asyncio.create_task(service.answer(slow))
+        await asyncio.sleep(0.1)
+        tokenizer.may_go_on.set()
+        with pytest.raises(DeadlineExceededError, match="after 0 tokens"):
+            await call
+
+    run(proposer_service(slow_slm(tokenizer=tokenizer)), late)
 
 
 @pytest.mark.parametrize("unary", [False, True], ids=["stream", "unary"])

@@ -1,0 +1,60 @@
+"""How many requests of one client a gateway answers at once.
+
+A client is a token from a host: two of them differ where either does. Knows gRPC's call contexts
+only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from urllib.parse import unquote
+
+import grpc.aio
+
+from s2t_shared.errors import OverloadedError
+
+
+def client_of(context: grpc.aio.ServicerContext) -> str:
+    """A name of who calls: of its host and its token, without telling either's token."""
+    token = dict(context.invocation_metadata() or ()).get("authorization", "")
+    token = token if isinstance(token, bytes) else str(token).encode()
+    digest = hashlib.sha256(token).hexdigest()[:8] if token else "no token"
+    return f"{_host(context.peer())}, {digest}"
+
+
+def _host(peer: str) -> str:
+    """ "ipv4:127.0.0.1:54321" -> "ipv4:127.0.0.1": each connection has another port."""
+    peer = unquote(peer)
+    return peer if peer.startswith("unix") else peer.rpartition(":")[0]
+
+
+class ClientQuota:
+    """limit: requests of one client in progress; 0: any number. Used on one asyncio loop."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._ongoing: Counter[str] = Counter()
+
+    def count(self, context: grpc.aio.ServicerContext) -> str:
+        """Count a call of its client, until the call ends in whatever way. Returns the client.
+
+        Raises:
+            OverloadedError: the client has as many in progress as it may have.
+        """
+        client = client_of(context)
+        if 0 < self._limit <= self._ongoing[client]:
+            raise OverloadedError(
+                f"{self._ongoing[client]} of your requests are being answered, at most "
+                f"{self._limit} of one client are at once; wait for one of them"
+            )
+        self._ongoing[client] += 1
+        # A `finally` of the handler would not do: a stream that is cancelled between two messages
+        # is closed only when it is collected.
+        context.add_done_callback(lambda _: self._release(client))
+        return client
+
+    def _release(self, client: str) -> None:
+        self._ongoing[client] -= 1
+        if not self._ongoing[client]:
+            del self._ongoing[client]
