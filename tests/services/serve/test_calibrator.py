@@ -71,7 +71,6 @@ def with_proposer(
         service = ProposerService(
             engine=thread,
             tokenizer=slm.tokenizer,
-            tokenizer=slm.tokenizer,
             selector=llm,
             versions=FixedVersions(),
             labels=LabelRecorder(None),
