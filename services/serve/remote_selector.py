@@ -213,6 +213,12 @@ class RemoteSelector:
             sequence_id="probe",
         )
 
+    async def close(self) -> None:
+        """End connections and probes. Queries under way fail."""
+        self._watch_task.cancel()
+        for address in list(self._links):
+            await self._links.pop(address).close()
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_S)

@@ -86,5 +86,6 @@ async def selectors(
     try:
         yield started
     finally:
+        await client.close()
         for server in started.servers.values():
             await server.stop(None)

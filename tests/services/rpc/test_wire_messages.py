@@ -260,3 +260,4 @@ def test_answer_on_the_wire() -> None:
     (told,) = sent.steps
     assert told.slm_top_id == 4 and told.llm_top_id == 5 and told.llm_top_rank == 1
     assert told.chosen_by == pb.CHOSEN_BY_LLM and told.kl > 0.5 and told.text == "five"
+    assert told.llm_digest == "b" and wire.read_step(told).llm_digest == "b"

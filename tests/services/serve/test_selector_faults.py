@@ -223,6 +223,7 @@ def test_a_black_hole_holds_up_no_other_selector() -> None:
             assert not refreshing.done()
             assert client.replicas_for("s") == [address]
             await asyncio.wait_for(refreshing, 4.0)  # a description is waited for 5 s
+            await client.close()
             await server.stop(None)
 
     asyncio.run(main())
