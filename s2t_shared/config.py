@@ -68,10 +68,12 @@ class LLMConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _check_runtime(self) -> Self:
-        own = set(LLMConfig.model_fields) - set(ModelConfig.model_fields) - {"runtime"}
-        given = sorted(own & self.model_fields_set)
-        if self.runtime == "torch" and given:
-            raise ValueError(f"{given[0]} needs runtime: vllm (llm.runtime is torch)")
+        if self.runtime == "vllm":
+            return self
+        for name, field in LLMConfig.model_fields.items():
+            is_vllms = name not in ModelConfig.model_fields and name != "runtime"
+            if is_vllms and getattr(self, name) != field.default:
+                raise ValueError(f"{name} needs runtime: vllm (llm.runtime is torch)")
         return self
 
 

@@ -166,7 +166,7 @@ class SimulatedProposer:
 
     def _error(self, builder: AnswerBuilder, tally: Tally) -> S2TError | None:
         try:
-            builder.answer("", "")
+            builder.answer("")
         except S2TError as error:
             tally.wasted_tokens += sum(len(s.steps) for s in builder.sequences)
             return error

@@ -136,9 +136,10 @@ class World:
         length = len(slot.token_ids)
         assert length < len(ids) and slot.token_ids == ids[:length]
         if length != (best if best >= MIN_PREFIX_MATCH else 0):
-            # The prefix was given up because it stood in its own sequence's way.
+            # The prefix was given up because it stood in its own sequence's way; a shorter one may
+            # have been found instead.
             assert best >= MIN_PREFIX_MATCH
-            assert length == 0
+            assert length in {0, *(shared for _, shared in before if shared < best)}
             still_there = [source for source in sources if is_in(source, self.pool)]
             assert not still_there, "a prefix was there and not used"
         self.live.append((slot, ids))

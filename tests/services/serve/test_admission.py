@@ -302,4 +302,4 @@ def test_who_was_not_begun_may_come_again(
             if sequence in waiting.sequences:
                 waiting.push(sequence, steps)
     with pytest.raises(error, match=text):
-        waiting.answer("", "")
+        waiting.answer("")
