@@ -272,25 +272,22 @@ class Proposer:
             sampling = [item.sampling for item in inputs if item.sampling is not None]
             parts.append(draw(_rows(logits, drawing), sampling).double())
         numbers = iter(torch.cat(parts).tolist())
-        top_ids = [int(next(numbers)) for _ in inputs]
-        readers: dict[int, Callable[[], Support]] = {}
-        found: dict[int, float] = {}
-        if wanting:
-            k = self._support_size
-            for i in wanting:
-                found[i] = next(numbers)
-            rows = [(list(islice(numbers, k)), list(islice(numbers, k))) for _ in wanting]
-            for i, (ids, log_probs) in zip(wanting, rows, strict=True):
-                readers[i] = partial(_support, top_ids[i], ids, log_probs)
-        drawn = {i: int(next(numbers)) for i in drawing}
+        top_ids = [int(top_id) for top_id in islice(numbers, len(inputs))]
+        found: list[float | None] = [None] * len(inputs)
+        readers: list[Callable[[], Support] | None] = [None] * len(inputs)
+        drawn: list[int | None] = [None] * len(inputs)
+        for i, signal in zip(wanting, list(islice(numbers, len(wanting))), strict=True):
+            if inputs[i].signal in SIGNALS:
+                found[i] = signal
+        for i in wanting:
+            ids = list(islice(numbers, self._support_size))
+            log_probs = list(islice(numbers, self._support_size))
+            readers[i] = partial(_support, top_ids[i], ids, log_probs)
+        for i, drawn_id in zip(drawing, numbers, strict=True):
+            drawn[i] = int(drawn_id)
         return [
-            Proposal(
-                top_id=top_id,
-                drawn_id=drawn.get(i),
-                signal=found[i] if i in found and inputs[i].signal in SIGNALS else None,
-                read_support=readers.get(i),
-            )
-            for i, top_id in enumerate(top_ids)
+            Proposal(top_id=top_id, drawn_id=drawn_id, signal=signal, read_support=reader)
+            for top_id, drawn_id, signal, reader in zip(top_ids, drawn, found, readers, strict=True)
         ]
 
     def _supports(self, logits: Tensor, triggers: Sequence[Trigger | None]) -> list[Tensor]:
