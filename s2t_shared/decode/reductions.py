@@ -106,8 +106,8 @@ def draw(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
     if greedy:
         drawn[greedy] = top_1(logits[greedy])
     random = [i for i in range(n) if inputs[i].sampling.temperature > 0.0]
-    cut = [i for i in random if inputs[i].sampling.top_k > 0 or inputs[i].sampling.top_p < 1.0]
-    uncut = [i for i in random if i not in set(cut)]
+    cut = [i for i in random if _is_cut(inputs[i])]
+    uncut = [i for i in random if not _is_cut(inputs[i])]
     for members, draw_rows in ((cut, _draw_cut), (uncut, _draw_uncut)):
         if members:
             group = [inputs[i] for i in members]
@@ -116,6 +116,10 @@ def draw(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
             points = torch.tensor([[_random_number(item)] for item in group], dtype=torch.float64)
             drawn[members] = draw_rows(scaled, group, points.to(logits.device))
     return drawn
+
+
+def _is_cut(drawing: SamplingInput) -> bool:
+    return drawing.sampling.top_k > 0 or drawing.sampling.top_p < 1.0
 
 
 def _random_number(drawing: SamplingInput) -> float:

@@ -22,11 +22,10 @@ from torch import Tensor
 from s2t_shared.model.attention import (
     AttentionParams,
     AttentionPlan,
-    additive_mask,
     grouped_attention,
 )
 from s2t_shared.model.kv_pool import Slab
-from s2t_shared.model.varlen_plan import PackedSpan
+from s2t_shared.model.varlen_plan import PackedSpan, single_token_mask
 
 Decode = Callable[[Tensor, Tensor, AttentionPlan], Tensor]
 MIN_COLUMNS = 128
@@ -177,13 +176,9 @@ class _SlabPlan:
     def _mask(self, window: int | None) -> Tensor:
         """[rows, 1, 1, columns] to add to the scores."""
         if window not in self._masks:
-            columns = torch.arange(self._columns, device=self._starts.device)[None, :]
-            starts = self._starts[:, None]
-            visible = columns < starts
-            if window is not None:
-                visible = visible & (columns >= starts + 1 - window)
-            visible = visible | (columns == self._own[:, None])
-            self._masks[window] = additive_mask(visible, self._dtype)[:, None, None, :]
+            self._masks[window] = single_token_mask(
+                self._starts, self._own, self._columns, window, self._dtype
+            )
         return self._masks[window]
 
 

@@ -277,13 +277,9 @@ class VarlenPlan:
     ) -> Tensor | None:
         if _sees_all(group, window):
             return None
-        columns = torch.arange(group.columns, device=self._ints.device)[None, :]
-        starts = self._ints[places.starts][:, None]
-        visible = columns < starts
-        if window is not None:
-            visible = visible & (columns >= starts + 1 - window)
-        visible = visible | (columns == self._ints[places.own][:, None])
-        return additive_mask(visible, self._dtype)[:, None, None, :]
+        starts = self._ints[places.starts]
+        own = self._ints[places.own]
+        return single_token_mask(starts, own, group.columns, window, self._dtype)
 
     def _span_mask(self, span: PackedSpan, params: AttentionParams, groups: int) -> Tensor | None:
         """[length, columns] to add to the scores, [groups * length, columns] if heads are folded.
@@ -304,6 +300,23 @@ class VarlenPlan:
             return None
         mask = additive_mask(span.visible(window, self._ints.device), self._dtype)
         return mask.repeat(groups, 1) if folds_heads else mask
+
+
+def single_token_mask(
+    starts: Tensor, own: Tensor, columns: int, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """[n, 1, 1, columns] to add to the scores of n single tokens in slots of their own.
+
+    starts: int64 [n], how many columns from the first on each token sees. own: int64 [n], the
+    column of its own key and value.
+    """
+    column = torch.arange(columns, device=starts.device)[None, :]
+    starts = starts[:, None]
+    visible = column < starts
+    if window is not None:
+        visible = visible & (column >= starts + 1 - window)
+    visible = visible | (column == own[:, None])
+    return additive_mask(visible, dtype)[:, None, None, :]
 
 
 def packing_order(slot: Slot, length: int) -> tuple[bool, int, int]:

@@ -17,7 +17,7 @@ from s2t_shared.model.runtime import ModelRuntime
 REFERENCE = Path(__file__).parents[2] / "cluster" / "reference.yaml"
 # What torch reports as free on an empty card.
 FREE_GIB = {"L4": 22.0, "H100": 79.1, "H200": 139.7}
-# Qwen2.5's layers, heads and parameters, from its model cards.
+# Of Qwen2.5's two models.
 PARAMETERS = {"1.5B": 1_543_714_304, "32B": 32_763_876_352}
 
 
