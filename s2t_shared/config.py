@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,6 +24,14 @@ from s2t_shared.types import MAX_CANDIDATES, MAX_SAMPLES, Mode, OnLLMFailure, Tr
 
 ENVIRONMENT_PREFIX = "S2T_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::", "[::]")
+# What Kubernetes puts into a pod for each Service of its namespace, here for one named `s2t` or
+# `s2t-...`: S2T_REDIS_SERVICE_HOST, S2T_REDIS_PORT, S2T_REDIS_PORT_6379_TCP_ADDR. No setting of
+# ours looks like that: they have a section, and `__` behind it.
+SERVICE_LINK = re.compile(
+    r"S2T(_[A-Z0-9]+)*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    r"|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 
 class _Section(BaseModel):
@@ -91,7 +100,35 @@ class Placement(_Section):
     )
 
 
-class ProposerConfig(Placement):
+class ScaledPlacement(Placement):
+    """Replicas of which Serve may start more under load, and end them again."""
+
+    replicas: int = Field(1, ge=0, description="that always run")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Serve starts up to so many under load; default: only `replicas`"
+    )
+    target_ongoing_requests: float = Field(
+        32.0,
+        gt=0,
+        description="with max_replicas: requests at once (of a selector: queries) that Serve aims "
+        "at for each replica",
+    )
+
+    @model_validator(mode="after")
+    def _check_scaling(self) -> Self:
+        if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:
+            raise ValueError(
+                f"replicas={self.replicas} must be 1 to max_replicas={self.max_replicas}"
+            )
+        return self
+
+    @property
+    def scales(self) -> bool:
+        """Whether Serve changes the number of replicas."""
+        return self.max_replicas is not None and self.max_replicas > self.replicas
+
+
+class ProposerConfig(ScaledPlacement):
     max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
     cuda_graphs: bool = Field(
         True, description="on a GPU, record decode steps and replay them; off: for debugging"
@@ -122,8 +159,15 @@ class ProposerConfig(Placement):
     )
 
 
-class SelectorConfig(Placement):
+class SelectorConfig(ScaledPlacement):
     host: str = Field("127.0.0.1", description="where the replica's own gRPC server listens")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="of that server, for a firewall's rule; then a node has one replica at most; "
+        "0: any free port",
+    )
     addresses: tuple[str, ...] = Field(
         (), description="host:port of selectors elsewhere; then none is started here"
     )
@@ -290,7 +334,7 @@ def load_config(
     if environment is None:
         environment = os.environ
     for name, text in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and not SERVICE_LINK.fullmatch(name):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             _set(values, key, yaml.safe_load(text), name)
     for key, value in (overrides or {}).items():

@@ -466,7 +466,7 @@ class ServiceDescription:
     llm_digest: as last known, "" while no LLM was reached yet. llm_reachable: whether there is one
     to ask now. max_length: of prompt and answer, in tokens. live_version, canary_version: of the
     local selector, "" for none. canary_share: of the requests that name no version. proposers:
-    replicas that are configured. running_sequences, waiting_sequences and live_kv_slots are those
+    replicas that run now. running_sequences, waiting_sequences and live_kv_slots are those
     of the one proposer that answered.
     """
 

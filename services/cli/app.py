@@ -35,14 +35,19 @@ from s2t_shared.types import (  # noqa: E402
     Trigger,
 )
 from services.cli.bench import bench_app  # noqa: E402
+from services.cli.cluster import down, init_app, status, up  # noqa: E402
 from services.cli.generate import generate  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
 from services.cli.options import (  # noqa: E402
+    LLM,
+    SLM,
     Address,
     ConfigFile,
     DataDir,
+    Host,
     Json,
+    Port,
     TokenFile,
     as_typed,
     settings,
@@ -62,6 +67,7 @@ app = typer.Typer(
 app.add_typer(versions_app, name="versions")
 app.add_typer(labels_app, name="labels")
 app.add_typer(bench_app, name="bench")
+app.add_typer(init_app, name="init")
 USER_ERRORS = (ConfigError, InvalidRequestError, ModelLoadError, VersionError, EvaluationSplitError)
 
 
@@ -91,10 +97,10 @@ def demo(
 def serve(
     config: ConfigFile = None,
     data_dir: DataDir = None,
-    host: Annotated[str | None, typer.Option(help="gateway's address")] = None,
-    port: Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")] = None,
-    slm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
-    llm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+    host: Host = None,
+    port: Port = None,
+    slm: SLM = None,
+    llm: LLM = None,
 ) -> None:
     """Run the service until Ctrl-C."""
     import signal
@@ -120,6 +126,15 @@ def serve(
             signal.pause()
     except KeyboardInterrupt:
         print("stopped")
+
+
+app.command()(up)
+
+
+app.command()(down)
+
+
+app.command()(status)
 
 
 app.command()(generate)

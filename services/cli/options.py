@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from s2t_shared.config import Config, load_config
+from s2t_shared.config import EVERYWHERE, Config, load_config
 from s2t_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from s2t_shared.decode.vllm_selector import VLLMOptions
 
+Host = Annotated[str | None, typer.Option(help="gateway's address")]
+Port = Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")]
+SLM = Annotated[str | None, typer.Option(help="folder or hub id")]
+LLM = Annotated[str | None, typer.Option(help="folder or hub id")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
 ]
@@ -81,8 +85,11 @@ def target(address: str | None, config: Path | None, token_file: Path | None) ->
     resolved = settings(config)
     token = channels.read_token(token_file or resolved.security.token_file)
     authority = resolved.security.authority
+    host = resolved.gateway.host
+    if host in EVERYWHERE:  # where to listen; to connect, this machine's own address will do
+        host = "127.0.0.1"
     return Target(
-        address or f"{resolved.gateway.host}:{resolved.gateway.port}",
+        address or f"{host}:{resolved.gateway.port}",
         token,
         str(authority) if authority else None,
     )

@@ -8,36 +8,32 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # Serve logs to files in Ray's session folder
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
 
-import ray  # noqa: E402 - the environment above is read at import
-from ray import serve  # noqa: E402
-from ray.serve.config import HTTPOptions, ProxyLocation  # noqa: E402
-from ray.serve.schema import ApplicationStatus  # noqa: E402
-
-from s2t_shared.config import LOOPBACK, Config, check_exposure  # noqa: E402
-from s2t_shared.errors import ConfigError, S2TError  # noqa: E402
-from s2t_shared.model.loading import resolve_model  # noqa: E402
-from s2t_shared.model.tokenizer import Tokenizer  # noqa: E402
-from s2t_shared.model.vocabulary import check_same_tokenizer  # noqa: E402
-from services.app import APPLICATION, build_application  # noqa: E402
-from services.launch.redis_server import open_redis  # noqa: E402
-from services.launch.service_record import recorded  # noqa: E402
-from services.rpc import channels  # noqa: E402
+from s2t_shared.config import LOOPBACK, Config, check_exposure
+from s2t_shared.errors import ConfigError
+from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import check_same_tokenizer
+from services.app import APPLICATION, runs_selectors
+from services.launch.deploy import Say, deploy, start_serve
+from services.launch.redis_server import open_redis
+from services.launch.service_record import recorded
+from services.rpc import channels
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OBJECT_STORE_BYTES = 256 << 20
 PROBE_TIMEOUT_S = 5.0
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 OWN_RAY = "give this one a Ray of its own: RAY_ADDRESS=local s2t serve"
 CLAIM = "s2t-serve"  # name and namespace of the actor that stands for the running `s2t serve`
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,18 @@ def check_security(config: Config) -> None:
 
 
 def check_models(config: Config) -> None:
-    """Check that both models are there and share a tokenizer.
+    """Check that both models share a tokenizer. Weights are not downloaded: that is the replicas'
+    business, on their own nodes.
 
     Raises:
         ModelLoadError: a model is missing.
         TokenizerMismatchError: the two tokenize differently.
     """
-    slm = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
-    if config.selector.replicas and not config.selector.addresses:
-        check_same_tokenizer(slm, Tokenizer.load(resolve_model(config.llm.model, "llm")))
+    folder = resolve_model(config.slm.model, weights=False)
+    slm = Tokenizer.load(folder, config.slm.chat_template)
+    if runs_selectors(config):
+        folder = resolve_model(config.llm.model, "llm", weights=False)
+        check_same_tokenizer(slm, Tokenizer.load(folder))
 
 
 def check_port(config: Config) -> None:
@@ -100,11 +99,10 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS", "")
     if address == "local":
         reuse = False
-    if reuse and _join(address or "auto", quiet):
+    if reuse and _join(address or "auto", QUIET):
         try:
             yield
         finally:
@@ -115,12 +113,36 @@ def local_ray(num_cpus: float | None = None, reuse: bool = True) -> Iterator[Non
         num_cpus=int(num_cpus or max(2, os.cpu_count() or 2)),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        **quiet,
+        **QUIET,
     )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def existing_ray(address: str = "") -> Iterator[bool]:
+    """A connection to a Ray cluster that runs already; yields whether there is one.
+
+    address: host:port of its head, as recorded; where nothing listens any more, or nothing is
+    recorded: that of RAY_ADDRESS, else one on this machine.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
+    """
+    if ray.is_initialized():
+        yield True
+        return
+    named = os.environ.get("RAY_ADDRESS", "") or "auto"
+    if address and _listens(address):
+        named = address
+    joined = named != "local" and _join(named, QUIET)
+    try:
+        yield joined
+    finally:
+        if joined:
+            ray.shutdown()
 
 
 def _join(address: str, quiet: dict[str, Any]) -> bool:
@@ -142,6 +164,14 @@ def _join(address: str, quiet: dict[str, Any]) -> bool:
             "(ray start --head), correct the address, set RAY_AUTH_MODE=token where the cluster "
             "asks for a token, or unset RAY_ADDRESS for a Ray of this machine's own"
         ) from error
+    return True
+
+
+def _listens(address: str) -> bool:
+    try:
+        _probe(address)
+    except (OSError, ValueError):
+        return False
     return True
 
 
@@ -184,7 +214,8 @@ def running_service(
         )
         with local_ray(reuse=reuse_ray):
             say("Ray ready")
-            with _application(resolved) as address, recorded(resolved, address):
+            head = ray.get_runtime_context().gcs_address
+            with _application(resolved, say) as address, recorded(resolved, address, head):
                 yield RunningService(address, resolved)
     finally:
         redis.stop()
@@ -249,47 +280,13 @@ def _where() -> str:
 
 
 @contextmanager
-def _application(config: Config) -> Iterator[str]:
+def _application(config: Config, say: Say) -> Iterator[str]:
     """The service's address, while it runs."""
-    serve.start(proxy_location=ProxyLocation.Disabled, http_options=HTTPOptions(host="127.0.0.1"))
+    start_serve()
     with claimed():
         try:
-            try:
-                serve.run(build_application(config), name=APPLICATION, route_prefix=None)
-            except RuntimeError as error:
-                raise ConfigError(f"the service did not start: {_reason(error)}") from error
-            gateway = serve.get_deployment_handle("Gateway", APPLICATION)
-            yield str(gateway.address.remote().result(timeout_s=30))
+            yield deploy(config, say)[0]
         finally:
             # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve
             # may be in use.
             serve.delete(APPLICATION)
-
-
-def _reason(error: RuntimeError) -> str:
-    """Why the application did not start: the last error of ours that Serve reports, else the last
-    line of all that it says."""
-    lines = _reported(error).strip().splitlines()
-    for line in reversed(lines):
-        for kind in _kinds(S2TError):
-            _, found, text = line.partition(f"{kind.__name__}: ")
-            if found:
-                return text.strip()
-    return lines[-1] if lines else "unknown reason"
-
-
-def _reported(error: RuntimeError) -> str:
-    """What Serve says of the application and of each of its deployments, else the error's text."""
-    application = serve.status().applications.get(APPLICATION)
-    if application is None or not application.message:
-        return str(error)
-    messages = [deployment.message for deployment in application.deployments.values()]
-    return "\n".join([application.message, *messages])
-
-
-def _kinds(kind: type[S2TError]) -> list[type[S2TError]]:
-    """An error class and all its subclasses."""
-    kinds = [kind]
-    for subclass in kind.__subclasses__():
-        kinds += _kinds(subclass)
-    return kinds

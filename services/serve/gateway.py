@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2t_shared.config import Config, check_exposure
+import ray
+from ray import serve
+
+from s2t_shared.config import EVERYWHERE, Config, check_exposure
 from services.serve import build
 from services.serve.serve_proposers import ServeProposers
 
@@ -15,16 +18,31 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """proposers: Serve's handle of the proposer deployment."""
         check_exposure(config)
-        self._host = config.gateway.host
-        self._server = build.gateway_server(config, ServeProposers(proposers))
+        self._config = config
+        counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
+        self._server = build.gateway_server(config, counted)
         await self._server.start()
 
     async def port(self) -> int:
         return self._server.port
 
     async def address(self) -> str:
-        """host:port, as clients are told."""
-        return f"{self._host}:{self._server.port}"
+        """host:port, as clients are told: where it listens everywhere, its node's address."""
+        host = self._config.gateway.host
+        if host in EVERYWHERE:
+            host = ray.util.get_node_ip_address()
+        return f"{host}:{self._server.port}"
+
+    async def config(self) -> Config:
+        """What it was started with: the settings that it reads."""
+        return self._config
 
     async def __del__(self) -> None:
         await self._server.stop()
+
+
+def running_replicas(deployment: Any) -> int:
+    """Replicas of a deployment that run now. deployment: its Serve `DeploymentID`."""
+    applications = serve.status().applications
+    states = applications[deployment.app_name].deployments[deployment.name].replica_states
+    return int(states.get("RUNNING", 0))

@@ -80,7 +80,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._defaults = config.defaults
         self._limits = RequestLimits(config.gateway)
         self._quota = ClientQuota(config.gateway.max_requests_per_client)
-        self._replicas = config.proposer.replicas
         self._proposers = proposers
 
     async def StreamGenerate(
@@ -112,8 +111,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, message: pb.DescribeServiceRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeServiceResponse:
         try:
-            description = await self._proposers.describe()
-            return wire.write_description(replace(description, proposers=self._replicas))
+            return wire.write_description(await self._proposers.describe())
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
             await refuse(context, error)
             raise AssertionError("abort raises") from error

@@ -8,7 +8,7 @@ import logging
 import ray
 
 from s2t_shared.config import LOOPBACK, Config
-from services.serve import build
+from services.serve import build, scaling
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,10 @@ class SelectorReplica:
     async def address(self) -> str:
         """host:port for proposers."""
         return self._address
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve scales by."""
+        return {scaling.QUERIES: self._server.queries}
 
     def check_health(self) -> None:
         self._server.check_health()

@@ -130,11 +130,12 @@ def _complete(future: asyncio.Future[ScoreReply], reply: ScoreReply | None) -> N
 
 
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
-    """`SelectionService` over an `AsyncSelector`."""
+    """`SelectionService` over an `AsyncSelector`. queries: that wait for their reply now."""
 
     def __init__(self, selector: AsyncSelector) -> None:
         self._selector = selector
         self._info = selector.info
+        self.queries = 0
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_SelectionServiceServicer_to_server(self, server)
@@ -142,6 +143,7 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
     async def Score(
         self, message: pb.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> pb.ScoreResponse:
+        self.queries += 1
         try:
             query = wire.read_query(message)
             reply = await self._selector.score(query, context.time_remaining())
@@ -149,6 +151,8 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
         except S2TError as error:
             await wire.abort(context, error)
             raise AssertionError("abort raises") from error
+        finally:
+            self.queries -= 1
 
     async def DescribeModel(
         self, message: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
@@ -164,8 +168,10 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
 class SelectorServer:
     """One server with one LLM. Created and started on one loop."""
 
-    def __init__(self, selector: AsyncSelector, security: SecurityConfig, host: str) -> None:
-        """Listen on a free port of `host`, but answer nothing yet.
+    def __init__(
+        self, selector: AsyncSelector, security: SecurityConfig, host: str, port: int = 0
+    ) -> None:
+        """Listen, but answer nothing yet. port: 0 takes a free one.
 
         Raises:
             ConfigError: the address is not this machine's, or a security file cannot be used.
@@ -173,8 +179,14 @@ class SelectorServer:
         self.llm_digest = selector.info.digest
         self._selector = selector
         self._server = channels.new_server(security)
-        SelectionServicer(selector).add_to(self._server)
-        self.port = channels.bind(self._server, host, 0, security, "selector.host")
+        self._servicer = SelectionServicer(selector)
+        self._servicer.add_to(self._server)
+        self.port = channels.bind(self._server, host, port, security, "selector.port")
+
+    @property
+    def queries(self) -> int:
+        """Queries that are being answered or wait for it."""
+        return self._servicer.queries
 
     async def start(self) -> None:
         """Answer calls."""

@@ -170,9 +170,9 @@ def test_the_service_describes_itself(tmp_path: Path) -> None:
         return await stub.DescribeService(pb.DescribeServiceRequest())
 
     service = proposer_service(versions=FixedVersions(live=local_selector("v1")))
-    description = call(tmp_path, service, describe, **{"proposer.replicas": 3})
+    description = call(tmp_path, service, describe)
     assert (description.slm_digest, description.llm_digest) == ("scripted", "scripted")
-    assert (description.live_version, description.proposers) == ("v1", 3)
+    assert (description.live_version, description.proposers) == ("v1", 1)
     assert list(description.calibrated_triggers) == [pb.TRIGGER_ENTROPY]
 
 

@@ -1,0 +1,88 @@
+"""`s2t status`: what runs, what it waits for, and what the gateway says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from ray import serve
+
+from s2t_shared.config import Config
+from s2t_shared.errors import S2TError
+from services.app import APPLICATION
+from services.client import Client
+from services.launch.deploy import gateway_addresses, waits
+from services.launch.local import existing_ray
+from services.launch.service_record import read_record
+from services.rpc import channels
+
+
+@dataclass(frozen=True)
+class RoleStatus:
+    """Replicas of one deployment. states: how many are in which state. awaits: in words, or ""."""
+
+    states: dict[str, int]
+    awaits: str = ""
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """A service. state: Serve's, "DOWN" for none. addresses: host:port of each gateway.
+
+    description, labels: what the gateway says, by name; error: why it says nothing.
+    """
+
+    state: str
+    message: str = ""
+    addresses: tuple[str, ...] = ()
+    roles: dict[str, RoleStatus] = field(default_factory=dict)
+    description: dict[str, object] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+
+def status(config: Config) -> ServiceStatus:
+    """The service on the configured data folder, or in the Ray cluster that is found."""
+    record = read_record(config.data_dir)
+    with existing_ray(record.ray if record else "") as found:
+        application = serve.status().applications.get(APPLICATION) if found else None
+        if application is None:
+            return ServiceStatus("DOWN")
+        waiting = waits(config)
+        roles = {
+            name: RoleStatus(
+                {str(state.value): count for state, count in role.replica_states.items()},
+                waiting.get(name, ""),
+            )
+            for name, role in application.deployments.items()
+        }
+        try:
+            addresses = tuple(gateway_addresses())
+        except Exception:  # noqa: BLE001 - the border to Serve: it may raise anything here
+            addresses = ()
+    state = str(application.status.value)
+    if not addresses:
+        error = "no gateway answers"
+        return ServiceStatus(state, application.message, roles=roles, error=error)
+    try:
+        description, labels = _ask(addresses[0], config)
+        return ServiceStatus(state, application.message, addresses, roles, description, labels)
+    except S2TError as error:
+        return ServiceStatus(state, application.message, addresses, roles, error=str(error))
+
+
+def _ask(address: str, config: Config) -> tuple[dict[str, object], dict[str, int]]:
+    """What the gateway says of the service, and of its labels' way into the lake."""
+    security = config.security
+    token = channels.read_token(security.token_file)
+    with Client(address, token, security.authority, timeout_s=10.0) as client:
+        service = client.describe()
+        counts = client.count_labels(flush=False)
+    description: dict[str, object] = {
+        "slm": service.slm_digest,
+        "llm": service.llm_digest or "none yet",
+        "llm_reachable": service.llm_reachable,
+        "live_version": service.live_version or "none",
+        "canary_version": service.canary_version or "none",
+        "proposers": service.proposers,
+    }
+    return description, asdict(counts)

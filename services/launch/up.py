@@ -1,0 +1,223 @@
+"""`s2t up` and `s2t down`: a service that stays when the command ends.
+
+On a Ray cluster with a Redis of its own, Serve keeps the service. Elsewhere somebody must hold what
+the service needs: a process in the background that does what `s2t serve` does.
+
+    up --+-- a service runs already ----------> deploy what changed
+         +-- a Ray cluster and redis.url -----> deploy; nothing of ours stays but the deployments
+         +-- else ----------------------------> start `s2t serve` in the background, wait for it
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import ray
+import yaml
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from s2t_shared.config import Config
+from s2t_shared.errors import ConfigError, S2TError
+from services.app import APPLICATION
+from services.launch.deploy import Say, deploy, start_serve
+from services.launch.local import check_models, check_port, check_security, claimed, existing_ray
+from services.launch.service_record import (
+    ServiceRecord,
+    find_service,
+    read_record,
+    remove_record,
+    write_record,
+)
+
+LOG = "serve.log"
+SETTINGS = "serve.yaml"
+POLL_S = 0.1
+CONFIG_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 60.0
+
+
+def up(config: Config, say: Say) -> list[str]:
+    """Bring the service up, or what changed of it; returns host:port of each gateway.
+
+    Raises:
+        ConfigError: a setting is wrong, or the service did not start.
+        ModelLoadError: a tokenizer is missing.
+        TokenizerMismatchError: SLM and LLM tokenize differently.
+        StoreError: Redis cannot be reached or started.
+    """
+    check_security(config)
+    check_models(config)
+    record = read_record(config.data_dir)
+    with existing_ray(record.ray if record else "") as found:
+        running = running_config() if found else None
+        if running is not None:
+            return _replace_changed(config, running, record, say)
+        if found and config.redis.url:
+            return _deploy_detached(config, say)
+    check_port(config)
+    return _start_holder(config, say)
+
+
+def running_config() -> Config | None:
+    """What the service in this Ray cluster runs with, as its gateway says; None: there is none.
+
+    Raises:
+        ConfigError: there is one, but its gateway does not answer.
+    """
+    application = serve.status().applications.get(APPLICATION)
+    if application is None or application.status == ApplicationStatus.DELETING:
+        return None
+    try:
+        gateway = serve.get_deployment_handle("Gateway", APPLICATION)
+        config: Config = gateway.config.remote().result(timeout_s=CONFIG_TIMEOUT_S)
+    except Exception as error:  # the border to Serve: it may raise anything here
+        raise ConfigError(
+            f"a service is in this Ray cluster ({application.status.value}), but its gateway does "
+            "not answer, so what it runs with is not known; end it (s2t down), then s2t up"
+        ) from error
+    return config
+
+
+def _replace_changed(
+    config: Config, running: Config, record: ServiceRecord | None, say: Say
+) -> list[str]:
+    if config.data_dir != running.data_dir:
+        raise ConfigError(
+            f"the service in this Ray cluster works on data_dir={running.data_dir}, this "
+            f"configuration on {config.data_dir}; end that one first (s2t down), or give this one "
+            "a Ray of its own: RAY_ADDRESS=local"
+        )
+    url = config.redis.url or running.redis.url
+    config = config.model_copy(update={"redis": config.redis.model_copy(update={"url": url})})
+    changes = record.changes(config) if record else ["a service whose settings are not recorded"]
+    say("changed: " + ("; ".join(changes) or "nothing"))
+    return _deployed(config, say, record.pid if record else 0)
+
+
+def _deploy_detached(config: Config, say: Say) -> list[str]:
+    start_serve()
+    with claimed():
+        return _deployed(config, say, pid=0)
+
+
+def _deployed(config: Config, say: Say, pid: int) -> list[str]:
+    addresses = deploy(config, say)
+    head = ray.get_runtime_context().gcs_address
+    write_record(config, addresses[0], head, pid)
+    return addresses
+
+
+# -- a process that holds Redis and Ray -----------------------------------------------------------
+
+
+def _start_holder(config: Config, say: Say) -> list[str]:
+    folder = config.data_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, log = folder / SETTINGS, folder / LOG
+    _write_private(settings, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    with log.open("ab") as output:
+        start = output.tell()
+        command = [sys.executable, "-m", "services.main", "serve", "--config", str(settings)]
+        holder = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    with log.open("rb") as written:
+        written.seek(start)
+        try:
+            return [_await_service(holder, folder, written, say)]
+        except BaseException:  # Ctrl-C while it starts must not leave it behind
+            holder.terminate()
+            raise
+
+
+def _await_service(holder: subprocess.Popen[bytes], folder: Path, log: IO[bytes], say: Say) -> str:
+    """The address, as soon as the service that `holder` starts answers; relays what it says."""
+    last = ""
+    while True:
+        ended = holder.poll() is not None
+        for line in _lines(log):
+            last = line.removeprefix("s2t: ")
+            if not ended and not line.startswith("serving at "):
+                say(line)
+        if ended:
+            raise ConfigError(
+                f"the service did not start: {last or 'it said nothing'} (log: {folder / LOG})"
+            )
+        record = find_service(folder)
+        if record is not None and record.pid == holder.pid:
+            return record.address
+        time.sleep(POLL_S)
+
+
+def _lines(log: IO[bytes]) -> Iterator[str]:
+    for line in log.read().decode(errors="replace").splitlines():
+        if line.strip():
+            yield line.strip()
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Write what may hold a password: for this user's eyes only."""
+    file.unlink(missing_ok=True)
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+
+
+# -- down -----------------------------------------------------------------------------------------
+
+
+def down(data_dir: Path, say: Say) -> None:
+    """End the service on this data folder, or the one in the Ray cluster that is found.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
+        S2TError: the service did not end in time.
+    """
+    record = read_record(data_dir)
+    if record is not None and _holds(record):
+        _end_holder(record)
+        say(f"ended the service at {record.address}")
+        return
+    with existing_ray(record.ray if record else "") as found:
+        application = serve.status().applications.get(APPLICATION) if found else None
+        if application is None:
+            say("no service runs")
+        else:
+            serve.delete(APPLICATION)
+            say("ended the service in the Ray cluster; Ray itself still runs")
+    remove_record(data_dir)
+
+
+def _holds(record: ServiceRecord) -> bool:
+    """Whether the process that holds the recorded service lives, here."""
+    if not record.pid or record.host not in ("", socket.gethostname()):
+        return False
+    try:
+        command = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"serve" in command
+
+
+def _end_holder(record: ServiceRecord) -> None:
+    os.kill(record.pid, signal.SIGTERM)
+    give_up = time.monotonic() + END_TIMEOUT_S
+    while _holds(record):
+        if time.monotonic() > give_up:
+            raise S2TError(
+                f"process {record.pid} was told to end the service {END_TIMEOUT_S:.0f} s ago, and "
+                f"still runs; look at it, or end it: kill -KILL {record.pid}"
+            )
+        time.sleep(POLL_S)
