@@ -6,6 +6,8 @@ No other module calls `.bind`. Knows the deployments and the config; no models, 
 
     gateway --handle--> proposers --handle (addresses only)--> selectors
 
+With `proposer.replicas: 0` it is the selectors alone, for proposers of another cluster.
+
 A kind of replica is given only those sections of the configuration that it reads. What it is given
 is its version in Serve: when the application is deployed again, Serve restarts the kinds whose
 version differs and leaves the others, the LLM above all, as they are.
@@ -23,6 +25,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from s2t_shared.config import Config, Placement, ScaledPlacement, check_exposure, load_config
+from s2t_shared.errors import ConfigError
 from services.serve import nodes, scaling
 from services.serve.gateway import Gateway
 from services.serve.proposer_replica import ProposerReplica
@@ -65,31 +68,46 @@ def build_application(config: Config) -> serve.Application:
         ConfigError: a server would listen unprotected.
     """
     check_exposure(config)
-    selectors = None
-    if runs_selectors(config):
-        selectors = _deployment(
-            SelectorReplica,
-            config,
-            config.selector,
-            max_ongoing_requests=CONTROL_CALLS,
-            **_one_per_node(config.selector.port),
-        ).bind(_read_by(SelectorReplica, config))
+    selectors = _selectors(config) if runs_selectors(config) else None
+    if not runs_proposers(config):
+        if selectors is None:
+            raise ConfigError(
+                "nothing to run: proposer.replicas=0, and no selectors either; set one of "
+                "proposer.replicas and selector.replicas, without selector.addresses"
+            )
+        return selectors
+    return _gateway(config, _proposers(config, selectors))
+
+
+def _selectors(config: Config) -> serve.Application:
+    return _deployment(
+        SelectorReplica,
+        config,
+        config.selector,
+        max_ongoing_requests=CONTROL_CALLS,
+        **_one_per_node(config.selector.port),
+    ).bind(_read_by(SelectorReplica, config))
+
+
+def _proposers(config: Config, selectors: serve.Application | None) -> serve.Application:
     max_ongoing = config.proposer.max_ongoing_requests
-    proposers = _deployment(
+    return _deployment(
         ProposerReplica,
         config,
         config.proposer,
         max_ongoing_requests=max_ongoing + CONTROL_CALLS,
         max_queued_requests=4 * max_ongoing,
     ).bind(_read_by(ProposerReplica, config), selectors)
-    gateway = _deployment(
+
+
+def _gateway(config: Config, proposers: serve.Application) -> serve.Application:
+    return _deployment(
         Gateway,
         config,
         config.gateway,
         max_ongoing_requests=CONTROL_CALLS,
         **_one_per_node(config.gateway.port),
-    )
-    return gateway.bind(_read_by(Gateway, config), proposers)
+    ).bind(_read_by(Gateway, config), proposers)
 
 
 def runs_selectors(config: Config) -> bool:
@@ -97,12 +115,16 @@ def runs_selectors(config: Config) -> bool:
     return not config.selector.addresses and config.selector.replicas > 0
 
 
+def runs_proposers(config: Config) -> bool:
+    """Whether it is a whole service, with a gateway: not the selectors alone."""
+    return config.proposer.replicas > 0
+
+
 def placements(config: Config) -> dict[str, Placement]:
-    """Where the replicas of each deployment go, by its name in Serve."""
-    found: dict[str, Placement] = {
-        Gateway.__name__: config.gateway,
-        ProposerReplica.__name__: config.proposer,
-    }
+    """Where the replicas of each deployment go, by its name in Serve; the entry is the first."""
+    found: dict[str, Placement] = {}
+    if runs_proposers(config):
+        found = {Gateway.__name__: config.gateway, ProposerReplica.__name__: config.proposer}
     if runs_selectors(config):
         found[SelectorReplica.__name__] = config.selector
     return found

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from s2t_shared.bundled import BUNDLED
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError, S2TError
-from services.app import APPLICATION, build_application, placements
+from services.app import APPLICATION, build_application, placements, runs_proposers
 from services.serve.nodes import (
     Node,
     awaited,
@@ -47,14 +47,15 @@ def start_serve() -> None:
 
 
 def deploy(config: Config, say: Say) -> list[str]:
-    """Deploy the service, or what changed of it; returns host:port of each gateway.
+    """Deploy the service, or what changed of it; returns `find_addresses`.
 
     Raises:
         ConfigError: the settings do not do for this cluster, or the service did not start.
     """
     nodes = find_nodes()
     check_spread(config, nodes)
-    check_folder(config.data_dir, nodes)
+    if runs_proposers(config):
+        check_folder(config.data_dir, nodes)
     for word in words_before(config, nodes):
         say(f"warning: {word}")
     with watched(config, say):
@@ -64,13 +65,17 @@ def deploy(config: Config, say: Say) -> list[str]:
             raise ConfigError(f"the service did not start: {_reason(error)}") from error
     if word := no_training_room(config, find_nodes()):
         say(f"warning: {word}")
-    return gateway_addresses()
+    return find_addresses()
 
 
-def gateway_addresses() -> list[str]:
-    """host:port of each gateway of the application."""
-    gateway = serve.get_deployment_handle("Gateway", APPLICATION)
-    found = gateway.broadcast("address").results(timeout_s=ADDRESS_TIMEOUT_S)
+def find_addresses() -> list[str]:
+    """host:port of each gateway of the application; of selectors alone, theirs.
+
+    Raises:
+        Exception: of any kind, from Serve; they do not say.
+    """
+    entry = serve.get_app_handle(APPLICATION)
+    found = entry.broadcast("address").results(timeout_s=ADDRESS_TIMEOUT_S)
     return sorted(str(address) for address in found)
 
 
@@ -79,6 +84,8 @@ def gateway_addresses() -> list[str]:
 
 def words_before(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     """What works, but not as one might think."""
+    if not runs_proposers(config):
+        return
     if config.calibration.prompts is None and config.slm.model != BUNDLED:
         yield (
             "calibration.prompts is not set: thresholds are calibrated on generic questions, and a "
@@ -92,6 +99,8 @@ def words_before(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 def no_training_room(config: Config, nodes: Sequence[Node]) -> str:
     """What `s2t train` would wait for beside this service; "" where it has room."""
     training = config.training
+    if not runs_proposers(config):
+        return ""
     needs = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     needs = {name: amount for name, amount in needs.items() if amount}
     if room_for(needs, nodes) >= training.workers:

@@ -15,6 +15,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure
@@ -22,12 +25,13 @@ from s2t_shared.errors import ConfigError
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import check_same_tokenizer
-from services.app import APPLICATION, runs_selectors
+from services.app import APPLICATION, runs_proposers, runs_selectors
 from services.launch.deploy import Say, deploy, start_serve
 from services.launch.redis_server import open_redis
 from services.launch.service_record import recorded
 from services.rpc import channels
 
+logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OBJECT_STORE_BYTES = 256 << 20
 PROBE_TIMEOUT_S = 5.0
@@ -66,6 +70,8 @@ def check_models(config: Config) -> None:
         ModelLoadError: a model is missing.
         TokenizerMismatchError: the two tokenize differently.
     """
+    if not runs_proposers(config):
+        return
     folder = resolve_model(config.slm.model, weights=False)
     slm = Tokenizer.load(folder, config.slm.chat_template)
     if runs_selectors(config):
@@ -137,6 +143,9 @@ def existing_ray(address: str = "") -> Iterator[bool]:
     named = os.environ.get("RAY_ADDRESS", "") or "auto"
     if address and _listens(address):
         named = address
+        # As Ray does for a cluster that it finds itself: one of `ray.init` asks for this user's
+        # token.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     joined = named != "local" and _join(named, QUIET)
     try:
         yield joined

@@ -10,7 +10,7 @@ from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from services.app import APPLICATION
 from services.client import Client
-from services.launch.deploy import gateway_addresses, waits
+from services.launch.deploy import find_addresses, waits
 from services.launch.local import existing_ray
 from services.launch.service_record import read_record
 from services.rpc import channels
@@ -50,19 +50,21 @@ def status(config: Config) -> ServiceStatus:
         waiting = waits(config)
         roles = {
             name: RoleStatus(
-                {str(state.value): count for state, count in role.replica_states.items()},
+                {str(state): count for state, count in role.replica_states.items()},
                 waiting.get(name, ""),
             )
             for name, role in application.deployments.items()
         }
         try:
-            addresses = tuple(gateway_addresses())
+            addresses = tuple(find_addresses())
         except Exception:  # noqa: BLE001 - the border to Serve: it may raise anything here
             addresses = ()
     state = str(application.status.value)
     if not addresses:
         error = "no gateway answers"
         return ServiceStatus(state, application.message, roles=roles, error=error)
+    if "Gateway" not in roles:  # selectors alone
+        return ServiceStatus(state, application.message, addresses, roles)
     try:
         description, labels = _ask(addresses[0], config)
         return ServiceStatus(state, application.message, addresses, roles, description, labels)

@@ -27,7 +27,7 @@ from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError, S2TError
-from services.app import APPLICATION
+from services.app import APPLICATION, runs_proposers
 from services.launch.deploy import Say, deploy, start_serve
 from services.launch.local import check_models, check_port, check_security, claimed, existing_ray
 from services.launch.service_record import (
@@ -41,12 +41,13 @@ from services.launch.service_record import (
 LOG = "serve.log"
 SETTINGS = "serve.yaml"
 POLL_S = 0.1
-CONFIG_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 60.0
 
 
 def up(config: Config, say: Say) -> list[str]:
-    """Bring the service up, or what changed of it; returns host:port of each gateway.
+    """Bring the service up, or what changed of it; returns host:port of each gateway, or of each
+    selector where there are only these.
 
     Raises:
         ConfigError: a setting is wrong, or the service did not start.
@@ -58,49 +59,51 @@ def up(config: Config, say: Say) -> list[str]:
     check_models(config)
     record = read_record(config.data_dir)
     with existing_ray(record.ray if record else "") as found:
-        running = running_config() if found else None
-        if running is not None:
-            return _replace_changed(config, running, record, say)
-        if found and config.redis.url:
+        if found and _runs():
+            return _replace_changed(config, record, say)
+        if found and (config.redis.url or not runs_proposers(config)):
             return _deploy_detached(config, say)
     check_port(config)
     return _start_holder(config, say)
 
 
-def running_config() -> Config | None:
-    """What the service in this Ray cluster runs with, as its gateway says; None: there is none.
+def _runs() -> bool:
+    """Whether this Ray cluster has a service."""
+    application = serve.status().applications.get(APPLICATION)
+    return application is not None and application.status != ApplicationStatus.DELETING
+
+
+def _replace_changed(config: Config, record: ServiceRecord | None, say: Say) -> list[str]:
+    head = ray.get_runtime_context().gcs_address
+    if record is None or record.ray != head:
+        raise ConfigError(
+            f"the service in this Ray cluster is not one that `s2t up` started on data_dir="
+            f"{config.data_dir}: change it the way it was started, or end it (RAY_ADDRESS={head} "
+            "s2t down) and start this one, or give this one a Ray of its own: RAY_ADDRESS=local"
+        )
+    url = config.redis.url or _redis_in_use()
+    config = config.model_copy(update={"redis": config.redis.model_copy(update={"url": url})})
+    say("changed: " + ("; ".join(record.changes(config)) or "nothing"))
+    return _deployed(config, say, record.pid)
+
+
+def _redis_in_use() -> str | None:
+    """The Redis of the service that runs.
 
     Raises:
-        ConfigError: there is one, but its gateway does not answer.
+        ConfigError: its gateway does not answer.
     """
-    application = serve.status().applications.get(APPLICATION)
-    if application is None or application.status == ApplicationStatus.DELETING:
-        return None
+    if "Gateway" not in serve.status().applications[APPLICATION].deployments:
+        return None  # selectors alone
     try:
         gateway = serve.get_deployment_handle("Gateway", APPLICATION)
-        config: Config = gateway.config.remote().result(timeout_s=CONFIG_TIMEOUT_S)
+        url: str | None = gateway.redis_url.remote().result(timeout_s=ANSWER_TIMEOUT_S)
     except Exception as error:  # the border to Serve: it may raise anything here
         raise ConfigError(
-            f"a service is in this Ray cluster ({application.status.value}), but its gateway does "
-            "not answer, so what it runs with is not known; end it (s2t down), then s2t up"
+            "the gateway of the service that runs does not answer, so which Redis it uses is not "
+            "known; set redis.url, or end the service (s2t down) and start it again"
         ) from error
-    return config
-
-
-def _replace_changed(
-    config: Config, running: Config, record: ServiceRecord | None, say: Say
-) -> list[str]:
-    if config.data_dir != running.data_dir:
-        raise ConfigError(
-            f"the service in this Ray cluster works on data_dir={running.data_dir}, this "
-            f"configuration on {config.data_dir}; end that one first (s2t down), or give this one "
-            "a Ray of its own: RAY_ADDRESS=local"
-        )
-    url = config.redis.url or running.redis.url
-    config = config.model_copy(update={"redis": config.redis.model_copy(update={"url": url})})
-    changes = record.changes(config) if record else ["a service whose settings are not recorded"]
-    say("changed: " + ("; ".join(changes) or "nothing"))
-    return _deployed(config, say, record.pid if record else 0)
+    return url
 
 
 def _deploy_detached(config: Config, say: Say) -> list[str]:

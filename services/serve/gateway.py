@@ -33,9 +33,9 @@ class Gateway:
             host = ray.util.get_node_ip_address()
         return f"{host}:{self._server.port}"
 
-    async def config(self) -> Config:
-        """What it was started with: the settings that it reads."""
-        return self._config
+    async def redis_url(self) -> str | None:
+        """The Redis in use: also one that `s2t up` has started."""
+        return self._config.redis.url
 
     async def __del__(self) -> None:
         await self._server.stop()

@@ -102,7 +102,8 @@ def check_spread(config: Config, nodes: Sequence[Node]) -> None:
         return
     several = f"this Ray cluster has {len(nodes)} nodes"
     redis = config.redis.url
-    if redis is None or urlsplit(redis).hostname in LOOPBACK:
+    has_labels = config.proposer.replicas > 0
+    if has_labels and (redis is None or urlsplit(redis).hostname in LOOPBACK):
         what = "on loopback" if redis else "that `s2t` starts itself"
         raise ConfigError(
             f"{several}, and a Redis {what} is reached from one only: labels of the others would "
