@@ -26,7 +26,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from s2t_shared.config import Config, Placement, ScaledPlacement, check_exposure, load_config
 from s2t_shared.errors import ConfigError
-from services.serve import nodes, scaling
+from services import nodes
+from services.serve import scaling
 from services.serve.gateway import Gateway
 from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica

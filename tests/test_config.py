@@ -1,19 +1,13 @@
-"""Configuration and launch files: precedence, refusals with the nearest name, and what Ray's own
-schemas accept."""
+"""Configuration: precedence, and refusals with the nearest name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from s2t_shared.config import Config, check_exposure, load_config
 from s2t_shared.errors import ConfigError
-from services.app import build
-
-CLUSTER = Path(__file__).parent.parent / "cluster"
 
 
 def test_command_line_over_environment_over_file_over_default(tmp_path: Path) -> None:
@@ -78,63 +72,40 @@ def test_exposed_servers_need_tls_and_a_token() -> None:
     )
 
 
-def deployments(application: object) -> dict[str, dict]:
-    """Deployment name -> Ray actor options, walking the bound graph."""
-    found: dict[str, dict] = {}
-    waiting = [application._bound_deployment]  # type: ignore[attr-defined]
-    while waiting:
-        deployment = waiting.pop()
-        found[deployment.name] = deployment.ray_actor_options
-        waiting += [
-            a._bound_deployment for a in deployment.init_args if hasattr(a, "_bound_deployment")
-        ]
-    return found
+def test_kubernetes_service_links_are_no_settings() -> None:
+    """K4: for a Service named s2t-redis, Kubernetes puts S2T_REDIS_PORT=tcp://... and more into
+    each pod, which used to end every process of ours there; a misspelt setting still does."""
+    links = {
+        "S2T_REDIS_SERVICE_HOST": "10.0.0.1",
+        "S2T_REDIS_SERVICE_PORT": "6379",
+        "S2T_REDIS_SERVICE_PORT_REDIS": "6379",
+        "S2T_REDIS_PORT": "tcp://10.0.0.1:6379",
+        "S2T_REDIS_PORT_6379_TCP": "tcp://10.0.0.1:6379",
+        "S2T_REDIS_PORT_6379_TCP_PROTO": "tcp",
+        "S2T_REDIS_PORT_6379_TCP_PORT": "6379",
+        "S2T_REDIS_PORT_6379_TCP_ADDR": "10.0.0.1",
+        "S2T_GATEWAY_SERVICE_PORT_GRPC": "50051",
+        "S2T_SERVICE_HOST": "10.0.0.2",
+        "S2T_PORT": "tcp://10.0.0.2:1",
+    }
+    assert load_config(environment=links) == load_config(environment={})
+    config = load_config(environment={**links, "S2T_GATEWAY__PORT": "7"})
+    assert config.gateway.port == 7
+    with pytest.raises(ConfigError, match="unknown setting"):
+        load_config(environment={"S2T_GATEWAY_PROT": "1"})
 
 
-def test_laptop_file_builds_the_application() -> None:
-    graph = deployments(
-        build({"config": str(CLUSTER / "laptop.yaml"), "redis.url": "redis://127.0.0.1:1/0"})
-    )
-    assert set(graph) == {"Gateway", "ProposerReplica", "SelectorReplica"}
-    assert all(options["num_gpus"] == 0 for options in graph.values())
+@pytest.mark.parametrize(
+    ("replicas", "most", "scales"), [(1, None, False), (2, 2, False), (1, 4, True)]
+)
+def test_replicas_scale_between_two_numbers(replicas: int, most: int | None, scales: bool) -> None:
+    overrides = {"proposer.replicas": replicas, "proposer.max_replicas": most}
+    assert load_config(None, overrides, environment={}).proposer.scales is scales
 
 
-def test_reference_file_places_by_accelerator_and_resource() -> None:
-    """The SLM goes to the small GPUs, the 32B LLM to the large one."""
-    graph = deployments(build({"config": str(CLUSTER / "reference.yaml")}))
-    slm, llm = graph["ProposerReplica"], graph["SelectorReplica"]
-    assert (slm["num_gpus"], slm["resources"]) == (
-        1,
-        {"slm_node": 1} | {k: v for k, v in slm["resources"].items() if "accelerator" in k},
-    )
-    assert (llm["num_gpus"], llm["resources"]["llm_node"]) == (1, 1)
-    assert "L4" in str(slm) and "H100" in str(llm)
-
-
-def test_serve_files_pass_rays_schema() -> None:
-    direct = yaml.safe_load((CLUSTER / "serve.yaml").read_text(encoding="utf-8"))
-    manifest = yaml.safe_load((CLUSTER / "k8s/rayservice.yaml").read_text(encoding="utf-8"))
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
-    for text in (direct, yaml.safe_load(manifest["spec"]["serveConfigV2"])):
-        (application,) = ServeDeploySchema.model_validate(text).applications
-        assert application.import_path == "services.app:build"
-        assert set(application.args) == {"config", "redis.url"}
-
-
-def test_rayservice_is_safe_and_reaches_the_gateway() -> None:
-    """No root, no privileges, and the gateway's port is on the service."""
-    spec = yaml.safe_load((CLUSTER / "k8s/rayservice.yaml").read_text(encoding="utf-8"))["spec"]
-    port = load_config(CLUSTER / "reference.yaml", environment={}).gateway.port
-    assert port in [p["port"] for p in spec["serveService"]["spec"]["ports"]]
-    cluster = spec["rayClusterConfig"]
-    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
-        pod = group["template"]["spec"]
-        assert pod["securityContext"]["runAsNonRoot"]
-        for container in pod["containers"]:
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "capabilities": {"drop": ["ALL"]},
-            }
+def test_more_replicas_than_at_most_are_refused() -> None:
+    with pytest.raises(ConfigError, match="replicas=3 must be 1 to max_replicas=2"):
+        load_config(None, {"selector.replicas": 3, "selector.max_replicas": 2}, environment={})
 
 
 def test_vllms_settings_need_vllm() -> None:

@@ -47,11 +47,12 @@ SHARED = {  # package or module of s2t_shared -> what else of s2t_shared it may 
 }
 SERVICES = {  # package or module of services -> what else of services it may import
     "rpc": "",
+    "nodes": "",
     "client": "rpc",
     "evaluation": "rpc",
     "serve": "rpc",
-    "app": "serve",
-    "launch": "app client rpc",
+    "app": "nodes serve",
+    "launch": "app client nodes rpc",
     "harvest": "rpc",
     "train": "app evaluation launch serve",
     "bench": "client evaluation harvest launch rpc serve train",

@@ -23,7 +23,7 @@ from s2t_shared.bundled import BUNDLED
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError, S2TError
 from services.app import APPLICATION, build_application, placements, runs_proposers
-from services.serve.nodes import (
+from services.nodes import (
     Node,
     awaited,
     check_gateway_host,

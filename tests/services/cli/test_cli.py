@@ -19,6 +19,10 @@ from services.cli.options import as_typed
 VERBS = {
     "demo",
     "serve",
+    "up",
+    "down",
+    "status",
+    "init",
     "generate",
     "harvest",
     "train",
