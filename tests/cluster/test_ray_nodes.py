@@ -82,10 +82,10 @@ class Stage:
     def say(self, line: str) -> None:
         self.said.append((time.monotonic(), line))
 
-    def ask(self, address: str, prompt: str, **settings: Any) -> Answer:
+    def ask(self, address: str, prompt: str) -> Answer:
         token = (self.secrets / "token").read_text().strip()
         with Client(address, token, self.secrets / "ca.crt", timeout_s=60) as client:
-            return client.generate(prompt, mode="s2t", budget=0.2, max_new_tokens=40, **settings)
+            return client.generate(prompt, mode="s2t", budget=0.2, max_new_tokens=40)
 
 
 def free_port() -> int:
@@ -212,16 +212,16 @@ def up_when_the_llm_comes(stage: Stage) -> list[str]:
 
 def selected(answer: Answer) -> bool:
     """Whether the LLM selected at each trigger, and there was one."""
-    return bool(answer.steps) and not any(step.degraded for step in answer.steps)
+    return answer.usage.triggers > 0 and answer.usage.degraded_steps == 0
 
 
 def llm_dies_and_comes_back(stage: Stage, addresses: list[str]) -> None:
     stage.cluster.remove_node(stage.llm_node, allow_graceful=False)
     began = time.monotonic()
-    fresh = iter(range(10**6))
+    fresh = iter(problems.problems("train", 2000))  # so that no cached selection answers
 
-    def ask() -> Answer:  # another seed each time, so that no cached selection answers
-        return stage.ask(addresses[0], PROMPTS[1], seed=next(fresh), temperature=1.0)
+    def ask() -> Answer:
+        return stage.ask(addresses[0], next(fresh).prompt)
 
     answer = wait_for("a degraded answer", lambda: degraded(ask()))
     assert answer.text
@@ -234,7 +234,7 @@ def llm_dies_and_comes_back(stage: Stage, addresses: list[str]) -> None:
 
 
 def degraded(answer: Answer) -> Answer | None:
-    return answer if any(step.degraded for step in answer.steps) else None
+    return answer if answer.usage.degraded_steps else None
 
 
 def a_proposer_is_added(stage: Stage, addresses: list[str]) -> None:

@@ -1,5 +1,5 @@
 """`cluster/README.md`: its commands name files, verbs and options that are there. Those of the
-laptop are run as they stand in `tests/services/launch/test_up.py`."""
+laptop are run as they stand in `tests/services/launch/test_up_service.py`."""
 
 from __future__ import annotations
 
