@@ -124,7 +124,7 @@ class ModelRuntime:
 
     # -- forwards ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> tuple[Tensor, list[slice]]:
         """Hidden states [N, hidden] of all segments' tokens, and each segment's slice of them."""
         order = sorted(range(len(segments)), key=lambda i: _segment_order(segments[i]))
