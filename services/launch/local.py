@@ -269,11 +269,10 @@ def check_free() -> None:
     if running is None or running.status == ApplicationStatus.DELETING:
         return
     cluster = ray.get_runtime_context().gcs_address
-    removal = f"from ray import serve; serve.delete('{APPLICATION}')"
     raise ConfigError(
-        f"a service is in this Ray cluster already ({_where()}, {running.status.value}), of "
-        "`serve deploy`, or left behind by an `s2t serve` that was killed; remove it "
-        f'(RAY_ADDRESS={cluster} python -c "{removal}"), or {OWN_RAY}'
+        f"a service is in this Ray cluster already ({_where()}, {running.status.value}), of `s2t "
+        "up` or `serve deploy`, or left behind by an `s2t serve` that was killed; end it "
+        f"(RAY_ADDRESS={cluster} s2t down), change it (s2t up), or {OWN_RAY}"
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from s2t_shared.config import Config, load_config
+from s2t_shared.errors import ConfigError
 from services.launch import deploy
 from services.nodes import Node
 
@@ -85,3 +86,25 @@ def test_training_without_room_is_said() -> None:
 def test_one_node_needs_no_shared_folder(tmp_path: Path) -> None:
     deploy.check_folder(tmp_path / "not-there", EMPTY)
     assert not (tmp_path / "not-there").exists()
+
+
+def test_a_folder_that_is_not_shared_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each node would have had labels and versions of its own. It is tried, not believed: a file is
+    looked for from each node."""
+    two = [*EMPTY, Node("n2", "10.0.0.2", {"CPU": 8}, {"CPU": 8})]
+    seen: list[bool] = []
+
+    def on_node(function: Any, node: Node) -> bool:
+        seen.append(function())
+        return seen[-1] and node.address != "10.0.0.2"
+
+    monkeypatch.setattr(deploy, "_on_node", on_node)
+    monkeypatch.setattr(deploy, "_answer", lambda asked: asked)
+    monkeypatch.setattr(ray, "wait", lambda asked, **options: None)
+    folder = tmp_path / "data"
+    with pytest.raises(ConfigError, match=r"not the same folder on 10\.0\.0\.2 as here"):
+        deploy.check_folder(folder, two)
+    assert seen == [True, True] and not list(folder.iterdir())
+    deploy.check_folder(folder, [two[0], two[0]])

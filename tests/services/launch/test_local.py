@@ -96,7 +96,7 @@ def test_one_that_was_left_behind_is_not_replaced_and_how_to_remove_it_is_said(
 ) -> None:
     serving(monkeypatch, ApplicationStatus.RUNNING, "127.0.0.1:50051")
     claims = FakeClaims(monkeypatch)
-    removal = r"RAY_ADDRESS=10.0.0.1:6379 python -c .*serve.delete\('s2t'\)"
+    removal = r"RAY_ADDRESS=10.0.0.1:6379 s2t down"
     with pytest.raises(ConfigError, match=removal):
         with local.claimed():
             pass
