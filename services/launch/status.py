@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from ray import serve
 
@@ -14,6 +14,8 @@ from services.launch.deploy import find_addresses, waits
 from services.launch.local import existing_ray
 from services.launch.service_record import read_record
 from services.rpc import channels
+
+ANSWER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RoleStatus:
 class ServiceStatus:
     """A service. state: Serve's, "DOWN" for none. addresses: host:port of each gateway.
 
-    description, labels: what the gateway says, by name; error: why it says nothing.
+    description, labels: what the gateway says, by name; error: what it does not say, and why.
     """
 
     state: str
@@ -60,31 +62,31 @@ def status(config: Config) -> ServiceStatus:
         except Exception:  # noqa: BLE001 - the border to Serve: it may raise anything here
             addresses = ()
     state = str(application.status.value)
+    shown = ServiceStatus(state, application.message, addresses, roles)
     if not addresses:
-        error = "no gateway answers"
-        return ServiceStatus(state, application.message, roles=roles, error=error)
+        return replace(shown, error="no gateway answers")
     if "Gateway" not in roles:  # selectors alone
-        return ServiceStatus(state, application.message, addresses, roles)
-    try:
-        description, labels = _ask(addresses[0], config)
-        return ServiceStatus(state, application.message, addresses, roles, description, labels)
-    except S2TError as error:
-        return ServiceStatus(state, application.message, addresses, roles, error=str(error))
+        return shown
+    return _with_answers(shown, config)
 
 
-def _ask(address: str, config: Config) -> tuple[dict[str, object], dict[str, int]]:
-    """What the gateway says of the service, and of its labels' way into the lake."""
+def _with_answers(shown: ServiceStatus, config: Config) -> ServiceStatus:
+    """With what the gateway says of the service, and of its labels' way into the lake."""
     security = config.security
-    token = channels.read_token(security.token_file)
-    with Client(address, token, security.authority, timeout_s=10.0) as client:
-        service = client.describe()
-        counts = client.count_labels(flush=False)
-    description: dict[str, object] = {
-        "slm": service.slm_digest,
-        "llm": service.llm_digest or "none yet",
-        "llm_reachable": service.llm_reachable,
-        "live_version": service.live_version or "none",
-        "canary_version": service.canary_version or "none",
-        "proposers": service.proposers,
-    }
-    return description, asdict(counts)
+    try:
+        token = channels.read_token(security.token_file)
+        client = Client(shown.addresses[0], token, security.authority, timeout_s=ANSWER_TIMEOUT_S)
+        with client:
+            service = client.describe()
+            description: dict[str, object] = {
+                "slm": service.slm_digest,
+                "llm": service.llm_digest or "none yet",
+                "llm_reachable": service.llm_reachable,
+                "live_version": service.live_version or "none",
+                "canary_version": service.canary_version or "none",
+                "proposers": service.proposers,
+            }
+            shown = replace(shown, description=description)
+            return replace(shown, labels=asdict(client.count_labels(flush=False)))
+    except S2TError as error:
+        return replace(shown, error=str(error))
