@@ -27,12 +27,12 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from s2t_shared.config import Config, Placement, ScaledPlacement, check_exposure, load_config
 from s2t_shared.errors import ConfigError
 from services import nodes
+from services.roles import runs_proposers, runs_selectors
 from services.serve import scaling
 from services.serve.gateway import Gateway
 from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica
 
-APPLICATION = "s2t"
 CONTROL_CALLS = 64  # slots for health checks and address look-ups, beside the answers in progress
 # Sections that a kind of replica does not read. A new section is read by all, until it is here.
 NOT_READ: dict[type, tuple[str, ...]] = {
@@ -109,26 +109,6 @@ def _gateway(config: Config, proposers: serve.Application) -> serve.Application:
         max_ongoing_requests=CONTROL_CALLS,
         **_one_per_node(config.gateway.port),
     ).bind(_read_by(Gateway, config), proposers)
-
-
-def runs_selectors(config: Config) -> bool:
-    """Whether the service runs selectors of its own: not those at configured addresses."""
-    return not config.selector.addresses and config.selector.replicas > 0
-
-
-def runs_proposers(config: Config) -> bool:
-    """Whether it is a whole service, with a gateway: not the selectors alone."""
-    return config.proposer.replicas > 0
-
-
-def placements(config: Config) -> dict[str, Placement]:
-    """Where the replicas of each deployment go, by its name in Serve; the entry is the first."""
-    found: dict[str, Placement] = {}
-    if runs_proposers(config):
-        found = {Gateway.__name__: config.gateway, ProposerReplica.__name__: config.proposer}
-    if runs_selectors(config):
-        found[SelectorReplica.__name__] = config.selector
-    return found
 
 
 def _read_by(kind: type, config: Config) -> Config:

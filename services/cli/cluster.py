@@ -54,7 +54,7 @@ def up(
 
 def down(config: ConfigFile = None, data_dir: DataDir = None) -> None:
     """End the service that `s2t up` left running."""
-    from services.launch.up import down as bring_down
+    from services.launch.down import down as bring_down
 
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
     bring_down(resolved.data_dir, say)

@@ -22,22 +22,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from s2t_shared.bundled import BUNDLED
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError, S2TError
-from services.app import APPLICATION, build_application, placements, runs_proposers
-from services.nodes import (
-    Node,
-    awaited,
-    check_gateway_host,
-    check_spread,
-    find_nodes,
-    needs_of,
-    room_for,
-)
+from services.app import build_application
+from services.launch.running import find_addresses, waits
+from services.nodes import Node, check_gateway_host, check_spread, find_nodes, room_for
+from services.roles import APPLICATION, runs_proposers
 
 Say = Callable[[str], None]
 WATCH_EVERY_S = 2.0
 PATIENCE_S = 4.0  # a replica that Ray has not placed by then waits for something
 FOLDER_TIMEOUT_S = 30.0
-ADDRESS_TIMEOUT_S = 30.0
 
 
 def start_serve() -> None:
@@ -66,17 +59,6 @@ def deploy(config: Config, say: Say) -> list[str]:
     if word := no_training_room(config, find_nodes()):
         say(f"warning: {word}")
     return find_addresses()
-
-
-def find_addresses() -> list[str]:
-    """host:port of each gateway of the application; of selectors alone, theirs.
-
-    Raises:
-        Exception: of any kind, from Serve; they do not say.
-    """
-    entry = serve.get_app_handle(APPLICATION)
-    found = entry.broadcast("address").results(timeout_s=ADDRESS_TIMEOUT_S)
-    return sorted(str(address) for address in found)
 
 
 # -- before and after -----------------------------------------------------------------------------
@@ -186,37 +168,6 @@ def watched(config: Config, say: Say) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def waits(config: Config) -> dict[str, str]:
-    """What replicas that have no node wait for, in words, by the name of their deployment."""
-    unplaced = _unplaced()
-    nodes = find_nodes()
-    found = {}
-    for name, placement in placements(config).items():
-        count = unplaced.get(name, 0)
-        lacking = awaited(needs_of(placement), nodes) if count else ""
-        if lacking:
-            found[name] = (
-                f"waiting for a node for {count} {name}: {lacking}; add such a node to the Ray "
-                f"cluster, or change {SECTIONS[name]}.*"
-            )
-    return found
-
-
-SECTIONS = {"Gateway": "gateway", "ProposerReplica": "proposer", "SelectorReplica": "selector"}
-
-
-def _unplaced() -> dict[str, int]:
-    """Replicas without a node, by deployment. Serve says it itself after 30 s only, in a log."""
-    counts: dict[str, int] = {}
-    for actor in ray._private.state.actors().values():
-        application, _, rest = actor["Name"].removeprefix("SERVE_REPLICA::").partition("#")
-        pending = actor["State"] in ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
-        if application == APPLICATION and pending and not actor["Address"]["Port"]:
-            name = rest.partition("#")[0]
-            counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 # -- what went wrong ------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from ray import serve
 
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
-from services.app import APPLICATION
 from services.client import Client
-from services.launch.deploy import find_addresses, waits
-from services.launch.local import existing_ray
+from services.launch.ray_connection import existing_ray
+from services.launch.running import find_addresses, waits
 from services.launch.service_record import read_record
+from services.roles import APPLICATION
 from services.rpc import channels
 
 ANSWER_TIMEOUT_S = 10.0

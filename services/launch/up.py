@@ -1,4 +1,4 @@
-"""`s2t up` and `s2t down`: a service that stays when the command ends.
+"""`s2t up`: a service that stays when the command ends. `down` ends it.
 
 On a Ray cluster with a Redis of its own, Serve keeps the service. Elsewhere somebody must hold what
 the service needs: a process in the background that does what `s2t serve` does.
@@ -11,8 +11,6 @@ the service needs: a process in the background that does what `s2t serve` does.
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,23 +24,17 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import Config
-from s2t_shared.errors import ConfigError, S2TError
-from services.app import APPLICATION, runs_proposers
+from s2t_shared.errors import ConfigError
 from services.launch.deploy import Say, deploy, start_serve
-from services.launch.local import check_models, check_port, check_security, claimed, existing_ray
-from services.launch.service_record import (
-    ServiceRecord,
-    find_service,
-    read_record,
-    remove_record,
-    write_record,
-)
+from services.launch.local import check_models, check_port, check_security, claimed
+from services.launch.ray_connection import existing_ray
+from services.launch.service_record import ServiceRecord, find_service, read_record, write_record
+from services.roles import APPLICATION, runs_proposers
 
 LOG = "serve.log"
 SETTINGS = "serve.yaml"
 POLL_S = 0.1
 ANSWER_TIMEOUT_S = 30.0
-END_TIMEOUT_S = 60.0
 
 
 def up(config: Config, say: Say) -> list[str]:
@@ -176,51 +168,3 @@ def _write_private(file: Path, text: str) -> None:
     file.unlink(missing_ok=True)
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
-
-
-# -- down -----------------------------------------------------------------------------------------
-
-
-def down(data_dir: Path, say: Say) -> None:
-    """End the service on this data folder, or the one in the Ray cluster that is found.
-
-    Raises:
-        ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
-        S2TError: the service did not end in time.
-    """
-    record = read_record(data_dir)
-    if record is not None and _holds(record):
-        _end_holder(record)
-        say(f"ended the service at {record.address}")
-        return
-    with existing_ray(record.ray if record else "") as found:
-        application = serve.status().applications.get(APPLICATION) if found else None
-        if application is None:
-            say("no service runs")
-        else:
-            serve.delete(APPLICATION)
-            say("ended the service in the Ray cluster; Ray itself still runs")
-    remove_record(data_dir)
-
-
-def _holds(record: ServiceRecord) -> bool:
-    """Whether the process that holds the recorded service lives, here."""
-    if not record.pid or record.host not in ("", socket.gethostname()):
-        return False
-    try:
-        command = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return b"serve" in command
-
-
-def _end_holder(record: ServiceRecord) -> None:
-    os.kill(record.pid, signal.SIGTERM)
-    give_up = time.monotonic() + END_TIMEOUT_S
-    while _holds(record):
-        if time.monotonic() > give_up:
-            raise S2TError(
-                f"process {record.pid} was told to end the service {END_TIMEOUT_S:.0f} s ago, and "
-                f"still runs; look at it, or end it: kill -KILL {record.pid}"
-            )
-        time.sleep(POLL_S)

@@ -28,11 +28,12 @@ from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, S2TError
 from s2t_shared.types import Answer
 from services import nodes
-from services.app import APPLICATION
 from services.client import Client
+from services.launch.down import down
 from services.launch.redis_server import RedisServer, open_redis
 from services.launch.status import status
-from services.launch.up import down, up
+from services.launch.up import up
+from services.roles import APPLICATION
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 FILES = Path(__file__).parent.parent.parent / "cluster"

@@ -9,7 +9,8 @@ import pytest
 
 from s2t_shared.config import load_config
 from s2t_shared.errors import ConfigError
-from services.app import build_application, placements
+from services.app import build_application
+from services.roles import placements
 
 
 def graph(**overrides: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import ray
 
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError
-from services.launch import deploy
+from services.launch import deploy, running
 from services.nodes import Node
 
 EMPTY = [Node("n1", "10.0.0.1", {"CPU": 8}, {"CPU": 8})]
@@ -39,8 +39,8 @@ def test_what_an_unplaced_replica_waits_for_is_named(monkeypatch: pytest.MonkeyP
     ]
     state = SimpleNamespace(actors=lambda: dict(enumerate(actors)))
     monkeypatch.setattr(ray._private, "state", state)
-    monkeypatch.setattr(deploy, "find_nodes", lambda: EMPTY)
-    found = deploy.waits(config_of(selector__resources={"llm_node": 1}))
+    monkeypatch.setattr(running, "find_nodes", lambda: EMPTY)
+    found = running.waits(config_of(selector__resources={"llm_node": 1}))
     assert set(found) == {"SelectorReplica"}
     assert "1 SelectorReplica: no node has llm_node (1)" in found["SelectorReplica"]
     assert "selector.*" in found["SelectorReplica"]

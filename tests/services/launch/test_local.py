@@ -13,8 +13,8 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.errors import ConfigError
-from services.app import APPLICATION
 from services.launch import local
+from services.roles import APPLICATION
 
 
 class FakeHandle:

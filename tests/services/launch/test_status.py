@@ -3,6 +3,8 @@ are fakes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +16,9 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import load_config
-from services.app import APPLICATION
 from services.launch import status as module
 from services.launch.status import ServiceStatus
+from services.roles import APPLICATION
 from tests.helpers.serving import FixedVersions, local_selector, proposer_service, with_gateway
 
 WAIT = "waiting for a node for 1 SelectorReplica: no node has GPU (1)"
@@ -84,3 +86,10 @@ def test_selectors_alone_have_no_gateway_to_ask(
 
 def test_no_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found(monkeypatch, tmp_path, [], state=None) == ServiceStatus("DOWN")
+
+
+def test_looking_after_a_service_loads_no_models_code() -> None:
+    """torch and transformers took three quarters of the time of `s2t status` and `s2t down`."""
+    code = "import sys, services.launch.status, services.launch.down; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

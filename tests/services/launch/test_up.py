@@ -22,9 +22,10 @@ from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError
-from services.app import APPLICATION
+from services.launch import down as down_module
 from services.launch import up as module
 from services.launch.service_record import FILE, read_record, write_record
+from services.roles import APPLICATION
 
 HEAD = "10.0.0.1:6379"
 REDIS = "redis://:secret@10.0.0.9:6379/0"
@@ -48,6 +49,7 @@ class FakeCluster:
         self.redis_url = gateway
         self.result = gateway.result
         monkeypatch.setattr(module, "existing_ray", self.existing)
+        monkeypatch.setattr(down_module, "existing_ray", self.existing)
         monkeypatch.setattr(serve, "status", self.serve_status)
         monkeypatch.setattr(serve, "delete", self.delete)
         monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: self)
@@ -200,7 +202,7 @@ def test_up_waits_for_its_holder_and_down_ends_it(holder: list[int], tmp_path: P
     real_kill = os.kill
     try:
         os.kill = reap  # type: ignore[assignment]
-        module.down(folder, said.append)
+        down_module.down(folder, said.append)
     finally:
         os.kill = real_kill
     assert signalled == [(holder[0], signal.SIGTERM)]
@@ -218,7 +220,7 @@ def test_down_signals_no_stranger(cluster: FakeCluster, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as stranger:
         write_record(config_of(tmp_path), "127.0.0.1:1", HEAD, stranger.pid)
         said: list[str] = []
-        module.down(tmp_path, said.append)
+        down_module.down(tmp_path, said.append)
         time.sleep(0.1)
         assert stranger.poll() is None
         stranger.kill()
@@ -229,5 +231,5 @@ def test_down_signals_no_stranger(cluster: FakeCluster, tmp_path: Path) -> None:
 def test_down_removes_the_application_and_leaves_ray(cluster: FakeCluster, tmp_path: Path) -> None:
     cluster.status = ApplicationStatus.RUNNING
     write_record(config_of(tmp_path), "127.0.0.1:1", HEAD)
-    module.down(tmp_path, print)
+    down_module.down(tmp_path, print)
     assert cluster.deleted == 1 and read_record(tmp_path) is None
