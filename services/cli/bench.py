@@ -483,7 +483,7 @@ def curve(
     from services.bench.curve import KINDS, CurveSettings, bench_curve
     from services.bench.curve_answers import PLAIN
     from services.bench.curve_report import draw, tables
-    from services.evaluation import load_problems
+    from services.evaluation.problems import load_problems
 
     sizes = numbers(counts, "--counts")
     asked = {"none": [], "last": [max(sizes)]}.get(accuracy_at)

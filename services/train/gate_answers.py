@@ -33,7 +33,7 @@ from s2t_shared.types import (
     Trigger,
 )
 from s2t_shared.versions.gate import Paired
-from services.evaluation import Problem, load_problems
+from services.evaluation.problems import Problem, load_problems
 
 MAX_NEW_TOKENS = 256
 UNHARVESTED_SEED = 1_000_000  # of bundled training problems that no harvest of ours uses

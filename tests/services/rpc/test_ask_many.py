@@ -31,7 +31,9 @@ def test_outcomes_are_in_input_order(tmp_path: Path) -> None:
 
     def work(address: str) -> list[Outcome]:
         assert describe(Target(address)).slm_digest
-        return answer_all(Target(address), iter(requests), on_answer=seen.append)
+        return answer_all(
+            Target(address), iter(requests), on_answer=lambda _, outcome: seen.append(outcome)
+        )
 
     first, refused, last = with_gateway(tmp_path, proposer_service(), work)
     assert isinstance(first, Answer) and first.text == LLM_TEXT
