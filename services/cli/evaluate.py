@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +15,17 @@ import typer
 from s2t_shared.errors import ConfigError, InvalidRequestError, ModelLoadError
 from services.cli.options import (
     Address,
+    BatchSize,
+    Chat,
     ConfigFile,
     DataDir,
+    Device,
+    Dtype,
+    GroupColumn,
     Json,
+    PromptColumn,
+    PromptTemplate,
+    Threads,
     TokenFile,
     settings,
     target,
@@ -27,6 +36,8 @@ from services.cli.progress import Progress, progress
 if TYPE_CHECKING:
     from s2t_shared.config import Config
     from services.evaluation.answering import Answerer
+    from services.evaluation.modes import ModeSpec
+    from services.evaluation.report import Evaluated
 
 ANSWERS = "answers.jsonl"
 
@@ -35,7 +46,8 @@ def evaluate(
     problems: Annotated[
         str | None,
         typer.Argument(
-            help='JSONL with "answer" beside the prompt, reasoning-gym:FAMILY, or bundled (default)'
+            help="file, folder or hub id of questions with answers, reasoning-gym:FAMILY, or "
+            "bundled (default)"
         ),
     ] = None,
     slm: Annotated[
@@ -57,6 +69,12 @@ def evaluate(
     ] = 100,
     max_new_tokens: Annotated[int, typer.Option()] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="ends an answer; may be repeated")] = None,
+    prompt_column: PromptColumn = None,
+    template: PromptTemplate = None,
+    chat: Chat = False,
+    group_column: GroupColumn = None,
+    answer_column: Annotated[str, typer.Option(help="where the right answer stands")] = "answer",
+    split: Annotated[str, typer.Option(help="of a data set")] = "test",
     grader: Annotated[
         str, typer.Option(help="number, exact, choice, math, or module:function")
     ] = "number",
@@ -65,10 +83,10 @@ def evaluate(
         Path | None,
         typer.Option(help="folder of the report; the same command resumes what is in it"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="with --slm: answers at once")] = 16,
-    dtype: Annotated[str, typer.Option(help="with --slm: float32 or bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="with --slm: cpu, cuda, ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="with --slm: CPU threads")] = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = None,
     calibration_prompts: Annotated[
         Path | None, typer.Option(help="with --slm: training prompts to calibrate budgets on")
     ] = None,
@@ -82,13 +100,12 @@ def evaluate(
 
     Prints a table; --out DIR also writes report.html, report.md, report.json and all answers.
     """
-    from services.evaluation.figures import row_of, sufficiency
+    from s2t_shared.data.prompts import PromptSource
     from services.evaluation.journal import Journal
     from services.evaluation.modes import rows
-    from services.evaluation.problems import problems_of
-    from services.evaluation.report import Evaluated, row_figures, write_report
-    from services.evaluation.run import EvaluationSettings, run_row, score_rollouts
-    from services.evaluation.terminal import table
+    from services.evaluation.problems import Reading, problems_of
+    from services.evaluation.report import Evaluated
+    from services.evaluation.run import EvaluationSettings, run_all
 
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
     specs = rows(
@@ -97,18 +114,29 @@ def evaluate(
         _numbers(budget, float, "--budget"),
         _numbers(candidates or str(resolved.defaults.candidates), int, "--candidates"),
     )
-    items = problems_of(
-        problems, count, pattern=resolved.defaults.answer_pattern, grader=grader, seed=seed
+    source = problems or "bundled"
+    reading = Reading(
+        rows=PromptSource(
+            source=source,
+            split=split,
+            group_column=group_column,
+            prompt_column=prompt_column,
+            template=template,
+            chat=chat,
+        ),
+        answer_column=answer_column,
+        pattern=resolved.defaults.answer_pattern,
+        grader=grader,
+        seed=seed,
     )
+    items = problems_of(source, count, reading)
     if not items:
-        raise ConfigError(f"{problems or 'bundled'}: no problem; is the file empty?")
+        raise ConfigError(f"{source}: no problem; is the file empty?")
     if slm is None:
         _refuse_without_slm(llm, selector)
-        answerer: Answerer = _service(address, config, token_file, resolved)
+        answerer = _service(address, config, token_file, resolved)
     else:
-        asks_llm = any(spec.mode.asks_llm or spec.asks_llm_all_along for spec in specs)
-        if llm is None and asks_llm:
-            raise InvalidRequestError("these modes ask the LLM; give --llm, or other --modes")
+        _refuse_without_llm(llm, specs)
         answerer = _pair(
             slm,
             llm,
@@ -125,32 +153,38 @@ def evaluate(
     )
     identity = asked.identity(answerer, items)
     journal = Journal.open(out / ANSWERS if out else None, identity)
-    shown = _progress(json_out)
-    _warm_up(answerer, items[:8], asked)
-    found = []
-    for spec in specs:
-        with shown(spec.label, len(items) * spec.samples) as bar:
-            run_row(answerer, spec, items, asked, journal, bar.advance)
-        found.append(row_of(spec, items, journal))
-    hits = None
-    if out is not None and scored and identity["llm"]:
-        part = items[:scored]
-        with shown("scored answers", len(part)) as bar:
-            score_rollouts(answerer, part, asked, journal, bar.advance)
-        hits = sufficiency([journal.rollouts[p.id] for p in part if p.id in journal.rollouts])
+    to_score = scored if out is not None and identity["llm"] else 0
+    found, hits = run_all(answerer, specs, items, asked, journal, to_score, _watch(json_out))
     about = {
-        "problems": f"{problems or 'bundled'}, {len(items)}",
+        "problems": f"{source}, {len(items)}",
         "SLM": slm or "of the service",
         "LLM": llm or ("of the service" if slm is None else "none"),
-        "local selector": identity["local_selector"] or "none",
-        "answers": f"up to {max_new_tokens} tokens, seed {seed}",
         "grader": grader,
-        "digests": f"SLM {identity['slm'][:12]}, LLM {identity['llm'][:12] or 'none'}",
-        "machine": _machine(),
-        "command": "s2t " + " ".join(sys.argv[1:]),
+        **_about(identity),
     }
-    title = f"{len(items)} problems of {problems or 'bundled'}"
-    evaluated = Evaluated(title=title, rows=found, problems=items, hits=hits, about=about)
+    title = f"{len(items)} problems of {source}"
+    _show(Evaluated(title=title, rows=found, problems=items, hits=hits, about=about), out, json_out)
+
+
+def _about(identity: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader must know to repeat an evaluation."""
+    from services.bench.measure import machine
+
+    return {
+        "local selector": identity["local_selector"] or "none",
+        "answers": f"up to {identity['max_new_tokens']} tokens, seed {identity['seed']}",
+        "digests": f"SLM {identity['slm'][:12]}, LLM {identity['llm'][:12] or 'none'}",
+        "machine": machine(),
+        "command": "s2t " + shlex.join(sys.argv[1:]),
+    }
+
+
+def _show(evaluated: Evaluated, out: Path | None, json_out: bool) -> None:
+    """Write the report where one is wanted, and print the figures."""
+    from services.evaluation.report import row_figures, write_report
+    from services.evaluation.terminal import table
+
+    found = evaluated.rows
     if out is not None:
         for file in write_report(evaluated, out):
             print(f"s2t: wrote {file}", file=sys.stderr)
@@ -158,7 +192,7 @@ def evaluate(
         print(json.dumps({row.label: row_figures(row, found[0]) for row in found}))
         return
     console = wide_console()
-    console.print(table(found, title))
+    console.print(table(found, evaluated.title))
     console.print(f"[bold]{evaluated.verdict.headline}[/bold]", soft_wrap=True)
     for reason in evaluated.verdict.reasons:
         console.print(f"  {reason}", soft_wrap=True, markup=False)
@@ -182,6 +216,12 @@ def _refuse_without_slm(llm: str | None, selector: str) -> None:
         raise InvalidRequestError("--llm needs --slm; a service has an LLM of its own")
     if selector != "none":
         raise InvalidRequestError("--selector needs --slm; a service has its live version")
+
+
+def _refuse_without_llm(llm: str | None, specs: Sequence[ModeSpec]) -> None:
+    asking = [spec.label for spec in specs if spec.mode.asks_llm or spec.asks_llm_all_along]
+    if llm is None and asking:
+        raise InvalidRequestError(f"{asking[0]} asks the LLM; give --llm, or other --modes")
 
 
 def _service(
@@ -211,24 +251,5 @@ def _pair(
     )
 
 
-def _warm_up(answerer: Answerer, problems: Any, asked: Any) -> None:
-    """Some answers that nobody counts: the first ones are slow, and times are over the first row's.
-
-    Raises:
-        S2TError: none could be answered.
-    """
-    from services.evaluation.journal import Journal
-    from services.evaluation.modes import ModeSpec
-    from services.evaluation.run import run_row
-
-    run_row(answerer, ModeSpec(name="greedy"), problems, asked, Journal())
-
-
-def _progress(quiet: bool) -> Callable[[str, int], AbstractContextManager[Progress]]:
+def _watch(quiet: bool) -> Callable[[str, int], AbstractContextManager[Progress]]:
     return lambda what, total: progress(what, total, quiet)
-
-
-def _machine() -> str:
-    from services.bench.measure import machine
-
-    return machine()

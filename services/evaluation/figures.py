@@ -130,8 +130,8 @@ def mcnemar(rescues: int, harms: int) -> float:
 class Sufficiency:
     """How often the LLM's first choice is among the SLM's first K.
 
-    steps: that were scored. by_kl, by_entropy: {share of steps: {K: rate}}, at the top steps by that
-    signal. all_steps: {K: rate}.
+    steps: that were scored. by_kl, by_entropy: {share of steps: {K: rate}}, at the top steps by
+    that signal. all_steps: {K: rate}.
     """
 
     steps: int

@@ -54,7 +54,7 @@ def grader_for(name: str, row: Row, pattern: str = "") -> IsCorrect:
 
 def answers_match(expected: str, pattern: str = "") -> IsCorrect:
     """A grader for a stated answer: equal as text, or as a number."""
-    wanted = extract_answer(expected, pattern) or expected.strip()
+    wanted = _wanted(expected, pattern)
 
     def check(text: str) -> bool:
         found = extract_answer(text, pattern)
@@ -66,6 +66,16 @@ def answers_match(expected: str, pattern: str = "") -> IsCorrect:
         return found.strip() == wanted.strip()
 
     return check
+
+
+def _wanted(expected: str, pattern: str) -> str:
+    """The answer that a reference states: the whole of it, unless it is a worked solution."""
+    if pattern:
+        return extract_answer(expected, pattern) or expected.strip()
+    _, marked, answer = expected.rpartition("####")
+    if not marked and ("\n" in expected.strip() or "\\boxed" in expected):
+        return extract_answer(expected) or expected.strip()
+    return extract_answer(f"answer: {answer.strip()}") or answer.strip()
 
 
 def _number(text: str) -> Decimal | None:

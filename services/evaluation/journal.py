@@ -97,9 +97,10 @@ class Journal:
             self._take(json.loads(line))
 
     def _check_identity(self, file: Path, line: str) -> None:
-        kept = json.loads(line).get("evaluation")
-        if not isinstance(kept, dict):
-            raise ConfigError(f"{str(file)!r} is no evaluation; choose another --out")
+        try:
+            kept = json.loads(line)["evaluation"]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{str(file)!r} is no evaluation; choose another --out") from None
         for name, value in self.identity.items():
             if kept.get(name) != value:
                 raise ConfigError(

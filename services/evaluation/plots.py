@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH = 640
 HEIGHT = 320
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 26, 44
 LABEL_HEIGHT = 15  # pixels between two labels that would cover each other
 
 
@@ -39,29 +39,23 @@ class _Frame:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def axes(self, x_title: str, y_title: str, x_ticks: Sequence[float]) -> list[str]:
-        parts = []
-        low, high = self._y
-        for step in range(6):
-            value = low + (high - low) * step / 5
+        parts = [_text(LEFT - 6, TOP - 13, y_title, "end")]
+        low, high = (round(10 * value) for value in self._y)
+        for tenth in range(low, high + 1, 1 if high - low <= 5 else 2):
+            value = tenth / 10
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(_text(LEFT - 6, y + 4, f"{value:.0%}", "end"))
         for tick in x_ticks:
             parts.append(_text(self.x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "middle"))
-        parts.append(
-            f'<text class="title" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" '
-            f'y="12" text-anchor="middle">{escape(y_title)}</text>'
-        )
         return parts
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -> str:
-    """Marks with vertical intervals and their names. x is at least 0, y a rate."""
-    top_x = max([point.x for point in points] + [0.01]) * 1.25
-    frame = _Frame((0.0, top_x), _rates([p.low for p in points], [p.high for p in points]))
-    ticks = [round(top_x * i / 4, 3) for i in range(5)]
-    parts = frame.axes(x_title, y_title, ticks)
+    """Marks with vertical intervals and their names. x is from 0 to 1, y a rate."""
+    frame = _Frame((-0.02, 1.1), _rates([p.low for p in points], [p.high for p in points]))
+    parts = frame.axes(x_title, y_title, [0.0, 0.25, 0.5, 0.75, 1.0])
     taken: list[tuple[float, float]] = []
     for number, point in enumerate(points):
         x, y = frame.x(point.x), frame.y(point.y)
@@ -74,10 +68,15 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -
     return _svg(parts, caption)
 
 
-def bars(groups: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], caption: str) -> str:
+def bars(
+    groups: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    y_title: str,
+    caption: str,
+) -> str:
     """Bars of rates, by group and series, with a legend."""
     frame = _Frame((0.0, float(len(groups))), (0.0, 1.0))
-    parts = frame.axes("", "rate", [])
+    parts = frame.axes("", y_title, [])
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series):
         for place, value in enumerate(values):
@@ -126,5 +125,5 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _svg(parts: Sequence[str], caption: str) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">{body}</svg>'
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">'
+    return head + "".join(parts) + "</svg>"

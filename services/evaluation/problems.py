@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2t_shared.bundled import problems as pair_problems
-from s2t_shared.data.prompts import read_prompts
+from s2t_shared.data.prompts import PromptSource, read_problems
 from s2t_shared.data.templates import prompt_group, tell_templates_apart
 from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.types import Prompt
@@ -35,45 +35,56 @@ class Problem:
     expected: str = ""
 
 
-def problems_of(
-    source: str | None, count: int, *, pattern: str = "", grader: str = "number", seed: int = 0
-) -> list[Problem]:
-    """Problems of "bundled" (also None), of "reasoning-gym:family", or of a JSONL file.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How problems are read and graded; the bundled and reasoning-gym's bring their own.
 
-    grader, pattern: see `graders`; the bundled and reasoning-gym's problems bring their own.
+    rows: how a row of a data set becomes a prompt; None for plain JSONL. answer_column: where the
+    right answer stands. pattern, grader: see `graders`. seed: of reasoning-gym.
+    """
+
+    rows: PromptSource | None = None
+    answer_column: str = "answer"
+    pattern: str = ""
+    grader: str = "number"
+    seed: int = 0
+
+
+def problems_of(
+    source: str | Path | None, count: int, reading: Reading = Reading()
+) -> list[Problem]:
+    """The first problems of "bundled" (also None), of "reasoning-gym:family", or of a data set.
 
     Raises:
-        ConfigError: the source cannot be read, or has no problem with an answer.
+        ConfigError: the source cannot be read, or a row has no prompt or no answer.
     """
     if source is None or source == "bundled":
         return bundled_problems(count)
-    if source.startswith(GYM):
-        return _gym_problems(source.removeprefix(GYM), count, seed)
-    return load_problems(Path(source), count, pattern, grader)
-
-
-def load_problems(
-    file: Path | None, count: int, pattern: str, grader: str = "number"
-) -> list[Problem]:
-    """Problems of a JSONL file whose lines have an "answer"; without a file the bundled pair's.
-
-    Raises:
-        ConfigError: the file cannot be read, or a line has no prompt or no answer.
-    """
-    if file is None:
-        return bundled_problems(count)
-    problems = []
-    for row, prompt in read_prompts(file):
+    if isinstance(source, str) and source.startswith(GYM):
+        return _gym_problems(source.removeprefix(GYM), count, reading.seed)
+    rows = reading.rows or PromptSource(source=str(source))
+    problems: list[Problem] = []
+    for row, prompt in read_problems(rows):
+        if len(problems) == count:
+            break
         if isinstance(prompt, InvalidRequestError):
-            raise ConfigError(f"{str(file)!r}: {prompt}")
-        if not isinstance(row.get("answer"), (str, int, float)):
-            raise ConfigError(f'{str(file)!r}: line {row["line"]}: "answer" is missing')
-        is_correct = grader_for(grader, row, pattern)
-        group = str(row.get("group") or prompt_group(prompt))
-        problems.append(Problem(row["id"], prompt, is_correct, group, str(row["answer"])))
-    if not tell_templates_apart([problem.group for problem in problems]):
-        problems = [replace(problem, group="") for problem in problems]
-    return problems[:count]
+            raise ConfigError(f"{str(source)!r}: {prompt}")
+        answer = row.get(reading.answer_column)
+        if not isinstance(answer, (str, int, float)):
+            raise ConfigError(
+                f"{str(source)!r}: {row['id']}: {reading.answer_column!r} is missing; "
+                "it must hold the right answer"
+            )
+        is_correct = grader_for(reading.grader, {**row, "answer": answer}, reading.pattern)
+        problems.append(Problem(row["id"], prompt, is_correct, row["group"], str(answer)))
+    return _grouped(problems)
+
+
+def _grouped(problems: list[Problem]) -> list[Problem]:
+    """The problems, without groups where prompts do not tell templates apart."""
+    if tell_templates_apart([problem.group for problem in problems]):
+        return problems
+    return [replace(problem, group="") for problem in problems]
 
 
 def bundled_problems(count: int) -> list[Problem]:
@@ -95,13 +106,13 @@ def _gym_problems(family: str, count: int, seed: int) -> list[Problem]:
         gym = importlib.import_module("reasoning_gym")
     except ImportError:
         raise ConfigError(
-            f"{GYM}{family} needs reasoning-gym; install it with: pip install 's2t[eval]'"
+            f"{GYM}{family} needs reasoning-gym; install it with: pip install 's2t[gym]'"
         ) from None
     try:
         dataset = gym.create_dataset(family, size=2 * count, seed=GYM_TEST_SEED + seed)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{GYM}{family}: {error}") from error
-    problems = []
+    problems: list[Problem] = []
     for number, entry in enumerate(_distinct(dataset)):
         if len(problems) == count:
             break
@@ -110,9 +121,7 @@ def _gym_problems(family: str, count: int, seed: int) -> list[Problem]:
         identity = f"{family}-{number:05d}"
         group = prompt_group(Prompt(text=entry["question"]))
         problems.append(Problem(identity, prompt, is_correct, group, str(entry["answer"])))
-    if not tell_templates_apart([problem.group for problem in problems]):
-        problems = [replace(problem, group="") for problem in problems]
-    return problems
+    return _grouped(problems)
 
 
 def _distinct(dataset: Any) -> Iterator[dict[str, Any]]:

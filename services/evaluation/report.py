@@ -158,7 +158,18 @@ def _hit_figures(hits: Sufficiency) -> dict[str, Any]:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def cells(row: Row, base: Row) -> list[str]:
+def main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table; a column that says nothing is left out."""
+    header = list(COLUMNS)
+    body = [_cells(row, rows[0]) for row in rows]
+    if not any(row.truncated for row in rows):
+        header.pop()
+        for cells in body:
+            cells.pop()
+    return header, body
+
+
+def _cells(row: Row, base: Row) -> list[str]:
     """A row of the main table, in the order of COLUMNS."""
     low, high = row.interval
     gain, half = row.gain_over(base)
@@ -172,7 +183,7 @@ def cells(row: Row, base: Row) -> list[str]:
         f"{low:.2f} - {high:.2f}",
         "" if first else f"{gain:+.3f} ± {half:.3f}",
         "" if first else f"{rescued}, {harmed}",
-        "" if first else f"{mcnemar(rescued, harmed):.2g}",
+        "" if first else _p_value(mcnemar(rescued, harmed)),
         f"{row.trigger_rate:.1%}" if triggers else "",
         f"{row.flip_rate:.0%}" if triggers else "",
         f"{row.llm_forwards_per_token:.3f}",
@@ -180,6 +191,10 @@ def cells(row: Row, base: Row) -> list[str]:
         "" if time is None else f"{time:.2f}",
         str(row.truncated) if row.truncated else "",
     ]
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _hit_rows(hits: Sufficiency) -> list[list[str]]:
@@ -196,7 +211,7 @@ def markdown(evaluated: Evaluated) -> str:
     base = evaluated.rows[0]
     lines = [f"# {evaluated.title}", "", f"**{evaluated.verdict.headline}**", ""]
     lines += [f"- {reason}" for reason in evaluated.verdict.reasons]
-    lines += ["", *_markdown_table(COLUMNS, [cells(row, base) for row in evaluated.rows]), ""]
+    lines += ["", *_markdown_table(*main_table(evaluated.rows)), ""]
     lines += [_explained(base), ""]
     if evaluated.hits is not None:
         lines += [f"## Local sufficiency, {evaluated.hits.steps} steps", ""]
@@ -214,10 +229,10 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 
 def _explained(base: Row) -> str:
     return (
-        f"Gains are paired with {base.label} on the same problems, with 95 % intervals by group; p is "
-        "of the exact McNemar test. *LLM reads*: tokens of the answers that the LLM had to read. "
-        f"Times are wall-clock for all answers, over {base.label}'s. Answers that were cut off count "
-        "as wrong."
+        f"Gains are paired with {base.label} on the same problems, with 95 % intervals by group; "
+        "p is of the exact McNemar test. *LLM reads*: tokens of the answers that the LLM had to "
+        f"read. Times are wall-clock for all answers, over {base.label}'s. Answers that were cut "
+        "off count as wrong."
     )
 
 
@@ -234,7 +249,7 @@ def page(evaluated: Evaluated) -> str:
         "js": assets.joinpath("page.js").read_text(encoding="utf-8"),
         "headline": escape(evaluated.verdict.headline),
         "reasons": "".join(f"<li>{escape(r)}</li>" for r in evaluated.verdict.reasons),
-        "table": _html_table(COLUMNS, [cells(row, base) for row in evaluated.rows]),
+        "table": _html_table(*main_table(evaluated.rows)),
         "explained": escape(_explained(base).replace("*", "")),
         "pareto": _pareto(evaluated.rows),
         "sufficiency": _sufficiency_section(evaluated.hits),
@@ -268,25 +283,29 @@ def _pareto(rows: Sequence[Row]) -> str:
         low, high = row.interval
         points.append(plots.Point(row.label, row.llm_read_per_token, row.accuracy, low, high))
     caption = "Right answers against the share of the answers' tokens that the LLM reads"
-    return plots.scatter(points, "tokens that the LLM reads, per token", "right", caption)
+    x_title = "share of the answers' tokens that the LLM reads"
+    drawn = plots.scatter(points, x_title, "right", caption)
+    return _scrolling(drawn)
 
 
 def _sufficiency_section(hits: Sufficiency | None) -> str:
     if hits is None:
         return "<p>Not measured: it needs the LLM and <code>--scored</code> above 0.</p>"
     header = ("steps", *(f"Hit@{k}" for k in HIT_AT))
-    series = [
-        (f"top {share:.0%} by KL", [rates[k] for k in HIT_AT])
-        for share, rates in hits.by_kl.items()
-    ]
+    series = []
+    for share, rates in hits.by_kl.items():
+        series.append((f"top {share:.0%} by KL", [rates[k] for k in HIT_AT]))
     drawn = plots.bars(
-        [f"Hit@{k}" for k in HIT_AT], series, "Hit at K at the steps where the models differ most"
+        [f"Hit@{k}" for k in HIT_AT],
+        series,
+        "rate",
+        "Hit at K at the steps where the models differ most",
     )
     text = (
         f"<p>How often the LLM's first choice is among the SLM's first K, of {hits.steps} steps of "
         "the SLM's own answers. What is not among them, no selection can reach.</p>"
     )
-    return text + drawn + _scrolling(_html_table(header, _hit_rows(hits)))
+    return text + _scrolling(drawn) + _scrolling(_html_table(header, _hit_rows(hits)))
 
 
 def _trigger_section(rows: Sequence[Row]) -> str:
@@ -313,17 +332,17 @@ def _trigger_section(rows: Sequence[Row]) -> str:
     for row in triggering[:4]:
         counts = positions(row)
         series.append((row.label, [count / max(1, sum(counts)) for count in counts]))
-    drawn = plots.bars(places, series, "Where in the answers the triggers fall")
+    drawn = plots.bars(places, series, "share", "Where in the answers the triggers fall")
     text = (
-        "<p>Where in the answers the triggers fall, by tenths; how often they changed the token; and "
-        "Spearman's correlation of the SLM's and the LLM's order of the candidates. A rate far from "
-        "its budget means that the calibration prompts are unlike these.</p>"
+        "<p>Where in the answers the triggers fall, by tenths; how often they changed the token; "
+        "and Spearman's correlation of the SLM's and the LLM's order of the candidates. A rate far "
+        "from its budget means that the calibration prompts are unlike these.</p>"
     )
-    return text + drawn + _scrolling(_html_table(header, table))
+    return text + _scrolling(drawn) + _scrolling(_html_table(header, table))
 
 
-def _scrolling(table: str) -> str:
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+def _scrolling(wide: str) -> str:
+    return f'<div class="scroll" tabindex="0">{wide}</div>'
 
 
 # -- the answer viewer ----------------------------------------------------------------------------
@@ -361,7 +380,8 @@ def _prompt_text(problem: Problem) -> str:
 
 
 def _answer_data(row: Row, place: int) -> dict[str, Any]:
-    record = row.records[place][0]
+    samples = row.records[place]
+    record = next((record for record in samples if record.correct), samples[0])
     decisions = []
     for decision in record.decisions:
         candidates = [[c.text, c.slm, c.llm, c.score] for c in decision.candidates]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from s2t_shared.errors import S2TError
 from s2t_shared.types import Answer, DecodeOptions, GenerateRequest
 from services.evaluation.answering import Answerer
+from services.evaluation.figures import Row, Sufficiency, row_of, sufficiency
 from services.evaluation.journal import Journal, ScoredRollout
 from services.evaluation.modes import SAMPLE_STRIDE, SEED_STRIDE, ModeSpec
 from services.evaluation.problems import Problem
 from services.evaluation.records import Record, record_of
 from services.rpc.ask_many import Outcome
+
+WARM_UP = 8  # answers before the first row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,47 @@ def run_row(
         raise errors[0]
     if requests:
         journal.add_seconds(spec.label, time.perf_counter() - started, len(requests))
+
+
+Watch = Callable[[str, int], AbstractContextManager["Watched"]]
+
+
+class Watched(Protocol):
+    """Progress of one row."""
+
+    def advance(self) -> None: ...
+
+
+def run_all(
+    answerer: Answerer,
+    specs: Sequence[ModeSpec],
+    problems: Sequence[Problem],
+    settings: EvaluationSettings,
+    journal: Journal,
+    scored: int,
+    watch: Watch,
+) -> tuple[list[Row], Sufficiency | None]:
+    """All rows' figures, and local sufficiency on the first `scored` problems (0: None).
+
+    watch: a context that is told of each answer of a row, by the row's name and size.
+
+    Raises:
+        S2TError: no answer at all came in some row.
+    """
+    # The first answers are slow, and times are over the first row's: some that nobody counts.
+    run_row(answerer, ModeSpec(name="greedy"), problems[:WARM_UP], settings, Journal())
+    found = []
+    for spec in specs:
+        with watch(spec.label, len(problems) * spec.samples) as bar:
+            run_row(answerer, spec, problems, settings, journal, bar.advance)
+        found.append(row_of(spec, problems, journal))
+    part = problems[:scored]
+    if not part:
+        return found, None
+    with watch("scored answers", len(part)) as bar:
+        score_rollouts(answerer, part, settings, journal, bar.advance)
+    rollouts = [journal.rollouts[p.id] for p in part if p.id in journal.rollouts]
+    return found, sufficiency(rollouts)
 
 
 def score_rollouts(

@@ -1,6 +1,7 @@
 """What an evaluation says about a pair and its prompts, in plain words.
 
-Every claim rests on a 95 % interval of a paired difference; where it includes 0, that is said.
+A gain is claimed where the 95 % interval of the paired difference is above 0 and the exact McNemar
+test agrees (p < 0.05): the interval alone is too bold where few problems differ.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s2t_shared.types import Mode
-from services.evaluation.figures import Row, Sufficiency
+from services.evaluation.figures import Row, Sufficiency, mcnemar
 
 ENOUGH_OF_THE_GAP = 0.8
 SUFFICIENT = 0.9
@@ -30,7 +31,7 @@ def verdict(rows: Sequence[Row], hits: Sufficiency | None) -> Verdict:
     llm = _llm_row(rows)
     if llm is not None and llm is not base:
         reasons.append(_rate(llm) + f", {_gain(llm, base)}.")
-    better = [row for row in rows[1:] if row is not llm and _gains(row, base)]
+    better = [row for row in rows[1:] if _is_a_choice(row) and _gains(row, base)]
     best = _cheapest_of_the_best(better)
     headline = _headline(base, llm, best, len(rows))
     if best is not None:
@@ -66,7 +67,16 @@ def _cheapest_of_the_best(better: Sequence[Row]) -> Row | None:
         return None
     best = max(better, key=lambda row: row.accuracy)
     as_good = [row for row in better if row is best or not _gains(best, row)]
-    return min(as_good, key=lambda row: (row.llm_read_per_token, -row.accuracy))
+    return min(as_good, key=lambda row: (round(row.llm_read_per_token, 2), _is_prior_art(row)))
+
+
+def _is_a_choice(row: Row) -> bool:
+    """Whether a deployment could run so: pass@n needs someone who knows the right answer."""
+    return row.spec.mode is not Mode.LLM and not row.spec.is_pass_at
+
+
+def _is_prior_art(row: Row) -> bool:
+    return row.spec.mode is Mode.TAKEOVER
 
 
 def _llm_row(rows: Sequence[Row]) -> Row | None:
@@ -75,7 +85,7 @@ def _llm_row(rows: Sequence[Row]) -> Row | None:
 
 def _gains(row: Row, other: Row) -> bool:
     gain, half = row.gain_over(other)
-    return gain - half > 0
+    return gain - half > 0 and mcnemar(*row.rescues_and_harms(other)) < 0.05
 
 
 def _share_of_gap(row: Row, base: Row, llm: Row | None) -> float | None:

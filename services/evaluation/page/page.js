@@ -61,7 +61,8 @@ function showAnswer(answer) {
       return;
     }
     const changed = decision.chosen !== decision.first;
-    const token = element("button", piece || "·", changed ? "token changed" : "token");
+    text.append(piece.slice(0, piece.length - piece.trimStart().length));
+    const token = element("button", visible(piece.trimStart()), changed ? "token changed" : "token");
     token.type = "button";
     token.setAttribute("aria-pressed", "false");
     token.setAttribute("aria-label", `${visible(piece)}, divergence point${changed ? ", changed" : ""}`);
