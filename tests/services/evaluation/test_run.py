@@ -381,9 +381,8 @@ class _Gym:
         if family != "sums":
             raise ValueError(f"Dataset {family!r} not registered")
         gym = _Gym()
-        gym.entries = [
-            {"question": f"{seed} + {i // 2}?", "answer": str(i // 2)} for i in range(size)
-        ]
+        numbers = [number // 2 for number in range(size)]
+        gym.entries = [{"question": f"{seed} + {n}?", "answer": str(n)} for n in numbers]
         return gym
 
     def __iter__(self) -> Iterator[dict[str, str]]:
