@@ -21,7 +21,8 @@ from typing import Any
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_calls import check_reply
 from s2t_shared.errors import SelectorUnavailableError, StoreError
-from s2t_shared.redis_connection import open_client, place_of, redis_errors
+from s2t_shared.redis_connection import open_client, redis_errors
+from s2t_shared.redis_url import place_of
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 
 import redis
 
-from s2t_shared.redis_connection import open_client, place_of, redis_errors
+from s2t_shared.redis_connection import open_client, redis_errors
+from s2t_shared.redis_url import place_of
 
 # A stream. Field "rollout" is Rollout.to_json(); any other entry becomes a dead letter.
 LABELS = "s2t:labels"

@@ -17,6 +17,7 @@ from typing import Any
 
 from s2t_shared.config import Config
 from s2t_shared.files import write_atomically
+from s2t_shared.redis_url import without_password
 
 FILE = "service.json"
 CONNECT_TIMEOUT_S = 1.0
@@ -56,7 +57,8 @@ def _pairs(name: str, theirs: Any, mine: Any) -> Iterator[tuple[str, Any, Any]]:
 def _public(config: Config) -> dict[str, Any]:
     """The settings without what is secret or only the service's own."""
     values: dict[str, Any] = config.model_dump(mode="json")
-    del values["redis"]["url"]
+    if values["redis"]["url"]:
+        values["redis"]["url"] = without_password(values["redis"]["url"])
     del values["security"]
     return values
 

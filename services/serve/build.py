@@ -26,6 +26,7 @@ from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
+from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
 from services.serve.admin_servicer import AdminServicer
@@ -114,13 +115,15 @@ def _label_writer(config: Config) -> LabelWriter | None:
     if not config.redis.url:
         return None
     spool_bytes = config.labels.spool_mib << 20
-    return LabelWriter(LabelStream(config.redis.url), config.spool, spool_bytes)
+    url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
+    return LabelWriter(LabelStream(url), config.spool, spool_bytes)
 
 
 def _cached(config: Config, remote: RemoteSelector) -> SelectorClient:
     if not config.redis.url:
         return remote
-    return CachedSelector(remote, config.redis.url, config.redis.cache_ttl_s)
+    url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
+    return CachedSelector(remote, url, config.redis.cache_ttl_s)
 
 
 async def _connect_selector(
@@ -183,7 +186,7 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
         ConfigError: its address cannot be used.
     """
     lake = Lake(config.lake)
-    stream = LabelStream(config.redis.url) if config.redis.url else None
+    stream = _stream(config)
     drain = _drain(config, stream, lake) if stream is not None else None
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
@@ -193,6 +196,12 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
         drain=drain,
     )
     return GatewayServer(config, proposers, admin, drain)
+
+
+def _stream(config: Config) -> LabelStream | None:
+    if not config.redis.url:
+        return None
+    return LabelStream(url_of(RedisRole.CONSUMER, config.redis.url, config.redis.password_dir))
 
 
 def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
