@@ -30,6 +30,7 @@ from s2t_shared.errors import (  # noqa: E402
     S2TError,
     VersionError,
 )
+from s2t_shared.redis_url import without_password  # noqa: E402
 from s2t_shared.requests import by_name, parse_mode  # noqa: E402
 from s2t_shared.types import (  # noqa: E402
     Trigger,
@@ -46,6 +47,7 @@ from services.cli.options import (  # noqa: E402
     TokenFile,
     as_typed,
     settings,
+    show,
     target,
     wide_console,
 )
@@ -193,18 +195,42 @@ def doctor(config: ConfigFile = None, address: Address = None, json_out: Json = 
         raise typer.Exit(1)
 
 
+@app.command("redis-acl")
+def redis_acl(
+    folder: Annotated[Path, typer.Argument(help="for the ACL file and the passwords")],
+    json_out: Json = False,
+) -> None:
+    """Make Redis users with the least rights, one for each role, and their passwords.
+
+    Doing it again keeps the passwords and writes the rules anew.
+    """
+    from services.launch.redis_acl import write_acl
+
+    acl = write_acl(folder).absolute()
+    if json_out:
+        show({"acl_file": str(acl), "password_dir": str(acl.parent)}, json_out)
+        return
+    print(f"{acl}: producer (proposers), consumer (gateways), admin (verbs, doctor), default (all)")
+    print(f"server:  redis-server --aclfile {acl}")
+    print(f"service: redis.password_dir: {acl.parent}, and no user or password in redis.url")
+    print("a node needs only the password files of the roles that run on it")
+
+
 @app.command("config")
 def show_config(
     config: ConfigFile = None,
     schema: Annotated[bool, typer.Option("--schema", help="the JSON schema, for editors")] = False,
 ) -> None:
-    """Print the resolved configuration."""
+    """Print the resolved configuration, but for passwords."""
     import yaml
 
     resolved = settings(config)
+    values = resolved.model_dump(mode="json")
+    if resolved.redis.url:
+        values["redis"]["url"] = without_password(resolved.redis.url)
     print(
         json.dumps(Config.model_json_schema(), indent=2)
         if schema
-        else yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False),
+        else yaml.safe_dump(values, sort_keys=False),
         end="",
     )
