@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from s2t_shared.errors import ConfigError
 
@@ -41,10 +41,8 @@ def url_of(role: RedisRole, url: str, password_dir: Path | None) -> str:
         ) from None
     if not password:
         raise ConfigError(f"redis.password_dir: {str(file)!r} is empty; remove it and make it anew")
-    parts = urlsplit(without_password(url))
-    return urlunsplit(
-        parts._replace(netloc=f"{role.value}:{quote(password, safe='')}@{parts.netloc}")
-    )
+    scheme, _, rest = without_password(url).partition("://")
+    return f"{scheme}://{role.value}:{quote(password, safe='')}@{rest}"
 
 
 def has_password(url: str) -> bool:
@@ -52,15 +50,16 @@ def has_password(url: str) -> bool:
 
 
 def without_password(url: str) -> str:
-    """The URL without user and password."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return ""
-    options = parse_qsl(parts.query, keep_blank_values=True)
+    """The URL without user and password, wherever in it they are."""
+    scheme, _, rest = url.partition("://")
+    body, _, query = rest.partition("?")
+    if scheme == "unix":
+        path = body[body.index("/") :] if "/" in body else body
+    else:
+        path = body.rpartition("@")[2]  # of a malformed URL too: a "/" in the password is an error
+    options = parse_qsl(query, keep_blank_values=True)
     shown = [(name, value) for name, value in options if name not in ("username", "password")]
-    netloc = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=netloc, query=urlencode(shown, safe="/:")))
+    return f"{scheme}://{path}{'?' if shown else ''}{urlencode(shown, safe='/:')}"
 
 
 def place_of(url: str) -> str:

@@ -17,6 +17,7 @@ from s2t_shared.redis_url import RedisRole, has_password, place_of, url_of, with
         ("redis://:p%40ss@host:6379/0", "redis://host:6379/0"),
         ("rediss://me:p@ss@host/1", "rediss://host/1"),
         ("unix://me:pass@/run/redis.sock?db=1", "unix:///run/redis.sock?db=1"),
+        ("http://:s3cret/x@127.0.0.1:1", "http://127.0.0.1:1"),
         ("redis://host/0?password=s3cret&ssl_ca_certs=/a", "redis://host/0?ssl_ca_certs=/a"),
     ],
 )
