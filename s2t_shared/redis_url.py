@@ -51,7 +51,9 @@ def has_password(url: str) -> bool:
 
 def without_password(url: str) -> str:
     """The URL without user and password, wherever in it they are."""
-    scheme, _, rest = url.partition("://")
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url.rpartition("@")[2]
     body, _, query = rest.partition("?")
     if scheme == "unix":
         path = body[body.index("/") :] if "/" in body else body
