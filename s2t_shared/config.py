@@ -290,6 +290,10 @@ class Config(_Section):
         return self.labels.spool_dir or self.data_dir / "spool"
 
     @property
+    def known_models(self) -> Path:
+        return self.data_dir / "known-models"
+
+    @property
     def versions(self) -> Path:
         return self.data_dir / "versions"
 

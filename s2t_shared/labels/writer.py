@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 
 from s2t_shared.errors import StoreError
+from s2t_shared.labels.known_models import KnownModels
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.spool import Spool
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
@@ -108,7 +109,10 @@ class LabelWriter:
         spool: Path,
         spool_bytes: int = 1 << 30,
         queue_bytes: int = 64 << 20,
+        known: KnownModels | None = None,
     ) -> None:
+        """known: where the models of what is written are written down, for the drain."""
+        self._known = known
         self._stream = stream.with_timeout(WRITE_TIMEOUT_S)
         self._spool = Spool(spool, spool_bytes)
         self._capacity = queue_bytes
@@ -221,6 +225,7 @@ class LabelWriter:
             except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
                 text = f"labels dropped: they cannot be serialised ({error})"
                 self._drop([write], "not serialisable", text)
+        self._introduce(good)
         try:
             if texts:
                 self._make_durable(texts)
@@ -232,6 +237,17 @@ class LabelWriter:
         for write in good:
             if not write.future.done():  # `close` gave it up
                 write.future.set_result(None)
+
+    def _introduce(self, batch: Sequence[_Write]) -> None:
+        """Write down the models before their labels can reach the drain."""
+        if self._known is None:
+            return
+        try:
+            for write in batch:
+                for rollout in write.rollouts:
+                    self._known.add(rollout)
+        except StoreError as error:
+            log.warning("labels of new models may be refused: %s", error)
 
     def _make_durable(self, texts: list[bytes]) -> None:
         """Store in Redis or in the spool; first in the spool unless Redis confirmed the last write.

@@ -21,6 +21,7 @@ import typer  # noqa: E402 - the environment above is read at import
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 
+import services.cli.dead_letters  # noqa: E402, F401 - a verb of labels
 from s2t_shared.config import Config  # noqa: E402
 from s2t_shared.errors import (  # noqa: E402
     ConfigError,

@@ -19,6 +19,7 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
 from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
 from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.known_models import KnownModels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
@@ -116,7 +117,8 @@ def _label_writer(config: Config) -> LabelWriter | None:
         return None
     spool_bytes = config.labels.spool_mib << 20
     url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
-    return LabelWriter(LabelStream(url), config.spool, spool_bytes)
+    known = KnownModels(config.known_models)
+    return LabelWriter(LabelStream(url), config.spool, spool_bytes, known=known)
 
 
 def _cached(config: Config, remote: RemoteSelector) -> SelectorClient:
@@ -213,4 +215,6 @@ def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
         shard_age_s=labels.shard_age_s,
         max_age_days=labels.max_age_days,
         max_gib=labels.max_gib,
+        dead_letter_days=labels.dead_letter_days,
+        known=KnownModels(config.known_models),
     )
