@@ -31,7 +31,7 @@ def scored_rollout(
             candidate_ids=(7, 2, 9),
             slm_log_probs=(-0.5, -1.5, -2.5),
             llm_log_probs=(-1.5, -0.25, -3.5),
-            llm_top_id={0: 7, 1: 2, 2: 9}.get(ranks[step], 40),
+            llm_top_id=2,
             llm_top_rank=ranks[step],
             mass=0.75,
             kl=kl[step],

@@ -19,6 +19,7 @@ import services.cli.dead_letters  # noqa: F401 - adds its verb
 from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.known_models import KnownModels
+from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.types import LabelCounts
@@ -312,6 +313,12 @@ def test_stats_beside_a_service_count_what_is_on_its_way(
 # -- dead letters ---------------------------------------------------------------------------------
 
 
+def sensible(made: Rollout) -> Rollout:
+    """Its labels with the rank that their LLM's choice has."""
+    labels = tuple(replace(label, llm_top_rank=1) for label in made.labels)
+    return replace(made, labels=labels)
+
+
 @pytest.fixture
 def refused(server: RedisServer, scored_lake: Lake, tmp_path: Path) -> Path:
     """A configuration whose Redis holds three refused rollouts; its lake is `tmp_path / labels`."""
@@ -324,7 +331,7 @@ def refused(server: RedisServer, scored_lake: Lake, tmp_path: Path) -> Path:
         encoding="utf-8",
     )
     stream = LabelStream(server.url)
-    good = [scored_rollout(n) for n in (101, 102)]
+    good = [sensible(scored_rollout(n)) for n in (101, 102)]
     old = replace(scored_rollout(7), schema_version=1)
     stream.append([r.to_json().encode() for r in (*good, old)])
     Drain(stream, Lake(tmp_path / "labels"), known=KnownModels(tmp_path / "known-models")).flush()
