@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.labels.known_models import KnownModels
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout, check_sense
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.shards import to_table
@@ -238,7 +238,7 @@ class Drain:
             rollout = Rollout.from_json(text)
             check_sense(rollout)
             if self._known is not None:
-                self._known.check(rollout)
+                self._known.check(Models.of(rollout))
         except S2TError as error:
             self._dead_letter(entry, f"{type(error).__name__}: {error}"[:500])
             return

@@ -12,13 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from s2t_shared.errors import StoreError
 from s2t_shared.files import write_atomically
 from s2t_shared.labels.label import Rollout
 
-NAMES = ("slm", "llm", "tokenizer")
-Models = tuple[str, ...]  # digests, as NAMES
+
+class Models(NamedTuple):
+    """Digests of what made a label."""
+
+    slm: str
+    llm: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Models:
+        return cls(rollout.slm_digest, rollout.llm_digest, rollout.tokenizer_digest)
 
 
 class KnownModels:
@@ -28,20 +38,19 @@ class KnownModels:
         self._folder = folder
         self._known: set[Models] = set()  # seen in the folder; nothing is ever removed there
 
-    def add(self, rollout: Rollout) -> None:
-        """Write down the models that made a rollout of ours.
+    def add(self, models: Models) -> None:
+        """Write down the models that make rollouts of ours.
 
         Raises:
             StoreError: the folder cannot be written.
         """
-        models = _models(rollout)
         if models in self._known:
             return
         file = self._file(models)
         try:
             if not file.exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(dict(zip(NAMES, models, strict=True))))
+                write_atomically(file, json.dumps(models._asdict()))
         except OSError as error:
             raise StoreError(
                 f"the folder {self._folder.name!r} cannot be written: {error.strerror or error}; "
@@ -49,13 +58,12 @@ class KnownModels:
             ) from error
         self._known.add(models)
 
-    def check(self, rollout: Rollout) -> None:
-        """Check that a proposer of ours wrote the rollout's models down.
+    def check(self, models: Models) -> None:
+        """Check that a proposer of ours wrote the models down.
 
         Raises:
             StoreError: none did; the text names the digest that is unknown.
         """
-        models = _models(rollout)
         if models not in self._known and not self._file(models).exists():
             raise StoreError(f"{self._unknown(models)}: no proposer here used such models")
         self._known.add(models)
@@ -69,11 +77,7 @@ class KnownModels:
         seen: set[str] = set()
         for file in self._folder.glob("*.json"):
             seen.update(json.loads(file.read_text(encoding="utf-8")).values())
-        for name, digest in zip(NAMES, models, strict=True):
+        for name, digest in models._asdict().items():
             if digest not in seen:
                 return f"{name}_digest {digest[:64]!r} is unknown"
         return "the SLM, the LLM and the tokenizer are known, but not together"
-
-
-def _models(rollout: Rollout) -> Models:
-    return tuple(getattr(rollout, f"{name}_digest") for name in NAMES)

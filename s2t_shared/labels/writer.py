@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.known_models import KnownModels
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.spool import Spool
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
@@ -245,7 +245,7 @@ class LabelWriter:
         try:
             for write in batch:
                 for rollout in write.rollouts:
-                    self._known.add(rollout)
+                    self._known.add(Models.of(rollout))
         except StoreError as error:
             log.warning("labels of new models may be refused: %s", error)
 

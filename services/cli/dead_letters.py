@@ -20,7 +20,7 @@ from services.cli.options import (
     ConfigFile,
     DataDir,
     Json,
-    settings_beside_service,
+    settings,
     show,
     wide_console,
 )
@@ -57,9 +57,7 @@ def dead(
     wanted = _selection(fields, older_than, all_of_them, must_say=delete or requeue)
     if delete and requeue:
         raise InvalidRequestError("--delete and --requeue: choose one")
-    resolved = settings_beside_service(
-        config, lambda line: None, data_dir=str(data_dir) if data_dir else None
-    )
+    resolved = with_redis(settings(config, data_dir=str(data_dir) if data_dir else None))
     with operator_stream(resolved) as stream:
         letters = [letter for letter in read_dead_letters(stream) if wanted(letter)]
         if delete:
@@ -68,6 +66,14 @@ def dead(
             _requeue(stream, letters, resolved, json_out)
         else:
             _list(letters, json_out)
+
+
+def with_redis(config: Config) -> Config:
+    """The settings with the Redis that they name, else that of the service on their data folder."""
+    from services.launch.service_record import find_service
+
+    service = find_service(config.data_dir)
+    return config if service is None else service.with_redis(config)
 
 
 @contextmanager
@@ -159,7 +165,7 @@ def _requeue(
     stream: LabelStream, letters: list[DeadLetter], config: Config, json_out: bool
 ) -> None:
     from s2t_shared.labels.dead_letters import requeue
-    from s2t_shared.labels.known_models import KnownModels
+    from s2t_shared.labels.known_models import KnownModels, Models
     from s2t_shared.labels.label import Rollout
 
     readable = []
@@ -169,7 +175,7 @@ def _requeue(
             rollout = Rollout.from_json(letter.text)
         except S2TError:
             continue
-        known.add(rollout)
+        known.add(Models.of(rollout))
         readable.append(letter)
     sent = requeue(stream, readable)
     show({"sent again": sent, "cannot be read": len(letters) - sent}, json_out)

@@ -22,7 +22,6 @@ from services.cli.options import (
     DataDir,
     Json,
     settings,
-    settings_beside_service,
     show,
     wide_console,
 )
@@ -293,7 +292,7 @@ def delete(
     else:
         [(field, value)] = by_field
         removed = _delete_by_field(opened, field, value, yes)
-        result = _delete_refused(opened, resolved, config, field, value)
+        result = _delete_refused(opened, resolved, field, value)
     quarantine = opened.root / "quarantine"
     if any(quarantine.glob("shard-*")):
         print(
@@ -317,16 +316,13 @@ def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
     return lake.delete(field, value)
 
 
-def _delete_refused(
-    lake: Lake, own: Config, config: Path | None, field: str, value: str
-) -> dict[str, Any]:
+def _delete_refused(lake: Lake, config: Config, field: str, value: str) -> dict[str, Any]:
     """Delete from the dead letters of the Redis that belongs to the lake, if there is one."""
-    from services.cli.dead_letters import delete_from_dead_letters
+    from services.cli.dead_letters import delete_from_dead_letters, with_redis
 
-    if lake.root != own.lake:
+    if lake.root != config.lake:
         return {}
-    beside = settings_beside_service(config, lambda line: None, data_dir=str(own.data_dir))
-    return delete_from_dead_letters(beside, field, value)
+    return delete_from_dead_letters(with_redis(config), field, value)
 
 
 def _delete_by_retention(

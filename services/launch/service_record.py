@@ -11,11 +11,11 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2t_shared.config import Config
+from s2t_shared.config import Config, RedisConfig
 from s2t_shared.files import write_atomically
 from s2t_shared.redis_url import without_password
 
@@ -27,11 +27,22 @@ SHARED_SETTINGS = ("slm", "llm", "calibration", "data_dir")
 
 @dataclass(frozen=True)
 class ServiceRecord:
-    """A running service: `address` is host:port of its gateway, `config` its settings."""
+    """A running service: `address` is host:port of its gateway, `config` its settings.
+
+    redis: settings that lead to its Redis, without a password; empty where it has none.
+    """
 
     address: str
     pid: int
     config: dict[str, Any]
+    redis: dict[str, str | None] = field(default_factory=dict)
+
+    def with_redis(self, config: Config) -> Config:
+        """`config` with the Redis of the service, unless it names one itself."""
+        if config.redis.url or not self.redis:
+            return config
+        redis = RedisConfig.model_validate(config.redis.model_dump() | self.redis)
+        return config.model_copy(update={"redis": redis})
 
     def differences(self, config: Config) -> list[str]:
         """Shared settings of `config` that are not the service's, each with both values."""
@@ -57,17 +68,25 @@ def _pairs(name: str, theirs: Any, mine: Any) -> Iterator[tuple[str, Any, Any]]:
 def _public(config: Config) -> dict[str, Any]:
     """The settings without what is secret or only the service's own."""
     values: dict[str, Any] = config.model_dump(mode="json")
-    if values["redis"]["url"]:
-        values["redis"]["url"] = without_password(values["redis"]["url"])
+    del values["redis"]["url"]
+    del values["redis"]["password_dir"]
     del values["security"]
     return values
+
+
+def _redis_of(config: Config) -> dict[str, str | None]:
+    redis = config.redis
+    if redis.url is None:
+        return {}
+    password_dir = str(redis.password_dir) if redis.password_dir else None
+    return {"url": without_password(redis.url), "password_dir": password_dir}
 
 
 @contextmanager
 def recorded(config: Config, address: str) -> Iterator[None]:
     """Leave a record in the data folder while the block runs."""
     file = config.data_dir / FILE
-    record = ServiceRecord(address, os.getpid(), _public(config))
+    record = ServiceRecord(address, os.getpid(), _public(config), _redis_of(config))
     write_atomically(file, json.dumps(asdict(record), indent=2))
     try:
         yield
