@@ -18,8 +18,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer  # noqa: E402 - the environment above is read at import
-from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
 
 import services.cli.dead_letters  # noqa: E402, F401 - a verb of labels
 from s2t_shared.config import Config  # noqa: E402
@@ -48,6 +46,7 @@ from services.cli.options import (  # noqa: E402
     TokenFile,
     as_typed,
     settings,
+    settings_beside_service,
     show,
     target,
     wide_console,
@@ -181,18 +180,29 @@ def evaluate(
 
 
 @app.command()
-def doctor(config: ConfigFile = None, address: Address = None, json_out: Json = False) -> None:
-    """Check this installation and configuration; each failure says how to mend it."""
+def doctor(
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    address: Address = None,
+    token_file: TokenFile = None,
+    json_out: Json = False,
+) -> None:
+    """Check this installation, its configuration and the service that runs; each finding says how
+    to mend it. Exit status 1 where something fails."""
+    from services.cli.findings import show_findings
     from services.launch.doctor import examine
+    from services.launch.findings import Level
 
-    findings = examine(settings(config), address)
+    resolved = settings_beside_service(
+        config, lambda line: None, data_dir=str(data_dir) if data_dir else None
+    )
+    findings = examine(resolved, address, token_file)
     if json_out:
-        print(json.dumps([asdict(f) for f in findings]))
+        found = list(findings)
+        print(json.dumps([asdict(finding) for finding in found]))
     else:
-        for f in findings:
-            mark = "[green]ok  [/green]" if f.ok else "[red]FAIL[/red]"
-            Console().print(f"{mark} {f.what}: {escape(f.detail)}", soft_wrap=True, highlight=False)
-    if not all(f.ok for f in findings):
+        found = show_findings(findings)
+    if any(finding.level is Level.FAIL for finding in found):
         raise typer.Exit(1)
 
 

@@ -131,7 +131,8 @@ def open_redis(
     password_dir: Path | None = None,
     max_memory_mib: int = MAX_MEMORY_MIB,
 ) -> RedisServer:
-    """The Redis at `url`, where all roles can log in; without a URL, a server of our own.
+    """The Redis at `url`, where the roles that have a password here can log in; without a URL, a
+    server of our own.
 
     folder: of the server's data. port: None takes a free one.
 
@@ -142,8 +143,9 @@ def open_redis(
     """
     if url:
         server = RedisServer(url, password_dir)
-        for role in RedisRole:
-            check_login(server.url_of(role))
+        present = [r for r in RedisRole if password_dir and (password_dir / r.value).exists()]
+        for login in {server.url_of(role) for role in present or RedisRole}:
+            check_login(login)
         return server
     program = find_program()
     if port is not None:

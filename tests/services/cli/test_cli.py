@@ -308,10 +308,10 @@ def test_the_printed_configuration_holds_no_password(
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Well here; with a wrong model it says which check failed and how to mend it."""
     assert s2t(monkeypatch, "doctor", "--json") == 0
-    assert all(f["ok"] for f in json.loads(capsys.readouterr().out))
+    assert not [f for f in json.loads(capsys.readouterr().out) if f["level"] == "fail"]
     monkeypatch.setenv("S2T_SLM__MODEL", "/nowhere/model")
     assert s2t(monkeypatch, "doctor", "--json") == 1
-    failed = [f for f in json.loads(capsys.readouterr().out) if not f["ok"]]
+    failed = [f for f in json.loads(capsys.readouterr().out) if f["level"] == "fail"]
     assert [f["what"] for f in failed] == ["models"] and "does not exist" in failed[0]["detail"]
 
 

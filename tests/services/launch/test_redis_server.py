@@ -255,7 +255,8 @@ def test_a_role_whose_password_file_is_missing_or_empty_is_refused(tmp_path: Pat
         (tmp_path / "users" / "admin").write_text("\n")
         with pytest.raises(ConfigError, match="is empty"):
             server.url_of(RedisRole.ADMIN)
-        (tmp_path / "users" / "admin").unlink()
+        for file in _password_files(tmp_path):
+            file.unlink()
         with pytest.raises(ConfigError, match="s2t redis-acl"):
             open_redis(server.settings()["url"], tmp_path, password_dir=server.password_dir)
 
