@@ -40,6 +40,7 @@ WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
 # After so long, a server that syncs "always" or "everysec" has on disk what it took.
 SETTLED_S = 3.0
 ADOPT_EVERY_S = 10.0
+RECHECK_S = 0.5  # whether sent segments are durable by now
 
 
 def next_backoff(backoff_s: float) -> float:
@@ -314,7 +315,7 @@ class LabelWriter:
                 log.error("the spool waits: %s", type(error).__name__)
                 backoff = MAX_BACKOFF_S
                 continue
-            pause = 0.5 if is_waiting else max(0.0, next_adoption - time.monotonic())
+            pause = RECHECK_S if is_waiting else max(0.0, next_adoption - time.monotonic())
             self._spooled.wait(pause)
 
     def _send_segments(self) -> bool:

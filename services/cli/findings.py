@@ -31,7 +31,7 @@ def show_findings(findings: Iterable[Finding]) -> list[Finding]:
         line.add_column(overflow="fold")
         text = escape(finding.detail)
         if finding.mend:
-            text += f"\n[cyan]{escape(finding.mend)}[/cyan]"
+            text += f"\n[cyan]-> {escape(finding.mend)}[/cyan]"
         line.add_row(MARKS[finding.level], escape(finding.what), text)
         console.print(Padding(line, (0, 0)))
         shown.append(finding)

@@ -93,7 +93,7 @@ def test_an_error_of_a_check_is_a_failure_and_the_others_go_on(
 def test_findings_are_shown_with_how_to_mend_them(capsys: pytest.CaptureFixture) -> None:
     show_findings([ok("a", "fine"), warn("b", "[odd]", "do this"), fail("c", "broken", "do that")])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok", "WARN", "do", "FAIL", "do", "1"]
+    assert [line.split()[0] for line in lines] == ["ok", "WARN", "->", "FAIL", "->", "1"]
     assert "[odd]" in lines[1] and lines[-1] == "1 well, 1 to look at, 1 to mend"
 
 
