@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def test_labels_survive_twenty_power_cuts(tmp_path: Path, monkeypatch: pytest.Mo
             for number in unconfirmed:
                 writer.write([rollout(number)]).result(5.0)
             eventually(lambda least=durable_bytes + 500: log_file(folder).stat().st_size > least)  # type: ignore[misc]
+            time.sleep(0.2)  # the spool has sent them and asks whether they are durable
+            assert not empty(spool)
             acknowledged |= set(numbers)
             lost_bytes += cut_power(server, folder, durable_bytes)
         drain_all(server.url, lake, spool)
