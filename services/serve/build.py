@@ -19,7 +19,7 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
 from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
 from s2t_shared.labels.drain import Drain
-from s2t_shared.labels.known_models import KnownModels
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
@@ -62,7 +62,8 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
     runtime = _load_slm(config)
     remote = await _connect_selector(config, runtime, tokenizer, selectors)
-    labels = LabelRecorder(_label_writer(config))
+    models = Models(runtime.digest, remote.info.digest, tokenizer.digest)
+    labels = LabelRecorder(_label_writer(config, models))
     versions = VersionWatcher(LiveVersions(config.versions), runtime, tokenizer.digest)
     settings = config.proposer
     excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
@@ -112,12 +113,16 @@ def _load_slm(config: Config) -> ModelRuntime:
     return runtime
 
 
-def _label_writer(config: Config) -> LabelWriter | None:
+def _label_writer(config: Config, models: Models) -> LabelWriter | None:
+    """models: of this proposer as it starts. They are written down before the gateway drains what
+    an earlier one of the same models has left."""
     if not config.redis.url:
         return None
     spool_bytes = config.labels.spool_mib << 20
     url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
     known = KnownModels(config.known_models)
+    if models.llm:
+        known.add(models)
     return LabelWriter(LabelStream(url), config.spool, spool_bytes, known=known)
 
 
