@@ -35,7 +35,7 @@ RULES = {
         f"+xadd +xtrim +xlen ~{DEAD_LETTERS}",
     ),
     RedisRole.ADMIN: (
-        "+ping +select +info +time +bgrewriteaof",
+        "+ping +select +info +time +waitaof +bgrewriteaof",
         f"+xadd +xlen ~{LABELS}",
         f"+xrange +xdel +xlen ~{DEAD_LETTERS}",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import redis
 
 from s2t_shared.config import Config, load_config
+from s2t_shared.errors import UnauthenticatedError
 from s2t_shared.labels.stream import LabelStream
 from services.cli.findings import show_findings
 from services.launch import doctor, redis_checks, storage_checks
@@ -20,7 +22,14 @@ from services.launch.redis_checks import ServerFacts, check_redis
 from services.launch.redis_server import RedisServer
 from services.launch.service_record import recorded
 from services.launch.storage_checks import check_storage, mount_of
-from tests.helpers.serving import proposer_service, scripted_llm, scripted_slm, with_gateway
+from tests.helpers.serving import (
+    gateway_address,
+    gateway_config,
+    proposer_service,
+    scripted_llm,
+    scripted_slm,
+    with_gateway,
+)
 
 
 def config_of(tmp_path: Path, **overrides: object) -> Config:
@@ -44,6 +53,28 @@ def test_an_llm_that_cannot_be_reached_is_told(tmp_path: Path, available: bool) 
     assert told[0].level is (Level.OK if available else Level.WARN)
     assert told[0].detail.endswith("answers degrade") != available
     assert told[1].level is Level.WARN and "no Redis" in told[1].detail
+
+
+def test_a_service_that_wants_a_token_is_looked_at_with_it(tmp_path: Path) -> None:
+    """It could not be looked at: the doctor had no token."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef-secret")
+    secured = gateway_config(tmp_path, **{"security.token_file": str(token)})
+    slm = scripted_slm()
+    service = proposer_service(slm, scripted_llm(slm))
+
+    async def main() -> list[Finding]:
+        async with gateway_address(secured, service) as address:
+            with pytest.raises(UnauthenticatedError):
+                await asyncio.to_thread(lambda: list(check_service(config_of(tmp_path), address)))
+            given = await asyncio.to_thread(
+                lambda: list(check_service(config_of(tmp_path), address, token))
+            )
+            return given + await asyncio.to_thread(lambda: list(check_service(secured, address)))
+
+    found = asyncio.run(main())
+    service.close()
+    assert [f.level for f in found if f.what == "service"] == [Level.OK, Level.OK]
 
 
 def test_a_running_service_is_looked_at_and_its_port_is_no_failure(
