@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
+from s2t_shared.redis_url import has_password
 from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.types import MAX_CANDIDATES, MAX_SAMPLES, Mode, OnLLMFailure, Trigger
 
@@ -252,7 +253,18 @@ class RedisConfig(_Section):
     url: str | None = Field(
         None, description="None: `s2t serve` starts one of its own, on loopback"
     )
+    password_dir: Path | None = Field(
+        None,
+        description="folder of `s2t redis-acl`: each process logs in under its role, with the "
+        "password in the file of that name; None: the URL says user and password, if any",
+    )
     port: int = Field(0, ge=0, le=65535, description="of the one it starts; 0: any free port")
+    max_memory_mib: int = Field(
+        1024,
+        ge=16,
+        description="of the one it starts; when it is full, cached selections make room for "
+        "labels, then labels wait in the spool",
+    )
     cache_ttl_s: int = Field(
         86_400, ge=1, description="how long a selection answers from the cache"
     )
@@ -266,7 +278,20 @@ class LabelsConfig(_Section):
     max_age_days: float = Field(
         0.0, ge=0, description="shards of older labels only are removed; 0: kept"
     )
-    max_gib: float = Field(0.0, ge=0, description="the oldest shards beyond are removed; 0: kept")
+    max_gib: float | None = Field(
+        None,
+        ge=0,
+        description="the oldest shards beyond are removed; None: half of the lake's disk, at most "
+        "100; 0: kept",
+    )
+    dead_letter_days: float = Field(
+        30.0, ge=0, description="refused labels are removed after this long; 0: kept"
+    )
+    spool_dir: Path | None = Field(
+        None,
+        description="where they wait; on a disk of the proposer's own node, if data_dir is on "
+        "shared storage; None: spool in data_dir",
+    )
     spool_mib: int = Field(
         1024, ge=1, description="disk of one proposer for labels that Redis cannot take now"
     )
@@ -306,7 +331,11 @@ class Config(_Section):
 
     @property
     def spool(self) -> Path:
-        return self.data_dir / "spool"
+        return self.labels.spool_dir or self.data_dir / "spool"
+
+    @property
+    def known_models(self) -> Path:
+        return self.data_dir / "known-models"
 
     @property
     def versions(self) -> Path:
@@ -345,10 +374,36 @@ def load_config(
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     _check_together(config)
-    return config.model_copy(update={"data_dir": config.data_dir.expanduser().absolute()})
+    return _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Replicas have other working folders."""
+    labels, redis = config.labels, config.redis
+    if labels.spool_dir is not None:
+        labels = labels.model_copy(update={"spool_dir": _absolute(labels.spool_dir)})
+    if redis.password_dir is not None:
+        redis = redis.model_copy(update={"password_dir": _absolute(redis.password_dir)})
+    absolute = {"data_dir": _absolute(config.data_dir), "labels": labels, "redis": redis}
+    return config.model_copy(update=absolute)
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
 
 
 def _check_together(config: Config) -> None:
+    redis = config.redis
+    if redis.url is None and redis.password_dir is not None:
+        raise ConfigError(
+            "redis.password_dir is for the Redis at redis.url, and that is not set; a Redis that "
+            "`s2t serve` starts makes its own"
+        )
+    if redis.url is not None and redis.password_dir is not None and has_password(redis.url):
+        raise ConfigError(
+            "redis.url holds a user or password, and redis.password_dir gives them too; remove "
+            "them from the URL, or leave redis.password_dir out"
+        )
     default, limit = config.defaults.max_new_tokens, config.gateway.max_new_tokens
     if default > limit:
         raise ConfigError(

@@ -114,3 +114,24 @@ def test_vllms_settings_need_vllm() -> None:
         load_config(None, {"llm.tensor_parallel": 2}, environment={})
     llm = load_config(None, {"llm.tensor_parallel": 2, "llm.runtime": "vllm"}, environment={}).llm
     assert llm.tensor_parallel == 2
+
+
+def test_the_spool_lies_where_it_is_told(tmp_path: Path) -> None:
+    """Replicas have other working folders: a relative path would be another folder in each."""
+    assert load_config(None, {"data_dir": str(tmp_path)}, {}).spool == tmp_path / "spool"
+    elsewhere = load_config(None, {"labels.spool_dir": "own/spool"}, {}).spool
+    assert elsewhere == Path.cwd() / "own/spool"
+
+
+@pytest.mark.parametrize(
+    ("redis", "message"),
+    [
+        ({"url": "redis://:secret@host:1", "password_dir": "users"}, "user or password, and"),
+        ({"password_dir": "users"}, "redis.url, and that is not set"),
+    ],
+)
+def test_redis_settings_that_contradict_one_another(redis: dict, message: str) -> None:
+    """One of the two passwords would be taken, and nobody would know which."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, {f"redis.{name}": value for name, value in redis.items()}, {})
+    assert "secret" not in str(caught.value)

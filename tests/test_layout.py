@@ -32,6 +32,7 @@ GROUND = [
     "splits",
     "statistics",
     "redis_connection",
+    "redis_url",
 ]
 SHARED = {  # package or module of s2t_shared -> what else of s2t_shared it may import
     "ground": "",

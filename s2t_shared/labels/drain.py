@@ -6,13 +6,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 import threading
 import time
 import uuid
+from pathlib import Path
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.known_models import KnownModels, Models
+from s2t_shared.labels.label import Rollout, check_sense
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.shards import to_table
 from s2t_shared.labels.stream import DEAD_LETTERS, Entry, LabelStream
@@ -27,14 +30,19 @@ MAX_BUFFER_BYTES = 16 << 20
 SUSPECT_DELIVERIES = 2
 MAX_DELIVERIES = 5
 HOUSEKEEPING_EVERY_S = 600.0
+MOST_GIB = 100.0  # of a lake whose size nobody has set
+DAY_S = 86_400.0
+GIB = 1 << 30
 
 
 class Drain:
     """Moves rollouts from the stream to the lake, at least once. Joins small shards there and
-    applies retention (`max_age_days`, `max_gib`; 0: keep all).
+    applies retention (`max_age_days`, `max_gib`; 0: keep all), also to dead letters
+    (`dead_letter_days`). `max_gib` None: half of the lake's disk, at most MOST_GIB.
 
     An entry is deleted only after it is durable in the lake. An entry that is not a rollout becomes
-    a dead letter. So does one that was delivered more than MAX_DELIVERIES times and never
+    a dead letter, and so does one of models that are not `known` (None: all are). So does one that
+    was delivered more than MAX_DELIVERIES times and never
     acknowledged: it ends its reader each time. Several drains may run: each reads its own share,
     renews its claims, and takes over what a dead one has not renewed for `reclaim_idle_s`. `flush`
     may be called from any thread, `run_once` from one; `start` starts that one.
@@ -47,7 +55,9 @@ class Drain:
         shard_rows: int = 2000,
         shard_age_s: float = 60.0,
         max_age_days: float = 0.0,
-        max_gib: float = 0.0,
+        max_gib: float | None = 0.0,
+        dead_letter_days: float = 0.0,
+        known: KnownModels | None = None,
         consumer: str | None = None,
         reclaim_idle_s: float = 30.0,
     ) -> None:
@@ -55,8 +65,10 @@ class Drain:
         self._lake = lake
         self._shard_rows = shard_rows
         self._shard_age_s = shard_age_s
-        self._max_age_s = max_age_days * 86_400
-        self._max_bytes = int(max_gib * (1 << 30))
+        self._max_age_s = max_age_days * DAY_S
+        self._max_gib = max_gib
+        self._dead_letter_s = dead_letter_days * DAY_S
+        self._known = known
         self._reclaim_idle_s = reclaim_idle_s
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._next_reclaim = 0.0
@@ -115,10 +127,15 @@ class Drain:
         """Join small shards, apply retention, remove leftover files of crashes.
 
         Raises:
-            StoreError: the lake cannot be used.
+            StoreError: the lake or Redis cannot be used.
         """
         self._lake.compact()
-        self._lake.prune(self._max_age_s, self._max_bytes)
+        max_gib = default_max_gib(self._lake.root) if self._max_gib is None else self._max_gib
+        removed = self._lake.prune(self._max_age_s, int(max_gib * GIB))
+        if removed:
+            log.warning("retention removed the %d oldest rollouts from the lake", removed)
+        if self._dead_letter_s:
+            self._stream.trim_dead_letters(self._dead_letter_s)
 
     def start(self) -> None:
         assert self._thread is None
@@ -219,6 +236,9 @@ class Drain:
         text = entry.fields.get(b"rollout", b"")
         try:
             rollout = Rollout.from_json(text)
+            check_sense(rollout)
+            if self._known is not None:
+                self._known.check(Models.of(rollout))
         except S2TError as error:
             self._dead_letter(entry, f"{type(error).__name__}: {error}"[:500])
             return
@@ -275,6 +295,11 @@ class Drain:
     def _acknowledge(self) -> None:
         self._stream.remove(self._unacknowledged)
         self._unacknowledged.clear()
+
+
+def default_max_gib(lake: Path) -> float:
+    """How large a lake may grow where nobody has said: half of its disk, at most MOST_GIB."""
+    return min(MOST_GIB, shutil.disk_usage(lake).total / 2 / GIB)
 
 
 class _Buffer:

@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 
 from s2t_shared.errors import StoreError
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.spool import Spool
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
@@ -39,6 +40,7 @@ WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
 # After so long, a server that syncs "always" or "everysec" has on disk what it took.
 SETTLED_S = 3.0
 ADOPT_EVERY_S = 10.0
+RECHECK_S = 0.5  # whether sent segments are durable by now
 
 
 def next_backoff(backoff_s: float) -> float:
@@ -108,7 +110,10 @@ class LabelWriter:
         spool: Path,
         spool_bytes: int = 1 << 30,
         queue_bytes: int = 64 << 20,
+        known: KnownModels | None = None,
     ) -> None:
+        """known: where the models of what is written are written down, for the drain."""
+        self._known = known
         self._stream = stream.with_timeout(WRITE_TIMEOUT_S)
         self._spool = Spool(spool, spool_bytes)
         self._capacity = queue_bytes
@@ -221,6 +226,7 @@ class LabelWriter:
             except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
                 text = f"labels dropped: they cannot be serialised ({error})"
                 self._drop([write], "not serialisable", text)
+        self._introduce(good)
         try:
             if texts:
                 self._make_durable(texts)
@@ -232,6 +238,17 @@ class LabelWriter:
         for write in good:
             if not write.future.done():  # `close` gave it up
                 write.future.set_result(None)
+
+    def _introduce(self, batch: Sequence[_Write]) -> None:
+        """Write down the models before their labels can reach the drain."""
+        if self._known is None:
+            return
+        try:
+            for write in batch:
+                for rollout in write.rollouts:
+                    self._known.add(Models.of(rollout))
+        except StoreError as error:
+            log.warning("labels of new models may be refused: %s", error)
 
     def _make_durable(self, texts: list[bytes]) -> None:
         """Store in Redis or in the spool; first in the spool unless Redis confirmed the last write.
@@ -298,7 +315,7 @@ class LabelWriter:
                 log.error("the spool waits: %s", type(error).__name__)
                 backoff = MAX_BACKOFF_S
                 continue
-            pause = 0.5 if is_waiting else max(0.0, next_adoption - time.monotonic())
+            pause = RECHECK_S if is_waiting else max(0.0, next_adoption - time.monotonic())
             self._spooled.wait(pause)
 
     def _send_segments(self) -> bool:

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, StoreError
+from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.requests import by_name
 from services.cli.options import (
     ConfigFile,
@@ -93,6 +93,8 @@ def stats(
             f"{queued['in_redis']} rollouts are still on their way and not counted above; they are "
             f"in the lake within {resolved.labels.shard_age_s:.0f} s (--flush writes them now)"
         )
+    if queued.get("dead_letters"):
+        print(f"{queued['dead_letters']} labelled rollouts were refused; s2t labels dead says why")
     wanted = 2 * resolved.training.gate_min_groups  # half of those held out are for testing
     if measured.labels and measured.held_out_groups < wanted:
         print(
@@ -122,7 +124,7 @@ def _shown(measured: LabelStats) -> dict[str, Any]:
         "mean mass": _figure(measured.mass, ".3f"),
         "shards": measured.shards,
         "size": f"{measured.bytes / (1 << 20):.1f} MiB",
-        "made": f"{_date(measured.oldest)} to {_date(measured.newest)}",
+        "made": f"{date(measured.oldest)} to {date(measured.newest)}",
     }
 
 
@@ -172,13 +174,12 @@ def _queued(config: Config, service: ServiceRecord | None, flush: bool) -> dict[
 def _redis_counts(config: Config) -> dict[str, Any]:
     """Counts of what is in Redis. When Redis is away they are None: the verb is about the lake and
     must not fail."""
-    from s2t_shared.labels.stream import LabelStream
+    from services.cli.dead_letters import operator_stream
 
     try:
-        stream = LabelStream(str(config.redis.url))
-        counts = stream.counts()
-        stream.close()
-    except StoreError as error:
+        with operator_stream(config) as stream:
+            counts = stream.counts()
+    except S2TError as error:
         return {"in_redis": None, "dead_letters": None, "redis_error": str(error)}
     return {"in_redis": counts.rollouts, "dead_letters": counts.dead_letters}
 
@@ -214,7 +215,7 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _date(seconds: float | None) -> str:
+def date(seconds: float | None) -> str:
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
@@ -274,8 +275,8 @@ def delete(
     data_dir: DataDir = None,
     json_out: Json = False,
 ) -> None:
-    """Delete labels, in the lake with its snapshots and quarantine, and on their way there. Doing
-    it again changes nothing."""
+    """Delete labels, in the lake with its snapshots and quarantine, on their way there, and refused
+    ones. Doing it again changes nothing."""
     fields = {"problem_id": problem_id, "request_id": request_id, "task": task}
     by_field = [(field, value) for field, value in fields.items() if value is not None]
     by_retention = older_than is not None or keep_gib is not None
@@ -284,12 +285,14 @@ def delete(
             "say what to delete with one of --problem-id, --request-id, --task, or with "
             "--older-than and --keep-gib"
         )
-    opened, _ = _open(lake, config, data_dir)
+    opened, resolved = _open(lake, config, data_dir)
+    result: dict[str, Any] = {}
     if by_retention:
         removed = _delete_by_retention(opened, older_than, keep_gib, yes)
     else:
         [(field, value)] = by_field
         removed = _delete_by_field(opened, field, value, yes)
+        result = _delete_refused(opened, resolved, field, value)
     quarantine = opened.root / "quarantine"
     if any(quarantine.glob("shard-*")):
         print(
@@ -297,7 +300,7 @@ def delete(
             "when it is needed no more",
             file=sys.stderr,
         )
-    show({"deleted rollouts": removed}, json_out)
+    show({"deleted rollouts": removed} | result, json_out)
 
 
 def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
@@ -305,12 +308,21 @@ def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
 
     deletion = Deletion.of(field, value)
     found = [len(rollout.labels) for rollout in lake.rollouts() if deletion.matches(rollout)]
-    _confirm(
+    confirm(
         f"{len(found)} rollouts with {sum(found)} labels of {field} {value!r}, and what of it is "
         f"on its way, in {str(lake.root)!r}",
         yes,
     )
     return lake.delete(field, value)
+
+
+def _delete_refused(lake: Lake, config: Config, field: str, value: str) -> dict[str, Any]:
+    """Delete from the dead letters of the Redis that belongs to the lake, if there is one."""
+    from services.cli.dead_letters import delete_from_dead_letters, with_redis
+
+    if lake.root != config.lake:
+        return {}
+    return delete_from_dead_letters(with_redis(config), field, value)
 
 
 def _delete_by_retention(
@@ -323,17 +335,17 @@ def _delete_by_retention(
     max_bytes = 0 if keep_gib is None else max(1, int(keep_gib * GIB))
     shards = lake.prunable(max_age_s, max_bytes)
     newest = shards[-1].last if shards else None
-    _confirm(
+    confirm(
         f"{len(shards)} of {len(lake.shards())} shards: "
         f"{sum(shard.rollouts for shard in shards)} rollouts with "
-        f"{sum(shard.labels for shard in shards)} labels, made until {_date(newest)}, "
+        f"{sum(shard.labels for shard in shards)} labels, made until {date(newest)}, "
         f"in {str(lake.root)!r}",
         yes,
     )
     return lake.prune(max_age_s, max_bytes)
 
 
-def _confirm(what: str, yes: bool) -> None:
+def confirm(what: str, yes: bool) -> None:
     """Say what is deleted, and ask unless `yes`.
 
     Raises:

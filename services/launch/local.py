@@ -109,11 +109,17 @@ def running_service(
     check_models(config)
     check_port(config)
     config.data_dir.mkdir(parents=True, exist_ok=True)
-    redis = open_redis(config.redis.url, config.data_dir / "redis", config.redis.port or None)
+    redis = open_redis(
+        config.redis.url,
+        config.data_dir / "redis",
+        config.redis.port or None,
+        password_dir=config.redis.password_dir,
+        max_memory_mib=config.redis.max_memory_mib,
+    )
     say(f"Redis ready ({redis.place})")
     try:
         resolved = config.model_copy(
-            update={"redis": config.redis.model_copy(update={"url": redis.url})}
+            update={"redis": config.redis.model_copy(update=redis.settings())}
         )
         with local_ray(reuse=reuse_ray):
             say("Ray ready")

@@ -11,12 +11,13 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2t_shared.config import Config
+from s2t_shared.config import Config, RedisConfig
 from s2t_shared.files import write_atomically
+from s2t_shared.redis_url import without_password
 
 FILE = "service.json"
 CONNECT_TIMEOUT_S = 1.0
@@ -30,6 +31,7 @@ class ServiceRecord:
 
     pid, host: of the process that ends the service when it ends; pid 0 where there is none, and the
     service stays in its Ray cluster until it is removed. ray: host:port of that cluster's head.
+    redis: settings that lead to its Redis, without a password; empty where it has none.
     """
 
     address: str
@@ -37,6 +39,14 @@ class ServiceRecord:
     config: dict[str, Any]
     host: str = ""
     ray: str = ""
+    redis: dict[str, str | None] = field(default_factory=dict)
+
+    def with_redis(self, config: Config) -> Config:
+        """`config` with the Redis of the service, unless it names one itself."""
+        if config.redis.url or not self.redis:
+            return config
+        redis = RedisConfig.model_validate(config.redis.model_dump() | self.redis)
+        return config.model_copy(update={"redis": redis})
 
     def differences(self, config: Config) -> list[str]:
         """Shared settings of `config` that are not the service's, each with both values."""
@@ -75,8 +85,17 @@ def _public(config: Config) -> dict[str, Any]:
     """The settings without what is secret or only the service's own."""
     values: dict[str, Any] = config.model_dump(mode="json")
     del values["redis"]["url"]
+    del values["redis"]["password_dir"]
     del values["security"]
     return values
+
+
+def _redis_of(config: Config) -> dict[str, str | None]:
+    redis = config.redis
+    if redis.url is None:
+        return {}
+    password_dir = str(redis.password_dir) if redis.password_dir else None
+    return {"url": without_password(redis.url), "password_dir": password_dir}
 
 
 @contextmanager
@@ -91,7 +110,14 @@ def recorded(config: Config, address: str, ray: str = "") -> Iterator[None]:
 
 def write_record(config: Config, address: str, ray: str, pid: int = 0) -> None:
     """Leave a record in the data folder."""
-    record = ServiceRecord(address, pid, _public(config), socket.gethostname(), ray)
+    record = ServiceRecord(
+        address=address,
+        pid=pid,
+        config=_public(config),
+        host=socket.gethostname(),
+        ray=ray,
+        redis=_redis_of(config),
+    )
     write_atomically(config.data_dir / FILE, json.dumps(asdict(record), indent=2))
 
 

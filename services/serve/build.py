@@ -19,6 +19,7 @@ from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
 from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
 from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
@@ -26,6 +27,7 @@ from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
+from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
 from services.serve.admin_servicer import AdminServicer
@@ -60,7 +62,8 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
     runtime = _load_slm(config)
     remote = await _connect_selector(config, runtime, tokenizer, selectors)
-    labels = LabelRecorder(_label_writer(config))
+    models = Models(runtime.digest, remote.info.digest, tokenizer.digest)
+    labels = LabelRecorder(_label_writer(config, models))
     versions = VersionWatcher(LiveVersions(config.versions), runtime, tokenizer.digest)
     settings = config.proposer
     excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
@@ -110,17 +113,24 @@ def _load_slm(config: Config) -> ModelRuntime:
     return runtime
 
 
-def _label_writer(config: Config) -> LabelWriter | None:
+def _label_writer(config: Config, models: Models) -> LabelWriter | None:
+    """models: of this proposer as it starts. They are written down before the gateway drains what
+    an earlier one of the same models has left."""
     if not config.redis.url:
         return None
     spool_bytes = config.labels.spool_mib << 20
-    return LabelWriter(LabelStream(config.redis.url), config.spool, spool_bytes)
+    url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
+    known = KnownModels(config.known_models)
+    if models.llm:
+        known.add(models)
+    return LabelWriter(LabelStream(url), config.spool, spool_bytes, known=known)
 
 
 def _cached(config: Config, remote: RemoteSelector) -> SelectorClient:
     if not config.redis.url:
         return remote
-    return CachedSelector(remote, config.redis.url, config.redis.cache_ttl_s)
+    url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
+    return CachedSelector(remote, url, config.redis.cache_ttl_s)
 
 
 async def _connect_selector(
@@ -184,7 +194,7 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
         ConfigError: its address cannot be used.
     """
     lake = Lake(config.lake)
-    stream = LabelStream(config.redis.url) if config.redis.url else None
+    stream = _stream(config)
     drain = _drain(config, stream, lake) if stream is not None else None
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
@@ -196,6 +206,12 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
     return GatewayServer(config, proposers, admin, drain)
 
 
+def _stream(config: Config) -> LabelStream | None:
+    if not config.redis.url:
+        return None
+    return LabelStream(url_of(RedisRole.CONSUMER, config.redis.url, config.redis.password_dir))
+
+
 def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
     labels = config.labels
     return Drain(
@@ -205,4 +221,6 @@ def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
         shard_age_s=labels.shard_age_s,
         max_age_days=labels.max_age_days,
         max_gib=labels.max_gib,
+        dead_letter_days=labels.dead_letter_days,
+        known=KnownModels(config.known_models),
     )
