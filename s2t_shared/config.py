@@ -179,7 +179,9 @@ class SecurityConfig(_Section):
         None, description="PEM file of the authority that clients here trust"
     )
     token_file: Path | None = Field(
-        None, description="file with the token clients must send, at least 16 bytes"
+        None,
+        description="file with the tokens that callers must send, one 'ROLE: TOKEN' a line; roles "
+        "are generate, score (proposers to selectors) and admin; read again when it changes",
     )
     insecure: bool = Field(
         False, description="allow plain, tokenless servers on other than loopback addresses"

@@ -30,7 +30,7 @@ from s2t_shared.model.vocabulary import check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 from services.launch.redis_server import open_redis  # noqa: E402
 from services.launch.service_record import recorded  # noqa: E402
-from services.rpc import channels  # noqa: E402
+from services.rpc.tokens import Tokens  # noqa: E402
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OBJECT_STORE_BYTES = 256 << 20
@@ -59,7 +59,8 @@ def check_security(config: Config) -> None:
             token.
     """
     check_exposure(config)
-    channels.read_token(config.security.token_file)
+    if config.security.token_file is not None:
+        Tokens(config.security.token_file)
 
 
 def check_models(config: Config) -> None:

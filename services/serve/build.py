@@ -28,6 +28,8 @@ from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
+from services.rpc import channels
+from services.rpc.tokens import Role
 from services.serve.admin_servicer import AdminServicer
 from services.serve.calibrator import Calibrator
 from services.serve.engine_thread import EngineThread
@@ -131,6 +133,7 @@ async def _connect_selector(
     fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
     remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
     if config.selector.addresses or selectors is not None:
+        channels.read_token(config.security.token_file, Role.SCORE)  # better now than never an LLM
         await remote.wait_until_reachable(config.selector.start_wait_s)
     return remote
 

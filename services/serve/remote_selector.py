@@ -21,14 +21,16 @@ from typing import Any
 from s2t_shared.config import Config, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
+    ConfigError,
     InvalidRequestError,
     SelectorUnavailableError,
     TokenizerMismatchError,
 )
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import channels, wire
+from services.rpc.tokens import Role, Tokens
 from services.serve.breaker import Backoff, CircuitBreaker
-from services.serve.selector_link import LATE_SHARE, PATIENCE_S, SelectorLink
+from services.serve.selector_link import LATE_SHARE, PATIENCE_S, Metadata, SelectorLink
 
 log = logging.getLogger(__name__)
 REFRESH_S = 2.0  # selectors are looked for this often; a new one that hangs holds up no other
@@ -73,11 +75,11 @@ class RemoteSelector:
         fallback: LLMInfo,
         backoff: Backoff = BACKOFF,
     ) -> None:
-        """Raises ConfigError: the token file holds no token."""
+        """Raises ConfigError: the token file cannot be used."""
         self._find_addresses = find_addresses
         self._authority = security.authority
         self._tokenizer_digest = tokenizer_digest
-        self._metadata = channels.call_metadata(channels.read_token(security.token_file))
+        self._tokens = Tokens(security.token_file) if security.token_file else None
         self._backoff = backoff
         self._links: dict[str, SelectorLink] = {}
         self._last_query: ScoreQuery | None = None
@@ -192,6 +194,18 @@ class RemoteSelector:
         )
         self._links[address] = link
         return link
+
+    def _metadata(self) -> Metadata:
+        """Of a call now: the token file may have changed since the last one.
+
+        Raises:
+            SelectorUnavailableError: no token in it may ask selectors.
+        """
+        try:
+            token = self._tokens.token_for(Role.SCORE) if self._tokens else None
+        except ConfigError as error:
+            raise SelectorUnavailableError(str(error)) from error
+        return channels.call_metadata(token)
 
     def _choose_llm(self) -> None:
         """Stay with the LLM that answers now as long as one of its selectors does."""

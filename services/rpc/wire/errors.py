@@ -42,6 +42,7 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 # Part of the contract: a class may get another name, its reason may not.
@@ -58,6 +59,7 @@ REASONS: dict[type[errors.S2TError], str] = {
     errors.StoreError: "STORE",
     errors.DeadlineExceededError: "DEADLINE_EXCEEDED",
     errors.UnauthenticatedError: "UNAUTHENTICATED",
+    errors.PermissionDeniedError: "PERMISSION_DENIED",
 }
 KINDS = {reason: kind for kind, reason in REASONS.items()}
 
