@@ -30,6 +30,7 @@ from s2t_shared.model.vocabulary import check_same_tokenizer  # noqa: E402
 from services.app import APPLICATION, build_application  # noqa: E402
 from services.launch.redis_server import open_redis  # noqa: E402
 from services.launch.service_record import recorded  # noqa: E402
+from services.rpc.tls import ClientTLS, server_credentials  # noqa: E402
 from services.rpc.tokens import Tokens  # noqa: E402
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
@@ -55,12 +56,17 @@ def check_security(config: Config) -> None:
     """Check who can reach the servers.
 
     Raises:
-        ConfigError: a server would listen beyond loopback unprotected, or the token file holds no
-            token.
+        ConfigError: a server would listen beyond loopback unprotected, or a security file cannot
+            be used.
     """
     check_exposure(config)
-    if config.security.token_file is not None:
-        Tokens(config.security.token_file)
+    security = config.security
+    if security.token_file is not None:
+        Tokens(security.token_file)
+    server_credentials(security)
+    tls = ClientTLS.of(security)
+    if tls is not None:
+        tls.credentials()
 
 
 def check_models(config: Config) -> None:

@@ -14,7 +14,7 @@ import grpc.aio
 
 from s2t_shared.errors import ConfigError
 from services.rpc.authorization import TokenInterceptor
-from services.rpc.reloading import read_bytes
+from services.rpc.tls import ClientTLS, FollowedTLS, server_credentials
 from services.rpc.tokens import Role, Tokens
 from services.rpc.undecodable import DecodingInterceptor
 
@@ -88,17 +88,15 @@ def bind(
     """Listen on host:port (0: any free port); returns the port.
 
     Raises:
-        ConfigError: the port is taken or the address is not ours.
+        ConfigError: the port is taken, the address is not ours, or a certificate cannot be used.
     """
     address = f"{host}:{port}"
+    credentials = server_credentials(security)
     try:
-        if security.certificate and security.key:
-            credentials = grpc.ssl_server_credentials(
-                [(read_bytes(security.key), read_bytes(security.certificate))]
-            )
-            bound = server.add_secure_port(address, credentials)
-        else:
+        if credentials is None:
             bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
     except RuntimeError:
         bound = 0
     if not bound:
@@ -109,20 +107,25 @@ def bind(
     return int(bound)
 
 
-def open_channel(address: str, authority: Path | None, asynchronous: bool = True) -> Any:
-    """A channel with our limits; TLS when an authority is given."""
-    options = [
+def open_channel(
+    address: str, tls: ClientTLS | FollowedTLS | None, asynchronous: bool = True
+) -> Any:
+    """A channel with our limits; plain text where `tls` is None.
+
+    Raises:
+        ConfigError: a security file cannot be used.
+    """
+    options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", 64 << 20),
         *_keepalive(),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
     ]
     library = grpc.aio if asynchronous else grpc
-    if authority:
-        return library.secure_channel(
-            address, grpc.ssl_channel_credentials(read_bytes(authority)), options=options
-        )
-    return library.insecure_channel(address, options=options)
+    if tls is None:
+        return library.insecure_channel(address, options=options)
+    options += tls.options
+    return library.secure_channel(address, tls.credentials(), options=options)
 
 
 def _keepalive() -> list[tuple[str, int]]:

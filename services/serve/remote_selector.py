@@ -28,6 +28,7 @@ from s2t_shared.errors import (
 )
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import channels, wire
+from services.rpc.tls import ClientTLS, FollowedTLS
 from services.rpc.tokens import Role, Tokens
 from services.serve.breaker import Backoff, CircuitBreaker
 from services.serve.selector_link import LATE_SHARE, PATIENCE_S, Metadata, SelectorLink
@@ -75,9 +76,11 @@ class RemoteSelector:
         fallback: LLMInfo,
         backoff: Backoff = BACKOFF,
     ) -> None:
-        """Raises ConfigError: the token file cannot be used."""
+        """Raises ConfigError: the token file or a certificate cannot be used."""
         self._find_addresses = find_addresses
-        self._authority = security.authority
+        tls = ClientTLS.of(security)
+        self._tls = FollowedTLS(tls) if tls is not None else None
+        self._credentials = self._tls.credentials() if self._tls is not None else None
         self._tokenizer_digest = tokenizer_digest
         self._tokens = Tokens(security.token_file) if security.token_file else None
         self._backoff = backoff
@@ -167,6 +170,7 @@ class RemoteSelector:
         A selector that does not answer holds up no other. It is admitted whenever it answers, if
         it tokenizes as the SLM does.
         """
+        self._follow_certificates()
         try:
             found = set(await self._find_addresses())
         except Exception as error:  # noqa: BLE001 - whatever Serve raises means "not now"
@@ -185,7 +189,7 @@ class RemoteSelector:
     def _open(self, address: str) -> SelectorLink:
         link = SelectorLink(
             address,
-            channels.open_channel(address, self._authority),
+            channels.open_channel(address, self._tls),
             metadata=self._metadata,
             tokenizer_digest=self._tokenizer_digest,
             breaker=CircuitBreaker(self._backoff),
@@ -194,6 +198,13 @@ class RemoteSelector:
         )
         self._links[address] = link
         return link
+
+    def _follow_certificates(self) -> None:
+        if self._tls is None or self._tls.credentials() is self._credentials:
+            return
+        self._credentials = self._tls.credentials()
+        for address, link in self._links.items():
+            link.reconnect(channels.open_channel(address, self._tls))
 
     def _metadata(self) -> Metadata:
         """Of a call now: the token file may have changed since the last one.

@@ -71,6 +71,7 @@ class SelectorLink:
         self._sample = sample
         self._clock = clock
         self._is_dropped = False
+        self._retiring: asyncio.Task[None] | None = None
         self._winning_back = asyncio.get_running_loop().create_task(self._win_back())
 
     @property
@@ -82,7 +83,15 @@ class SelectorLink:
         """End probes and connection. Queries under way fail."""
         self._is_dropped = True
         self._winning_back.cancel()
+        if self._retiring is not None:
+            self._retiring.cancel()
         await self._channel.close()
+
+    def reconnect(self, channel: Any) -> None:
+        """Send queries over another channel from now on. Those under way end on the old one."""
+        old, self._channel = self._channel, channel
+        self._stub = pb_grpc.SelectionServiceStub(channel)
+        self._retiring = asyncio.get_running_loop().create_task(old.close(PATIENCE_S))
 
     # -- queries ----------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def test_a_token_file_without_a_token_never_opens_a_server(
     config = Config(
         gateway=GatewayConfig(host="0.0.0.0"),
         data_dir=tmp_path,
-        security=SecurityConfig(token_file=file, certificate=file, key=file),
+        security=SecurityConfig(token_file=file, certificate=file, key=file, authority=file),
     )
     for start_or_ask in (
         lambda: channels.new_server(security),
