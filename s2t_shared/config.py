@@ -127,6 +127,14 @@ class SelectorConfig(Placement):
     addresses: tuple[str, ...] = Field(
         (), description="host:port of selectors elsewhere; then none is started here"
     )
+    max_queries: int = Field(
+        1024, ge=0, description="queries that one selector answers at once; 0: any number"
+    )
+    max_queries_per_client: int = Field(
+        512,
+        ge=0,
+        description="of them, those of one proposer (a token from a host); 0: any number",
+    )
     start_wait_s: float = Field(
         120.0,
         ge=0,

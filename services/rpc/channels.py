@@ -14,9 +14,9 @@ import grpc.aio
 
 from s2t_shared.errors import ConfigError
 from services.rpc.authorization import TokenInterceptor
+from services.rpc.border import BorderInterceptor
 from services.rpc.tls import ClientTLS, FollowedTLS, server_credentials
 from services.rpc.tokens import Role, Tokens
-from services.rpc.undecodable import DecodingInterceptor
 
 if TYPE_CHECKING:
     from s2t_shared.config import SecurityConfig
@@ -69,7 +69,7 @@ def new_server(
     file = security.token_file
     authorization = [] if file is None else [TokenInterceptor(Tokens(file))]
     return grpc.aio.server(
-        interceptors=[*authorization, DecodingInterceptor()],
+        interceptors=[*authorization, BorderInterceptor()],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),

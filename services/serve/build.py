@@ -155,7 +155,7 @@ def selector_server(config: Config) -> SelectorServer:
     """
     torch.set_num_threads(config.llm.threads)
     runs = _vllm_selector if config.llm.runtime == "vllm" else _torch_selector
-    return SelectorServer(runs(config.llm), config.security, config.selector.host)
+    return SelectorServer(runs(config.llm), config.security, config.selector)
 
 
 def _torch_selector(llm: LLMConfig) -> AsyncSelector:

@@ -41,8 +41,7 @@ async def selector_address(
     settings: SelectorConfig | None = None,
 ) -> AsyncIterator[str]:
     """The address of the real selector server before `llm`."""
-    settings = settings or SelectorConfig()
-    server = SelectorServer(llm or FixedLLM(), security, settings.host)
+    server = SelectorServer(llm or FixedLLM(), security, settings or SelectorConfig())
     await server.start()
     try:
         yield f"127.0.0.1:{server.port}"
