@@ -175,7 +175,8 @@ class SelectorServer:
         """
         self.llm_digest = selector.info.digest
         self._selector = selector
-        limits = channels.ConnectionLimits(max_streams=settings.max_queries)
+        # More than are answered: one that waits in gRPC would not hear that there is no room.
+        limits = channels.ConnectionLimits(max_streams=2 * settings.max_queries)
         self._server = channels.new_server(security, connections=limits)
         SelectionServicer(selector, settings).add_to(self._server)
         self.port = channels.bind(self._server, settings.host, 0, security, "selector.host")

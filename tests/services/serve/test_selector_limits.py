@@ -86,23 +86,23 @@ def test_too_many_queries_are_refused_with_a_time_to_come_again() -> None:
         async with selector_address(llm=llm, settings=settings) as address:
             async with channels.open_channel(address, None) as channel:
                 stub = pb_grpc.SelectionServiceStub(channel)
-                mine = [stub.Score(request()) for _ in range(3)]
+                mine = [stub.Score(request(), timeout=30.0) for _ in range(3)]
                 assert await becomes(lambda: llm.asked == 3)
                 fourth = await refusal(stub, request())
                 assert isinstance(fourth, OverloadedError) and "of your requests" in str(fourth)
                 assert fourth.retry_after_s
 
                 other = {"metadata": channels.call_metadata("another")}
-                theirs = stub.Score(request(), **other)
+                theirs = stub.Score(request(), timeout=30.0, **other)
                 assert await becomes(lambda: llm.asked == 4)
                 with pytest.raises(grpc.aio.AioRpcError) as full:
-                    await stub.Score(request(), **other)
+                    await stub.Score(request(), timeout=5.0, **other)
                 assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert "4 requests are being answered" in full.value.details()
 
                 mine.pop().cancel()
                 await asyncio.sleep(0.05)
-                mine.append(stub.Score(request()))
+                mine.append(stub.Score(request(), timeout=30.0))
                 assert await becomes(lambda: llm.asked == 5)
                 llm.open.set()
                 await asyncio.gather(*mine, theirs)
