@@ -113,6 +113,9 @@ async def _end(context: Any, error: Exception) -> None:
         raise error
     if isinstance(error, S2TError):
         await wire.abort(context, error)
+    if isinstance(error, NotImplementedError):  # a method that only the generated code has
+        text = "this server does not implement the method"
+        await wire.abort_with(context, grpc.StatusCode.UNIMPLEMENTED, text, "UNIMPLEMENTED")
     log_unexpected(error)
     await wire.abort_with(context, grpc.StatusCode.INTERNAL, UNEXPECTED, wire.INTERNAL)
 

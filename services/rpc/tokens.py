@@ -113,9 +113,21 @@ def read_tokens(file: Path) -> tuple[Entry, ...]:
     """
     where = f"token file {str(file)!r}"
     try:
-        lines = read_bytes(file).decode("ascii").splitlines()
+        content = read_bytes(file)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    return parse_tokens(content, file)
+
+
+def parse_tokens(content: bytes, file: Path) -> tuple[Entry, ...]:
+    """The tokens in what `file` holds.
+
+    Raises:
+        ConfigError: there is no token, or a wrong line.
+    """
+    where = f"token file {str(file)!r}"
+    try:
+        lines = content.decode("ascii").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: only printable ASCII may stand in it") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]

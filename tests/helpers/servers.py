@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.decode.interfaces import LLMInfo
+from s2t_shared.decode.llm_selector import check_query
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 from services.serve.selector_server import AsyncSelector, SelectorServer
 
 OPEN = SecurityConfig()
+VOCABULARY = 512
 
 
 @dataclass
@@ -28,6 +30,7 @@ class FixedLLM:
         self.open.set()
 
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
+        check_query(query, self.info.max_length, VOCABULARY)
         self.asked += 1
         await self.open.wait()
         positions = (PositionScores((-1.0,) * len(ids), 7) for ids in query.candidate_ids)
