@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], grpc.StatusCode | None
     "answered": (proposer_service, {}, None),
     "chat": (proposer_service, {"messages": CHAT}, None),
     "no LLM": (no_llm, {"mode": pb.MODE_S2T, "threshold": 0.3}, None),
-    "wrong": (proposer_service, {"budget": 7.0}, grpc.StatusCode.INVALID_ARGUMENT),
+    "wrong": (proposer_service, {"samples": 99}, grpc.StatusCode.INVALID_ARGUMENT),
     "too long": (proposer_service, {"text": PROMPT * 60_000}, grpc.StatusCode.INVALID_ARGUMENT),
     "no Redis": (
         proposer_service,
