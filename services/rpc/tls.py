@@ -139,7 +139,7 @@ def _read_pair(certificate: Path, key: Path) -> Pems:
         # An encrypted key would ask for its password on the terminal.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key, password=lambda: "")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
         raise ConfigError(
             f"security files {certificate.name!r} and {key.name!r} are not a PEM certificate chain "
             "and its own private key (without a password); see security.certificate, security.key"
@@ -151,7 +151,7 @@ def _read_authority(file: Path) -> bytes:
     pem = read_bytes(file)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"security file {file.name!r} holds no PEM certificates of an authority"
         ) from error
