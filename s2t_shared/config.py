@@ -172,6 +172,14 @@ class SelectorConfig(ScaledPlacement):
     addresses: tuple[str, ...] = Field(
         (), description="host:port of selectors elsewhere; then none is started here"
     )
+    max_queries: int = Field(
+        1024, ge=0, description="queries that one selector answers at once; 0: any number"
+    )
+    max_queries_per_client: int = Field(
+        512,
+        ge=0,
+        description="of them, those of one proposer (a token from a host); 0: any number",
+    )
     start_wait_s: float = Field(
         120.0,
         ge=0,
@@ -216,19 +224,55 @@ class GatewayConfig(Placement):
 
 
 class SecurityConfig(_Section):
-    """Needed as soon as the gateway or the LLM selector listens beyond loopback."""
+    """Needed as soon as the gateway or the LLM selector listens beyond loopback. All files are read
+    again when they change."""
 
     certificate: Path | None = Field(None, description="PEM file of the servers' certificate chain")
     key: Path | None = Field(None, description="PEM file of its private key")
+    client_authority: Path | None = Field(
+        None,
+        description="PEM file of the authority whose certificates clients must have (mutual TLS)",
+    )
     authority: Path | None = Field(
         None, description="PEM file of the authority that clients here trust"
     )
+    client_certificate: Path | None = Field(
+        None, description="PEM file of the certificate chain that clients here show"
+    )
+    client_key: Path | None = Field(None, description="PEM file of its private key")
+    server_name: str = Field(
+        "",
+        description="name in the servers' certificate, where it is not the address at which "
+        "clients here reach them: replicas behind one certificate",
+    )
     token_file: Path | None = Field(
-        None, description="file with the token clients must send, at least 16 bytes"
+        None,
+        description="file with the tokens that callers must send, one 'ROLE: TOKEN' a line; roles "
+        "are generate, score (proposers to selectors) and admin",
     )
     insecure: bool = Field(
         False, description="allow plain, tokenless servers on other than loopback addresses"
     )
+
+    @model_validator(mode="after")
+    def _check_needs(self) -> Self:
+        for name, needed in SECURITY_NEEDS:
+            if getattr(self, name) and not getattr(self, needed):
+                raise ValueError(
+                    f"security.{name} has no effect without security.{needed}; set both or neither"
+                )
+        return self
+
+
+SECURITY_NEEDS = (  # a setting, and what it does nothing without
+    ("certificate", "key"),
+    ("key", "certificate"),
+    ("client_authority", "certificate"),
+    ("client_certificate", "client_key"),
+    ("client_key", "client_certificate"),
+    ("client_certificate", "authority"),
+    ("server_name", "authority"),
+)
 
 
 class DefaultsConfig(_Section):
@@ -413,12 +457,15 @@ def _check_together(config: Config) -> None:
 
 
 def check_exposure(config: Config) -> None:
-    """Refuse servers beyond loopback without TLS and a token.
+    """Refuse servers beyond loopback without TLS and a token, and proposers that could not reach
+    their selectors.
 
     Raises:
-        ConfigError: `gateway.host` or `selector.host` is such a server.
+        ConfigError: `gateway.host` or `selector.host` is such a server, or settings of both ends
+            of a connection contradict one another.
     """
     security = config.security
+    _check_ends(config)
     if security.insecure:
         return
     secured = security.certificate and security.key and security.token_file
@@ -430,6 +477,37 @@ def check_exposure(config: Config) -> None:
                 "security.key and security.token_file (or security.insecure: true, if the network "
                 "is yours alone)"
             )
+    for address in config.selector.addresses:
+        if address.rpartition(":")[0] not in LOOPBACK and not security.authority:
+            raise ConfigError(
+                f"selector.addresses: prompts and the token would go to {address} in clear text; "
+                "set security.authority (or security.insecure: true, if the network is yours alone)"
+            )
+
+
+def _check_ends(config: Config) -> None:
+    """Both ends of the connections from proposers to the selectors that are started here."""
+    security = config.security
+    if config.selector.addresses or not config.selector.replicas:
+        return
+    if security.certificate and not security.authority:
+        raise ConfigError(
+            "security.certificate without security.authority: proposers would speak plain text to "
+            "selectors that speak TLS, and no LLM would ever be reached; set security.authority to "
+            "the PEM file of the authority that issued the certificate"
+        )
+    if security.authority and not security.certificate:
+        raise ConfigError(
+            "security.authority without security.certificate: proposers would speak TLS to "
+            "selectors that speak plain text, and no LLM would ever be reached; set "
+            "security.certificate and security.key, or leave security.authority out"
+        )
+    if security.client_authority and not security.client_certificate:
+        raise ConfigError(
+            "security.client_authority without security.client_certificate: selectors would not "
+            "hear proposers, which have no certificate; set security.client_certificate and "
+            "security.client_key to one of that authority"
+        )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

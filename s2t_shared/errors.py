@@ -13,6 +13,7 @@
       StoreError                 Redis or the label lake cannot be used
       DeadlineExceededError      the request's own deadline passed
       UnauthenticatedError       no token, or a wrong one
+      PermissionDeniedError      a token whose role does not allow the call
 
 A message says what is wrong, where, and how to mend it. Bugs are `assert`s, never one of these.
 `services.rpc.wire` maps each class to a gRPC status, `services.cli` to an exit status.
@@ -95,3 +96,7 @@ class DeadlineExceededError(S2TError):
 
 class UnauthenticatedError(S2TError):
     """The caller gave no valid token."""
+
+
+class PermissionDeniedError(S2TError):
+    """The caller's token is valid, and its role does not allow the call."""

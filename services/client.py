@@ -28,6 +28,7 @@ from s2t_shared.types import (
     ServiceDescription,
 )
 from services.rpc import channels, wire
+from services.rpc.tls import ClientTLS
 
 DEFAULT_TIMEOUT_S = 300.0
 
@@ -35,7 +36,9 @@ DEFAULT_TIMEOUT_S = 300.0
 class Client:
     """Blocking calls to a service. Failures are `S2TError`s with the server's text.
 
-    authority: PEM file of the certificate authority, for TLS. timeout_s: seconds of one call.
+    authority: PEM file of the certificate authority, for TLS. tls: instead of it, where the client
+    has a certificate too, or the server another name than its address. timeout_s: seconds of one
+    call.
     """
 
     def __init__(
@@ -44,8 +47,12 @@ class Client:
         token: str | None = None,
         authority: Path | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: ClientTLS | None = None,
     ) -> None:
-        self._channel = channels.open_channel(address, authority, asynchronous=False)
+        """Raises ConfigError: a PEM file cannot be used."""
+        if tls is None and authority is not None:
+            tls = ClientTLS(authority=authority)
+        self._channel = channels.open_channel(address, tls, asynchronous=False)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._metadata = channels.call_metadata(token)

@@ -65,6 +65,7 @@ def test_exposed_servers_need_tls_and_a_token() -> None:
                 **exposed,
                 "security.certificate": "c",
                 "security.key": "k",
+                "security.authority": "a",
                 "security.token_file": "t",
             },
             environment={},
@@ -93,6 +94,70 @@ def test_kubernetes_service_links_are_no_settings() -> None:
     assert config.gateway.port == 7
     with pytest.raises(ConfigError, match="unknown setting"):
         load_config(environment={"S2T_GATEWAY_PROT": "1"})
+
+
+SERVED = {"security.certificate": "c", "security.key": "k", "security.authority": "a"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"certificate": "c"}, r"certificate has no effect without security\.key"),
+        ({"key": "k"}, r"key has no effect without security\.certificate"),
+        ({"client_authority": "a"}, r"client_authority .* without security\.certificate"),
+        ({"client_certificate": "c"}, r"client_certificate .* without security\.client_key"),
+        ({"client_key": "k"}, r"client_key .* without security\.client_certificate"),
+        (
+            {"client_certificate": "c", "client_key": "k"},
+            r"client_certificate .* without security\.authority",
+        ),
+        ({"server_name": "s"}, r"server_name .* without security\.authority"),
+    ],
+)
+def test_settings_that_do_nothing_alone_are_refused(settings: dict, message: str) -> None:
+    """F14: half of a pair was taken, and plain text or no protection came of it."""
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides={f"security.{k}": v for k, v in settings.items()}, environment={})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"security.certificate": "c", "security.key": "k"},
+            "certificate without security.authority: proposers would speak plain text",
+        ),
+        ({"security.authority": "a"}, "authority without security.certificate"),
+        (
+            {**SERVED, "security.client_authority": "a"},
+            "client_authority without security.client_certificate",
+        ),
+        ({"selector.addresses": ["10.0.0.9:70"]}, "10.0.0.9:70 in clear text"),
+    ],
+)
+def test_both_ends_of_the_selectors_connections_agree(settings: dict, message: str) -> None:
+    """F14: the service came up, looked healthy, and never reached an LLM; or told a network the
+    token in clear text. A client's own file may have the authority alone."""
+    config = load_config(overrides=settings, environment={})
+    with pytest.raises(ConfigError, match=message):
+        check_exposure(config)
+
+
+def test_what_agrees_is_taken() -> None:
+    mutual = {
+        "security.client_authority": "a",
+        "security.client_certificate": "c",
+        "security.client_key": "k",
+    }
+    for settings in (
+        {},
+        SERVED,
+        {**SERVED, **mutual, "security.server_name": "s2t"},
+        {"selector.addresses": ["10.0.0.9:70"], "security.authority": "a"},
+        {"selector.addresses": ["127.0.0.1:70"]},
+        {"selector.replicas": 0, "security.certificate": "c", "security.key": "k"},
+    ):
+        check_exposure(load_config(overrides=settings, environment={}))
 
 
 @pytest.mark.parametrize(

@@ -158,12 +158,15 @@ def _queued(config: Config, service: ServiceRecord | None, flush: bool) -> dict[
     """
     from services.client import Client
     from services.rpc import channels
+    from services.rpc.tls import ClientTLS
+    from services.rpc.tokens import Role
 
     if service is None:
         return _redis_counts(config) if config.redis.url else {}
     security = config.security
-    token = channels.read_token(security.token_file)
-    with Client(service.address, token, security.authority, timeout_s=60.0) as client:
+    token = channels.read_token(security.token_file, Role.ADMIN)
+    tls = ClientTLS.of(security)
+    with Client(service.address, token, tls=tls, timeout_s=60.0) as client:
         try:
             counts = client.count_labels(flush=flush)
         except S2TError as error:

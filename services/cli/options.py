@@ -97,18 +97,16 @@ def as_typed(text: str, arguments: Sequence[str]) -> str:
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:
     from services.rpc import channels
     from services.rpc.ask_many import Target
+    from services.rpc.tls import ClientTLS
+    from services.rpc.tokens import Role
 
     resolved = settings(config)
-    token = channels.read_token(token_file or resolved.security.token_file)
-    authority = resolved.security.authority
+    token = channels.read_token(token_file or resolved.security.token_file, Role.GENERATE)
     host = resolved.gateway.host
     if host in EVERYWHERE:  # where to listen; to connect, this machine's own address will do
         host = "127.0.0.1"
-    return Target(
-        address or f"{host}:{resolved.gateway.port}",
-        token,
-        str(authority) if authority else None,
-    )
+    address = address or f"{host}:{resolved.gateway.port}"
+    return Target(address, token, ClientTLS.of(resolved.security))
 
 
 def wide_console() -> Console:

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure
-from s2t_shared.errors import ConfigError
+from s2t_shared.errors import ConfigError, S2TError
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import check_same_tokenizer
@@ -26,7 +26,8 @@ from services.launch.ray_connection import PROBE_TIMEOUT_S, local_ray
 from services.launch.redis_server import open_redis
 from services.launch.service_record import recorded
 from services.roles import APPLICATION, runs_proposers, runs_selectors
-from services.rpc import channels
+from services.rpc.tls import ClientTLS, server_credentials
+from services.rpc.tokens import Tokens
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OWN_RAY = "give this one a Ray of its own: RAY_ADDRESS=local s2t serve"
@@ -48,11 +49,17 @@ def check_security(config: Config) -> None:
     """Check who can reach the servers.
 
     Raises:
-        ConfigError: a server would listen beyond loopback unprotected, or the token file holds no
-            token.
+        ConfigError: a server would listen beyond loopback unprotected, or a security file cannot
+            be used.
     """
     check_exposure(config)
-    channels.read_token(config.security.token_file)
+    security = config.security
+    if security.token_file is not None:
+        Tokens(security.token_file)
+    server_credentials(security)
+    tls = ClientTLS.of(security)
+    if tls is not None:
+        tls.credentials()
 
 
 def check_models(config: Config) -> None:

@@ -30,6 +30,8 @@ from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
+from services.rpc import channels
+from services.rpc.tokens import Role
 from services.serve.admin_servicer import AdminServicer
 from services.serve.calibrator import Calibrator
 from services.serve.engine_thread import EngineThread
@@ -141,6 +143,7 @@ async def _connect_selector(
     fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
     remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
     if config.selector.addresses or selectors is not None:
+        channels.read_token(config.security.token_file, Role.SCORE)  # better now than never an LLM
         await remote.wait_until_reachable(config.selector.start_wait_s)
     return remote
 
@@ -162,8 +165,7 @@ def selector_server(config: Config) -> SelectorServer:
     """
     torch.set_num_threads(config.llm.threads)
     runs = _vllm_selector if config.llm.runtime == "vllm" else _torch_selector
-    selector = config.selector
-    return SelectorServer(runs(config.llm), config.security, selector.host, selector.port)
+    return SelectorServer(runs(config.llm), config.security, config.selector)
 
 
 def _torch_selector(llm: LLMConfig) -> AsyncSelector:

@@ -1,4 +1,4 @@
-"""How many requests of one client a gateway answers at once.
+"""How many requests of one client, and of all, a server answers at once.
 
 A client is a token from a host: two of them differ where either does. Knows gRPC's call contexts
 only.
@@ -30,23 +30,31 @@ def _host(peer: str) -> str:
 
 
 class ClientQuota:
-    """limit: requests of one client in progress; 0: any number. Used on one asyncio loop."""
+    """Used on one asyncio loop.
 
-    def __init__(self, limit: int) -> None:
+    limit: requests of one client in progress. total: of all together. 0: any number.
+    """
+
+    def __init__(self, limit: int, total: int = 0) -> None:
         self._limit = limit
+        self._total = total
         self._ongoing: Counter[str] = Counter()
 
     def count(self, context: grpc.aio.ServicerContext) -> str:
         """Count a call of its client, until the call ends in whatever way. Returns the client.
 
         Raises:
-            OverloadedError: the client has as many in progress as it may have.
+            OverloadedError: the client, or all of them, have as many in progress as they may have.
         """
         client = client_of(context)
         if 0 < self._limit <= self._ongoing[client]:
             raise OverloadedError(
                 f"{self._ongoing[client]} of your requests are being answered, at most "
                 f"{self._limit} of one client are at once; wait for one of them"
+            )
+        if 0 < self._total <= self._ongoing.total():
+            raise OverloadedError(
+                f"{self._total} requests are being answered, the most that are at once; try again"
             )
         self._ongoing[client] += 1
         # A `finally` of the handler would not do: a stream that is cancelled between two messages

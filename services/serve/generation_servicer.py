@@ -50,8 +50,8 @@ class Proposers(Protocol):
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
-    """End the call with the status and text of `error`. An unexpected error shows nothing of our
-    insides."""
+    """End the call with the status and text of `error`; one that is unexpected is raised, for the
+    server's border."""
     if isinstance(error, S2TError):
         if wire.public_text(error) != str(error):
             log.warning("told a client less than this: %s", error)
@@ -64,13 +64,7 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
             wire.PROPOSER_LOST,
             retry_after_s=RETRY_LOST_S,
         )
-    log.error("unexpected error", exc_info=error)
-    await wire.abort_with(
-        context,
-        grpc.StatusCode.INTERNAL,
-        "an unexpected error; it is in the service's log",
-        wire.INTERNAL,
-    )
+    raise error
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):

@@ -21,14 +21,17 @@ from typing import Any
 from s2t_shared.config import Config, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
+    ConfigError,
     InvalidRequestError,
     SelectorUnavailableError,
     TokenizerMismatchError,
 )
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import channels, wire
+from services.rpc.tls import ClientTLS, FollowedTLS
+from services.rpc.tokens import Role, Tokens
 from services.serve.breaker import Backoff, CircuitBreaker
-from services.serve.selector_link import LATE_SHARE, PATIENCE_S, SelectorLink
+from services.serve.selector_link import LATE_SHARE, PATIENCE_S, Metadata, SelectorLink
 
 log = logging.getLogger(__name__)
 REFRESH_S = 2.0  # selectors are looked for this often; a new one that hangs holds up no other
@@ -73,11 +76,13 @@ class RemoteSelector:
         fallback: LLMInfo,
         backoff: Backoff = BACKOFF,
     ) -> None:
-        """Raises ConfigError: the token file holds no token."""
+        """Raises ConfigError: the token file or a certificate cannot be used."""
         self._find_addresses = find_addresses
-        self._authority = security.authority
+        tls = ClientTLS.of(security)
+        self._tls = FollowedTLS(tls) if tls is not None else None
+        self._credentials = self._tls.credentials() if self._tls is not None else None
         self._tokenizer_digest = tokenizer_digest
-        self._metadata = channels.call_metadata(channels.read_token(security.token_file))
+        self._tokens = Tokens(security.token_file) if security.token_file else None
         self._backoff = backoff
         self._links: dict[str, SelectorLink] = {}
         self._last_query: ScoreQuery | None = None
@@ -165,6 +170,7 @@ class RemoteSelector:
         A selector that does not answer holds up no other. It is admitted whenever it answers, if
         it tokenizes as the SLM does.
         """
+        self._follow_certificates()
         try:
             found = set(await self._find_addresses())
         except Exception as error:  # noqa: BLE001 - whatever Serve raises means "not now"
@@ -183,7 +189,7 @@ class RemoteSelector:
     def _open(self, address: str) -> SelectorLink:
         link = SelectorLink(
             address,
-            channels.open_channel(address, self._authority),
+            channels.open_channel(address, self._tls),
             metadata=self._metadata,
             tokenizer_digest=self._tokenizer_digest,
             breaker=CircuitBreaker(self._backoff),
@@ -192,6 +198,25 @@ class RemoteSelector:
         )
         self._links[address] = link
         return link
+
+    def _follow_certificates(self) -> None:
+        if self._tls is None or self._tls.credentials() is self._credentials:
+            return
+        self._credentials = self._tls.credentials()
+        for address, link in self._links.items():
+            link.reconnect(channels.open_channel(address, self._tls))
+
+    def _metadata(self) -> Metadata:
+        """Of a call now: the token file may have changed since the last one.
+
+        Raises:
+            SelectorUnavailableError: no token in it may ask selectors.
+        """
+        try:
+            token = self._tokens.token_for(Role.SCORE) if self._tokens else None
+        except ConfigError as error:
+            raise SelectorUnavailableError(str(error)) from error
+        return channels.call_metadata(token)
 
     def _choose_llm(self) -> None:
         """Stay with the LLM that answers now as long as one of its selectors does."""

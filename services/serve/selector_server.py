@@ -18,14 +18,16 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
-from s2t_shared.errors import S2TError, SelectorUnavailableError
+from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import channels, wire
+from services.serve.client_quota import ClientQuota
+from services.serve.request_limits import check_score_request
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,11 @@ def _complete(future: asyncio.Future[ScoreReply], reply: ScoreReply | None) -> N
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
     """`SelectionService` over an `AsyncSelector`. queries: that wait for their reply now."""
 
-    def __init__(self, selector: AsyncSelector) -> None:
+    def __init__(self, selector: AsyncSelector, settings: SelectorConfig) -> None:
         self._selector = selector
         self._info = selector.info
         self.queries = 0
+        self._quota = ClientQuota(settings.max_queries_per_client, settings.max_queries)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pb_grpc.add_SelectionServiceServicer_to_server(self, server)
@@ -143,14 +146,13 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
     async def Score(
         self, message: pb.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> pb.ScoreResponse:
+        self._quota.count(context)
         self.queries += 1
         try:
+            check_score_request(message, self._info.max_length)
             query = wire.read_query(message)
             reply = await self._selector.score(query, context.time_remaining())
             return wire.write_reply(reply, self._info.tokenizer_digest)
-        except S2TError as error:
-            await wire.abort(context, error)
-            raise AssertionError("abort raises") from error
         finally:
             self.queries -= 1
 
@@ -169,19 +171,23 @@ class SelectorServer:
     """One server with one LLM. Created and started on one loop."""
 
     def __init__(
-        self, selector: AsyncSelector, security: SecurityConfig, host: str, port: int = 0
+        self, selector: AsyncSelector, security: SecurityConfig, settings: SelectorConfig
     ) -> None:
-        """Listen, but answer nothing yet. port: 0 takes a free one.
+        """Listen on the configured host and port (0: a free one), but answer nothing yet.
 
         Raises:
             ConfigError: the address is not this machine's, or a security file cannot be used.
         """
         self.llm_digest = selector.info.digest
         self._selector = selector
-        self._server = channels.new_server(security)
-        self._servicer = SelectionServicer(selector)
+        # More than are answered: one that waits in gRPC would not hear that there is no room.
+        limits = channels.ConnectionLimits(max_streams=2 * settings.max_queries)
+        self._server = channels.new_server(security, connections=limits)
+        self._servicer = SelectionServicer(selector, settings)
         self._servicer.add_to(self._server)
-        self.port = channels.bind(self._server, host, port, security, "selector.port")
+        self.port = channels.bind(
+            self._server, settings.host, settings.port, security, "selector.port"
+        )
 
     @property
     def queries(self) -> int:

@@ -120,7 +120,7 @@ class VersionWatcher:
         try:
             loaded = self.lookup(version)
         except VersionNotFoundError:
-            loaded = await asyncio.to_thread(self._load, version)
+            loaded = await asyncio.to_thread(self._load_published, version)
         assert loaded is not None
         return loaded
 
@@ -185,6 +185,16 @@ class VersionWatcher:
         except S2TError as error:
             self._refuse(version, error)
             return None
+
+    def _load_published(self, version: str) -> LocalSelector:
+        """The registry's own error names other versions: who asks for one need not learn them."""
+        try:
+            return self._load(version)
+        except VersionNotFoundError as error:
+            raise VersionNotFoundError(
+                f"no version {version!r} is published; leave it out for the live one",
+                field="version",
+            ) from error
 
     def _load(self, version: str) -> LocalSelector:
         with self._loading:  # a version that many requests name at once is read once

@@ -42,6 +42,7 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 # Part of the contract: a class may get another name, its reason may not.
@@ -58,16 +59,25 @@ REASONS: dict[type[errors.S2TError], str] = {
     errors.StoreError: "STORE",
     errors.DeadlineExceededError: "DEADLINE_EXCEEDED",
     errors.UnauthenticatedError: "UNAUTHENTICATED",
+    errors.PermissionDeniedError: "PERMISSION_DENIED",
 }
 KINDS = {reason: kind for kind, reason in REASONS.items()}
 
-# What a text may not tell a client: where our processes and files are.
-ADDRESS = re.compile(
-    r"\[[\da-f]*:[\da-f:]+\](:\d+)?"  # [IPv6]:port
-    r"|\b\d{1,3}(\.\d{1,3}){3}\b(:\d+)?"  # IPv4:port
-    r"|\b[\w.-]+:\d{2,5}\b"  # host:port
+# What a text may not tell a client: where our processes and files are, and what runs there.
+HIDDEN = (
+    (
+        re.compile(
+            r"\[[\da-f]*:[\da-f:]+\](:\d+)?"  # [IPv6]:port
+            r"|\b\d{1,3}(\.\d{1,3}){3}\b(:\d+)?"  # IPv4:port
+            r"|\b[\w.-]+:\d{2,5}\b"  # host:port
+        ),
+        "[address]",
+    ),
+    (re.compile(r"(?<![\w/.])/[\w.@+-]+(/[\w.@+-]+)+"), "[path]"),
+    (re.compile(r"Traceback \(most recent call last\).*", re.DOTALL), "[traceback]"),
+    (re.compile(r"\b(pid|actor_id|node_id|worker_id)\s*[=: ]\s*\w+", re.IGNORECASE), "[process]"),
+    (re.compile(r"0x[\da-f]{6,}"), "[object]"),
 )
-PATH = re.compile(r"(?<![\w/.])/[\w.@+-]+(/[\w.@+-]+)+")
 
 
 # -- to a client ----------------------------------------------------------------------------------
@@ -81,10 +91,12 @@ def status_of(error: errors.S2TError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def public_text(error: errors.S2TError) -> str:
-    """The error's text as a client may read it: without addresses and paths, at most
-    `MAX_TEXT_BYTES` long."""
-    text = PATH.sub("[path]", ADDRESS.sub("[address]", str(error)))
+def public_text(error: errors.S2TError | str) -> str:
+    """The error's text as a client may read it: `HIDDEN` is left out, and at most
+    `MAX_TEXT_BYTES` are kept."""
+    text = str(error)
+    for hidden, instead in HIDDEN:
+        text = hidden.sub(instead, text)
     return _cut(text, MAX_TEXT_BYTES)
 
 
@@ -94,7 +106,7 @@ async def abort(context: Any, error: errors.S2TError) -> None:
     await abort_with(
         context,
         status_of(error),
-        public_text(error),
+        str(error),
         reason,
         field=error.field,
         retry_after_s=error.retry_after_s,
@@ -112,7 +124,11 @@ async def abort_with(
     retry_after_s: float | None = None,
     more: tuple[tuple[str, str], ...] = (),
 ) -> None:
-    """End a call with a status and its details. more: trailing metadata beside them."""
+    """End a call with a status and its details: the only way to end one with a text.
+
+    more: trailing metadata beside them.
+    """
+    text = public_text(text)
     details: list[Any] = [ErrorInfo(reason=reason, domain=DOMAIN)]
     if field:
         violation = BadRequest.FieldViolation(

@@ -84,6 +84,7 @@ def test_the_reasons_are_a_contract() -> None:
         "INVALID_REQUEST",
         "MODEL_LOAD",
         "OVERLOADED",
+        "PERMISSION_DENIED",
         "SELECTOR_UNAVAILABLE",
         "STORE",
         "TOKENIZER_MISMATCH",

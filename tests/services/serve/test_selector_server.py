@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import PendingQuery, always
 from s2t_shared.errors import ConfigError, InvalidRequestError, SelectorUnavailableError
@@ -111,7 +111,7 @@ def test_a_selector_server_answers_a_proposer() -> None:
     llm.gate.set()
 
     async def main() -> None:
-        server = SelectorServer(SelectorThread(llm), SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
+        server = SelectorServer(SelectorThread(llm), SecurityConfig(), SelectorConfig())  # type: ignore[arg-type]
         await server.start()
         server.check_health()
 
