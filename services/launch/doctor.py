@@ -27,6 +27,8 @@ from services.launch.redis_server import open_redis
 from services.launch.service_record import ServiceRecord, find_service
 from services.launch.storage_checks import check_storage
 from services.rpc import channels
+from services.rpc.tls import ClientTLS
+from services.rpc.tokens import Role
 
 PACKAGES = ("ray", "torch", "transformers", "grpcio", "protobuf", "redis", "pyarrow")
 TIMEOUT_S = 5.0
@@ -132,8 +134,9 @@ def check_service(
 ) -> Iterator[Finding]:
     """What a service says of itself, over TLS and with a token where the configuration has them."""
     security = config.security
-    token = channels.read_token(token_file or security.token_file)
-    with Client(address, token, security.authority, timeout_s=TIMEOUT_S) as client:
+    token = channels.read_token(token_file or security.token_file, Role.GENERATE)
+    tls = ClientTLS.of(security)
+    with Client(address, token, timeout_s=TIMEOUT_S, tls=tls) as client:
         service = client.describe()
         live = service.live_version or "none"
         detail = (

@@ -14,6 +14,8 @@ from services.launch.running import find_addresses, waits
 from services.launch.service_record import read_record
 from services.roles import APPLICATION
 from services.rpc import channels
+from services.rpc.tls import ClientTLS
+from services.rpc.tokens import Role
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -70,13 +72,16 @@ def status(config: Config) -> ServiceStatus:
     return _with_answers(shown, config)
 
 
+def _client(address: str, config: Config, role: Role) -> Client:
+    token = channels.read_token(config.security.token_file, role)
+    tls = ClientTLS.of(config.security)
+    return Client(address, token, timeout_s=ANSWER_TIMEOUT_S, tls=tls)
+
+
 def _with_answers(shown: ServiceStatus, config: Config) -> ServiceStatus:
     """With what the gateway says of the service, and of its labels' way into the lake."""
-    security = config.security
     try:
-        token = channels.read_token(security.token_file)
-        client = Client(shown.addresses[0], token, security.authority, timeout_s=ANSWER_TIMEOUT_S)
-        with client:
+        with _client(shown.addresses[0], config, Role.GENERATE) as client:
             service = client.describe()
             description: dict[str, object] = {
                 "slm": service.slm_digest,
@@ -87,6 +92,7 @@ def _with_answers(shown: ServiceStatus, config: Config) -> ServiceStatus:
                 "proposers": service.proposers,
             }
             shown = replace(shown, description=description)
+        with _client(shown.addresses[0], config, Role.ADMIN) as client:
             return replace(shown, labels=asdict(client.count_labels(flush=False)))
     except S2TError as error:
         return replace(shown, error=str(error))
