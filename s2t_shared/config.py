@@ -153,6 +153,12 @@ class GatewayConfig(Placement):
         description="requests of one client (a token from a host) that are answered at once; 0: "
         "any number",
     )
+    max_resumes: int = Field(
+        3,
+        ge=0,
+        description="an answer whose proposer dies goes on with another one; so often in a row "
+        "without a new token",
+    )
     max_concurrent_streams: int = Field(
         256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
     )

@@ -15,6 +15,7 @@ from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generati
 from services.rpc import channels
 from services.serve.admin_servicer import AdminServicer
 from services.serve.generation_servicer import GenerationServicer, Proposers
+from services.serve.resuming_proposers import ResumingProposers
 
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -34,6 +35,7 @@ class GatewayServer:
         Raises:
             ConfigError: the port is taken, or a security file cannot be used.
         """
+        proposers = ResumingProposers(proposers, config.gateway.max_resumes)
         self._proposers = proposers
         self._drain = drain
         self._health = health.aio.HealthServicer()

@@ -25,6 +25,7 @@ from s2t_shared.errors import (
     ConfigError,
     InvalidRequestError,
     SelectorUnavailableError,
+    VersionError,
     VersionNotFoundError,
 )
 from s2t_shared.labels.label import Digests
@@ -139,9 +140,8 @@ class ProposerService:
                 is_last = False
                 while not is_last:
                     piece, is_last = await ongoing.next_piece()
-                    steps = _travelling(piece.steps) if request.stream_steps else ()
-                    piece = replace(piece, steps=steps)
-                    if not is_last and (piece.text or piece.steps):
+                    piece = self._travelling_piece(request, builder, piece)
+                    if not is_last and (piece.text or piece.progress):
                         yield piece
                 yield replace(piece, answer=await self._finish(request, builder))
             finally:
@@ -198,8 +198,10 @@ class ProposerService:
     ) -> tuple[GenerateRequest, LocalSelector | None]:
         """Choose the local selector, and the thresholds: its own where it has them."""
         self._labels.check(request.labels)
+        request = self._as_begun(request)
         options = request.options
-        if options.policy.mode is Mode.LLM and not self._selector.reachable:
+        begins = request.progress is None  # one that has begun goes on as if nothing had happened
+        if begins and options.policy.mode is Mode.LLM and not self._selector.reachable:
             raise SelectorUnavailableError(
                 "no selector (LLM) can be reached, and mode llm is the LLM's own answer; "
                 "try again in a moment, or choose a mode that goes on without the LLM"
@@ -222,6 +224,25 @@ class ProposerService:
             version = local_selector.version
         request = replace(request, options=replace(options, version=version))
         return _with_thresholds(request, calibration), local_selector
+
+    def _as_begun(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with the version and the threshold that its answer was begun with.
+
+        Raises:
+            VersionError: it was begun by another SLM.
+        """
+        progress = request.progress
+        if progress is None:
+            return request
+        if progress.slm != self._engine.slm.digest:
+            raise VersionError(
+                "the SLM has been replaced while it answered, and an answer is of one SLM only; "
+                "send the request again"
+            )
+        options = request.options
+        policy = replace(options.policy, threshold=progress.threshold)
+        options = replace(options, policy=policy, version=progress.version)
+        return replace(request, options=options, budget=None)
 
     async def _encode(self, request: GenerateRequest, ticket: Ticket) -> EncodedRequest:
         """Tokenize the prompt, elsewhere. The deadline is counted from the request's arrival.
@@ -258,6 +279,16 @@ class ProposerService:
                 "no local selector is live; train one (s2t train), or ask for version 'none'"
             )
         return local_selector
+
+    def _travelling_piece(
+        self, request: GenerateRequest, builder: AnswerBuilder, piece: AnswerPiece
+    ) -> AnswerPiece:
+        """The piece as the gateway gets it: with what another proposer needs to go on from here."""
+        steps = _travelling(piece.steps)
+        keeps_numbers = request.labels.store or request.labels.collect
+        decided = piece.steps if keeps_numbers else steps
+        progress = builder.progress(decided, self._engine.slm.digest)
+        return replace(piece, steps=steps if request.stream_steps else (), progress=progress)
 
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
         """Build the answer, record its labels, and drop Steps that were not asked for."""

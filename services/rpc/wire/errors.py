@@ -23,7 +23,6 @@ STATUS_DETAILS = "grpc-status-details-bin"  # trailing metadata, as grpcio-statu
 ERROR_KIND = "s2t-error"  # trailing metadata
 DOMAIN = "s2t"
 INTERNAL = "INTERNAL"  # the reason of what is no S2TError
-PROPOSER_LOST = "PROPOSER_LOST"
 MAX_TEXT_BYTES = 512
 MAX_DESCRIPTION_BYTES = 200  # of a wrong field; the status has the whole text
 MAX_FIELD_BYTES = 64
@@ -39,6 +38,8 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
     errors.VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SelectorUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.ProposerLostError: grpc.StatusCode.UNAVAILABLE,
+    errors.ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
@@ -55,6 +56,8 @@ REASONS: dict[type[errors.S2TError], str] = {
     errors.VersionError: "VERSION",
     errors.OverloadedError: "OVERLOADED",
     errors.SelectorUnavailableError: "SELECTOR_UNAVAILABLE",
+    errors.ProposerLostError: "PROPOSER_LOST",
+    errors.ServiceUnavailableError: "SERVICE_UNAVAILABLE",
     errors.StoreError: "STORE",
     errors.DeadlineExceededError: "DEADLINE_EXCEEDED",
     errors.UnauthenticatedError: "UNAUTHENTICATED",
@@ -156,7 +159,7 @@ def error_of(error: grpc.RpcError) -> errors.S2TError:
     details = _read_details(trailing.get(STATUS_DETAILS))
     kind = _named_kind(details, trailing.get(ERROR_KIND))
     if kind is None and code is grpc.StatusCode.UNAVAILABLE:
-        kind = errors.SelectorUnavailableError
+        kind = errors.ServiceUnavailableError
         text = f"the service cannot be reached or is not ready ({text})"
     if kind is None:
         kind = next((known for known, status in STATUS.items() if status is code), None)

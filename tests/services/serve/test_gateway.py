@@ -16,14 +16,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.scripted import ScriptedSelector
-from s2t_shared.errors import ConfigError, OverloadedError
+from s2t_shared.errors import ConfigError, OverloadedError, ProposerLostError
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
-from services.serve.generation_servicer import ProposerLostError
 from services.serve.proposer_service import ProposerService
 from tests.helpers.serving import (
     LLM_TEXT,
@@ -280,7 +279,7 @@ class FailingProposers:
     ("error", "status", "message"),
     [
         (KeyError("/secret/path"), "INTERNAL", "in the service's log"),
-        (ProposerLostError(), "UNAVAILABLE", "send the request again"),
+        (ProposerLostError("send the request again"), "UNAVAILABLE", "send the request again"),
         (OverloadedError("all proposers are busy"), "RESOURCE_EXHAUSTED", "busy"),
     ],
 )
