@@ -117,6 +117,12 @@ class ProposerConfig(Placement):
     selection_timeout_s: float = Field(
         2.0, gt=0, description="a later LLM selection degrades the step"
     )
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="a decode step that takes longer hangs: the replica is replaced, and its "
+        "answers go on elsewhere",
+    )
     max_draft_tokens: int = Field(
         32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token"
     )
@@ -132,6 +138,9 @@ class SelectorConfig(Placement):
         ge=0,
         description="a proposer that starts waits so long for the LLM; later, it is taken up "
         "when it comes",
+    )
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="an LLM that takes longer for a step hangs: it is replaced"
     )
 
 
@@ -174,6 +183,20 @@ class GatewayConfig(Placement):
     max_connection_age_grace_s: float = Field(
         600.0, ge=0, description="calls of such a connection are cut after this long; 0: never"
     )
+    drain_lag_s: float = Field(
+        0.0,
+        ge=0,
+        description="a gateway that stops takes calls for so long after its health says "
+        "NOT_SERVING: as long as load balancers need to notice",
+    )
+    drain_grace_s: float = Field(
+        30.0, ge=0, description="then calls under way have so long to end before they are cut"
+    )
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a gateway takes to stop, at most. What is behind it stays as long."""
+        return self.drain_lag_s + self.drain_grace_s
 
 
 class SecurityConfig(_Section):

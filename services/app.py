@@ -20,6 +20,7 @@ from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica
 
 APPLICATION = "s2t"
+STOP_MARGIN_S = 10.0  # for a replica's last labels and its processes, behind the last answer
 CONTROL_CALLS = 64  # slots for health checks and address look-ups, beside the answers in progress
 
 
@@ -43,23 +44,28 @@ def build_application(config: Config) -> serve.Application:
         ConfigError: a server would listen unprotected.
     """
     check_exposure(config)
+    drain_s = config.gateway.drain_s
     selectors = None
     if not config.selector.addresses and config.selector.replicas:
         selectors = _deployment(
-            SelectorReplica, config.selector, max_ongoing_requests=CONTROL_CALLS
+            SelectorReplica, config.selector, drain_s, max_ongoing_requests=CONTROL_CALLS
         ).bind(config)
     max_ongoing = config.proposer.max_ongoing_requests
     proposers = _deployment(
         ProposerReplica,
         config.proposer,
+        drain_s,
         max_ongoing_requests=max_ongoing + CONTROL_CALLS,
         max_queued_requests=4 * max_ongoing,
     ).bind(config, selectors)
-    gateway = _deployment(Gateway, config.gateway, max_ongoing_requests=CONTROL_CALLS)
+    gateway = _deployment(Gateway, config.gateway, drain_s, max_ongoing_requests=CONTROL_CALLS)
     return gateway.bind(config, proposers)
 
 
-def _deployment(target: type, placement: Placement, **options: Any) -> serve.Deployment:
+def _deployment(
+    target: type, placement: Placement, drain_s: float, **options: Any
+) -> serve.Deployment:
+    """drain_s: seconds that the replica may take to stop."""
     actor: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
     if placement.accelerator_type:
         actor["accelerator_type"] = placement.accelerator_type
@@ -70,6 +76,6 @@ def _deployment(target: type, placement: Placement, **options: Any) -> serve.Dep
         ray_actor_options=actor,
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=10.0,
+        graceful_shutdown_timeout_s=drain_s + STOP_MARGIN_S,
         **options,
     )

@@ -17,13 +17,13 @@ from functools import partial
 
 from s2t_shared.decode.engine import Engine, EngineLoad
 from s2t_shared.decode.generate import AnswerBuilder, EncodedRequest
+from s2t_shared.decode.heartbeat import Heartbeat
 from s2t_shared.decode.interfaces import SLMInfo
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import ProposerLostError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.types import AnswerPiece, Step
-from services.serve.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.005  # while all sequences wait for the LLM, new requests are looked for this often
@@ -152,6 +152,14 @@ class EngineThread:
         """End an answer. Its KV is free within one step of the engine."""
         self._inbox.put(builder.cancel)
 
+    def give_up(self) -> None:
+        """Fail all answers with ProposerLostError, and take no more: the thread hangs, or has
+        ended."""
+        self._ended = True
+        for _, answer in list(self._ongoing.values()):
+            answer.fail(_lost())
+        self._empty_inbox()
+
     def close(self) -> None:
         """End the thread. Answers that are being decoded fail with ProposerLostError."""
         self._inbox.put(self._close)
@@ -166,11 +174,7 @@ class EngineThread:
         except Exception:  # the thread's own border: nobody is above
             log.exception("the engine's thread ends")
         finally:
-            self._ended = True
-            for _, answer in self._ongoing.values():
-                answer.fail(_lost())
-            self._ongoing.clear()
-            self._empty_inbox()
+            self.give_up()
 
     def _turn(self) -> None:
         if self._engine.idle:

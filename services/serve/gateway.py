@@ -6,6 +6,7 @@ from typing import Any
 
 from s2t_shared.config import Config, check_exposure
 from services.serve import build
+from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
 
 
@@ -27,4 +28,6 @@ class Gateway:
         return f"{self._host}:{self._server.port}"
 
     async def __del__(self) -> None:
-        await self._server.stop()
+        server: GatewayServer | None = getattr(self, "_server", None)
+        if server is not None:  # None after a failed start
+            await server.stop()

@@ -6,6 +6,7 @@ Knows the engine's thread and the collaborators it is given; no Ray, no network,
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +21,7 @@ from s2t_shared.decode.generate import (
     shown_steps,
     with_thresholds,
 )
+from s2t_shared.decode.heartbeat import Heartbeat
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
     ConfigError,
@@ -95,8 +97,10 @@ class ProposerService:
         calibration: Callable[[], Calibration],
         max_ongoing_requests: int = 256,
         max_queue_s: float = 0.0,
+        stall_timeout_s: float = math.inf,
     ) -> None:
-        """max_ongoing_requests, max_queue_s: as in `Admission`."""
+        """max_ongoing_requests, max_queue_s: as in `Admission`. stall_timeout_s: a step that takes
+        longer hangs."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._selector = selector
@@ -108,8 +112,10 @@ class ProposerService:
             max_ongoing_requests=max_ongoing_requests,
             max_queue_s=max_queue_s,
         )
+        self._stall_timeout_s = stall_timeout_s
         # Not on the loop, nor on the engine's thread: a long prompt takes a second.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing_beat = Heartbeat()
 
     @property
     def ongoing_requests(self) -> int:
@@ -181,9 +187,14 @@ class ProposerService:
         return self._labels.dropped
 
     def check_health(self) -> None:
-        """Raises RuntimeError: nothing can be answered any more."""
+        """Raises RuntimeError: nothing can be answered any more, because a thread has died or
+        hangs. Answers under way have then failed with ProposerLostError."""
         if not self._engine.is_alive:
             raise RuntimeError("the engine thread has died")
+        silent_s = max(self._engine.silent_s, self._tokenizing_beat.silent_s)
+        if silent_s > self._stall_timeout_s:
+            self._engine.give_up()
+            raise RuntimeError(f"one step has taken {silent_s:.0f} s: it hangs")
 
     def close(self) -> None:
         """End decoding and store the labels that are queued."""
@@ -260,12 +271,17 @@ class ProposerService:
                 field="prompt",
             )
         loop = asyncio.get_running_loop()
-        encoded = await loop.run_in_executor(
-            self._tokenizing, encode_request, request, self._tokenizer
-        )
+        encoded = await loop.run_in_executor(self._tokenizing, self._tokenize, request)
         return replace(
             encoded, deadline=ticket.deadline, start_by=ticket.start_by, turn=ticket.turn
         )
+
+    def _tokenize(self, request: GenerateRequest) -> EncodedRequest:
+        self._tokenizing_beat.beat()
+        try:
+            return encode_request(request, self._tokenizer)
+        finally:
+            self._tokenizing_beat.rest()
 
     async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
         version = request.options.version

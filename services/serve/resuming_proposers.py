@@ -64,7 +64,8 @@ class ResumingProposers:
                         answer.add(piece)
                         if piece.text or piece.steps or piece.answer is not None:
                             yield replace(piece, progress=None)
-                return
+                        if piece.answer is not None:  # who dies now has done all of its work
+                            return
             except (ProposerLostError, OverloadedError) as error:
                 await answer.pause(error)
 

@@ -14,7 +14,8 @@ from s2t_shared.decode.llm_selector import PendingQuery, always
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_server import SelectorServer, SelectorThread
+from services.serve.selector_server import SelectorServer
+from services.serve.selector_thread import SelectorThread
 
 INFO = LLMInfo("llm", "tok", frozenset({2}), 99)
 
