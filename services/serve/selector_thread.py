@@ -158,6 +158,8 @@ class SelectorThread:
             self._add(queued)
         while not self._inbox.empty():
             self._add(self._inbox.get())
+        if self._ended:
+            return
         for pending, reply in self._llm.step():
             late = SelectorUnavailableError("the deadline passed before the LLM came to it")
             self._in_progress.pop(pending).complete(reply or late)

@@ -110,7 +110,8 @@ def test_a_selector_server_answers_a_proposer() -> None:
     llm.gate.set()
 
     async def main() -> None:
-        server = SelectorServer(SelectorThread(llm), SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
+        thread = SelectorThread(llm)  # type: ignore[arg-type]
+        server = SelectorServer(thread, SecurityConfig(), "127.0.0.1", quiet_s=0.0)
         await server.start()
         server.check_health()
 
