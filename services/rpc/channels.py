@@ -6,7 +6,7 @@ Every server and client of the project uses these. Imports grpcio and the wire o
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,13 +158,19 @@ def bind(
     return int(bound)
 
 
-def open_channel(address: str, authority: Path | None, asynchronous: bool = True) -> Any:
+def open_channel(
+    address: str,
+    authority: Path | None,
+    asynchronous: bool = True,
+    more_options: Sequence[tuple[str, int | str]] = (),
+) -> Any:
     """A channel with our limits; TLS when an authority is given."""
-    options = [
+    options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", 64 << 20),
         *_keepalive(),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
+        *more_options,
     ]
     library = grpc.aio if asynchronous else grpc
     if authority:

@@ -18,6 +18,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from s2t_shared import errors
+from services.rpc import retrying
 
 STATUS_DETAILS = "grpc-status-details-bin"  # trailing metadata, as grpcio-status writes it
 ERROR_KIND = "s2t-error"  # trailing metadata
@@ -125,7 +126,16 @@ async def abort_with(
     if retry_after_s is not None:
         details.append(RetryInfo(retry_delay=_duration(retry_after_s)))
     status = Status(code=code.value[0], message=text, details=[_packed(d) for d in details])
-    await context.abort(code, text, ((STATUS_DETAILS, status.SerializeToString()), *more))
+    repeats = _pushback(reason, retry_after_s) if code is grpc.StatusCode.UNAVAILABLE else ()
+    details_bin = (STATUS_DETAILS, status.SerializeToString())
+    await context.abort(code, text, (details_bin, *repeats, *more))
+
+
+def _pushback(reason: str, retry_after_s: float | None) -> tuple[tuple[str, str], ...]:
+    """A client's gRPC repeats what the service itself could not do. Whether to ask again for what
+    the LLM or Redis could not do, its user decides."""
+    is_ours = reason in (REASONS[errors.ServiceUnavailableError], REASONS[errors.ProposerLostError])
+    return retrying.pushback(retry_after_s if is_ours else None)
 
 
 def _duration(seconds: float) -> Duration:
