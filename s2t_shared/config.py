@@ -163,7 +163,7 @@ class GatewayConfig(Placement):
         "any number",
     )
     max_resumes: int = Field(
-        3,
+        5,
         ge=0,
         description="an answer whose proposer dies goes on with another one; so often in a row "
         "without a new token",

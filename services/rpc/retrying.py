@@ -1,6 +1,7 @@
 """Which calls gRPC itself repeats, and what it must not repeat.
 
-A call that failed as UNAVAILABLE before its first reply is sent again, after a growing pause or the
+A call that failed as UNAVAILABLE before its first reply, or that a server which stops has dropped
+as CANCELLED, is sent again, after a growing pause or the
 one that the server names, within the call's own deadline. Only calls that change nothing, or the
 same thing twice, are repeated.
 """
@@ -14,7 +15,7 @@ POLICY = {
     "initialBackoff": "0.2s",
     "maxBackoff": "5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 REPEATABLE = [
     {"service": "s2t.v1.GenerationService"},

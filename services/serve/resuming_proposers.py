@@ -27,7 +27,7 @@ from s2t_shared.types import (
 from services.serve.generation_servicer import Proposers
 
 log = logging.getLogger(__name__)
-FIRST_PAUSE_S = 0.1  # before the second proposer in a row; the first is asked at once
+FIRST_PAUSE_S = 0.2  # before the second proposer in a row; the first is asked at once
 MAX_PAUSE_S = 2.0
 
 
@@ -41,7 +41,7 @@ class ResumingProposers:
     def __init__(
         self,
         proposers: Proposers,
-        max_resumes: int = 3,
+        max_resumes: int = 5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._proposers = proposers

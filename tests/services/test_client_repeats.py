@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf import descriptor_pool
 
 from s2t_shared.config import SecurityConfig
 from s2t_shared.errors import (
@@ -28,7 +29,7 @@ from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.types import AnswerPiece, Step
 from services.client import AsyncClient, Client
-from services.rpc import channels, wire
+from services.rpc import channels, retrying, wire
 from services.rpc.repeated_stream import MAX_REPEATS, RepeatedStream
 from tests.helpers.serving import LLM_TEXT, gateway_address, gateway_config, proposer_service
 
@@ -235,6 +236,30 @@ def test_another_token_of_the_same_text_is_noticed() -> None:
     seen.begin_again(AWAY)
     with pytest.raises(ServiceUnavailableError, match="has become another one"):
         seen.new_of(AnswerPiece("", (Step(index=0, token_id=8),)))
+
+
+class Stopping(Service):
+    """Drops calls, as gRPC's server does with those that come at the moment it stops."""
+
+    async def _fail(self, context: Any) -> None:
+        if self._errors:
+            self._errors.pop(0)
+            await context.abort(grpc.StatusCode.CANCELLED)
+
+
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_a_call_that_a_stopping_server_drops_is_asked_again(pieces: int) -> None:
+    service = Stopping(AWAY, AWAY, pieces=pieces)
+    assert ask(service, streamed)[0] == "".join(TEXT)
+    assert len(service.ids) == 3
+
+
+def test_what_is_repeated_is_there() -> None:
+    """gRPC says nothing of a name that it does not know."""
+    pool = descriptor_pool.Default()
+    for entry in retrying.REPEATABLE:
+        service = pool.FindServiceByName(entry["service"])
+        assert entry.get("method") in [None, *service.methods_by_name]
 
 
 # -- the same for asyncio -------------------------------------------------------------------------

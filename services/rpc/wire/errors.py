@@ -171,6 +171,9 @@ def error_of(error: grpc.RpcError) -> errors.S2TError:
     if kind is None and code is grpc.StatusCode.UNAVAILABLE:
         kind = errors.ServiceUnavailableError
         text = f"the service cannot be reached or is not ready ({text})"
+    if kind is None and code is grpc.StatusCode.CANCELLED:
+        kind = errors.ServiceUnavailableError  # not by the caller: who cancels gets no error
+        text = f"the service has dropped the call (CANCELLED: {text})"
     if kind is None:
         kind = next((known for known, status in STATUS.items() if status is code), None)
     if kind is None:

@@ -318,7 +318,7 @@ def test_a_request_that_kills_every_proposer_ends(limit: int, unary: bool) -> No
 
 @pytest.mark.parametrize(
     ("errors", "asked"),
-    [((OverloadedError("full"),), 1), ((LOST, OverloadedError("full")), 4)],
+    [((OverloadedError("full"),), 1), ((LOST, OverloadedError("full")), 3)],
     ids=["at once", "behind a loss"],
 )
 def test_overload_is_told_at_once_unless_a_proposer_was_lost(
@@ -326,7 +326,7 @@ def test_overload_is_told_at_once_unless_a_proposer_was_lost(
 ) -> None:
     proposers = Failing(*errors)
     with pytest.raises(OverloadedError):
-        asyncio.run(pieces_of(ResumingProposers(proposers), REQUEST))
+        asyncio.run(pieces_of(ResumingProposers(proposers, max_resumes=2), REQUEST))
     assert len(proposers.asked) == asked
 
 
