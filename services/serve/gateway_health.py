@@ -23,7 +23,36 @@ ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 LLM = f"{GENERATION}/llm"
 PERIOD_S = 1.0
 TIMEOUT_S = 2.0
+HEAR_S = 0.05
 MAX_MISSES = 3  # in a row: one of several proposers may hang, and each asks another
+
+
+class EndingHealth(health.aio.HealthServicer):
+    """As gRPC's own, whose watches would hold up a server that stops until its grace is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+        self._watches = 0
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        self._watches += 1
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            ended.cancel()
+            self._watches -= 1
+
+    async def end_watches(self) -> None:
+        """Let those go who watch, once they have heard how it ends."""
+        if self._watches:
+            await asyncio.sleep(HEAR_S)
+        self._ended.set()
 
 
 class GatewayHealth:
@@ -36,7 +65,7 @@ class GatewayHealth:
         self._period_s = period_s
         self._timeout_s = timeout_s
         self._misses = 0
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = EndingHealth()
         self._watching: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -53,6 +82,10 @@ class GatewayHealth:
         if self._watching is not None:
             self._watching.cancel()
         await self._servicer.enter_graceful_shutdown()
+
+    async def end_watches(self) -> None:
+        """Let those go who watch: they would hold up a server that stops."""
+        await self._servicer.end_watches()
 
     async def _watch(self) -> None:
         while True:

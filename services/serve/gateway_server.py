@@ -76,6 +76,7 @@ class GatewayServer:
         if grace_s is None:
             await asyncio.sleep(self._gateway.drain_lag_s)
             grace_s = self._gateway.drain_grace_s
-        await self._server.stop(grace=grace_s)
+        await self._health.end_watches()
+        await self._server.stop(grace_s)
         if self._drain is not None:
             self._drain.stop()

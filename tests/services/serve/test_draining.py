@@ -116,6 +116,25 @@ def test_the_grace_ends(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_who_watches_the_health_holds_nothing_up(tmp_path: Path) -> None:
+    """A balancer's stream never ends; each stop took the whole grace."""
+
+    async def main() -> None:
+        async with running(tmp_path, **{"gateway.drain_grace_s": 30.0}) as (server, channel):
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == STATUS.SERVING
+            call = begin(channel, 100)
+            await call.read()
+            stopping = asyncio.create_task(server.stop())
+            assert (await watch.read()).status == STATUS.NOT_SERVING
+            while (piece := await call.read()) is not grpc.aio.EOF:
+                last = piece
+            assert len(last.answer.token_ids) == 100
+            await asyncio.wait_for(stopping, 10.0)
+
+    asyncio.run(main())
+
+
 # -- selectors ------------------------------------------------------------------------------------
 
 

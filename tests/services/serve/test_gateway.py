@@ -290,7 +290,7 @@ def test_what_goes_wrong_inside_has_its_status(
     """A bug shows nothing of our insides, only that there is one."""
     ask = generate if pieces is None else stream
     proposers = FailingProposers(error, pieces or 0)
-    found = refusal(tmp_path, proposers, lambda stub, _: ask(stub))
+    found = refusal(tmp_path, proposers, lambda stub, _: ask(stub), **{"gateway.max_resumes": 0})
     assert found.code() is grpc.StatusCode[status] and message in found.details()
     assert "secret" not in found.details() and "KeyError" not in found.details()
 
