@@ -114,8 +114,9 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread can still answer requests."""
-        return self._thread.is_alive()
+        """Whether the thread can still answer requests: one that was given up never can, though
+        it may turn again."""
+        return self._thread.is_alive() and not self._ended
 
     @property
     def silent_s(self) -> float:

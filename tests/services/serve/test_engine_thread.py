@@ -281,3 +281,13 @@ def test_a_step_that_hangs_is_noticed_and_its_answers_fail() -> None:
     asyncio.run(run())
     goes_on.set()
     engine.close()
+    assert not engine.is_alive
+
+
+def test_what_was_given_up_stays_unhealthy() -> None:
+    """It turned again, was healthy, and refused every request for ever."""
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+    engine.give_up()
+    assert engine._thread.is_alive() and not engine.is_alive
+    engine.close()
