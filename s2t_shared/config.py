@@ -155,6 +155,12 @@ class ProposerConfig(ScaledPlacement):
     selection_timeout_s: float = Field(
         2.0, gt=0, description="a later LLM selection degrades the step"
     )
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="a decode step that takes longer hangs: the replica is replaced, and its "
+        "answers go on elsewhere",
+    )
     max_draft_tokens: int = Field(
         32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token"
     )
@@ -186,6 +192,9 @@ class SelectorConfig(ScaledPlacement):
         description="a proposer that starts waits so long for the LLM; later, it is taken up "
         "when it comes",
     )
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="an LLM that takes longer for a step hangs: it is replaced"
+    )
 
 
 class GatewayConfig(Placement):
@@ -206,6 +215,12 @@ class GatewayConfig(Placement):
         description="requests of one client (a token from a host) that are answered at once; 0: "
         "any number",
     )
+    max_resumes: int = Field(
+        5,
+        ge=0,
+        description="an answer whose proposer dies goes on with another one; so often in a row "
+        "without a new token",
+    )
     max_concurrent_streams: int = Field(
         256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
     )
@@ -221,6 +236,20 @@ class GatewayConfig(Placement):
     max_connection_age_grace_s: float = Field(
         600.0, ge=0, description="calls of such a connection are cut after this long; 0: never"
     )
+    drain_lag_s: float = Field(
+        0.0,
+        ge=0,
+        description="a gateway that stops takes calls for so long after its health says "
+        "NOT_SERVING: as long as load balancers need to notice",
+    )
+    drain_grace_s: float = Field(
+        30.0, ge=0, description="then calls under way have so long to end before they are cut"
+    )
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a gateway takes to stop, at most. What is behind it stays as long."""
+        return self.drain_lag_s + self.drain_grace_s
 
 
 class SecurityConfig(_Section):

@@ -10,6 +10,8 @@
       EvaluationSplitError       calibration, harvest or training was pointed at an evaluation split
       OverloadedError            no room now; try again
       SelectorUnavailableError   the LLM cannot be asked (the engine degrades instead of failing)
+      ServiceUnavailableError    the service cannot be reached or is not ready
+        ProposerLostError        the proposer that answered has died
       StoreError                 Redis or the label lake cannot be used
       DeadlineExceededError      the request's own deadline passed
       UnauthenticatedError       no token, or a wrong one
@@ -82,6 +84,18 @@ class SelectorUnavailableError(S2TError):
     """No selector (LLM) answered in time."""
 
     retry_after_s = RETRY_AFTER_S
+
+
+class ServiceUnavailableError(S2TError):
+    """The service cannot be reached, is not ready, or broke off; the request can be sent again."""
+
+    retry_after_s = RETRY_AFTER_S
+
+
+class ProposerLostError(ServiceUnavailableError):
+    """The proposer that answered has died. Another one can go on."""
+
+    retry_after_s = 0.1
 
 
 class StoreError(S2TError):

@@ -204,7 +204,8 @@ class DecodeRequest:
 
     deadline, start_by: `time.monotonic()` values in seconds. A sequence that has no place in the
     batch by `start_by` is not begun any more. turn: the lowest begins first, equal ones as they
-    came. stopping: ends the answer by its text.
+    came. stopping: ends the answer by its text. decided: Steps that are decided already, by another
+    engine; the sequence goes on behind them. llm_forwards: that they caused.
     """
 
     request_id: str
@@ -214,6 +215,8 @@ class DecodeRequest:
     start_by: float | None = None
     turn: float = 0.0
     stopping: StoppingCriteria | None = None
+    decided: tuple[Step, ...] = ()
+    llm_forwards: int = 0
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,7 @@ class GenerateRequest:
     stream_steps: each Step is streamed as soon as it is decided.
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
     client: who asks, as the gateway knows it: clients get equal shares of a proposer.
+    progress: what another proposer has decided of the answer; None at its beginning.
     """
 
     request_id: str
@@ -288,6 +292,7 @@ class GenerateRequest:
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
     client: str = ""
+    progress: Progress | None = None
 
 
 # -- what the models say --------------------------------------------------------------------------
@@ -449,11 +454,37 @@ class AnswerPiece:
     """Part of a streamed answer.
 
     text: new since the last piece. steps: those that made it. answer: the whole, in the last piece.
+    progress: what the piece adds to the answer's progress; it stays inside the service.
     """
 
     text: str = ""
     steps: tuple[Step, ...] = ()
     answer: Answer | None = None
+    progress: Progress | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What was decided of an answer, and with what: all that another proposer needs to go on.
+
+    token_ids: the decided ones. steps: those of them that are more than their token, because they
+    triggered, were degraded or asked the LLM. llm_forwards: that the answer caused so far. slm:
+    digest of the SLM. version: of the local selector, "" for none. threshold: of the trigger.
+    """
+
+    slm: str
+    version: str
+    threshold: float
+    llm_forwards: int = 0
+    token_ids: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def decided(self) -> tuple[Step, ...]:
+        """One Step for each token."""
+        more = {step.index: step for step in self.steps}
+        ids = enumerate(self.token_ids)
+        return tuple(more.get(i) or Step(index=i, token_id=token_id) for i, token_id in ids)
 
 
 # -- what a service says of itself ----------------------------------------------------------------

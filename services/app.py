@@ -33,6 +33,7 @@ from services.serve.gateway import Gateway
 from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica
 
+STOP_MARGIN_S = 10.0  # for a replica's last labels and its processes, behind the last answer
 CONTROL_CALLS = 64  # slots for health checks and address look-ups, beside the answers in progress
 # Sections that a kind of replica does not read. A new section is read by all, until it is here.
 NOT_READ: dict[type, tuple[str, ...]] = {
@@ -146,7 +147,7 @@ def _deployment(
         ray_actor_options=actor,
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=10.0,
+        graceful_shutdown_timeout_s=config.gateway.drain_s + STOP_MARGIN_S,
         **_replicas(kind, placement),
         **options,
     )

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 MAX_ASKED_IDS = 128  # vLLM's limit of `logprob_token_ids`
+MIN_UNANSWERED = 3  # fewer requests without an answer may just have been cancelled
 EXCLUDING_BIAS = -100.0  # vLLM's least; an id 100 nats less likely has no mass left
 
 
@@ -68,6 +70,8 @@ class VLLMSelector:
         self.info = info
         self._vocab_rows = vocab_rows
         self._numbers = itertools.count()
+        self._unanswered = 0  # requests since the last that was answered
+        self._unanswered_since = 0.0
 
     @classmethod
     def load(cls, model: str, options: VLLMOptions) -> VLLMSelector:
@@ -100,6 +104,14 @@ class VLLMSelector:
     def is_alive(self) -> bool:
         """Whether anything can be answered."""
         return not self._engine.errored
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the first of the last requests, if none of them was answered and they
+        are several: who asks a hung vLLM gives up, and asks again."""
+        if self._unanswered < MIN_UNANSWERED:
+            return 0.0
+        return time.monotonic() - self._unanswered_since
 
     def check(self, query: ScoreQuery) -> None:
         """Raises InvalidRequestError: naming the field that is wrong."""
@@ -165,7 +177,11 @@ class VLLMSelector:
         """The one completion of a request; aborted when the caller is cancelled."""
         prompt = {"prompt_token_ids": list(context)}
         request_id = f"s2t-{next(self._numbers)}"
+        if not self._unanswered:
+            self._unanswered_since = time.monotonic()
+        self._unanswered += 1
         outputs = [output async for output in self._engine.generate(prompt, params, request_id)]
+        self._unanswered = 0
         return outputs[-1].outputs[0]
 
     def _bias(self, query: ScoreQuery) -> dict[int, float]:

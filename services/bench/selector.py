@@ -26,7 +26,8 @@ from services.bench.measure import Report, figure, ratios, take_turns
 from services.bench.workload import Settings
 from services.rpc import channels
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_server import SelectionServicer, SelectorThread
+from services.serve.selector_server import SelectionServicer
+from services.serve.selector_thread import SelectorThread
 
 CALLS = 200
 GAP = 16

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from s2t_shared.decode.generate import Generator
-from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError, StoreError
+from s2t_shared.errors import (
+    OverloadedError,
+    S2TError,
+    SelectorUnavailableError,
+    ServiceUnavailableError,
+    StoreError,
+)
 from s2t_shared.labels.label import Digests, Rollout, rollout_of
 from s2t_shared.pair import Pair
 from s2t_shared.types import (
@@ -33,7 +39,7 @@ from services.rpc.ask_many import AsyncCaller, Target, describe, pause_before_re
 
 TRIGGERS = (Trigger.ENTROPY, Trigger.KL)
 # A part of the service is away or full, and will be back.
-RETRIED = (SelectorUnavailableError, OverloadedError, StoreError)
+RETRIED = (SelectorUnavailableError, ServiceUnavailableError, OverloadedError, StoreError)
 MAX_PAUSE_S = 10.0
 WINDOW = 64  # rollouts queued at once in this process
 ROLLOUTS_PER_PROPOSER = 64  # requests to a service in flight
@@ -223,7 +229,8 @@ class ServiceRollouts:
         when Serve changes their number.
 
         Raises:
-            SelectorUnavailableError: the service cannot be asked, or has no LLM.
+            SelectorUnavailableError: the service has no LLM.
+            S2TError: it cannot be asked.
         """
         self._target = target
         self._patience_s = patience_s

@@ -5,6 +5,7 @@ Every server and client of the project uses these. Imports grpcio and the wire o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,10 @@ def bind(
 
 
 def open_channel(
-    address: str, tls: ClientTLS | FollowedTLS | None, asynchronous: bool = True
+    address: str,
+    tls: ClientTLS | FollowedTLS | None,
+    asynchronous: bool = True,
+    more_options: Sequence[tuple[str, int | str]] = (),
 ) -> Any:
     """A channel with our limits; plain text where `tls` is None.
 
@@ -120,6 +124,7 @@ def open_channel(
         *_keepalive(),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
+        *more_options,
     ]
     library = grpc.aio if asynchronous else grpc
     if tls is None:

@@ -22,7 +22,7 @@ from s2t_shared.pb.v1 import admin_pb2_grpc
 from s2t_shared.types import LabelCounts, PublishedVersion
 from s2t_shared.versions.live import LiveVersions
 from services.rpc import wire
-from services.serve.generation_servicer import ProposerLostError, Proposers, refuse
+from services.serve.generation_servicer import Proposers, refuse
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -72,7 +72,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.CountLabelsResponse:
         try:
             dropped = await self._proposers.count_dropped_labels()
-        except (S2TError, ProposerLostError):
+        except S2TError:
             dropped = 0
         counts = await _in_thread(context, lambda: self._count(message.flush, dropped))
         return wire.write_label_counts(counts)

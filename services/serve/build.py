@@ -40,7 +40,8 @@ from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
-from services.serve.selector_server import AsyncSelector, SelectorServer, SelectorThread
+from services.serve.selector_server import SelectorServer
+from services.serve.selector_thread import AsyncSelector, SelectorThread
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         calibration=calibrator.calibration,
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queue_s=settings.max_queue_s,
+        stall_timeout_s=settings.stall_timeout_s,
     )
 
 
@@ -165,7 +167,12 @@ def selector_server(config: Config) -> SelectorServer:
     """
     torch.set_num_threads(config.llm.threads)
     runs = _vllm_selector if config.llm.runtime == "vllm" else _torch_selector
-    return SelectorServer(runs(config.llm), config.security, config.selector)
+    return SelectorServer(
+        runs(config.llm),
+        config.security,
+        config.selector,
+        drain_grace_s=config.gateway.drain_s,
+    )
 
 
 def _torch_selector(llm: LLMConfig) -> AsyncSelector:

@@ -9,6 +9,7 @@ from ray import serve
 
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
 from services.serve import build
+from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
 
 
@@ -38,7 +39,9 @@ class Gateway:
         return self._config.redis.url
 
     async def __del__(self) -> None:
-        await self._server.stop()
+        server: GatewayServer | None = getattr(self, "_server", None)
+        if server is not None:  # None after a failed start
+            await server.stop()
 
 
 def running_replicas(deployment: Any) -> int:

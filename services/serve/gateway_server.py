@@ -6,21 +6,19 @@ grpc.health.v1, and turns a dead replica into INTERNAL.
 
 from __future__ import annotations
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+import asyncio
+
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from s2t_shared.config import Config
 from s2t_shared.labels.drain import Drain
-from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from s2t_shared.pb.v1 import admin_pb2_grpc, generation_pb2_grpc
 from services.rpc import channels
 from services.serve.admin_servicer import AdminServicer
+from services.serve.gateway_health import ADMIN, GENERATION, GatewayHealth
 from services.serve.generation_servicer import GenerationServicer, Proposers
-
-SERVICES = (
-    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
-)
-STOP_GRACE_S = 5.0
+from services.serve.resuming_proposers import ResumingProposers
 
 
 class GatewayServer:
@@ -34,10 +32,11 @@ class GatewayServer:
         Raises:
             ConfigError: the port is taken, or a security file cannot be used.
         """
+        proposers = ResumingProposers(proposers, config.gateway.max_resumes)
         self._proposers = proposers
         self._drain = drain
-        self._health = health.aio.HealthServicer()
-        gateway = config.gateway
+        self._health = GatewayHealth(proposers)
+        self._gateway = gateway = config.gateway
         server = channels.new_server(
             config.security,
             gateway.max_message_bytes,
@@ -51,8 +50,8 @@ class GatewayServer:
         generation = GenerationServicer(config, proposers)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflected = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._health.add_to(server)
+        reflected = (GENERATION, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(reflected, server)
         self.port = channels.bind(
             server, gateway.host, gateway.port, config.security, "gateway.port"
@@ -65,12 +64,19 @@ class GatewayServer:
             self._drain.start()
         await self._proposers.describe()
         await self._server.start()
-        for name in ("", *SERVICES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.start()
 
-    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Take no more calls, let those under way finish for `grace_s` seconds, write labels."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace=grace_s)
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Say NOT_SERVING, and after a lag send clients elsewhere (GOAWAY); let calls under way
+        finish, at most for `grace_s` seconds; write labels.
+
+        grace_s: None for the configured lag and grace; else there is no lag.
+        """
+        await self._health.stop()
+        if grace_s is None:
+            await asyncio.sleep(self._gateway.drain_lag_s)
+            grace_s = self._gateway.drain_grace_s
+        await self._health.end_watches()
+        await self._server.stop(grace_s)
         if self._drain is not None:
             self._drain.stop()

@@ -25,19 +25,13 @@ from services.serve.client_quota import ClientQuota
 from services.serve.request_limits import RequestLimits
 
 log = logging.getLogger(__name__)
-RETRY_LOST_S = 0.1  # another proposer can take the request at once
 NO_DEADLINE_S = 1e6  # gRPC gives a call without a deadline a huge number of seconds
-
-
-class ProposerLostError(Exception):
-    """The proposer that answered has died. The same request can be sent again."""
 
 
 class Proposers(Protocol):
     """Who answers: a `ProposerService` in this process, or the replicas behind a Serve handle.
 
-    Whoever is done with a stream before its end closes it. Methods raise S2TError, and
-    ProposerLostError.
+    Whoever is done with a stream before its end closes it. Methods raise S2TError.
     """
 
     def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]: ...
@@ -56,14 +50,6 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
         if wire.public_text(error) != str(error):
             log.warning("told a client less than this: %s", error)
         await wire.abort(context, error)
-    if isinstance(error, ProposerLostError):
-        await wire.abort_with(
-            context,
-            grpc.StatusCode.UNAVAILABLE,
-            "the proposer that answered was lost; send the request again",
-            wire.PROPOSER_LOST,
-            retry_after_s=RETRY_LOST_S,
-        )
     raise error
 
 

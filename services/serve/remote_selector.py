@@ -37,26 +37,43 @@ log = logging.getLogger(__name__)
 REFRESH_S = 2.0  # selectors are looked for this often; a new one that hangs holds up no other
 START_POLL_S = 0.2
 ATTEMPTS = 2  # selectors that are asked for one query
-FIND_TIMEOUT_S = 10.0
+FIND_TIMEOUT_S = 5.0
 BACKOFF = Backoff()
 
 FindAddresses = Callable[[], Awaitable[Sequence[str]]]
 
 
-def address_finder(config: Config, selectors: Any = None) -> FindAddresses:
+def address_finder(
+    config: Config, selectors: Any = None, find_timeout_s: float = FIND_TIMEOUT_S
+) -> FindAddresses:
     """Finds the selectors that the configuration names, else those that Serve runs.
 
-    selectors: Serve's handle of the selector deployment, None where there is none.
+    selectors: Serve's handle of the selector deployment, None where there is none. find_timeout_s:
+    a selector that does not say its address within so many seconds is not found this time.
     """
     configured = list(config.selector.addresses)
 
     async def find_addresses() -> list[str]:
         if configured or selectors is None:
             return configured
-        responses = selectors.broadcast("address").results_async()
-        return [str(address) for address in await asyncio.wait_for(responses, FIND_TIMEOUT_S)]
+        return await _addresses_in_time(selectors, find_timeout_s)
 
     return find_addresses
+
+
+async def _addresses_in_time(selectors: Any, timeout_s: float) -> list[str]:
+    """Addresses of the selectors that say theirs in time.
+
+    Serve's `results_async` waits for all of them, so that one that hangs would hide a new one.
+    """
+    broadcast = selectors.broadcast("address")
+    replies = await asyncio.wait_for(broadcast._fetch_replica_results_async(), timeout_s)
+    waiting = {asyncio.ensure_future(reply.get_async()): reply for reply in replies}
+    answered, late = await asyncio.wait(waiting, timeout=timeout_s)
+    for call in late:
+        call.cancel()
+        waiting[call].cancel()
+    return [str(call.result()) for call in answered if call.exception() is None]
 
 
 class RemoteSelector:

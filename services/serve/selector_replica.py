@@ -9,6 +9,7 @@ import ray
 
 from s2t_shared.config import LOOPBACK, Config
 from services.serve import build, scaling
+from services.serve.selector_server import SelectorServer
 
 log = logging.getLogger(__name__)
 
@@ -35,3 +36,8 @@ class SelectorReplica:
 
     def check_health(self) -> None:
         self._server.check_health()
+
+    async def __del__(self) -> None:
+        server: SelectorServer | None = getattr(self, "_server", None)
+        if server is not None:  # None after a failed start
+            await server.stop()

@@ -18,9 +18,8 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from s2t_shared.errors import OverloadedError
+from s2t_shared.errors import OverloadedError, ProposerLostError
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
-from services.serve.generation_servicer import ProposerLostError
 
 log = logging.getLogger(__name__)
 COUNT_EVERY_S = 1.0  # any client may ask, and Serve's one controller answers
@@ -84,5 +83,7 @@ def _translated_errors() -> Iterator[None]:
             raise OverloadedError("all proposers are busy; try again in a moment") from error
         if isinstance(cause, (RayError, DeploymentUnavailableError)):
             log.warning("proposer lost: %s", type(cause).__name__)
-            raise ProposerLostError from error
+            raise ProposerLostError(
+                "the proposer that answered was lost; send the request again"
+            ) from error
         raise cause from error

@@ -102,6 +102,7 @@ def proposer_service(
     writer: LabelWriter | None = None,
     max_ongoing_requests: int = 256,
     max_queue_s: float = 0.0,
+    stall_timeout_s: float = 60.0,
     check_when_idle: Callable[[], None] = lambda: None,
     **engine_options: Any,
 ) -> ProposerService:
@@ -118,6 +119,7 @@ def proposer_service(
         calibration=lambda: CALIBRATION,
         max_ongoing_requests=max_ongoing_requests,
         max_queue_s=max_queue_s,
+        stall_timeout_s=stall_timeout_s,
     )
 
 

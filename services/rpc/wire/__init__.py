@@ -13,7 +13,6 @@ from services.rpc.wire.admin import (
 from services.rpc.wire.errors import (
     ERROR_KIND,
     INTERNAL,
-    PROPOSER_LOST,
     REASONS,
     STATUS,
     STATUS_DETAILS,
@@ -41,7 +40,6 @@ from services.rpc.wire.selection import read_query, read_reply, write_query, wri
 __all__ = [
     "ERROR_KIND",
     "INTERNAL",
-    "PROPOSER_LOST",
     "REASONS",
     "STATUS",
     "STATUS_DETAILS",

@@ -18,12 +18,12 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from s2t_shared import errors
+from services.rpc import retrying
 
 STATUS_DETAILS = "grpc-status-details-bin"  # trailing metadata, as grpcio-status writes it
 ERROR_KIND = "s2t-error"  # trailing metadata
 DOMAIN = "s2t"
 INTERNAL = "INTERNAL"  # the reason of what is no S2TError
-PROPOSER_LOST = "PROPOSER_LOST"
 MAX_TEXT_BYTES = 512
 MAX_DESCRIPTION_BYTES = 200  # of a wrong field; the status has the whole text
 MAX_FIELD_BYTES = 64
@@ -39,6 +39,8 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
     errors.VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SelectorUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.ProposerLostError: grpc.StatusCode.UNAVAILABLE,
+    errors.ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
@@ -56,6 +58,8 @@ REASONS: dict[type[errors.S2TError], str] = {
     errors.VersionError: "VERSION",
     errors.OverloadedError: "OVERLOADED",
     errors.SelectorUnavailableError: "SELECTOR_UNAVAILABLE",
+    errors.ProposerLostError: "PROPOSER_LOST",
+    errors.ServiceUnavailableError: "SERVICE_UNAVAILABLE",
     errors.StoreError: "STORE",
     errors.DeadlineExceededError: "DEADLINE_EXCEEDED",
     errors.UnauthenticatedError: "UNAUTHENTICATED",
@@ -138,7 +142,16 @@ async def abort_with(
     if retry_after_s is not None:
         details.append(RetryInfo(retry_delay=_duration(retry_after_s)))
     status = Status(code=code.value[0], message=text, details=[_packed(d) for d in details])
-    await context.abort(code, text, ((STATUS_DETAILS, status.SerializeToString()), *more))
+    repeats = _pushback(reason, retry_after_s) if code is grpc.StatusCode.UNAVAILABLE else ()
+    details_bin = (STATUS_DETAILS, status.SerializeToString())
+    await context.abort(code, text, (details_bin, *repeats, *more))
+
+
+def _pushback(reason: str, retry_after_s: float | None) -> tuple[tuple[str, str], ...]:
+    """A client's gRPC repeats what the service itself could not do. Whether to ask again for what
+    the LLM or Redis could not do, its user decides."""
+    is_ours = reason in (REASONS[errors.ServiceUnavailableError], REASONS[errors.ProposerLostError])
+    return retrying.pushback(retry_after_s if is_ours else None)
 
 
 def _duration(seconds: float) -> Duration:
@@ -172,8 +185,11 @@ def error_of(error: grpc.RpcError) -> errors.S2TError:
     details = _read_details(trailing.get(STATUS_DETAILS))
     kind = _named_kind(details, trailing.get(ERROR_KIND))
     if kind is None and code is grpc.StatusCode.UNAVAILABLE:
-        kind = errors.SelectorUnavailableError
+        kind = errors.ServiceUnavailableError
         text = f"the service cannot be reached or is not ready ({text})"
+    if kind is None and code is grpc.StatusCode.CANCELLED:
+        kind = errors.ServiceUnavailableError  # not by the caller: who cancels gets no error
+        text = f"the service has dropped the call (CANCELLED: {text})"
     if kind is None:
         kind = next((known for known, status in STATUS.items() if status is code), None)
     if kind is None:

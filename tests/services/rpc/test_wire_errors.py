@@ -85,7 +85,9 @@ def test_the_reasons_are_a_contract() -> None:
         "MODEL_LOAD",
         "OVERLOADED",
         "PERMISSION_DENIED",
+        "PROPOSER_LOST",
         "SELECTOR_UNAVAILABLE",
+        "SERVICE_UNAVAILABLE",
         "STORE",
         "TOKENIZER_MISMATCH",
         "UNAUTHENTICATED",
@@ -159,7 +161,7 @@ def test_an_older_server_and_a_proxy_are_understood() -> None:
     broken = (wire.STATUS_DETAILS, b"\xff\xff")
     assert type(failed(grpc.StatusCode.NOT_FOUND, broken, kind)) is errors.VersionNotFoundError
     lost = failed(grpc.StatusCode.UNAVAILABLE)
-    assert type(lost) is errors.SelectorUnavailableError and lost.retry_after_s == 1.0
+    assert type(lost) is errors.ServiceUnavailableError and lost.retry_after_s == 1.0
     assert "CANCELLED" in str(failed(grpc.StatusCode.CANCELLED))
 
 

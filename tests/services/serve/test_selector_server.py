@@ -15,7 +15,8 @@ from s2t_shared.decode.llm_selector import PendingQuery, always
 from s2t_shared.errors import ConfigError, InvalidRequestError, SelectorUnavailableError
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_server import SelectorServer, SelectorThread
+from services.serve.selector_server import SelectorServer
+from services.serve.selector_thread import SelectorThread
 from tests.helpers.serving import becomes
 
 INFO = LLMInfo("llm", "tok", frozenset({2}), 99)
@@ -111,7 +112,8 @@ def test_a_selector_server_answers_a_proposer() -> None:
     llm.gate.set()
 
     async def main() -> None:
-        server = SelectorServer(SelectorThread(llm), SecurityConfig(), SelectorConfig())  # type: ignore[arg-type]
+        thread = SelectorThread(llm)  # type: ignore[arg-type]
+        server = SelectorServer(thread, SecurityConfig(), SelectorConfig(), quiet_s=0.0)
         await server.start()
         server.check_health()
 

@@ -9,10 +9,9 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from s2t_shared.errors import InvalidRequestError, OverloadedError
+from s2t_shared.errors import InvalidRequestError, OverloadedError, ProposerLostError
 from s2t_shared.types import GenerateRequest, Prompt, ServiceDescription
 from services.serve import serve_proposers
-from services.serve.generation_servicer import ProposerLostError
 from services.serve.serve_proposers import ServeProposers
 
 REQUEST = GenerateRequest(request_id="r", prompt=Prompt(text="x"))
