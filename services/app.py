@@ -44,6 +44,7 @@ NOT_READ: dict[type, tuple[str, ...]] = {
     ProposerReplica: ("llm", "defaults", "gateway", "training"),
     Gateway: ("llm", "proposer", "selector", "calibration", "training"),
 }
+DRAIN = ("drain_lag_s", "drain_grace_s")
 SCALING = ("replicas", "max_replicas", "target_ongoing_requests")  # Serve's business alone
 
 
@@ -120,6 +121,9 @@ def _read_by(kind: type, config: Config) -> Config:
         section: ScaledPlacement = unread.get(name) or getattr(config, name)
         defaults = {key: type(section).model_fields[key].default for key in SCALING}
         unread[name] = section.model_copy(update=defaults)
+    if "gateway" in unread:  # all kinds stop as the gateway does
+        drain = {name: getattr(config.gateway, name) for name in DRAIN}
+        unread["gateway"] = unread["gateway"].model_copy(update=drain)
     return config.model_copy(update=unread)
 
 
