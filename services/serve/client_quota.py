@@ -1,7 +1,7 @@
 """How many requests of one client a gateway answers at once.
 
-A client is a token from a host: two of them differ where either does. The same one calls by gRPC and
-by HTTP. Knows gRPC's call contexts only.
+A client is a token from a host: two of them differ where either does. The same one calls by gRPC
+and by HTTP. Knows gRPC's call contexts only.
 """
 
 from __future__ import annotations

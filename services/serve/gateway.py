@@ -26,5 +26,9 @@ class Gateway:
         """host:port, as clients are told."""
         return f"{self._host}:{self._server.port}"
 
+    async def url(self) -> str:
+        """Where HTTP is served, as people are told; "" for nowhere."""
+        return self._server.url
+
     async def __del__(self) -> None:
         await self._server.stop()

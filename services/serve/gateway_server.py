@@ -1,4 +1,5 @@
-"""The gateway's gRPC server: generation, administration, health, reflection; and the label drain.
+"""The gateway's servers: gRPC (generation, administration, health, reflection) and HTTP beside it;
+and the label drain.
 
 Knows gRPC; no Ray. Serve's own gRPC proxy would not do: it has no TLS, no authentication, no
 grpc.health.v1, and turns a dead replica into INTERNAL.
@@ -6,15 +7,20 @@ grpc.health.v1, and turns a dead replica into INTERNAL.
 
 from __future__ import annotations
 
+import asyncio
+
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from s2t_shared.config import Config
 from s2t_shared.labels.drain import Drain
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from services.http.server import HttpServer
 from services.rpc import channels
 from services.serve.admin_servicer import AdminServicer
 from services.serve.generation_servicer import GenerationServicer, Proposers
+from services.serve.http_door import HttpDoor
+from services.serve.intake import Intake
 
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -24,7 +30,7 @@ STOP_GRACE_S = 5.0
 
 
 class GatewayServer:
-    """One server on the configured host and port. Created, started and stopped on one loop."""
+    """Servers on the configured host and ports. Created, started and stopped on one loop."""
 
     def __init__(
         self, config: Config, proposers: Proposers, admin: AdminServicer, drain: Drain | None = None
@@ -48,7 +54,8 @@ class GatewayServer:
                 max_age_grace_s=gateway.max_connection_age_grace_s,
             ),
         )
-        generation = GenerationServicer(config, proposers)
+        intake = Intake(config)
+        generation = GenerationServicer(config, proposers, intake)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -58,6 +65,16 @@ class GatewayServer:
             server, gateway.host, gateway.port, config.security, "gateway.port"
         )
         self._server = server
+        self._http: HttpServer | None = None
+        if gateway.http:
+            check = channels.token_check(channels.read_token(config.security.token_file))
+            door = HttpDoor(intake, proposers, admin, check, config.proposer.replicas)
+            self._http = HttpServer(config, door)
+
+    @property
+    def url(self) -> str:
+        """Where HTTP is served, "" for nowhere."""
+        return self._http.url if self._http is not None else ""
 
     async def start(self) -> None:
         """Answer calls, as soon as a proposer answers us."""
@@ -65,12 +82,17 @@ class GatewayServer:
             self._drain.start()
         await self._proposers.describe()
         await self._server.start()
+        if self._http is not None:
+            await self._http.start()
         for name in ("", *SERVICES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Take no more calls, let those under way finish for `grace_s` seconds, write labels."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace=grace_s)
+        stopping = [self._server.stop(grace=grace_s)]
+        if self._http is not None:
+            stopping.append(self._http.stop(grace_s))
+        await asyncio.gather(*stopping)
         if self._drain is not None:
             self._drain.stop()

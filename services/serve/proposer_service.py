@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
+from s2t_shared.decode.alternatives import TokenTexts, with_alternatives
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.generate import (
     AnswerBuilder,
@@ -98,6 +99,7 @@ class ProposerService:
         """max_ongoing_requests, max_queue_s: as in `Admission`."""
         self._engine = engine
         self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._selector = selector
         self._versions = versions
         self._labels = labels
@@ -139,7 +141,7 @@ class ProposerService:
                 is_last = False
                 while not is_last:
                     piece, is_last = await ongoing.next_piece()
-                    steps = _travelling(piece.steps) if request.stream_steps else ()
+                    steps = self._streamed(request, piece.steps) if request.stream_steps else ()
                     piece = replace(piece, steps=steps)
                     if not is_last and (piece.text or piece.steps):
                         yield piece
@@ -258,6 +260,12 @@ class ProposerService:
                 "no local selector is live; train one (s2t train), or ask for version 'none'"
             )
         return local_selector
+
+    def _streamed(self, request: GenerateRequest, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """The Steps of a piece, as the request wants them."""
+        if request.alternatives is not None:
+            steps = tuple(with_alternatives(s, request.alternatives, self._texts) for s in steps)
+        return _travelling(steps)
 
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
         """Build the answer, record its labels, and drop Steps that were not asked for."""
