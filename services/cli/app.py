@@ -93,6 +93,9 @@ def serve(
     data_dir: DataDir = None,
     host: Annotated[str | None, typer.Option(help="gateway's address")] = None,
     port: Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="of OpenAI's API and the playground; 0: any free one")
+    ] = None,
     slm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
     llm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
 ) -> None:
@@ -106,6 +109,7 @@ def serve(
         data_dir=str(data_dir) if data_dir else None,
         gateway__host=host,
         gateway__port=port,
+        gateway__http_port=http_port,
         slm__model=slm,
         llm__model=llm,
     )
@@ -116,6 +120,8 @@ def serve(
             # Here, because Ray sets handlers of its own when it starts.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if service.url:
+                print(f"{service.url} (playground), {service.url}/v1 (OpenAI's API)", flush=True)
             print(f"serving at {service.address} (gRPC); Ctrl-C stops", flush=True)
             signal.pause()
     except KeyboardInterrupt:

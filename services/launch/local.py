@@ -44,11 +44,13 @@ Say = Callable[[str], None]
 class RunningService:
     """A service that answers.
 
-    address: host:port of the gateway. config: with the URL of the Redis in use filled in.
+    address: host:port of the gateway. config: with the URL of the Redis in use filled in. url: of
+    the gateway's HTTP, "" for none.
     """
 
     address: str
     config: Config
+    url: str = ""
 
 
 def check_security(config: Config) -> None:
@@ -78,18 +80,24 @@ def check_port(config: Config) -> None:
     """Check that the gateway can listen: better known now than after a minute of starting.
 
     Raises:
-        ConfigError: its port is taken.
+        ConfigError: a port of its is taken.
     """
-    if config.gateway.port == 0 or config.gateway.host not in LOOPBACK:
+    _check_port(config.gateway.host, config.gateway.port, "gateway.port")
+    if config.gateway.http:
+        _check_port(config.gateway.host, config.http_port, "gateway.http_port")
+
+
+def _check_port(host: str, port: int, setting: str) -> None:
+    if port == 0 or host not in LOOPBACK:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.gateway.host, config.gateway.port))
+            probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {config.gateway.host}:{config.gateway.port}: the port is taken; "
-                "choose another gateway.port, or 0 for any free one"
+                f"cannot listen on {host}:{port}: the port is taken; choose another {setting}, or "
+                "0 for any free one"
             ) from error
 
 
@@ -185,7 +193,7 @@ def running_service(
         with local_ray(reuse=reuse_ray):
             say("Ray ready")
             with _application(resolved) as address, recorded(resolved, address):
-                yield RunningService(address, resolved)
+                yield RunningService(address, resolved, _url())
     finally:
         redis.stop()
 
@@ -264,6 +272,12 @@ def _application(config: Config) -> Iterator[str]:
             # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve
             # may be in use.
             serve.delete(APPLICATION)
+
+
+def _url() -> str:
+    """Where the service in this cluster serves HTTP."""
+    gateway = serve.get_deployment_handle("Gateway", APPLICATION)
+    return str(gateway.url.remote().result(timeout_s=PROBE_TIMEOUT_S))
 
 
 def _reason(error: RuntimeError) -> str:
