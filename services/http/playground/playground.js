@@ -279,11 +279,13 @@ function token(divergence, text) {
   const kind = divergence.degraded ? "degraded" : divergence.flipped ? "flipped" : "kept";
   const made = element("button", { type: "button", class: `token ${kind}` },
     text || visible(divergence.text));
-  made.addEventListener("mouseenter", () => showTip(made, divergence));
-  made.addEventListener("focus", () => showTip(made, divergence));
-  made.addEventListener("click", () => showTip(made, divergence));
-  made.addEventListener("mouseleave", hideTip);
+  const show = () => showTip(made, divergence);
+  const ifMouse = (then) => (event) => { if (event.pointerType === "mouse") then(); };
+  made.addEventListener("focus", show);
   made.addEventListener("blur", hideTip);
+  made.addEventListener("click", show); // Safari does not focus what it clicks
+  made.addEventListener("pointerenter", ifMouse(show));
+  made.addEventListener("pointerleave", ifMouse(hideTip));
   return made;
 }
 
