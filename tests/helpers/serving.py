@@ -181,15 +181,15 @@ def with_gateway(folder: Path, service: ProposerService, work: Callable[[str], R
 
 
 @contextmanager
-def http_gateway(folder: Path, service: Any, **settings: Any) -> Iterator[str]:
-    """The URL of a gateway before `service`, on a thread of its own."""
+def http_and_grpc(folder: Path, service: Any, **settings: Any) -> Iterator[tuple[str, str]]:
+    """URL and gRPC address of a gateway before `service`, on a thread of its own."""
     config = gateway_config(folder, **{"gateway.http": True, **settings})
-    started: Future[str] = Future()
+    started: Future[tuple[str, str]] = Future()
     ended = threading.Event()
 
     async def main() -> None:
         async with gateway_server(config, service) as server:
-            started.set_result(server.url)
+            started.set_result((server.url, f"127.0.0.1:{server.port}"))
             await asyncio.to_thread(ended.wait)
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
@@ -201,6 +201,13 @@ def http_gateway(folder: Path, service: Any, **settings: Any) -> Iterator[str]:
         thread.join()
         if isinstance(service, ProposerService):
             service.close()
+
+
+@contextmanager
+def http_gateway(folder: Path, service: Any, **settings: Any) -> Iterator[str]:
+    """The URL of a gateway before `service`, on a thread of its own."""
+    with http_and_grpc(folder, service, **settings) as (url, _):
+        yield url
 
 
 def with_http(folder: Path, service: Any, work: Callable[[str], Result], **settings: Any) -> Result:

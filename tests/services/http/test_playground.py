@@ -33,6 +33,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAM
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or set CHROMIUM"
 )
+expect.set_options(timeout=30_000)  # of a busy machine; what holds is seen at once
 TOKEN = "a-token-of-enough-bytes"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
