@@ -48,7 +48,8 @@ PROMPT = "Mia has 19 coins . Prices are 11 , 15 , 19 , 4 , 12 . Which two cost 1
 
 
 def serve(commands: Connection, step_s: float, tokens: int, bundled: bool) -> None:
-    """Run the service; each number that comes is a batch to be streamed here, None ends."""
+    """Run the service. Each number that comes is a batch to be streamed here, 0 asks for the CPU
+    seconds so far, None ends."""
     service = bundled_service() if bundled else scripted_service(step_s, tokens)
 
     async def main() -> None:
@@ -56,7 +57,9 @@ def serve(commands: Connection, step_s: float, tokens: int, bundled: bool) -> No
         async with gateway_server(gateway_config(folder, **{"gateway.http": True}), service) as s:
             commands.send((s.url, f"127.0.0.1:{s.port}"))
             while (batch := await asyncio.to_thread(commands.recv)) is not None:
-                commands.send(await gathered(batch, lambda i: in_process(service, i, tokens)))
+                if batch:
+                    found = await gathered(batch, lambda i: in_process(service, i, tokens))
+                commands.send(found if batch else time.process_time())
 
     asyncio.run(main())
     service.close()
@@ -192,6 +195,10 @@ def main() -> None:
         made: Callable[[], Awaitable[Arrivals]] = lambda: gathered(given.batch, work)  # noqa: E731
         return lambda: asyncio.run(made())  # type: ignore[arg-type]
 
+    def cpu() -> float:
+        ours.send(0)
+        return float(ours.recv())
+
     sides = {
         "engine": engine,
         "gRPC": client(lambda i: by_grpc(address, i, given.tokens)),
@@ -199,20 +206,24 @@ def main() -> None:
     }
     for side in sides.values():
         side()  # warm
-    turns = [
-        {name: figures(side(), given.tokens) for name, side in sides.items()}
-        for _ in range(given.rounds)
-    ]
+
+    def turn(side: Callable[[], Arrivals]) -> dict[str, float]:
+        before = cpu()
+        found = figures(side(), given.tokens)
+        return {**found, "service's CPU": (cpu() - before) / (given.batch * given.tokens)}
+
+    turns = [{name: turn(side) for name, side in sides.items()} for _ in range(given.rounds)]
     ours.send(None)
     for name in turns[0]["engine"]:
         for a, b in (("gRPC", "engine"), ("HTTP", "engine"), ("HTTP", "gRPC")):
-            ratios = [turn[a][name] / turn[b][name] for turn in turns]
+            ratios = [each[a][name] / each[b][name] for each in turns]
             print(
                 f"{name:>20}  {a:>4} / {b:6} {statistics.median(ratios):6.3f} "
                 f"({min(ratios):.3f} - {max(ratios):.3f})"
             )
-    plain = {n: statistics.median(turn["engine"][n] for turn in turns) for n in turns[0]["engine"]}
-    print("engine:", {name: round(value, 5) for name, value in plain.items()})
+    for side in sides:
+        plain = {n: statistics.median(each[side][n] for each in turns) for n in turns[0][side]}
+        print(f"{side}:", {name: round(value, 6) for name, value in plain.items()})
     process.join(10)
 
 
