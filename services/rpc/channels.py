@@ -58,20 +58,6 @@ class ConnectionLimits:
 NO_LIMITS = ConnectionLimits()
 
 
-def token_check(token: str | None) -> Callable[[str, bool], None]:
-    """A check of authorization headers, as the interceptor's; True: of who administrates.
-
-    The check raises UnauthenticatedError: there is a token, and the header is not its.
-    """
-    expected = f"Bearer {token}".encode()
-
-    def check(authorization: str, admin: bool) -> None:
-        if token is not None and not hmac.compare_digest(authorization.encode(), expected):
-            raise UnauthenticatedError("no valid token: send 'authorization: Bearer TOKEN'")
-
-    return check
-
-
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without the token, compared in constant time; health checks excepted."""
 

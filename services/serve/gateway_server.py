@@ -19,7 +19,7 @@ from services.http.server import HttpServer
 from services.rpc import channels
 from services.serve.admin_servicer import AdminServicer
 from services.serve.generation_servicer import GenerationServicer, Proposers
-from services.serve.http_door import HttpDoor
+from services.serve.http_door import HttpDoor, token_check
 from services.serve.intake import Intake
 
 SERVICES = (
@@ -67,7 +67,7 @@ class GatewayServer:
         self._server = server
         self._http: HttpServer | None = None
         if gateway.http:
-            check = channels.token_check(channels.read_token(config.security.token_file))
+            check = token_check(channels.read_token(config.security.token_file))
             door = HttpDoor(intake, proposers, admin, check, config.proposer.replicas)
             self._http = HttpServer(config, door)
 

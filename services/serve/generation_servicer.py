@@ -47,30 +47,28 @@ class Proposers(Protocol):
     async def count_dropped_labels(self) -> int: ...
 
 
-def refusal_of(error: Exception) -> wire.Refusal:
-    """What a client is told of `error`. An unexpected one shows nothing of our insides."""
+async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
+    """End the call with the status and text of `error`. An unexpected error shows nothing of our
+    insides."""
     if isinstance(error, S2TError):
         if wire.public_text(error) != str(error):
             log.warning("told a client less than this: %s", error)
-        return wire.refusal_of(error)
+        await wire.abort(context, error)
     if isinstance(error, ProposerLostError):
-        return wire.Refusal(
-            code=grpc.StatusCode.UNAVAILABLE,
-            text="the proposer that answered was lost; send the request again",
-            reason=wire.PROPOSER_LOST,
+        await wire.abort_with(
+            context,
+            grpc.StatusCode.UNAVAILABLE,
+            "the proposer that answered was lost; send the request again",
+            wire.PROPOSER_LOST,
             retry_after_s=RETRY_LOST_S,
         )
     log.error("unexpected error", exc_info=error)
-    return wire.Refusal(
-        code=grpc.StatusCode.INTERNAL,
-        text="an unexpected error; it is in the service's log",
-        reason=wire.INTERNAL,
+    await wire.abort_with(
+        context,
+        grpc.StatusCode.INTERNAL,
+        "an unexpected error; it is in the service's log",
+        wire.INTERNAL,
     )
-
-
-async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
-    """End the call with what its client is told of `error`."""
-    await wire.abort_with(context, refusal_of(error))
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):

@@ -91,26 +91,22 @@ def public_text(error: errors.S2TError) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """What a client is told of a call that failed, whatever it came by.
-
-    kind: the error's class, "" for what is none of ours. field, retry_after_s: as in `S2TError`.
-    """
+    """What a client is told of a call that failed, where it did not come by gRPC. field,
+    retry_after_s: as in `S2TError`."""
 
     code: grpc.StatusCode
     text: str
     reason: str
-    kind: str = ""
     field: str = ""
     retry_after_s: float | None = None
 
 
 def refusal_of(error: errors.S2TError) -> Refusal:
-    """The error as a client may read it."""
+    """The error as a client may read it: the same as `abort` tells."""
     return Refusal(
         code=status_of(error),
         text=public_text(error),
         reason=next((name for kind, name in REASONS.items() if isinstance(error, kind)), INTERNAL),
-        kind=type(error).__name__,
         field=error.field,
         retry_after_s=error.retry_after_s,
     )
@@ -118,24 +114,38 @@ def refusal_of(error: errors.S2TError) -> Refusal:
 
 async def abort(context: Any, error: errors.S2TError) -> None:
     """End a call with the error's status, text and details."""
-    await abort_with(context, refusal_of(error))
+    reason = next((name for kind, name in REASONS.items() if isinstance(error, kind)), INTERNAL)
+    await abort_with(
+        context,
+        status_of(error),
+        public_text(error),
+        reason,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+        more=((ERROR_KIND, type(error).__name__),),
+    )
 
 
-async def abort_with(context: Any, refusal: Refusal) -> None:
-    """End a call with a status and its details."""
-    text = refusal.text
-    details: list[Any] = [ErrorInfo(reason=refusal.reason, domain=DOMAIN)]
-    if refusal.field:
+async def abort_with(
+    context: Any,
+    code: grpc.StatusCode,
+    text: str,
+    reason: str,
+    *,
+    field: str = "",
+    retry_after_s: float | None = None,
+    more: tuple[tuple[str, str], ...] = (),
+) -> None:
+    """End a call with a status and its details. more: trailing metadata beside them."""
+    details: list[Any] = [ErrorInfo(reason=reason, domain=DOMAIN)]
+    if field:
         violation = BadRequest.FieldViolation(
-            field=_cut(refusal.field, MAX_FIELD_BYTES),
-            description=_cut(text, MAX_DESCRIPTION_BYTES),
+            field=_cut(field, MAX_FIELD_BYTES), description=_cut(text, MAX_DESCRIPTION_BYTES)
         )
         details.append(BadRequest(field_violations=[violation]))
-    if refusal.retry_after_s is not None:
-        details.append(RetryInfo(retry_delay=_duration(refusal.retry_after_s)))
-    code = refusal.code
+    if retry_after_s is not None:
+        details.append(RetryInfo(retry_delay=_duration(retry_after_s)))
     status = Status(code=code.value[0], message=text, details=[_packed(d) for d in details])
-    more = ((ERROR_KIND, refusal.kind),) if refusal.kind else ()
     await context.abort(code, text, ((STATUS_DETAILS, status.SerializeToString()), *more))
 
 
