@@ -98,9 +98,13 @@ class HttpServer:
             self._serving.result()
         self._api.ready = True
 
+    def end_readiness(self) -> None:
+        """Send who asks /readyz elsewhere; calls are still answered."""
+        self._api.ready = False
+
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, and let those under way finish for `grace_s` seconds."""
-        self._api.ready = False
+        self.end_readiness()
         if self._serving is None:
             self._socket.close()
             return
