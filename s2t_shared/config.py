@@ -24,6 +24,7 @@ from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.types import MAX_CANDIDATES, MAX_SAMPLES, Mode, OnLLMFailure, Trigger
 
 ENVIRONMENT_PREFIX = "S2T_"
+HTTP_PORT = 8080
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "[::]")
 # What Kubernetes puts into a pod for each Service of its namespace, here for one named `s2t` or
@@ -200,7 +201,18 @@ class SelectorConfig(ScaledPlacement):
 class GatewayConfig(Placement):
     num_cpus: float = Field(0.1, ge=0)
     host: str = "127.0.0.1"
-    port: int = Field(50051, ge=0, le=65535, description="0: any free port")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC; 0: any free port")
+    http: bool = Field(True, description="also serve HTTP: OpenAI's API and the playground")
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description=f"0: any free port; default: {HTTP_PORT}, or any free one where port is 0",
+    )
+    playground: bool = Field(True, description="serve a page to try the service, at /")
+    served_model_name: str | None = Field(
+        None, description="as HTTP clients name the model; default: the last part of slm.model"
+    )
     max_message_bytes: int = Field(4 << 20, ge=1024, description="of one request")
     max_prompt_bytes: int = Field(
         1 << 20, ge=1, description="of a prompt's text or messages; a token id counts 4"
@@ -397,6 +409,19 @@ class Config(_Section):
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
+
+    @property
+    def http_port(self) -> int:
+        """The gateway's, 0 for any free one."""
+        gateway = self.gateway
+        if gateway.http_port is not None:
+            return gateway.http_port
+        return HTTP_PORT if gateway.port else 0
+
+    @property
+    def served_model_name(self) -> str:
+        """As HTTP clients name the model."""
+        return self.gateway.served_model_name or self.slm.model.rstrip("/").rpartition("/")[2]
 
     @property
     def lake(self) -> Path:

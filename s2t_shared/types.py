@@ -275,6 +275,8 @@ class GenerateRequest:
     samples: n of majority@n. timeout_s: seconds; 0 means no deadline.
     return_steps: the answer carries the triggered Steps (with score_rollout: every Step).
     stream_steps: each Step is streamed as soon as it is decided.
+    alternatives: streamed Steps whose support was kept say what the token could have been: all
+    candidates, and at least so many of the SLM's top tokens. None: they do not.
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
     client: who asks, as the gateway knows it: clients get equal shares of a proposer.
     progress: what another proposer has decided of the answer; None at its beginning.
@@ -289,6 +291,7 @@ class GenerateRequest:
     timeout_s: float = 0.0
     return_steps: bool = False
     stream_steps: bool = False
+    alternatives: int | None = None
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
     client: str = ""
@@ -350,6 +353,21 @@ class ScoreReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A token that could have been chosen at a step.
+
+    slm, llm: the models' log-probabilities; None where it is not known. local: the local selector's
+    score; None where it was not asked.
+    """
+
+    token_id: int
+    text: str
+    slm: float | None = None
+    llm: float | None = None
+    local: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One decided token and how it came about. Text, metrics and labels are folded from Steps.
 
@@ -363,6 +381,8 @@ class Step:
     degraded: empty, or why the step did without the LLM.
     text: what this token added to the answer's text, where the text was asked for.
     support, llm: the two models' numbers; they stay in the process that decoded.
+    chosen, alternatives: made of them where a request wants `alternatives`: the emitted token, and
+    what it could have been, the SLM's best first.
     """
 
     index: int
@@ -382,6 +402,8 @@ class Step:
     text: str = ""
     support: Support | None = None
     llm: PositionScores | None = None
+    chosen: Alternative | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     def changed(self, **changes: Any) -> Step:
         """A copy with other values of the named fields.

@@ -95,6 +95,9 @@ def serve(
     data_dir: DataDir = None,
     host: Host = None,
     port: Port = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="of OpenAI's API and the playground; 0: any free one")
+    ] = None,
     slm: SLM = None,
     llm: LLM = None,
 ) -> None:
@@ -108,6 +111,7 @@ def serve(
         data_dir=str(data_dir) if data_dir else None,
         gateway__host=host,
         gateway__port=port,
+        gateway__http_port=http_port,
         slm__model=slm,
         llm__model=llm,
     )
@@ -118,6 +122,8 @@ def serve(
             # Here, because Ray sets handlers of its own when it starts.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if service.url:
+                print(f"{service.url} (playground), {service.url}/v1 (OpenAI's API)", flush=True)
             print(f"serving at {service.address} (gRPC); Ctrl-C stops", flush=True)
             signal.pause()
     except KeyboardInterrupt:

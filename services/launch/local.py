@@ -24,6 +24,7 @@ from s2t_shared.model.vocabulary import check_same_tokenizer
 from services.launch.deploy import Say, deploy, start_serve
 from services.launch.ray_connection import PROBE_TIMEOUT_S, local_ray
 from services.launch.redis_server import open_redis
+from services.launch.running import find_url
 from services.launch.service_record import recorded
 from services.roles import APPLICATION, runs_proposers, runs_selectors
 from services.rpc.tls import ClientTLS, server_credentials
@@ -38,11 +39,13 @@ CLAIM = "s2t-serve"  # name and namespace of the actor that stands for the runni
 class RunningService:
     """A service that answers.
 
-    address: host:port of the gateway. config: with the URL of the Redis in use filled in.
+    address: host:port of the gateway. config: with the URL of the Redis in use filled in. url: of
+    the gateway's HTTP, "" for none.
     """
 
     address: str
     config: Config
+    url: str = ""
 
 
 def check_security(config: Config) -> None:
@@ -83,18 +86,24 @@ def check_port(config: Config) -> None:
     """Check that the gateway can listen: better known now than after a minute of starting.
 
     Raises:
-        ConfigError: its port is taken.
+        ConfigError: a port of its is taken.
     """
-    if config.gateway.port == 0 or config.gateway.host not in LOOPBACK:
+    _check_port(config.gateway.host, config.gateway.port, "gateway.port")
+    if config.gateway.http:
+        _check_port(config.gateway.host, config.http_port, "gateway.http_port")
+
+
+def _check_port(host: str, port: int, setting: str) -> None:
+    if port == 0 or host not in LOOPBACK:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.gateway.host, config.gateway.port))
+            probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {config.gateway.host}:{config.gateway.port}: the port is taken; "
-                "choose another gateway.port, or 0 for any free one"
+                f"cannot listen on {host}:{port}: the port is taken; choose another {setting}, or "
+                "0 for any free one"
             ) from error
 
 
@@ -132,7 +141,7 @@ def running_service(
             say("Ray ready")
             head = ray.get_runtime_context().gcs_address
             with _application(resolved, say) as address, recorded(resolved, address, head):
-                yield RunningService(address, resolved)
+                yield RunningService(address, resolved, find_url())
     finally:
         redis.stop()
 

@@ -23,6 +23,16 @@ def find_addresses() -> list[str]:
     return sorted(str(address) for address in found)
 
 
+def find_url() -> str:
+    """Where the service speaks HTTP; "" for nowhere.
+
+    Raises:
+        Exception: of any kind, from Serve; they do not say.
+    """
+    gateway = serve.get_deployment_handle("Gateway", APPLICATION)
+    return str(gateway.url.remote().result(timeout_s=ADDRESS_TIMEOUT_S))
+
+
 def waits(config: Config) -> dict[str, str]:
     """What replicas that have no node wait for, in words, by the name of their deployment."""
     unplaced = _unplaced()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -78,6 +78,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return wire.write_label_counts(counts)
 
     # -- blocking, on another thread --------------------------------------------------------------
+
+    def published(self) -> tuple[list[PublishedVersion], dict[str, dict[str, Any]]]:
+        """All published versions, and of those that the gate has judged its last verdict."""
+        judged = [e for e in self._live_versions.events() if e.get("event") == "gate"]
+        return self._versions(), {str(event.get("version")): event for event in judged}
 
     def _versions(self) -> list[PublishedVersion]:
         state = self._live_versions.state()

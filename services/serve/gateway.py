@@ -38,6 +38,10 @@ class Gateway:
         """The Redis in use: also one that `s2t up` has started."""
         return self._config.redis.url
 
+    async def url(self) -> str:
+        """Where HTTP is served, as people are told; "" for nowhere."""
+        return self._server.url
+
     async def __del__(self) -> None:
         server: GatewayServer | None = getattr(self, "_server", None)
         if server is not None:  # None after a failed start

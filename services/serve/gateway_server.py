@@ -1,4 +1,5 @@
-"""The gateway's gRPC server: generation, administration, health, reflection; and the label drain.
+"""The gateway's servers: gRPC (generation, administration, health, reflection) and HTTP beside it;
+and the label drain.
 
 Knows gRPC; no Ray. Serve's own gRPC proxy would not do: it has no TLS, no authentication, no
 grpc.health.v1, and turns a dead replica into INTERNAL.
@@ -14,15 +15,19 @@ from grpc_reflection.v1alpha import reflection
 from s2t_shared.config import Config
 from s2t_shared.labels.drain import Drain
 from s2t_shared.pb.v1 import admin_pb2_grpc, generation_pb2_grpc
+from services.http.server import HttpServer
 from services.rpc import channels
+from services.rpc.tokens import Tokens
 from services.serve.admin_servicer import AdminServicer
 from services.serve.gateway_health import ADMIN, GENERATION, GatewayHealth
 from services.serve.generation_servicer import GenerationServicer, Proposers
+from services.serve.http_door import HttpDoor
+from services.serve.intake import Intake
 from services.serve.resuming_proposers import ResumingProposers
 
 
 class GatewayServer:
-    """One server on the configured host and port. Created, started and stopped on one loop."""
+    """Servers on the configured host and ports. Created, started and stopped on one loop."""
 
     def __init__(
         self, config: Config, proposers: Proposers, admin: AdminServicer, drain: Drain | None = None
@@ -47,7 +52,8 @@ class GatewayServer:
                 max_age_grace_s=gateway.max_connection_age_grace_s,
             ),
         )
-        generation = GenerationServicer(config, proposers)
+        intake = Intake(config)
+        generation = GenerationServicer(config, proposers, intake)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         self._health.add_to(server)
@@ -57,6 +63,16 @@ class GatewayServer:
             server, gateway.host, gateway.port, config.security, "gateway.port"
         )
         self._server = server
+        self._http: HttpServer | None = None
+        if gateway.http:
+            token_file = config.security.token_file
+            tokens = Tokens(token_file) if token_file is not None else None
+            self._http = HttpServer(config, HttpDoor(intake, proposers, admin, tokens))
+
+    @property
+    def url(self) -> str:
+        """Where HTTP is served, "" for nowhere."""
+        return self._http.url if self._http is not None else ""
 
     async def start(self) -> None:
         """Answer calls, as soon as a proposer answers us."""
@@ -64,6 +80,8 @@ class GatewayServer:
             self._drain.start()
         await self._proposers.describe()
         await self._server.start()
+        if self._http is not None:
+            await self._http.start()
         await self._health.start()
 
     async def stop(self, grace_s: float | None = None) -> None:
@@ -73,10 +91,15 @@ class GatewayServer:
         grace_s: None for the configured lag and grace; else there is no lag.
         """
         await self._health.stop()
+        if self._http is not None:
+            self._http.end_readiness()
         if grace_s is None:
             await asyncio.sleep(self._gateway.drain_lag_s)
             grace_s = self._gateway.drain_grace_s
         await self._health.end_watches()
-        await self._server.stop(grace_s)
+        stopping = [self._server.stop(grace_s)]
+        if self._http is not None:
+            stopping.append(self._http.stop(grace_s))
+        await asyncio.gather(*stopping)
         if self._drain is not None:
             self._drain.stop()

@@ -15,14 +15,12 @@ import grpc
 import grpc.aio
 
 from s2t_shared.config import Config
-from s2t_shared.decode.generate import check_request
-from s2t_shared.errors import DeadlineExceededError, S2TError
+from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
-from services.serve.client_quota import ClientQuota
-from services.serve.request_limits import RequestLimits
+from services.serve.intake import Intake
 
 log = logging.getLogger(__name__)
 NO_DEADLINE_S = 1e6  # gRPC gives a call without a deadline a huge number of seconds
@@ -56,10 +54,9 @@ async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """`GenerationService` over proposers."""
 
-    def __init__(self, config: Config, proposers: Proposers) -> None:
-        self._defaults = config.defaults
-        self._limits = RequestLimits(config.gateway)
-        self._quota = ClientQuota(config.gateway.max_requests_per_client)
+    def __init__(self, config: Config, proposers: Proposers, intake: Intake | None = None) -> None:
+        """intake: shared with the gateway's other transports; None: it has no others."""
+        self._intake = intake or Intake(config)
         self._proposers = proposers
 
     async def StreamGenerate(
@@ -101,11 +98,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         message: pb.StreamGenerateRequest | pb.GenerateRequest,
         context: grpc.aio.ServicerContext,
     ) -> GenerateRequest:
-        client = self._quota.count(context)
-        self._limits.check(message)
-        request = wire.read_request(message, self._defaults, _time_remaining(context))
-        check_request(request)
-        return replace(request, client=client)
+        client = self._intake.quota.count(context)
+        return self._intake.read(message, client, _time_remaining(context))
 
 
 def _close_with(
@@ -128,14 +122,8 @@ def _close_with(
 
 
 def _time_remaining(context: grpc.aio.ServicerContext) -> float | None:
-    """Seconds the client still waits, or None.
-
-    Raises:
-        DeadlineExceededError: it waits no longer.
-    """
+    """Seconds the client still waits, or None where it does not say."""
     remaining = context.time_remaining()
     if remaining is None or remaining >= NO_DEADLINE_S:
         return None
-    if remaining <= 0:
-        raise DeadlineExceededError("the call's deadline had passed when it arrived")
     return float(remaining)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
+from s2t_shared.decode.alternatives import TokenTexts, with_alternatives
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.generate import (
     AnswerBuilder,
@@ -103,6 +104,7 @@ class ProposerService:
         longer hangs."""
         self._engine = engine
         self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._selector = selector
         self._versions = versions
         self._labels = labels
@@ -304,7 +306,14 @@ class ProposerService:
         keeps_numbers = request.labels.store or request.labels.collect
         decided = piece.steps if keeps_numbers else steps
         progress = builder.progress(decided, self._engine.slm.digest)
-        return replace(piece, steps=steps if request.stream_steps else (), progress=progress)
+        shown = self._streamed(request, piece.steps) if request.stream_steps else ()
+        return replace(piece, steps=shown, progress=progress)
+
+    def _streamed(self, request: GenerateRequest, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """The Steps of a piece, as the request wants them."""
+        if request.alternatives is not None:
+            steps = tuple(with_alternatives(s, request.alternatives, self._texts) for s in steps)
+        return _travelling(steps)
 
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
         """Build the answer, record its labels, and drop Steps that were not asked for."""

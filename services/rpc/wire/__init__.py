@@ -16,10 +16,12 @@ from services.rpc.wire.errors import (
     REASONS,
     STATUS,
     STATUS_DETAILS,
+    Refusal,
     abort,
     abort_with,
     error_of,
     public_text,
+    refusal_of,
     status_of,
 )
 from services.rpc.wire.generation import (
@@ -43,6 +45,7 @@ __all__ = [
     "REASONS",
     "STATUS",
     "STATUS_DETAILS",
+    "Refusal",
     "abort",
     "abort_with",
     "error_of",
@@ -56,6 +59,7 @@ __all__ = [
     "read_request",
     "read_step",
     "read_version",
+    "refusal_of",
     "status_of",
     "write_answer",
     "write_description",

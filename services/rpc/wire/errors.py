@@ -8,6 +8,7 @@ which the same request may succeed. `s2t-error` names the error's class, for old
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -102,6 +103,29 @@ def public_text(error: errors.S2TError | str) -> str:
     for hidden, instead in HIDDEN:
         text = hidden.sub(instead, text)
     return _cut(text, MAX_TEXT_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """What a client is told of a call that failed, where it did not come by gRPC. field,
+    retry_after_s: as in `S2TError`."""
+
+    code: grpc.StatusCode
+    text: str
+    reason: str
+    field: str = ""
+    retry_after_s: float | None = None
+
+
+def refusal_of(error: errors.S2TError) -> Refusal:
+    """The error as a client may read it: the same as `abort` tells."""
+    return Refusal(
+        code=status_of(error),
+        text=public_text(error),
+        reason=next((name for kind, name in REASONS.items() if isinstance(error, kind)), INTERNAL),
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 async def abort(context: Any, error: errors.S2TError) -> None:
