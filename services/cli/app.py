@@ -43,6 +43,7 @@ from services.cli.options import (  # noqa: E402
     ConfigFile,
     DataDir,
     Host,
+    HTTPPort,
     Json,
     Port,
     TokenFile,
@@ -95,9 +96,7 @@ def serve(
     data_dir: DataDir = None,
     host: Host = None,
     port: Port = None,
-    http_port: Annotated[
-        int | None, typer.Option(help="of OpenAI's API and the playground; 0: any free one")
-    ] = None,
+    http_port: HTTPPort = None,
     slm: SLM = None,
     llm: LLM = None,
 ) -> None:

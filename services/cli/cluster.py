@@ -16,6 +16,7 @@ from services.cli.options import (
     ConfigFile,
     DataDir,
     Host,
+    HTTPPort,
     Json,
     Port,
     settings,
@@ -32,6 +33,7 @@ def up(
     data_dir: DataDir = None,
     host: Host = None,
     port: Port = None,
+    http_port: HTTPPort = None,
     slm: SLM = None,
     llm: LLM = None,
 ) -> None:
@@ -43,6 +45,7 @@ def up(
         data_dir=str(data_dir) if data_dir else None,
         gateway__host=host,
         gateway__port=port,
+        gateway__http_port=http_port,
         slm__model=slm,
         llm__model=llm,
     )

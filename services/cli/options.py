@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from s2t_shared.decode.vllm_selector import VLLMOptions
 
 Host = Annotated[str | None, typer.Option(help="gateway's address")]
+HTTPPort = Annotated[
+    int | None, typer.Option(help="of OpenAI's API and the playground; 0: any free one")
+]
 Port = Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")]
 SLM = Annotated[str | None, typer.Option(help="folder or hub id")]
 LLM = Annotated[str | None, typer.Option(help="folder or hub id")]

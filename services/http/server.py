@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,6 +77,8 @@ class HttpServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             ssl_certfile=security.certificate if security.key else None,
             ssl_keyfile=security.key if security.certificate else None,
+            ssl_ca_certs=security.client_authority,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if security.client_authority else ssl.CERT_NONE,
         )
         try:
             settings.load()

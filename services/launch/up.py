@@ -34,7 +34,6 @@ from services.roles import APPLICATION, runs_proposers
 LOG = "serve.log"
 SETTINGS = "serve.yaml"
 POLL_S = 0.1
-ANSWER_TIMEOUT_S = 30.0
 
 
 def up(config: Config, say: Say) -> list[str]:
@@ -73,29 +72,9 @@ def _replace_changed(config: Config, record: ServiceRecord | None, say: Say) -> 
             f"{config.data_dir}: change it the way it was started, or end it (RAY_ADDRESS={head} "
             "s2t down) and start this one, or give this one a Ray of its own: RAY_ADDRESS=local"
         )
-    url = config.redis.url or _redis_in_use()
-    config = config.model_copy(update={"redis": config.redis.model_copy(update={"url": url})})
+    config = record.with_redis(config)
     say("changed: " + ("; ".join(record.changes(config)) or "nothing"))
     return _deployed(config, say, record.pid)
-
-
-def _redis_in_use() -> str | None:
-    """The Redis of the service that runs.
-
-    Raises:
-        ConfigError: its gateway does not answer.
-    """
-    if "Gateway" not in serve.status().applications[APPLICATION].deployments:
-        return None  # selectors alone
-    try:
-        gateway = serve.get_deployment_handle("Gateway", APPLICATION)
-        url: str | None = gateway.redis_url.remote().result(timeout_s=ANSWER_TIMEOUT_S)
-    except Exception as error:  # the border to Serve: it may raise anything here
-        raise ConfigError(
-            "the gateway of the service that runs does not answer, so which Redis it uses is not "
-            "known; set redis.url, or end the service (s2t down) and start it again"
-        ) from error
-    return url
 
 
 def _deploy_detached(config: Config, say: Say) -> list[str]:

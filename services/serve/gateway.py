@@ -34,10 +34,6 @@ class Gateway:
             host = ray.util.get_node_ip_address()
         return f"{host}:{self._server.port}"
 
-    async def redis_url(self) -> str | None:
-        """The Redis in use: also one that `s2t up` has started."""
-        return self._config.redis.url
-
     async def url(self) -> str:
         """Where HTTP is served, as people are told; "" for nowhere."""
         return self._server.url

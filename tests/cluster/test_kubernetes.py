@@ -340,7 +340,7 @@ def test_k8_redis_is_there_with_a_password_that_shows_nowhere(
     assert redis["spec"]["volumeClaimTemplates"][0]["spec"]["accessModes"] == ["ReadWriteOnce"]
     (settings,) = (o for o in of_kind(objects, "ConfigMap") if "redis.conf" in o["data"])
     assert "appendonly yes" in settings["data"]["redis.conf"]
-    assert "maxmemory-policy noeviction" in settings["data"]["redis.conf"]
+    assert "maxmemory-policy volatile-lru" in settings["data"]["redis.conf"]
     application = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]
     assert set(application["args"]) == {"config"}
     for group in groups(service).values():

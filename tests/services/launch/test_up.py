@@ -45,14 +45,10 @@ class FakeCluster:
         self.deployed: list[Config] = []
         self.held: list[Config] = []
         self.deleted = 0
-        gateway = SimpleNamespace(remote=lambda: self, result=lambda timeout_s: "redis://held/0")
-        self.redis_url = gateway
-        self.result = gateway.result
         monkeypatch.setattr(module, "existing_ray", self.existing)
         monkeypatch.setattr(down_module, "existing_ray", self.existing)
         monkeypatch.setattr(serve, "status", self.serve_status)
         monkeypatch.setattr(serve, "delete", self.delete)
-        monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: self)
         context = SimpleNamespace(gcs_address=HEAD)
         monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
         monkeypatch.setattr(module, "deploy", self.deploy)
@@ -117,12 +113,14 @@ def test_a_second_up_keeps_redis_and_says_what_changed(
     cluster: FakeCluster, tmp_path: Path
 ) -> None:
     cluster.status = ApplicationStatus.RUNNING
-    write_record(config_of(tmp_path), "127.0.0.1:1", HEAD, pid=7)
+    held = config_of(tmp_path, redis__url="redis://held/0", redis__password_dir="/held/users")
+    write_record(held, "127.0.0.1:1", HEAD, pid=7)
     said: list[str] = []
     module.up(config_of(tmp_path, defaults__max_new_tokens=99), said.append)
     assert said == ["changed: defaults.max_new_tokens from 256 to 99"]
     (config,) = cluster.deployed
     assert config.redis.url == "redis://held/0"
+    assert config.redis.password_dir == Path("/held/users")
     record = read_record(tmp_path)
     assert record is not None and record.pid == 7
     module.up(config_of(tmp_path, defaults__max_new_tokens=99), said.append)
