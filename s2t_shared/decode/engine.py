@@ -90,7 +90,8 @@ class Engine:
 
         Raises:
             InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no
-                LLM, or more KV needed than there is.
+                LLM, more KV needed than there is, or a local selector that the SLM's runtime
+                cannot run.
             VersionNotFoundError: there is no local selector of the named version.
         """
         options = request.options
@@ -102,7 +103,7 @@ class Engine:
             request = replace(request, options=options)
         llm = self._llm_info(request) if options.needs_llm else None
         max_new_tokens = self._max_new_tokens(request, llm)
-        self.proposer.check_ids(request.token_ids)
+        self.proposer.check(request.token_ids, options.policy, local_selector)
         sequence = LiveSequence(
             request=request,
             slm=self.proposer.info,

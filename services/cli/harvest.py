@@ -34,7 +34,7 @@ from services.cli.progress import progress
 
 if TYPE_CHECKING:
     from s2t_shared.data.prompts import PromptSource
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
     from s2t_shared.pair import Pair
     from services.harvest.rollouts import HarvestOptions, RolloutSource
     from services.harvest.run import HarvestOutcome, Prompts

@@ -16,7 +16,7 @@ from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
@@ -118,7 +118,7 @@ def vllm_options(
     Raises:
         ConfigError: no such runtime, or an option that torch does not have.
     """
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
 
     if runtime == "vllm":
         return VLLMOptions(dtype=dtype, tensor_parallel=tensor_parallel, quantization=quantization)

@@ -17,7 +17,8 @@ from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_selector import LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
-from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
+from s2t_shared.decode.vllm_options import VLLMOptions
+from s2t_shared.decode.vllm_selector import VLLMSelector
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream

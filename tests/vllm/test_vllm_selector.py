@@ -34,7 +34,8 @@ from s2t_shared.decode.llm_selector import (  # noqa: E402
     LLMSelector,
 )
 from s2t_shared.decode.proposer import Proposer  # noqa: E402
-from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelectorClient  # noqa: E402
+from s2t_shared.decode.vllm_options import VLLMOptions  # noqa: E402
+from s2t_shared.decode.vllm_selector import VLLMSelectorClient  # noqa: E402
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError  # noqa: E402
 from s2t_shared.model.runtime import ModelRuntime  # noqa: E402
 from s2t_shared.model.tokenizer import Tokenizer  # noqa: E402
