@@ -105,19 +105,19 @@ class Pair:
                 loaded = ModelRuntime.load(llm, dtype, device, kv_bytes, "llm")
                 selector = InProcessSelector(LLMSelector(loaded, llm_tokenizer.digest))
         runtime: ModelRuntime | VLLMProposer
-        identity: SLM
+        weights: SLM
         if slm_vllm is not None:
             rank = MAX_LORA_RANK if version is not None else 0
             runtime = VLLMProposer.load(
                 slm, slm_vllm, tokenizer, max_num_seqs=batch_size, max_lora_rank=rank
             )
-            identity = runtime.identity
+            weights = runtime.adapter_host
         else:
             runtime = ModelRuntime.load(slm, dtype, device, kv_bytes, max_num_seqs=batch_size)
-            identity = runtime
+            weights = runtime
         local = None
         if version is not None:
-            local = open_version(version, versions, identity, tokenizer.digest)
+            local = open_version(version, versions, weights, tokenizer.digest)
         return cls.of(
             runtime,
             tokenizer,

@@ -30,8 +30,8 @@ from s2t_shared.decode.interfaces import (
 from s2t_shared.decode.vllm_options import VLLMOptions, cannot_run, check_installed, first_line
 from s2t_shared.decode.vllm_reader import RUN, Run, Vocabulary, logits_reader
 from s2t_shared.errors import ConfigError, InvalidRequestError, ModelFailedError
-from s2t_shared.model.loading import ModelIdentity, identify_model
-from s2t_shared.model.local_selector import LocalSelector
+from s2t_shared.model.loading import identify_model
+from s2t_shared.model.local_selector import AdapterHost, LocalSelector
 from s2t_shared.model.runtime import check_ids
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
@@ -72,14 +72,15 @@ class VLLMProposer:
     def __init__(
         self,
         engine: LLMEngine,
-        identity: ModelIdentity,
+        adapter_host: AdapterHost,
         info: SLMInfo,
         vocabulary: Vocabulary,
         runs: dict[int, Run],
     ) -> None:
-        """identity: of the weights. runs: those that the engine's logits processor reads."""
+        """adapter_host: what versions can be loaded for. runs: those that the engine's logits
+        processor reads."""
         self._engine = engine
-        self.identity = identity
+        self.adapter_host = adapter_host
         self.info = info
         self._vocabulary = vocabulary
         self._runs = runs
@@ -143,7 +144,7 @@ class VLLMProposer:
             excluded_ids=excluded_ids,
             kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
         )
-        return cls(engine, identity, info, vocabulary, runs)
+        return cls(engine, AdapterHost(identity.digest, max_lora_rank), info, vocabulary, runs)
 
     # -- sequences --------------------------------------------------------------------------------
 

@@ -90,6 +90,17 @@ class LocalSelector:
 
 
 @dataclass(frozen=True)
+class AdapterHost:
+    """An SLM whose runtime reads the adapters of ordinary LoRAs from their folders.
+
+    digest: of its weights. max_rank: of an adapter; 0: it takes none.
+    """
+
+    digest: str
+    max_rank: int
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The candidates of n contexts, padded to K.
 

@@ -31,9 +31,8 @@ from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
 from s2t_shared.files import locked, publish_folder, sha256_file, sync, temporary_name
-from s2t_shared.model.loading import ModelIdentity
-from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.lora import load_adapter, save_adapter
+from s2t_shared.model.local_selector import AdapterHost, LocalSelector
+from s2t_shared.model.lora import load_adapter, read_rank, save_adapter
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.versions.manifest import (
     BINS,
@@ -50,7 +49,7 @@ from s2t_shared.versions.model_card import model_card
 LEFTOVERS = ".publishing*"
 NAME = re.compile(r"v(\d{4,})-.+")
 MAX_LISTED = 10  # versions that a message names
-SLM = ModelRuntime | ModelIdentity  # what a version is for: loaded here, or by a runtime of its own
+SLM = ModelRuntime | AdapterHost  # what a version is loaded for
 
 
 class Registry:
@@ -213,12 +212,12 @@ def writer_lock(root: Path, leftovers: str) -> Iterator[None]:
 def load_version(folder: Path, slm: SLM, tokenizer_digest: str) -> LocalSelector:
     """Read and check the version in `folder` for this SLM.
 
-    Weights are float32, on its device; with a runtime of its own they stay in the folder.
+    Weights are float32, on its device; those of an adapter host stay in the folder.
 
     Raises:
         VersionNotFoundError: the folder has no manifest.
-        VersionError: it is damaged, made for another SLM or tokenizer, or of a kind that another
-            runtime cannot run.
+        VersionError: it is damaged, made for another SLM or tokenizer, or nothing that an adapter
+            host can run.
     """
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
@@ -237,9 +236,9 @@ def load_version(folder: Path, slm: SLM, tokenizer_digest: str) -> LocalSelector
         always_on=manifest.always_on,
         folder=folder,
     )
-    if isinstance(slm, ModelIdentity):
+    if isinstance(slm, AdapterHost):
         verify_weights(folder, manifest)
-        _check_ordinary(selector)
+        _check_hosted(selector, slm)
         return selector
     selector.adapter = load_adapter(folder, slm.model).to(slm.device, torch.float32)
     if BINS in manifest.files:
@@ -247,12 +246,19 @@ def load_version(folder: Path, slm: SLM, tokenizer_digest: str) -> LocalSelector
     return selector
 
 
-def _check_ordinary(selector: LocalSelector) -> None:
+def _check_hosted(selector: LocalSelector, slm: AdapterHost) -> None:
     if not selector.is_ordinary_lora:
         raise VersionError(
             f"version {selector.version!r} is of kind {selector.kind.value} and reads "
             f"{selector.reads.value}; the runtime vllm runs kind prefix that reads adapted: "
             "set slm.runtime to torch, or choose such a version"
+        )
+    assert selector.folder is not None
+    rank = read_rank(selector.folder)
+    if rank > slm.max_rank:
+        raise VersionError(
+            f"version {selector.version!r} has an adapter of rank {rank}; the runtime vllm was "
+            f"started for {slm.max_rank}: raise proposer.max_lora_rank"
         )
 
 

@@ -25,10 +25,10 @@ from services.cli.options import (
     Quantization,
     TensorParallel,
     TokenFile,
+    llm_vllm_options,
     settings,
     show,
     target,
-    vllm_options,
 )
 from services.cli.progress import progress
 
@@ -143,7 +143,7 @@ def harvest(
     if slm or llm:
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        vllm = vllm_options(llm_runtime, dtype, tensor_parallel, quantization)
+        vllm = llm_vllm_options(llm_runtime, dtype, tensor_parallel, quantization)
         pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template, vllm)
         source, lake = PairRollouts(pair), out
     else:
