@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from s2t_shared.decode.interfaces import (
     ModelInput,
@@ -43,7 +44,20 @@ if TYPE_CHECKING:
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MAX_LORA_RANK = 64  # of local selectors, where nothing else is said
+# Versions that vLLM holds at once. It gets one place more, which stays empty: its operations for
+# CPUs apply the last place's adapter to the tokens of the base model.
+MAX_ADAPTERS = 3
 CPU_BLOCK_TOKENS = 32  # of the prefix cache: a resubmitted run reads less than so many again
+
+_in_this_process: WeakSet[VLLMProposer] = WeakSet()
+
+
+@dataclass
+class _Adapter:
+    """A version's adapter in vLLM. users: open sequences that may need it."""
+
+    request: LoRARequest
+    users: int = 0
 
 
 @dataclass(eq=False)
@@ -52,6 +66,7 @@ class VLLMSequence:
 
     policy: Policy
     local_selector: LocalSelector | None = None
+    adapter: _Adapter | None = None
     run: Run | None = None
 
     def truncate(self, length: int) -> None:
@@ -84,9 +99,10 @@ class VLLMProposer:
         self.info = info
         self._vocabulary = vocabulary
         self._runs = runs
-        self._numbers = count()
-        self._adapters: dict[str, int] = {}
+        self._numbers = count(1)
+        self._adapters: dict[str, _Adapter] = {}  # by version
         self._open = 0
+        _in_this_process.add(self)
 
     @classmethod
     def load(
@@ -103,13 +119,19 @@ class VLLMProposer:
         max_num_seqs: sequences in one batch. max_lora_rank: of local selectors, 0: there are none.
 
         Raises:
-            ConfigError: vLLM is not installed, or the SLM is to be spread over several GPUs.
+            ConfigError: vLLM is not installed, runs an SLM in this process already, or is to spread
+                this one over several GPUs.
             ModelLoadError: the model is missing, or vLLM cannot run it with these options.
         """
         if options.tensor_parallel * options.pipeline_parallel > 1:
             raise ConfigError(
                 "slm.tensor_parallel, slm.pipeline_parallel: the SLM runs on one GPU; start more "
                 "proposers (proposer.replicas) instead"
+            )
+        if _in_this_process:  # vLLM's distributed state is the process's: one would end the other's
+            raise ConfigError(
+                "vLLM runs an SLM in this process already: start another process, or let go of the "
+                "first pair"
             )
         check_installed("slm.runtime")
         identity = identify_model(model)
@@ -130,7 +152,11 @@ class VLLMProposer:
             "async_scheduling": False,  # a run goes on when its sequence has decided
         }
         if max_lora_rank:
-            arguments |= {"enable_lora": True, "max_lora_rank": _allowed_rank(max_lora_rank)}
+            arguments |= {
+                "enable_lora": True,
+                "max_lora_rank": _allowed_rank(max_lora_rank),
+                "max_loras": MAX_ADAPTERS + 1,
+            }
         try:
             engine = _start(arguments)
         except Exception as error:  # the border to vLLM, which raises anything here
@@ -155,7 +181,8 @@ class VLLMProposer:
         a kind that vLLM cannot run."""
         check_ids(token_ids, self.info.vocab_rows)
         untrained = local_selector is None and policy.mode is Mode.S2T_LOCAL
-        if untrained or not (local_selector is None or local_selector.is_ordinary_lora):
+        hosted = local_selector is None or local_selector.is_ordinary_lora
+        if untrained or not hosted:
             found = "none" if local_selector is None else f"version {local_selector.version!r}"
             raise InvalidRequestError(
                 "the SLM's runtime is vllm, which runs local selectors of kind prefix that read "
@@ -177,17 +204,45 @@ class VLLMProposer:
         policy: Policy,
         token_ids: Sequence[int],
         max_tokens: int,
-    ) -> VLLMSequence:
-        """A place for a new sequence. vLLM itself makes those wait that its KV has no room for."""
+    ) -> VLLMSequence | None:
+        """A place for a new sequence, or None while its adapter has none.
+
+        Sequences that the KV has no room for wait in vLLM itself.
+        """
+        adapter = None
+        if local_selector is not None and self.adapter_host.max_rank:
+            adapter = self._load(local_selector)
+            if adapter is None:
+                return None
+            adapter.users += 1
         self._open += 1
-        return VLLMSequence(policy, local_selector)
+        return VLLMSequence(policy, local_selector, adapter)
 
     def close(self, kv: SequenceKV) -> None:
         """End a sequence's run."""
+        place = _place(kv)
         self._open -= 1
-        run = _place(kv).run
-        if run is not None:
-            self._end([run])
+        if place.adapter is not None:
+            place.adapter.users -= 1
+        if place.run is not None:
+            self._end([place.run])
+
+    def _load(self, local_selector: LocalSelector) -> _Adapter | None:
+        """A version's adapter, under a name of its own: the prefix cache tells them apart by it."""
+        from vllm.lora.request import LoRARequest
+
+        version = local_selector.version
+        if version in self._adapters:
+            return self._adapters[version]
+        if len(self._adapters) == MAX_ADAPTERS:
+            unused = [name for name, adapter in self._adapters.items() if not adapter.users]
+            if not unused:
+                return None
+            self._engine.remove_lora(self._adapters.pop(unused[0]).request.lora_int_id)
+        assert local_selector.folder is not None
+        request = LoRARequest(version, next(self._numbers), str(local_selector.folder))
+        self._adapters[version] = _Adapter(request)
+        return self._adapters[version]
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -228,24 +283,12 @@ class VLLMProposer:
             extra_args={RUN: number},
             skip_clone=True,
         )
-        adapter = None
-        if selecting or place.policy.proposals is Proposals.ADAPTED:
-            adapter = self._adapter(place.local_selector)
+        adapted = selecting or place.policy.proposals is Proposals.ADAPTED
+        adapter = place.adapter.request if adapted and place.adapter is not None else None
         self._runs[number] = run
         prompt = tokens_input(list(item.token_ids))
         self._engine.add_request(str(number), prompt, params, lora_request=adapter)
         return run
-
-    def _adapter(self, local_selector: LocalSelector | None) -> LoRARequest | None:
-        """A version's adapter, under a name of its own: the prefix cache tells them apart by it."""
-        from vllm.lora.request import LoRARequest
-
-        if local_selector is None:
-            return None
-        assert local_selector.folder is not None
-        version = local_selector.version
-        number = self._adapters.setdefault(version, len(self._adapters) + 1)
-        return LoRARequest(version, number, str(local_selector.folder))
 
     def _end(self, runs: Sequence[Run]) -> None:
         """End runs that vLLM has not ended itself."""
