@@ -22,7 +22,6 @@ from weakref import WeakSet
 from s2t_shared.decode.interfaces import (
     ModelInput,
     ModelOutput,
-    NextTokenInput,
     Proposal,
     SelectionInput,
     SequenceKV,
@@ -76,7 +75,7 @@ class VLLMSequence:
     def continues(self, item: ModelInput) -> bool:
         """Whether the run generates what the input asks for."""
         run = self.run
-        if run is None or run.has_ended or not isinstance(item, NextTokenInput):
+        if run is None or type(run.item) is not type(item):
             return False
         return run.length == len(item.token_ids) and run.last_id == item.token_ids[-1]
 

@@ -41,7 +41,6 @@ class Run:
 
     item: what the sequence wants of the token that is being generated. output: of the last forward.
     length, last_id: the context whose next token is being generated. is_new: vLLM has the token.
-    has_ended: vLLM generates no more.
     """
 
     number: int
@@ -50,7 +49,6 @@ class Run:
     last_id: int
     output: ModelOutput = None
     is_new: bool = False
-    has_ended: bool = False
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def check_same(found: Sequence[LiveSequence], expected: Sequence[LiveSequence]) 
     for here, there in zip(found, expected, strict=True):
         assert here.output_ids == there.output_ids
         assert here.finish_reason is there.finish_reason
-        assert here.usage == there.usage
+        # How many drafts there are depends on when the LLM answers.
+        assert replace(here.usage, llm_forwards=0) == replace(there.usage, llm_forwards=0)
         for step, other in zip(here.steps, there.steps, strict=True):
             check_same_step(step, other)
 
