@@ -164,6 +164,8 @@ class Pair:
     def dtype(self) -> str:
         """The SLM's arithmetic, as torch names it."""
         proposer = self.engine.proposer
+        if isinstance(proposer, VLLMProposer):
+            return f"torch.{proposer.dtype}"
         assert isinstance(proposer, Proposer)
         return str(proposer.runtime.model.dtype)
 

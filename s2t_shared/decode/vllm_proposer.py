@@ -86,14 +86,16 @@ class VLLMProposer:
     def __init__(
         self,
         engine: LLMEngine,
+        dtype: str,
         adapter_host: AdapterHost,
         info: SLMInfo,
         vocabulary: Vocabulary,
         runs: dict[int, Run],
     ) -> None:
-        """adapter_host: what versions can be loaded for. runs: those that the engine's logits
-        processor reads."""
+        """dtype: of the arithmetic. adapter_host: what versions can be loaded for. runs: those that
+        the engine's logits processor reads."""
         self._engine = engine
+        self.dtype = dtype
         self.adapter_host = adapter_host
         self.info = info
         self._vocabulary = vocabulary
@@ -169,7 +171,8 @@ class VLLMProposer:
             excluded_ids=excluded_ids,
             kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
         )
-        return cls(engine, AdapterHost(identity.digest, max_lora_rank), info, vocabulary, runs)
+        host = AdapterHost(identity.digest, max_lora_rank)
+        return cls(engine, options.dtype, host, info, vocabulary, runs)
 
     # -- sequences --------------------------------------------------------------------------------
 

@@ -5,51 +5,65 @@ These tests have an environment of their own: `make test-vllm`.
 
 from __future__ import annotations
 
+import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor as FirstInterface
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR
 from s2t_shared.bundled import problems as bundled_problems
-from s2t_shared.decode import vllm_proposer
+from s2t_shared.config import load_config
+from s2t_shared.decode import vllm_proposer, vllm_reader
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.interfaces import SelectorClient
+from s2t_shared.decode.interfaces import NextTokenInput, Proposal, SelectorClient
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.scripted import ScriptedSelector
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.decode.vllm_options import VLLMOptions
-from s2t_shared.decode.vllm_proposer import VLLMProposer
-from s2t_shared.errors import (
-    InvalidRequestError,
-    ModelFailedError,
-)
+from s2t_shared.decode.vllm_proposer import VLLMProposer, VLLMSequence
+from s2t_shared.errors import ConfigError, InvalidRequestError, ModelFailedError, VersionError
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import save_adapter
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
+from s2t_shared.pair import Pair
+from s2t_shared.requests import new_request
 from s2t_shared.types import (
+    Answer,
     CandidateRule,
     DecodeOptions,
     DecodeRequest,
     FinishReason,
     Mode,
     Policy,
+    Prompt,
     Proposals,
     Step,
     Trigger,
 )
+from s2t_shared.versions.registry import Registry
+from services.serve.build import proposer_service
 from tests.decode.golden.traces import Case, cases, random_local_selector
+from tests.helpers.versions import manifest_of
 
 OPTIONS = VLLMOptions(dtype="float32", eager=True)
 NEW_TOKENS = 24
 EVERY_STEP = Policy(mode=Mode.S2T, trigger=Trigger.ENTROPY, threshold=-1.0)
 WITHOUT_VERSION = [case for case in cases() if not case.version and "untrained" not in case.name]
-
-Start = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -362,3 +376,170 @@ def test_other_kinds_are_refused(
     for wrong in (selector, None):
         with pytest.raises(InvalidRequestError, match=r"set slm.runtime to torch"):
             Engine(on_vllm).add(request, wrong)
+
+
+def test_versions_beyond_vllms_places_wait(
+    on_vllm: VLLMProposer, prompts: list[tuple[int, ...]], version: LocalSelector
+) -> None:
+    """An adapter in vLLM's last place would act on the base model's tokens. One that is not used
+    any more gives its place away."""
+    policy = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ALWAYS)
+    options = DecodeOptions(policy=policy, max_new_tokens=8)
+    expected = decoded(on_vllm, None, prompts[:1], options, version)[0]
+    engine = Engine(on_vllm)
+    live = []
+    for i in range(vllm_proposer.MAX_ADAPTERS + 2):
+        named = replace(version, version=f"v{i}")
+        request = DecodeRequest(request_id=str(i), token_ids=prompts[0], options=options)
+        live.append(engine.add(request, named))
+    engine.step()
+    assert [s.was_begun for s in live] == [True] * vllm_proposer.MAX_ADAPTERS + [False] * 2
+    while not engine.idle:
+        engine.step()
+        assert len(on_vllm._engine.list_loras()) <= vllm_proposer.MAX_ADAPTERS
+    assert [s.output_ids for s in live] == [expected.output_ids] * len(live)
+
+
+# -- around the engine ----------------------------------------------------------------------------
+
+
+def test_both_generations_of_the_runner_find_their_rows() -> None:
+    """One class speaks to both; the second one's slots are not rows."""
+    run = vllm_reader.Run(7, NextTokenInput(VLLMSequence(Policy()), (5, 6)), 2, 6)
+    vocabulary = vllm_reader.Vocabulary((2, 3), 8, 2)
+    reader = vllm_reader.logits_reader({7: run}, vocabulary)
+    for base in (FirstInterface, SecondInterface):
+        assert issubclass(reader, base)
+    logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
+    expected = logits[1].clone()
+    expected[[2, 3]] = -torch.inf
+    second = reader(None, None)
+    ours = SamplingParams(extra_args={vllm_reader.RUN: 7})
+    assert second.add_request(4, ours)
+    assert not second.add_request(1, SamplingParams())
+    second.apply(logits, SimpleNamespace(idx_mapping_np=np.array([1, 4])))
+    assert isinstance(run.output, Proposal)
+    assert run.output.top_id == logits[1].argmax().item() == expected.argmax().item()
+    assert not second.add_request(4, SamplingParams())  # the slot is another request's now
+    run.output = None
+    second.apply(logits, SimpleNamespace(idx_mapping_np=np.array([1, 4])))
+    assert run.output is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "greedy", "stop": ("so",)},
+        {"mode": "majority@4"},
+        {"mode": "s2t", "threshold": 0.2, "stop": (" .",), "steps": True},
+    ],
+    ids=lambda settings: settings["mode"],
+)
+def test_a_pair_answers_the_same(
+    on_torch: Proposer,
+    on_vllm: VLLMProposer,
+    llm: InProcessSelector,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+) -> None:
+    """Text, stop strings and votes are around the engine."""
+    texts = [problem.prompt for problem in bundled_problems.problems("test", 4)]
+    there = Pair.of(on_torch.runtime, tokenizer, llm).generate(texts, **settings)
+    pair = Pair.of(on_vllm, tokenizer, llm)
+    here = pair.generate(texts, **settings)
+    assert [(a.text, a.token_ids, a.finish_reason) for a in here] == [
+        (a.text, a.token_ids, a.finish_reason) for a in there
+    ]
+    assert {a.versions.slm for a in here} == {OPTIONS.digest(on_torch.info.digest)}
+    assert pair.dtype == "torch.float32"
+
+
+def test_a_version_is_loaded_for_vllm(
+    on_torch: Proposer, on_vllm: VLLMProposer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Published for the SLM's weights, whatever runs them; its adapter stays in its folder."""
+    registry = Registry(tmp_path)
+    kinds = {}
+    for reads in Reading:
+        made = random_local_selector(on_torch, SelectorKind.PREFIX, reads, seed=1)
+        kinds[reads] = registry.publish(made, manifest_of(on_torch.runtime, made)).version
+    host = on_vllm.adapter_host
+    digest = manifest_of(on_torch.runtime, made).tokenizer_digest
+    loaded = registry.load(kinds[Reading.ADAPTED], host, digest)
+    assert loaded.folder == tmp_path / loaded.version and loaded.adapter is None
+    with pytest.raises(VersionError, match=r"set slm.runtime to torch"):
+        registry.load(kinds[Reading.BASE], host, digest)
+    with pytest.raises(VersionError, match=r"raise proposer.max_lora_rank"):
+        registry.load(kinds[Reading.ADAPTED], replace(host, max_rank=0), digest)
+
+
+def test_serve_builds_its_proposer_on_it(
+    on_torch: Proposer,
+    on_vllm: VLLMProposer,
+    prompts: list[tuple[int, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`slm.runtime: vllm`: calibrated, and answering as the torch engine."""
+    loaded: dict[str, Any] = {}
+
+    def load(model: str, options: VLLMOptions, tokenizer: Tokenizer, **sizes: int) -> VLLMProposer:
+        loaded.update(model=model, options=options, **sizes)
+        return on_vllm
+
+    monkeypatch.setattr(VLLMProposer, "load", load)
+    overrides = {
+        "slm.runtime": "vllm",
+        "slm.quantization": "fp8",
+        "proposer.max_num_seqs": 5,
+        "proposer.max_lora_rank": 16,
+        "calibration.count": 8,
+        "calibration.max_new_tokens": 8,
+        "data_dir": str(tmp_path),
+    }
+    config = load_config(None, overrides, environment={})
+    request = new_request(Prompt(token_ids=prompts[0]), "greedy", max_new_tokens=12)
+
+    async def answer() -> Answer:
+        service = await proposer_service(config)
+        try:
+            return await service.answer(request)
+        finally:
+            service.close()
+
+    options = DecodeOptions(max_new_tokens=12)
+    [expected] = decoded(on_torch, None, prompts[:1], options)
+    assert asyncio.run(answer()).token_ids == expected.output_ids
+    assert loaded["options"].quantization == "fp8"
+    assert (loaded["max_num_seqs"], loaded["max_lora_rank"]) == (5, 16)
+
+
+def test_what_cannot_be_started_is_refused(on_vllm: VLLMProposer, tokenizer: Tokenizer) -> None:
+    """Two GPUs for the SLM; a second engine in a process, whose end would end the first."""
+    with pytest.raises(ConfigError, match="one GPU"):
+        VLLMProposer.load("bundled", replace(OPTIONS, tensor_parallel=2), tokenizer)
+    with pytest.raises(ConfigError, match="already"):
+        VLLMProposer.load("bundled", OPTIONS, tokenizer)
+
+
+def test_s2t_generate_runs_it(tmp_path: Path) -> None:
+    """The command, in a process of its own, with both models on vLLM."""
+    lines = [
+        json.dumps({"id": problem.id, "prompt": problem.prompt})
+        for problem in bundled_problems.problems("test", 4)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    answers = []
+    for runtime in ("torch", "vllm"):
+        out = tmp_path / f"{runtime}.jsonl"
+        command = [
+            *(sys.executable, "-m", "services.main", "generate"),
+            *("--slm", "bundled", "--llm", "bundled", "--threshold", "0.2", "--steps"),
+            *("--input", str(tmp_path / "in.jsonl"), "--output", str(out)),
+            *("--slm-runtime", runtime, "--llm-runtime", runtime, "--max-new-tokens", "24"),
+        ]
+        subprocess.run(command, check=True, timeout=300)
+        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        answers.append([(row["token_ids"], len(row["steps"])) for row in rows])
+    assert answers[0] == answers[1]
+    assert sum(steps for _, steps in answers[0]) > 0
