@@ -61,7 +61,7 @@ def divergence(options: DecodeOptions, index: int, proposal: Proposal) -> tuple[
     if policy.trigger.needs_llm:
         return None, False
     signal = _signal(options, index, proposal)
-    return signal, policies.triggers(policy, signal, index)
+    return signal, policies.exceeds(policy, signal)
 
 
 def _signal(options: DecodeOptions, index: int, proposal: Proposal) -> float | None:
