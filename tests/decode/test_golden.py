@@ -12,8 +12,8 @@ import pytest
 
 from tests.decode.golden import traces
 
-# Relative; absolute below 1. The traces were recorded on an Intel CPU: on an AMD one the same code's
-# scores differ by 2e-5. On one machine they are equal bit by bit, see CONTRIBUTING.md.
+# Relative; absolute below 1. The traces were recorded on an Intel CPU: on an AMD one the same code
+# gives scores that differ by 2e-5. On one machine they are equal bit by bit, see CONTRIBUTING.md.
 TOLERANCE = 1e-4
 
 
