@@ -143,3 +143,16 @@ def test_vllms_settings_need_vllm() -> None:
         load_config(None, {"llm.tensor_parallel": 2}, environment={})
     llm = load_config(None, {"llm.tensor_parallel": 2, "llm.runtime": "vllm"}, environment={}).llm
     assert llm.tensor_parallel == 2
+
+
+def test_a_runtimes_settings_need_it() -> None:
+    """A device or a KV size that vLLM would not look at, for either model."""
+    for role in ("slm", "llm"):
+        for name, value in (("device", "cuda"), ("kv_gib", 8.0)):
+            wrong = {f"{role}.{name}": value, f"{role}.runtime": "vllm"}
+            with pytest.raises(ConfigError, match=f"{name} needs runtime: torch"):
+                load_config(None, wrong, environment={})
+        right = {f"{role}.device": "cuda", f"{role}.kv_gib": 8.0}
+        load_config(None, right, environment={})
+    slm = {"slm.runtime": "vllm", "slm.quantization": "fp8", "proposer.max_lora_rank": 16}
+    assert load_config(None, slm, environment={}).slm.quantization == "fp8"
