@@ -41,51 +41,75 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
+    """A model and what runs it. Some settings are those of one runtime only."""
+
     model: str = Field(
         "bundled", description="Hugging Face folder or hub id; 'bundled': the pair in this package"
     )
+    runtime: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="what runs the model; vllm: a server's tokens per second, quantised weights, "
+        "and for the LLM several GPUs",
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1")
+    device: str = Field("cpu", description="torch: the device: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, description="CPU threads of one replica")
     kv_gib: float = Field(
-        2.0, gt=0, description="memory for keys and values, of live and kept contexts together"
+        2.0,
+        gt=0,
+        description="torch: memory for keys and values, of live and kept contexts together",
     )
     chat_template: str | None = Field(
         None, description="Jinja text that replaces the tokenizer's own"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="vllm, LLM only: GPUs that share every layer")
+    pipeline_parallel: int = Field(
+        1, ge=1, description="vllm, LLM only: GPUs that hold some layers each"
+    )
+    quantization: str | None = Field(
+        None,
+        description="vllm: as it names it, for example fp8; default: as the weights are stored",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="vllm: share of a GPU's memory for weights and KV cache"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="vllm: longest context in tokens; default: the model's"
     )
 
     @property
     def kv_bytes(self) -> int:
         return int(self.kv_gib * (1 << 30))
 
-
-class LLMConfig(ModelConfig):
-    """The LLM. The settings from `tensor_parallel` on are vLLM's, and need `runtime: vllm`."""
-
-    runtime: Literal["torch", "vllm"] = Field(
-        "torch", description="what runs the LLM; vllm: several GPUs, quantised weights"
-    )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that share every layer")
-    pipeline_parallel: int = Field(1, ge=1, description="GPUs that hold some layers each")
-    quantization: str | None = Field(
-        None, description="as vLLM names it, for example fp8; default: as the weights are stored"
-    )
-    gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory for weights and KV cache"
-    )
-    max_length: int | None = Field(
-        None, ge=1, description="longest context in tokens; default: the model's"
-    )
-
     @model_validator(mode="after")
     def _check_runtime(self) -> Self:
-        if self.runtime == "vllm":
-            return self
-        for name, field in LLMConfig.model_fields.items():
-            is_vllms = name not in ModelConfig.model_fields and name != "runtime"
-            if is_vllms and getattr(self, name) != field.default:
-                raise ValueError(f"{name} needs runtime: vllm (llm.runtime is torch)")
+        """A setting that the chosen runtime would not look at is a mistake."""
+        for runtime, (names, instead) in ONLY_OF.items():
+            for name in names:
+                is_set = getattr(self, name) != ModelConfig.model_fields[name].default
+                if is_set and self.runtime != runtime:
+                    raise ValueError(
+                        f"{name} needs runtime: {runtime} (this model's is {self.runtime}{instead})"
+                    )
         return self
+
+
+ONLY_OF = {  # runtime -> settings that the other one does not have; what that one has instead
+    "torch": (
+        ("device", "kv_gib"),
+        ", which takes the GPU that CUDA_VISIBLE_DEVICES names, and gpu_memory_utilization of it",
+    ),
+    "vllm": (
+        (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "quantization",
+            "gpu_memory_utilization",
+            "max_length",
+        ),
+        "",
+    ),
+}
 
 
 class Placement(_Section):
@@ -132,6 +156,13 @@ class ScaledPlacement(Placement):
 
 class ProposerConfig(ScaledPlacement):
     max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
+    max_lora_rank: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="with slm.runtime vllm: rank of the local selectors that it can load; 0: none, "
+        "and vLLM decodes faster",
+    )
     cuda_graphs: bool = Field(
         True, description="on a GPU, record decode steps and replay them; off: for debugging"
     )
@@ -396,7 +427,7 @@ class Config(_Section):
     """The whole configuration; `s2t config` prints the resolved one."""
 
     slm: ModelConfig = ModelConfig()
-    llm: LLMConfig = LLMConfig()
+    llm: ModelConfig = ModelConfig()
     defaults: DefaultsConfig = DefaultsConfig()
     gateway: GatewayConfig = GatewayConfig()
     proposer: ProposerConfig = ProposerConfig()

@@ -5,6 +5,7 @@
       ConfigError                a setting, flag or file of the operator is wrong
         TokenizerMismatchError   SLM and LLM do not share a tokenizer
       ModelLoadError             a model folder is missing, broken or not supported
+      ModelFailedError           a model's runtime has failed while it ran
       VersionError               a local-selector version is corrupt or does not fit
         VersionNotFoundError
       EvaluationSplitError       calibration, harvest or training was pointed at an evaluation split
@@ -60,6 +61,12 @@ class TokenizerMismatchError(ConfigError):
 
 class ModelLoadError(S2TError):
     """A model folder is missing, broken, or of an unsupported kind."""
+
+
+class ModelFailedError(S2TError):
+    """The runtime of a model has failed while it ran, and answers nothing more."""
+
+    retry_after_s = RETRY_AFTER_S
 
 
 class VersionError(S2TError):

@@ -200,3 +200,16 @@ def test_redis_settings_that_contradict_one_another(redis: dict, message: str) -
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(None, {f"redis.{name}": value for name, value in redis.items()}, {})
     assert "secret" not in str(caught.value)
+
+
+def test_a_runtimes_settings_need_it() -> None:
+    """A device or a KV size that vLLM would not look at, for either model."""
+    for role in ("slm", "llm"):
+        for name, value in (("device", "cuda"), ("kv_gib", 8.0)):
+            wrong = {f"{role}.{name}": value, f"{role}.runtime": "vllm"}
+            with pytest.raises(ConfigError, match=f"{name} needs runtime: torch"):
+                load_config(None, wrong, environment={})
+        right = {f"{role}.device": "cuda", f"{role}.kv_gib": 8.0}
+        load_config(None, right, environment={})
+    slm = {"slm.runtime": "vllm", "slm.quantization": "fp8", "proposer.max_lora_rank": 16}
+    assert load_config(None, slm, environment={}).slm.quantization == "fp8"

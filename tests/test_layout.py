@@ -151,7 +151,8 @@ HOMES = {  # dependency -> packages or modules that may import it
     "datasets": "s2t_shared.data",
     "transformers": "s2t_shared.model s2t_shared.bundled s2t_shared.versions.export services.bench",
     "psutil": "services.bench",
-    "vllm": "s2t_shared.decode.vllm_selector",
+    "vllm": "s2t_shared.decode.vllm_selector s2t_shared.decode.vllm_proposer "
+    "s2t_shared.decode.vllm_reader",
     "matplotlib": "services.bench services.train",
     "fcntl": "s2t_shared.files",
 }

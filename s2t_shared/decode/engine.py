@@ -100,7 +100,8 @@ class Engine:
 
         Raises:
             InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no
-                LLM, more KV needed than there is, or all tokens are decided already.
+                LLM, more KV needed than there is, all tokens are decided already, or a local
+                selector that the SLM's runtime cannot run.
             VersionNotFoundError: there is no local selector of the named version.
         """
         options = request.options
@@ -112,7 +113,7 @@ class Engine:
             request = replace(request, options=options)
         llm = self._llm_info(request) if options.needs_llm else None
         max_new_tokens = self._max_new_tokens(request, llm)
-        self.proposer.check_ids(request.token_ids)
+        self.proposer.check(request.token_ids, options.policy, local_selector)
         _check_decided(request, max_new_tokens)
         sequence = LiveSequence(
             request=request,

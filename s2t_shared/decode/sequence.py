@@ -215,6 +215,7 @@ class LiveSequence:
             sampling=sampling,
             wants_support=self._wants_support(),
             signal=options.policy.trigger,
+            pauses=self._pauses,
         )
 
     def on_proposal(self, proposal: Proposal) -> None:
@@ -225,6 +226,11 @@ class LiveSequence:
             step = step.changed(degraded=self._slm_takes_over)
             self._slm_takes_over = ""
         self._act(step, then)
+
+    def _pauses(self, proposal: Proposal) -> bool:
+        """Whether the next token will be selected, if this is proposed."""
+        index = len(self.steps) + len(self._draft)
+        return decide.divergence(self.request.options, index, proposal)[1]
 
     def on_local_scores(self, scores: tuple[float, ...]) -> None:
         """The local selector has scored the candidates."""

@@ -93,12 +93,13 @@ def model_digest(folder: Path) -> str:
 class ModelIdentity:
     """What identifies a model whose weights another runtime loads.
 
-    digest: of config and weights. eos_ids: ids that end an answer.
+    digest: of config and weights. eos_ids: ids that end an answer. vocab_rows: of the output layer.
     """
 
     folder: Path
     digest: str
     eos_ids: frozenset[int]
+    vocab_rows: int
 
 
 def identify_model(model: str, role: Role = "slm") -> ModelIdentity:
@@ -109,12 +110,14 @@ def identify_model(model: str, role: Role = "slm") -> ModelIdentity:
     """
     folder = resolve_model(model, role)
     try:
-        eos_ids = _eos_ids(folder, AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder)
+        eos_ids = _eos_ids(folder, config)
+        vocab_rows = int(config.get_text_config().vocab_size)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
             f"model folder {model!r} cannot be read: {str(error).splitlines()[0]}"
         ) from error
-    return ModelIdentity(folder, model_digest(folder), eos_ids)
+    return ModelIdentity(folder, model_digest(folder), eos_ids, vocab_rows)
 
 
 def load_model(

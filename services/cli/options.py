@@ -16,7 +16,7 @@ from s2t_shared.config import EVERYWHERE, Config, load_config
 from s2t_shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
 
 Host = Annotated[str | None, typer.Option(help="gateway's address")]
 HTTPPort = Annotated[
@@ -129,25 +129,44 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 
 # -- the LLM's runtime ----------------------------------------------------------------------------
 
+SLMRuntime = Annotated[str, typer.Option(help="what runs the SLM: torch, or vllm")]
 LLMRuntime = Annotated[str, typer.Option(help="what runs the LLM: torch, or vllm")]
-TensorParallel = Annotated[int, typer.Option(help="with vllm: GPUs that share every layer")]
-Quantization = Annotated[str | None, typer.Option(help="with vllm: as vLLM names it, as in fp8")]
+TensorParallel = Annotated[int, typer.Option(help="vllm: GPUs that share every layer of the LLM")]
+Quantization = Annotated[
+    str | None, typer.Option(help="of an LLM on vllm: as vLLM names it, as in fp8")
+]
 
 
-def vllm_options(
+def slm_vllm_options(runtime: str, dtype: str) -> VLLMOptions | None:
+    """How vLLM runs the SLM; None for torch.
+
+    Raises:
+        ConfigError: no such runtime.
+    """
+    from s2t_shared.decode.vllm_options import VLLMOptions
+
+    _check_runtime("--slm-runtime", runtime)
+    return VLLMOptions(dtype=dtype) if runtime == "vllm" else None
+
+
+def llm_vllm_options(
     runtime: str, dtype: str, tensor_parallel: int, quantization: str | None
 ) -> VLLMOptions | None:
-    """What the options say; None for torch.
+    """How vLLM runs the LLM; None for torch.
 
     Raises:
         ConfigError: no such runtime, or an option that torch does not have.
     """
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
 
+    _check_runtime("--llm-runtime", runtime)
     if runtime == "vllm":
         return VLLMOptions(dtype=dtype, tensor_parallel=tensor_parallel, quantization=quantization)
-    if runtime != "torch":
-        raise ConfigError(f"--llm-runtime={runtime!r}: choose torch or vllm")
     if tensor_parallel != 1 or quantization is not None:
         raise ConfigError("--tensor-parallel and --quantization need --llm-runtime vllm")
     return None
+
+
+def _check_runtime(flag: str, runtime: str) -> None:
+    if runtime not in ("torch", "vllm"):
+        raise ConfigError(f"{flag}={runtime!r}: choose torch or vllm")

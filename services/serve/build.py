@@ -6,18 +6,22 @@ The only place that knows all of them. Each function is called in its replica's 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from s2t_shared.config import Config, LLMConfig
+from s2t_shared.config import Config, ModelConfig
 from s2t_shared.decode.calibrate import calibration_prompts
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient, SLMInfo, SLMProposer
 from s2t_shared.decode.llm_selector import LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
-from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
+from s2t_shared.decode.vllm_options import VLLMOptions
+from s2t_shared.decode.vllm_proposer import VLLMProposer
+from s2t_shared.decode.vllm_selector import VLLMSelector
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
@@ -30,6 +34,7 @@ from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
+from s2t_shared.versions.registry import SLM
 from services.rpc import channels
 from services.rpc.tokens import Role
 from services.serve.admin_servicer import AdminServicer
@@ -63,22 +68,22 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     """
     torch.set_num_threads(config.slm.threads)
     tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
-    runtime = _load_slm(config)
-    remote = await _connect_selector(config, runtime, tokenizer, selectors)
-    models = Models(runtime.digest, remote.info.digest, tokenizer.digest)
+    slm = _load_slm(config, tokenizer)
+    info = slm.proposer.info
+    remote = await _connect_selector(config, info, tokenizer, selectors)
+    models = Models(info.digest, remote.info.digest, tokenizer.digest)
     labels = LabelRecorder(_label_writer(config, models))
-    versions = VersionWatcher(LiveVersions(config.versions), runtime, tokenizer.digest)
+    versions = VersionWatcher(LiveVersions(config.versions), slm.weights, tokenizer.digest)
     settings = config.proposer
-    excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
     engine = Engine(
-        Proposer(runtime, excluded_ids, settings.prefill_chunk_tokens),
+        slm.proposer,
         _cached(config, remote),
         versions.lookup,
         max_num_seqs=settings.max_num_seqs,
         selection_timeout_s=settings.selection_timeout_s,
         max_draft_tokens=settings.max_draft_tokens,
     )
-    thread = EngineThread(engine, tokenizer, check_when_idle=runtime.pool.check)
+    thread = EngineThread(engine, tokenizer, check_when_idle=slm.check_when_idle)
     calibrator = Calibrator(
         engine=thread,
         tokenizer=tokenizer,
@@ -89,7 +94,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     )
     await calibrator.start()
     live = versions.live_version or "none"
-    log.info("proposer ready: slm %s, live local selector %s", runtime.digest, live)
+    log.info("proposer ready: slm %s, live local selector %s", slm.proposer.info.digest, live)
     return ProposerService(
         engine=thread,
         tokenizer=tokenizer,
@@ -103,7 +108,35 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     )
 
 
-def _load_slm(config: Config) -> ModelRuntime:
+@dataclass(frozen=True)
+class _SLM:
+    """A loaded SLM. weights: what versions are for. check_when_idle: raises where KV was lost."""
+
+    proposer: SLMProposer
+    weights: SLM
+    check_when_idle: Callable[[], None]
+
+
+def _load_slm(config: Config, tokenizer: Tokenizer) -> _SLM:
+    return (
+        _vllm_slm(config, tokenizer)
+        if config.slm.runtime == "vllm"
+        else _torch_slm(config, tokenizer)
+    )
+
+
+def _vllm_slm(config: Config, tokenizer: Tokenizer) -> _SLM:
+    proposer = VLLMProposer.load(
+        config.slm.model,
+        _vllm_options(config.slm),
+        tokenizer,
+        max_num_seqs=config.proposer.max_num_seqs,
+        max_lora_rank=config.proposer.max_lora_rank,
+    )
+    return _SLM(proposer, proposer.adapter_host, lambda: None)
+
+
+def _torch_slm(config: Config, tokenizer: Tokenizer) -> _SLM:
     slm = config.slm
     runtime = ModelRuntime.load(
         slm.model,
@@ -114,7 +147,9 @@ def _load_slm(config: Config) -> ModelRuntime:
         cuda_graphs=config.proposer.cuda_graphs,
     )
     runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
-    return runtime
+    excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
+    proposer = Proposer(runtime, excluded_ids, config.proposer.prefill_chunk_tokens)
+    return _SLM(proposer, runtime, runtime.pool.check)
 
 
 def _label_writer(config: Config, models: Models) -> LabelWriter | None:
@@ -138,11 +173,11 @@ def _cached(config: Config, remote: RemoteSelector) -> SelectorClient:
 
 
 async def _connect_selector(
-    config: Config, runtime: ModelRuntime, tokenizer: Tokenizer, selectors: Any
+    config: Config, slm: SLMInfo, tokenizer: Tokenizer, selectors: Any
 ) -> RemoteSelector:
     """The client of the selectors that the configuration names, else of those that Serve runs."""
     find_addresses = address_finder(config, selectors)
-    fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
+    fallback = LLMInfo("", "", slm.eos_ids, slm.max_length)
     remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
     if config.selector.addresses or selectors is not None:
         channels.read_token(config.security.token_file, Role.SCORE)  # better now than never an LLM
@@ -175,22 +210,25 @@ def selector_server(config: Config) -> SelectorServer:
     )
 
 
-def _torch_selector(llm: LLMConfig) -> AsyncSelector:
+def _torch_selector(llm: ModelConfig) -> AsyncSelector:
     runtime = ModelRuntime.load(llm.model, llm.dtype, llm.device, llm.kv_bytes, "llm")
     tokenizer = Tokenizer.load(resolve_model(llm.model, "llm"))
     return SelectorThread(LLMSelector(runtime, tokenizer.digest))
 
 
-def _vllm_selector(llm: LLMConfig) -> AsyncSelector:
-    options = VLLMOptions(
-        dtype=llm.dtype,
-        tensor_parallel=llm.tensor_parallel,
-        pipeline_parallel=llm.pipeline_parallel,
-        quantization=llm.quantization,
-        gpu_memory_utilization=llm.gpu_memory_utilization,
-        max_length=llm.max_length,
+def _vllm_selector(llm: ModelConfig) -> AsyncSelector:
+    return VLLMSelector.load(llm.model, _vllm_options(llm))
+
+
+def _vllm_options(model: ModelConfig) -> VLLMOptions:
+    return VLLMOptions(
+        dtype=model.dtype,
+        tensor_parallel=model.tensor_parallel,
+        pipeline_parallel=model.pipeline_parallel,
+        quantization=model.quantization,
+        gpu_memory_utilization=model.gpu_memory_utilization,
+        max_length=model.max_length,
     )
-    return VLLMSelector.load(llm.model, options)
 
 
 # -- gateway --------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def test_the_reasons_are_a_contract() -> None:
         "DEADLINE_EXCEEDED",
         "EVALUATION_SPLIT",
         "INVALID_REQUEST",
+        "MODEL_FAILED",
         "MODEL_LOAD",
         "OVERLOADED",
         "PERMISSION_DENIED",
