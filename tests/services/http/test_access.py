@@ -80,6 +80,45 @@ def test_without_the_token_only_health_and_the_empty_page(tmp_path: Path) -> Non
     with_http(tmp_path, proposer_service(), work, **{"security.token_file": str(file)})
 
 
+def test_a_token_for_answers_does_not_administrate(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"generate: {TOKEN}\nadmin: {TOKEN}-of-an-admin\n")
+
+    def work(url: str) -> None:
+        data, admin = f"Bearer {TOKEN}", f"Bearer {TOKEN}-of-an-admin"
+        assert get(url, "/v1/models", authorization=data)[0] == 200
+        assert get(url, "/v1/s2t/versions", authorization=data)[0] == 403
+        assert get(url, "/v1/s2t/versions", authorization=admin)[0] == 200
+        assert get(url, "/v1/models", authorization=admin)[0] == 403
+
+    with_http(tmp_path, proposer_service(), work, **{"security.token_file": str(file)})
+
+
+def test_where_clients_need_certificates_http_demands_them_too(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued, clients = authority.issue_cert("127.0.0.1"), authority.issue_cert("client")
+    key, certificate, ca = (tmp_path / name for name in ("key.pem", "certificate.pem", "ca.pem"))
+    issued.private_key_pem.write_to_path(key)
+    certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    authority.cert_pem.write_to_path(ca)
+    without = ssl.create_default_context(cafile=str(ca))
+    having = ssl.create_default_context(cafile=str(ca))
+    clients.configure_cert(having)
+
+    def work(url: str) -> None:
+        with urllib.request.urlopen(f"{url}/readyz", context=having) as response:
+            assert response.status == 200
+        with pytest.raises(OSError):  # noqa: PT011 - refused in one of several ways
+            urllib.request.urlopen(f"{url}/readyz", context=without)
+
+    settings = {
+        "security.certificate": str(certificate),
+        "security.key": str(key),
+        "security.client_authority": str(ca),
+    }
+    with_http(tmp_path, proposer_service(), work, **settings)
+
+
 def ask(url: str, token: str, **options: Any) -> str:
     with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0, **options) as client:
         return client.chat.completions.create(**CHAT).choices[0].message.content or ""

@@ -13,9 +13,8 @@ import openai
 import pytest
 
 from s2t_shared.decode.scripted import ScriptedSelector
-from s2t_shared.errors import OverloadedError, SelectorUnavailableError
+from s2t_shared.errors import OverloadedError, ProposerLostError, SelectorUnavailableError
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
-from services.serve.generation_servicer import ProposerLostError
 from tests.helpers.serving import proposer_service, scripted_slm, slow_slm, with_http
 
 PROMPT = "a secret prompt"
@@ -203,7 +202,7 @@ class Broken:
 FAILURES = {
     "overload": (OverloadedError("no room", retry_after_s=2.4), 429, "overloaded", "3"),
     "selector": (SelectorUnavailableError("no LLM"), 503, "selector_unavailable", "1"),
-    "a lost proposer": (ProposerLostError(), 503, "proposer_lost", "1"),
+    "a lost proposer": (ProposerLostError("it was lost"), 503, "proposer_lost", "1"),
     "a bug": (ZeroDivisionError("/home/secret"), 500, "internal", None),
 }
 
