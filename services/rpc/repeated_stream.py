@@ -24,12 +24,20 @@ class RepeatedStream:
         self._repeats = 0
 
     def begin_again(self, error: S2TError) -> None:
-        """The stream broke off with `error`, and will be asked for again. Raises the error where
-        that does not help."""
+        """The stream broke off with `error`, and will be asked for again.
+
+        Raises:
+            ServiceUnavailableError: it was asked for often enough.
+            S2TError: the error, where to ask again does not help.
+        """
         has_begun = bool(self._text or self._token_ids)  # before, gRPC itself has tried again
-        may_repeat = isinstance(error, ServiceUnavailableError) and self._repeats < MAX_REPEATS
-        if not has_begun or not may_repeat:
+        if not has_begun or not isinstance(error, ServiceUnavailableError):
             raise error
+        if self._repeats >= MAX_REPEATS:
+            raise ServiceUnavailableError(
+                f"the stream broke off after {len(self._text)} characters and could not be taken "
+                f"up again; send the request again ({error})"
+            ) from error
         self._repeats += 1
         self._at = 0
 
