@@ -137,6 +137,17 @@ def test_no_text_says_where_we_run(secret: str) -> None:
     assert "Error 111" in call.details()
 
 
+def test_no_text_shows_what_runs() -> None:
+    """What Ray writes into its errors: process, actor, traceback, object."""
+    text = (
+        "lost (pid=4711, actor_id=ab12cd) <X at 0x7f55ccbb>\nTraceback (most recent call last):\n x"
+    )
+    shown = sent(errors.StoreError(text)).details()
+    for secret in ("4711", "ab12cd", "7f55ccbb", "most recent"):
+        assert secret not in shown
+    assert shown.startswith("lost (")
+
+
 @pytest.mark.parametrize(
     "text",
     [
