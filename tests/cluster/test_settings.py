@@ -12,7 +12,7 @@ import yaml
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray.serve.schema import ServeDeploySchema
 
-from s2t_shared.config import Config, LLMConfig, ModelConfig, load_config
+from s2t_shared.config import Config, ModelConfig, load_config
 from s2t_shared.errors import ModelLoadError
 from s2t_shared.model.device_memory import GIB, WORKING_BYTES, check_fits
 from services.app import build
@@ -121,7 +121,7 @@ def test_models_fit_their_cards(file: Path) -> None:
         assert selects.num_gpus == config.llm.tensor_parallel * config.llm.pipeline_parallel
 
 
-def check_llm(llm: LLMConfig, free: int) -> None:
+def check_llm(llm: ModelConfig, free: int) -> None:
     shape = SHAPES[llm.model]
     if llm.runtime == "torch":
         check_fits(llm.model, shape.weight_bytes(), llm.kv_bytes, free)
