@@ -7,9 +7,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
 # Everything but what starts Ray, kills processes or takes long.
-FAST := not service and not kill and not slow
+FAST := not service and not kill and not slow and not faults
 
-.PHONY: install demo test check lint protos pair clean install-vllm test-vllm
+.PHONY: install demo test faults check lint protos pair clean install-vllm test-vllm
 
 install: .venv/installed
 
@@ -25,6 +25,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest --durations=20
+
+# The long forms of the fault suite, behind `make test`'s short ones; at the end stands a table of goals and figures.
+faults: install
+	$(BIN)/python -m pytest -m faults --durations=20
 
 check: install
 	$(BIN)/ruff check .

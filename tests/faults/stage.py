@@ -1,0 +1,187 @@
+"""One run: its parts, its history, and what is left when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from s2t_shared.redis_connection import open_client
+from services.launch.redis_server import find_program, free_port
+from tests.faults.checker import Request, requests_of, violations
+from tests.faults.clients import Clients
+from tests.faults.history import History, Record, read
+from tests.faults.processes import (
+    HOST,
+    Part,
+    ProposerSettings,
+    SelectorSettings,
+    proposer,
+    selector,
+)
+
+CALM_S = 20.0  # what is held is free by then, or counts as kept
+
+
+class Stage:
+    """Parts are stopped at its end, whatever became of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.history = History(folder / "history.jsonl")
+        self._parts: list[Any] = []
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def selector(self, name: str = "selector", **settings: Any) -> Part:
+        settings = {"port": free_port(), **settings}
+        return self._started(Part(name, selector, SelectorSettings(**settings), self.folder))
+
+    def redis(self, *arguments: str) -> RedisPart:
+        return self._started(RedisPart(self.folder / "redis", arguments))
+
+    def proposer(
+        self,
+        selectors: Collection[int] = (),
+        redis_port: int | None = None,
+        name: str = "proposer",
+        overrides: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Part:
+        """A proposer behind a gateway. selectors: their ports."""
+        url = f"redis://{HOST}:{redis_port}/0" if redis_port else None
+        overrides = {
+            "data_dir": str(self.folder / "data"),
+            "gateway.port": free_port(),
+            "selector.addresses": [f"{HOST}:{port}" for port in selectors],
+            "selector.start_wait_s": 10.0,
+            "redis.url": url,
+            "labels.shard_age_s": 0.5,
+            **(overrides or {}),
+        }
+        return self._started(
+            Part(name, proposer, ProposerSettings(overrides, **settings), self.folder)
+        )
+
+    def _started(self, part: Any) -> Any:
+        self._parts.append(part)
+        return part.start()
+
+    def clients(self, part: Part, first: int = 0) -> Clients:
+        return Clients(self.history, address_of(part), first)
+
+    def close(self) -> None:
+        for part in reversed(self._parts):
+            part.stop()
+        self.history.close()
+
+    # -- faults and vitals ------------------------------------------------------------------------
+
+    def fault(self, what: str) -> float:
+        """Write down that something is done to a part. Returns when."""
+        return self.history.write("fault", what=what)
+
+    def look(self, when: str, *parts: Part) -> list[Record]:
+        """Write down the parts' vitals."""
+        seen = [part.vitals() for part in parts]
+        for vitals in seen:
+            self.history.write("vitals", when=when, **vitals)
+        return seen
+
+    def is_calm(self, *parts: Part) -> bool:
+        """Whether no part holds anything of a request."""
+        names = ("kv_slots", "running", "waiting", "admitted", "open")
+        return not any(part.vitals().get(name) for part in parts for name in names)
+
+    async def calm(self, *parts: Part) -> None:
+        """Wait until nothing is held, and write down the parts' vitals."""
+        await until(lambda: self.is_calm(*parts), CALM_S)
+        self.look("after", *parts)
+
+    # -- the outcome ------------------------------------------------------------------------------
+
+    @property
+    def records(self) -> list[Record]:
+        return read(self.history.file)
+
+    @property
+    def requests(self) -> list[Request]:
+        return list(requests_of(self.records).values())
+
+    def check(self, allowed: Collection[str] = ()) -> None:
+        """Nothing was broken. allowed: as in `violations`."""
+        broken = violations(self.records, allowed)
+        shown = "\n".join(broken[:20])
+        assert not broken, f"{len(broken)} in {self.history.file}:\n{shown}"
+
+
+@contextmanager
+def stage(folder: Path) -> Iterator[Stage]:
+    opened = Stage(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def address_of(part: Part) -> str:
+    return f"{HOST}:{part.settings.overrides['gateway.port']}"
+
+
+async def until(holds: Callable[[], bool], within_s: float, pause_s: float = 0.01) -> bool:
+    """Whether `holds` comes true in time. It may block for a moment: clients go on meanwhile."""
+    deadline = time.monotonic() + within_s
+    while not (is_true := await asyncio.to_thread(holds)) and time.monotonic() < deadline:
+        await asyncio.sleep(pause_s)
+    return is_true
+
+
+class RedisPart:
+    """A Redis server on one folder and one port."""
+
+    def __init__(self, folder: Path, arguments: Collection[str]) -> None:
+        folder.mkdir()
+        self.port = free_port()
+        self.url = f"redis://{HOST}:{self.port}/0"
+        self._command = [find_program(), "--port", str(self.port), "--dir", str(folder)]
+        self._command += ["--bind", HOST, "--save", "", "--appendonly", "yes", *arguments]
+
+    def start(self) -> RedisPart:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        client = open_client(self.url, 1.0)
+        give_up_at = time.monotonic() + 20
+        while time.monotonic() < give_up_at:
+            try:
+                client.ping()
+                client.close()
+                return self
+            except redis.RedisError:
+                time.sleep(0.01)
+        raise AssertionError("Redis does not come up")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        self.kill()
+
+
+def restarted(part: Part, **changes: Any) -> Part:
+    """Started anew, with other settings where given."""
+    part.settings = replace(part.settings, **changes)
+    return part.start()

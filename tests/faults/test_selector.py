@@ -1,0 +1,131 @@
+"""Selectors that are killed and frozen under load: no answer fails, and each token is the LLM's or
+the SLM's own and says which."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from tests.faults import figures
+from tests.faults.checker import Request
+from tests.faults.clients import asking
+from tests.faults.processes import Part
+from tests.faults.stage import Stage, until
+
+pytestmark = pytest.mark.kill
+CLIENTS = 8
+RETURN_S = 20.0  # a selector is asked again by then, on however busy a machine
+
+
+def seconds(requests: list[Request], mode: str, is_degraded: bool | None = None) -> list[float]:
+    """Of answers. is_degraded: of those with or without degraded steps only."""
+    return [
+        r.seconds
+        for r in requests
+        if r.asked["mode"] == mode and is_degraded in (None, r.is_degraded)
+    ]
+
+
+def steps_s(requests: list[Request], since: float, until_: float) -> list[float]:
+    """Seconds that each token of an s2t answer took, of those that came in a span of time."""
+    found = []
+    for request in requests:
+        pieces = request.pieces
+        if request.asked["mode"] == "s2t":
+            for earlier, piece in zip(pieces, pieces[1:], strict=False):
+                if since <= piece["t"] <= until_ and piece["tokens"]:
+                    count = len(piece["tokens"])
+                    found += [(piece["t"] - earlier["t"]) / count] * count
+    return found
+
+
+async def is_asked_again(selector: Part) -> float:
+    """Waits until a selector that was started answers for an answer; seconds from its start."""
+
+    def has_scored() -> bool:
+        return bool(selector.vitals()["scored"])
+
+    assert await until(has_scored, RETURN_S), "it is not asked again"
+    vitals = selector.vitals()
+    return float(vitals["first_scored_at"] - vitals["started_at"])
+
+
+@pytest.mark.parametrize("kills", figures.sizes(4, 100))
+def test_the_only_selector_is_killed(stage: Stage, kills: int) -> None:
+    """R1. While it is away the SLM goes on by itself; when it is back it is asked again."""
+    drawn = random.Random(1)
+    selector = stage.selector()
+    proposer = stage.proposer([selector.settings.port])
+    returns: list[float] = []
+
+    async def main() -> None:
+        clients = stage.clients(proposer)
+        await clients.ask()
+        stage.look("before", proposer)
+        async with asking(lambda: clients.ask("greedy"), CLIENTS):
+            await asyncio.sleep(min(10.0, kills))
+        async with asking(clients.ask, CLIENTS):
+            for _ in range(kills):
+                await asyncio.sleep(drawn.uniform(0.0, 0.3))
+                stage.fault("SIGKILL selector")
+                await asyncio.to_thread(selector.kill)
+                await asyncio.sleep(drawn.uniform(0.0, 0.6))
+                stage.fault("start selector")
+                await asyncio.to_thread(selector.start)
+                returns.append(await is_asked_again(selector))
+        await stage.calm(proposer, selector)
+        await clients.close()
+
+    asyncio.run(main())
+    stage.check()
+    requests = stage.requests
+    alone = figures.percentile(seconds(requests, "greedy"), 0.99)
+    degraded = seconds(requests, "s2t", is_degraded=True)
+    assert degraded and seconds(requests, "s2t", is_degraded=False)
+    what = f"selector SIGKILL x{kills}, {CLIENTS} clients, {len(requests)} answers: "
+    figures.at_most("R1", f"{what}failed", 0, 0)
+    figures.at_most("R1", f"{what}asked again, longest", max(returns), 2.0, " s")
+    ratio = figures.percentile(degraded, 0.99) / alone
+    figures.at_most("R1", f"{what}p99 of degraded answers / SLM alone", ratio, 1.5)
+
+
+@pytest.mark.parametrize("is_only", [False, True], ids=["one of two", "the only one"])
+@pytest.mark.parametrize("frozen_s", figures.sizes(1.5, 30.0))
+def test_a_selector_is_frozen(stage: Stage, is_only: bool, frozen_s: float) -> None:
+    """A frozen process keeps its connections and answers nothing: only time tells. The other one
+    takes over; without another one the SLM goes on by itself, and waits once, not at each step."""
+    frozen = stage.selector()
+    others = [] if is_only else [stage.selector("other")]
+    proposer = stage.proposer([part.settings.port for part in (frozen, *others)])
+    span: list[float] = []
+
+    async def main() -> None:
+        clients = stage.clients(proposer)
+        await clients.ask()
+        stage.look("before", proposer, *others)
+        async with asking(clients.ask, CLIENTS):
+            span.append(stage.history.write("phase"))
+            await asyncio.sleep(min(10.0, frozen_s))
+            span.append(stage.fault("SIGSTOP selector"))
+            frozen.freeze()
+            await asyncio.sleep(frozen_s)
+            span.append(stage.fault("SIGCONT selector"))
+            frozen.thaw()
+            before = frozen.vitals()["scored"]
+            assert await until(lambda: frozen.vitals()["scored"] > before, RETURN_S)
+        await stage.calm(proposer, frozen, *others)
+        await clients.close()
+
+    asyncio.run(main())
+    stage.check()
+    requests = stage.requests
+    calm = figures.percentile(steps_s(requests, span[0], span[1]), 0.99)
+    fault = figures.percentile(steps_s(requests, span[1], span[2]), 0.99)
+    what = f"selector SIGSTOP {frozen_s:g} s, {'the only one' if is_only else 'one of two'}: "
+    figures.at_most("R1", f"{what}failed", 0, 0)
+    figures.at_most("R1", f"{what}p99 of s2t steps / without fault", fault / calm, 1.5)
+    if not is_only:
+        late = [r for r in requests if r.is_degraded]
+        figures.report("R1", f"{what}answers with a degraded step", f"{len(late)}", "", None)
