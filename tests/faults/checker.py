@@ -33,7 +33,7 @@ DOCUMENTED = {
 
 FREE = ("kv_slots", "running", "waiting", "admitted", "open")
 SPARE = {"tasks": 12, "fds": 12, "threads": 6}  # pools and connections that are kept
-SPARE_MB = 40.0
+SPARE_MB = 150.0  # pyarrow and its pools, at the first shard; the soak looks closer
 MAX_DETAILS = 1024  # bytes
 
 
@@ -60,6 +60,10 @@ class Request:
     @property
     def seconds(self) -> float:
         return float(self.ends[-1]["t"] - self.asked["t"])
+
+    def overlaps(self, begun: float, ended: float) -> bool:
+        """Whether it was under way in a span of time."""
+        return bool(self.asked["t"] < ended and self.ends[-1]["t"] > begun)
 
     @property
     def is_degraded(self) -> bool:
@@ -170,15 +174,20 @@ def _documented(request: Request, allowed: Collection[str]) -> Iterator[str]:
 
 def _labels(requests: Mapping[str, Request], records: Sequence[Record]) -> Iterator[str]:
     lakes = _of(records, "lake")
-    if not lakes:
-        return
-    in_lake = lakes[-1]["labels"]  # by request
+    in_lake = lakes[-1]["labels"] if lakes else {}  # by request
     for name, request in requests.items():
         answer = request.answer
-        if answer is None or not request.asked["durable"]:
+        if answer is None or request.asked["labels"] != "durable":
             continue
-        if in_lake.get(name, 0) != answer["stored"]:
+        if not lakes:
+            yield f"{name}: nobody looked into the lake for its labels"
+        elif in_lake.get(name, 0) != answer["stored"]:
             yield f"{name}: {answer['stored']} labels acknowledged, {in_lake.get(name, 0)} in the lake"
+
+
+def lost_labels(records: Sequence[Record]) -> int:
+    """Answers whose acknowledged labels are not all in the lake."""
+    return sum(1 for _ in _labels(requests_of(records), records))
 
 
 def _all_free(records: Sequence[Record]) -> Iterator[str]:

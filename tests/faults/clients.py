@@ -19,6 +19,7 @@ from services.rpc.wire import errors as wire_errors
 from tests.faults.history import History
 
 DEADLINE_S = 60.0
+TOKENS = 40
 
 
 class Clients:
@@ -40,7 +41,8 @@ class Clients:
         mode: str = "s2t",
         *,
         prompt: Any = None,
-        durable: bool = False,
+        labels: str = "",
+        max_new_tokens: int = TOKENS,
         leaves_after: int | None = None,
         pause_s: float = 0.0,
         timeout_s: float = DEADLINE_S,
@@ -48,16 +50,20 @@ class Clients:
         **settings: Any,
     ) -> bool:
         """One streamed answer; returns whether it came. leaves_after: cancel after so many pieces.
-        pause_s: before each piece is read."""
+        pause_s: before each piece is read. labels: "stored", "durable" or none."""
         number = next(self._numbers)
         name = f"r{number}"
-        labels = LabelOptions(store=True, durable=True, task="faults", problem_id=name)
-        if durable:
-            settings["labels"] = labels
+        if labels:
+            settings["labels"] = LabelOptions(
+                store=True, durable=labels == "durable", task="faults", problem_id=name
+            )
         if mode == "s2t" and "budget" not in settings:
             settings["budget"] = 0.05
         parameters = wire.write_settings(
-            prompt or (1, 1 + number // 1000, 1 + number % 1000), mode=mode, **settings
+            prompt or (1, 1 + number // 1000, 1 + number % 1000),
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            **settings,
         )
         request = pb.StreamGenerateRequest(
             request_id=name, parameters=parameters, stream_steps=True
@@ -67,7 +73,7 @@ class Clients:
             id=name,
             mode=mode,
             prompt=str(prompt or number),
-            durable=durable,
+            labels=labels,
             streams=True,
             is_scripted=is_scripted,
         )

@@ -1,6 +1,6 @@
 """What happened in a run, one JSON object a line: requests, every token, errors, faults, vitals.
 
-    {"t": 12.3, "kind": "request", "id": "r7", "mode": "s2t", "durable": false, "is_scripted": true}
+    {"t": 12.3, "kind": "request", "id": "r7", "mode": "s2t", "labels": "durable", ...}
     {"t": 12.4, "kind": "piece", "id": "r7", "tokens": [[0, 1, "", ""]], "text": " w0"}
     {"t": 12.9, "kind": "answer", "id": "r7", "token_ids": [...], "version": "", "stored": 0, ...}
     {"t": 13.0, "kind": "error", "id": "r8", "status": "UNAVAILABLE", "reason": "STORE", ...}

@@ -140,7 +140,6 @@ class ProposerSettings:
 
     overrides: dict[str, Any]
     step_s: float = 0.004
-    is_long: bool = False
     is_scripted: bool = True
 
     @property
@@ -165,7 +164,7 @@ async def proposer(settings: ProposerSettings, control: Control) -> None:
 async def scripted_service(settings: ProposerSettings) -> ProposerService:
     """As `build.proposer_service`, with the scripted SLM."""
     config = settings.config
-    slm = script.slm(settings.step_s, config.proposer.max_num_seqs, settings.is_long)
+    slm = script.slm(settings.step_s, config.proposer.max_num_seqs)
     fallback = LLMInfo("", "", frozenset({0}), slm.max_length)
     remote = RemoteSelector(
         address_finder(config), config.security, slm.tokenizer.digest, fallback

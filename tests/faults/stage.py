@@ -14,9 +14,12 @@ from typing import Any
 
 import redis
 
+from s2t_shared.errors import StoreError
+from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import find_program, free_port
-from tests.faults.checker import Request, requests_of, violations
+from tests.faults.checker import Request, lost_labels, requests_of, violations
 from tests.faults.clients import Clients
 from tests.faults.history import History, Record, read
 from tests.faults.processes import (
@@ -29,6 +32,7 @@ from tests.faults.processes import (
 )
 
 CALM_S = 20.0  # what is held is free by then, or counts as kept
+DRAIN_S = 40.0
 
 
 class Stage:
@@ -115,6 +119,31 @@ class Stage:
     @property
     def requests(self) -> list[Request]:
         return list(requests_of(self.records).values())
+
+    def failed(self, allowed: Collection[str] = ()) -> int:
+        """Requests that ended with another error than these."""
+        errors = [r.error for r in self.requests if r.error is not None]
+        return sum((error["reason"] or error["status"]) not in allowed for error in errors)
+
+    def lost_labels(self) -> int:
+        """That were acknowledged, and are not in the lake."""
+        return lost_labels(self.records)
+
+    async def drain(self, redis_url: str, proposer: Part) -> None:
+        """Wait until every label that is on its way is in the lake, and write down what is there."""
+        config = proposer.settings.config
+        stream = LabelStream(redis_url)
+
+        def is_empty() -> bool:
+            try:
+                return not list(config.spool.glob("*/*.entries")) and not stream.counts().rollouts
+            except StoreError:
+                return False
+
+        await until(is_empty, DRAIN_S, pause_s=0.1)
+        found = {r.request_id: len(r.labels) for r in Lake(config.lake).rollouts()}
+        self.history.write("lake", labels=found, dead=stream.counts().dead_letters)
+        stream.close()
 
     def check(self, allowed: Collection[str] = ()) -> None:
         """Nothing was broken. allowed: as in `violations`."""

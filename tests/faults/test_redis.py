@@ -1,0 +1,94 @@
+"""A Redis that is killed, frozen and full: answers neither fail nor wait for it, and what was
+acknowledged is in the lake."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from s2t_shared.redis_connection import open_client
+from tests.faults import figures
+from tests.faults.clients import asking
+from tests.faults.stage import RedisPart, Stage
+from tests.faults.test_selector import steps_s
+
+pytestmark = pytest.mark.kill
+CLIENTS = 4  # that want their labels durable, and as many that do not
+
+
+async def killed(redis: RedisPart, stage: Stage, seconds: float) -> None:
+    drawn = random.Random(1)
+    for _ in range(max(1, round(seconds / 1.5))):
+        stage.fault("SIGKILL Redis")
+        await asyncio.to_thread(redis.kill)
+        await asyncio.sleep(drawn.uniform(0.0, 1.0))
+        await asyncio.to_thread(redis.start)
+        await asyncio.sleep(drawn.uniform(0.3, 1.0))
+
+
+async def frozen(redis: RedisPart, stage: Stage, seconds: float) -> None:
+    stage.fault("SIGSTOP Redis")
+    redis.freeze()
+    await asyncio.sleep(seconds)
+    redis.thaw()
+
+
+async def full(redis: RedisPart, stage: Stage, seconds: float) -> None:
+    client = open_client(redis.url, 2.0)
+    stage.fault("maxmemory of Redis is reached")
+    client.config_set("maxmemory", "1mb")
+    await asyncio.sleep(seconds)
+    client.config_set("maxmemory", "0")
+    client.close()
+
+
+FAULTS: dict[str, Callable[[RedisPart, Stage, float], Awaitable[None]]] = {
+    "killed again and again": killed,
+    "frozen": frozen,
+    "full": full,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seconds", figures.sizes(1.5, 30.0))
+def test_redis_fails_under_load(stage: Stage, fault: str, seconds: float) -> None:
+    """R3, R4, R6. Decoding never waits for Redis: neither for a label nor for the cache of
+    selections."""
+    redis = stage.redis()
+    selector = stage.selector()
+    proposer = stage.proposer([selector.settings.port], redis_port=redis.port)
+    span: list[float] = []
+
+    async def main() -> None:
+        clients = stage.clients(proposer)
+        await clients.ask(labels="durable")
+        stage.look("before", proposer)
+        async with asking(lambda: clients.ask(labels="durable"), CLIENTS):
+            async with asking(lambda: clients.ask(labels="stored"), CLIENTS):
+                span.append(stage.fault("none yet"))
+                await asyncio.sleep(min(10.0, seconds))
+                span.append(stage.fault(fault))
+                await FAULTS[fault](redis, stage, seconds)
+                span.append(stage.fault("none any more"))
+                await asyncio.sleep(1.0)
+        await stage.drain(redis.url, proposer)
+        await stage.calm(proposer)
+        await clients.close()
+
+    asyncio.run(main())
+    requests = stage.requests
+    stored = [r for r in requests if r.asked["labels"] == "stored"]
+    what = f"Redis {fault}, {seconds:g} s: "
+    figures.at_most("R3", f"{what}failed of {len(requests)}", stage.failed(), 0)
+    added_ms = 1000 * (p99_s(steps_s(stored, *span[1:])) - p99_s(steps_s(stored, *span[:2])))
+    figures.at_most("R3", f"{what}added to the p99 of a token", added_ms, 5.0, " ms")
+    durable = len(requests) - len(stored)
+    figures.at_most("R4", f"{what}labels lost of {durable} answers", stage.lost_labels(), 0)
+    stage.check()
+
+
+def p99_s(seconds: list[float]) -> float:
+    return figures.percentile(seconds, 0.99)
