@@ -55,8 +55,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def sizes(short: object, long: object) -> list:
     """For `parametrize`: the short form runs with the ordinary tests, the long one with
-    `make faults`."""
+    `make faults`. A tuple has a value for each of several names."""
+    values = [value if isinstance(value, tuple) else (value,) for value in (short, long)]
     return [
-        pytest.param(short, id="short"),
-        pytest.param(long, id="long", marks=pytest.mark.faults),
+        pytest.param(*values[0], id="short"),
+        pytest.param(*values[1], id="long", marks=pytest.mark.faults),
     ]
