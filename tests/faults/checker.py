@@ -3,7 +3,7 @@
     python -m tests.faults.checker HISTORY.jsonl
 
 - Each request ends once: with an answer, with a documented error, or because its client left.
-- No token is lost or doubled: those that were streamed are those of the answer, each once, in order.
+- No token is lost or doubled: those that were streamed are the answer's, each once, in order.
 - A token that was decided without the LLM is the SLM's own, and says so.
 - An answer is of one version and one LLM, and its tokens are what that version says.
 - A label that was acknowledged is in the lake.
@@ -87,7 +87,7 @@ def violations(records: Sequence[Record], allowed: Collection[str] = ()) -> list
     """What was broken, one line each. allowed: reasons (or gRPC's statuses) of errors that the
     faults of this run may cause; all others count as failed."""
     requests = requests_of(records)
-    replays = {(r["version"], r["prompt"]): r["token_ids"] for r in _of(records, "replay")}
+    replays = _replays(records)
     found = []
     for name, request in requests.items():
         checks = (
@@ -101,6 +101,22 @@ def violations(records: Sequence[Record], allowed: Collection[str] = ()) -> list
     found += _labels(requests, records)
     found += _all_free(records)
     return found
+
+
+def wrong_tokens(records: Sequence[Record]) -> int:
+    """Requests that lost or doubled a token, or were told another one than the script's."""
+    found = requests_of(records).values()
+    return sum(any((*_tokens_once(r), *_as_scripted(r))) for r in found if r.asked["is_scripted"])
+
+
+def mixed(records: Sequence[Record]) -> int:
+    """Answers that are not of one version."""
+    return sum(any(_one_version(r, _replays(records))) for r in requests_of(records).values())
+
+
+def _replays(records: Sequence[Record]) -> dict[tuple[str, str], list[int]]:
+    """What a version says to a prompt."""
+    return {(r["version"], r["prompt"]): r["token_ids"] for r in _of(records, "replay")}
 
 
 def _of(records: Sequence[Record], kind: str) -> list[Record]:
@@ -181,8 +197,8 @@ def _labels(requests: Mapping[str, Request], records: Sequence[Record]) -> Itera
             continue
         if not lakes:
             yield f"{name}: nobody looked into the lake for its labels"
-        elif in_lake.get(name, 0) != answer["stored"]:
-            yield f"{name}: {answer['stored']} labels acknowledged, {in_lake.get(name, 0)} in the lake"
+        elif (found := in_lake.get(name, 0)) != answer["stored"]:
+            yield f"{name}: {answer['stored']} labels acknowledged, {found} in the lake"
 
 
 def lost_labels(records: Sequence[Record]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ import grpc.aio
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.types import AnswerPiece, LabelOptions, Step
-from services.rpc import channels, wire
+from services.rpc import wire
 from services.rpc.wire import errors as wire_errors
 from tests.faults.history import History
 
@@ -23,14 +24,24 @@ TOKENS = 40
 
 
 class Clients:
-    """Clients of one gateway. Each request has a prompt of its own, so that no cache and no
-    deduplication of labels hides what happens to it."""
+    """Clients of one gateway, or of several in turns.
 
-    def __init__(self, history: History, address: str, first: int = 0) -> None:
+    Each request has a prompt of its own, so that no cache and no deduplication of labels hides what
+    happens to it.
+    """
+
+    def __init__(self, history: History, addresses: Sequence[str], first: int = 0) -> None:
         self._history = history
-        self._address = address
         self._numbers = itertools.count(first)
-        self._channel = channels.open_channel(address, None)
+        self._channel = grpc.aio.insecure_channel(
+            "ipv4:" + ",".join(addresses),
+            options=[
+                ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+                ("grpc.max_receive_message_length", 64 << 20),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
+            ],
+        )
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     async def close(self) -> None:
@@ -134,7 +145,7 @@ def _token(step: Step) -> list:
 async def asking(
     ask: Callable[[], Awaitable[Any]], clients: int, pause_s: float = 0.0
 ) -> AsyncIterator[None]:
-    """So many clients ask again and again, while the block runs; what they have begun is finished."""
+    """So many clients ask again and again, while the block runs; what was begun is finished."""
     is_over = asyncio.Event()
 
     async def client() -> None:
@@ -151,4 +162,3 @@ async def asking(
     finally:
         is_over.set()
         await asyncio.gather(*tasks)
-

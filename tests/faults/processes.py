@@ -166,10 +166,9 @@ async def scripted_service(settings: ProposerSettings) -> ProposerService:
     config = settings.config
     slm = script.slm(settings.step_s, config.proposer.max_num_seqs)
     fallback = LLMInfo("", "", frozenset({0}), slm.max_length)
-    remote = RemoteSelector(
-        address_finder(config), config.security, slm.tokenizer.digest, fallback
-    )
-    await remote.wait_until_reachable(config.selector.start_wait_s)
+    remote = RemoteSelector(address_finder(config), config.security, slm.tokenizer.digest, fallback)
+    if config.selector.addresses:
+        await remote.wait_until_reachable(config.selector.start_wait_s)
     engine = Engine(
         slm,
         build._cached(config, remote),
@@ -196,7 +195,7 @@ def vitals_of(service: ProposerService) -> Vitals:
         "running": load.running,
         "waiting": load.waiting,
         "admitted": service.ongoing_requests,
-        "reachable": service._selector.reachable,
+        "live_version": service._versions.live_version,
     }
 
 

@@ -1,8 +1,8 @@
 """What the scripted pair says, so that every token of a history can be checked.
 
-The SLM says `WORDS` to every prompt, again and again. At each index of `UNSURE_AT` it might as well say `OTHER`,
-and the LLM selects that. Proposer, selector and checker run in different processes: all give the
-words the same ids.
+The SLM says `WORDS` to every prompt, again and again. At each index of `UNSURE_AT` it might as well
+say `OTHER`, and the LLM selects that. Proposer, selector and checker run in different processes:
+all give the words the same ids.
 """
 
 from __future__ import annotations

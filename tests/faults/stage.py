@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,14 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import find_program, free_port
-from tests.faults.checker import Request, lost_labels, requests_of, violations
+from tests.faults.checker import (
+    Request,
+    lost_labels,
+    mixed,
+    requests_of,
+    violations,
+    wrong_tokens,
+)
 from tests.faults.clients import Clients
 from tests.faults.history import History, Record, read
 from tests.faults.processes import (
@@ -30,6 +36,7 @@ from tests.faults.processes import (
     proposer,
     selector,
 )
+from tests.faults.replicas import GatewaySettings, ReplicaSettings, gateway, replica
 
 CALM_S = 20.0  # what is held is free by then, or counts as kept
 DRAIN_S = 40.0
@@ -61,26 +68,41 @@ class Stage:
         **settings: Any,
     ) -> Part:
         """A proposer behind a gateway. selectors: their ports."""
-        url = f"redis://{HOST}:{redis_port}/0" if redis_port else None
-        overrides = {
+        overrides = self._overrides(selectors, redis_port) | (overrides or {})
+        made = ProposerSettings(overrides, **settings)
+        return self._started(Part(name, proposer, made, self.folder))
+
+    def replica(self, name: str, selectors: Collection[int] = ()) -> Part:
+        """A proposer without a gateway."""
+        socket = str(self.folder / f"{name}.socket")
+        settings = ReplicaSettings(self._overrides(selectors), socket=socket)
+        return self._started(Part(name, replica, settings, self.folder))
+
+    def gateway(self, replicas: Collection[Part]) -> Part:
+        """A gateway before replicas."""
+        sockets = tuple(part.settings.socket for part in replicas)
+        settings = GatewaySettings(self._overrides(), sockets=sockets)
+        return self._started(Part("gateway", gateway, settings, self.folder))
+
+    def _overrides(
+        self, selectors: Collection[int] = (), redis_port: int | None = None
+    ) -> dict[str, Any]:
+        return {
             "data_dir": str(self.folder / "data"),
             "gateway.port": free_port(),
             "selector.addresses": [f"{HOST}:{port}" for port in selectors],
             "selector.start_wait_s": 10.0,
-            "redis.url": url,
+            "redis.url": f"redis://{HOST}:{redis_port}/0" if redis_port else None,
             "labels.shard_age_s": 0.5,
-            **(overrides or {}),
         }
-        return self._started(
-            Part(name, proposer, ProposerSettings(overrides, **settings), self.folder)
-        )
 
     def _started(self, part: Any) -> Any:
         self._parts.append(part)
         return part.start()
 
-    def clients(self, part: Part, first: int = 0) -> Clients:
-        return Clients(self.history, address_of(part), first)
+    def clients(self, *gateways: Part, first: int = 0) -> Clients:
+        """Clients of several gateways take them in turns. first: number of the first request."""
+        return Clients(self.history, [address_of(part) for part in gateways], first)
 
     def close(self) -> None:
         for part in reversed(self._parts):
@@ -129,8 +151,16 @@ class Stage:
         """That were acknowledged, and are not in the lake."""
         return lost_labels(self.records)
 
+    def wrong_tokens(self) -> int:
+        """Answers with a token that was lost, doubled or is another one than the script's."""
+        return wrong_tokens(self.records)
+
+    def mixed(self) -> int:
+        """Answers that are not what their version says."""
+        return mixed(self.records)
+
     async def drain(self, redis_url: str, proposer: Part) -> None:
-        """Wait until every label that is on its way is in the lake, and write down what is there."""
+        """Wait until every label on its way is in the lake, and write down what is there."""
         config = proposer.settings.config
         stream = LabelStream(redis_url)
 
@@ -208,9 +238,3 @@ class RedisPart:
 
     def stop(self) -> None:
         self.kill()
-
-
-def restarted(part: Part, **changes: Any) -> Part:
-    """Started anew, with other settings where given."""
-    part.settings = replace(part.settings, **changes)
-    return part.start()

@@ -93,9 +93,7 @@ def test_five_times_the_capacity(stage: Stage, seconds: float, deadline_s: float
     stage.check(allowed)
 
 
-@pytest.mark.parametrize(
-    ("idle", "slow", "seconds"), figures.sizes((40, 8, 2.0), (500, 50, 30.0))
-)
+@pytest.mark.parametrize(("idle", "slow", "seconds"), figures.sizes((40, 8, 2.0), (500, 50, 30.0)))
 def test_idle_and_slow_reading_clients(stage: Stage, idle: int, slow: int, seconds: float) -> None:
     """S12. Who holds a connection, or does not read what he asked for, holds up no other."""
     overrides = {"gateway.max_requests_per_client": 0, "proposer.max_num_seqs": 64}

@@ -44,7 +44,9 @@ def proxies() -> Iterator[list[FaultProxy]]:
         proxy.close()
 
 
-async def disturb(stage: Stage, proxy: FaultProxy, name: str, seconds: float) -> tuple[float, float]:
+async def disturb(
+    stage: Stage, proxy: FaultProxy, name: str, seconds: float
+) -> tuple[float, float]:
     """Returns from when to when."""
     begun = stage.fault(name)
     proxy.fault = FAULTS[name]
