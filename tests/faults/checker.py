@@ -29,7 +29,7 @@ from tests.faults.history import Record, read
 FROM_GRPC = {"DEADLINE_EXCEEDED", "CANCELLED", "UNAVAILABLE"}
 DOCUMENTED = {
     (wire_errors.STATUS[kind].name, reason) for kind, reason in wire_errors.REASONS.items()
-} | {("UNAVAILABLE", wire_errors.PROPOSER_LOST), *((status, "") for status in FROM_GRPC)}
+} | {("UNAVAILABLE", "PROPOSER_LOST"), *((status, "") for status in FROM_GRPC)}
 
 FREE = ("kv_slots", "running", "waiting", "admitted", "open")
 SPARE = {"tasks": 12, "fds": 12, "threads": 6}  # pools and connections that are kept
