@@ -37,6 +37,9 @@ SPARE_MB = 150.0  # pyarrow and its pools, at the first shard; the soak looks cl
 MAX_DETAILS = 1024  # bytes
 
 
+Replays = dict[tuple[str, str, str], list[int]]
+
+
 @dataclass
 class Request:
     """All that a history says of one."""
@@ -114,9 +117,10 @@ def mixed(records: Sequence[Record]) -> int:
     return sum(any(_one_version(r, _replays(records))) for r in requests_of(records).values())
 
 
-def _replays(records: Sequence[Record]) -> dict[tuple[str, str], list[int]]:
-    """What a version says to a prompt."""
-    return {(r["version"], r["prompt"]): r["token_ids"] for r in _of(records, "replay")}
+def _replays(records: Sequence[Record]) -> Replays:
+    """What a mode and a version say to a prompt."""
+    found = _of(records, "replay")
+    return {(r["mode"], r["version"], r["prompt"]): r["token_ids"] for r in found}
 
 
 def _of(records: Sequence[Record], kind: str) -> list[Record]:
@@ -161,14 +165,15 @@ def _as_scripted(request: Request) -> Iterator[str]:
         yield f"says {answer['degraded']} degraded steps, streamed others"
 
 
-def _one_version(request: Request, replays: Mapping[tuple[str, str], list[int]]) -> Iterator[str]:
+def _one_version(request: Request, replays: Replays) -> Iterator[str]:
     llms = {llm for _, _, llm, _ in request.tokens if llm}
     if len(llms) > 1:
         yield f"two LLMs in one answer: {sorted(llms)}"
     answer = request.answer
-    if answer is None:
+    if answer is None or answer["degraded"]:
         return
-    expected = replays.get((answer["version"], request.asked["prompt"]))
+    asked = request.asked
+    expected = replays.get((asked["mode"], answer["version"], asked["prompt"]))
     if expected is not None and expected != answer["token_ids"]:
         yield f"not what version {answer['version']} says: {answer['token_ids']}"
 

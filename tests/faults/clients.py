@@ -20,6 +20,12 @@ from services.rpc.wire import errors as wire_errors
 from tests.faults.history import History
 
 DEADLINE_S = 60.0
+OPTIONS = [
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
 TOKENS = 40
 
 
@@ -30,18 +36,21 @@ class Clients:
     happens to it.
     """
 
-    def __init__(self, history: History, addresses: Sequence[str], first: int = 0) -> None:
+    def __init__(
+        self,
+        history: History,
+        addresses: Sequence[str],
+        first: int = 0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """first: number of the first request. credentials: for TLS."""
         self._history = history
         self._numbers = itertools.count(first)
-        self._channel = grpc.aio.insecure_channel(
-            "ipv4:" + ",".join(addresses),
-            options=[
-                ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
-                ("grpc.max_receive_message_length", 64 << 20),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-            ],
-        )
+        target = "ipv4:" + ",".join(addresses)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(addresses[0], credentials, options=OPTIONS)
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     async def close(self) -> None:

@@ -80,7 +80,14 @@ SPOILT: dict[str, Callable[[list[Record]], object]] = {
     "says 3 degraded": lambda r: r[4].update(degraded=3),
     "two LLMs": lambda r: r[2]["tokens"][0].__setitem__(2, "another"),
     "not what version v1 says": lambda r: r.append(
-        {"t": 9.0, "kind": "replay", "version": "v1", "prompt": "1", "token_ids": [1]}
+        {
+            "t": 9.0,
+            "kind": "replay",
+            "mode": "s2t",
+            "version": "v1",
+            "prompt": "1",
+            "token_ids": [1],
+        }
     ),
     "undocumented error": lambda r: r.__setitem__(4, error(status="INTERNAL", reason="INTERNAL")),
     "failed: ('UNAVAILABLE', 'STORE')": lambda r: r.__setitem__(4, error()),

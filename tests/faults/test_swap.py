@@ -74,7 +74,13 @@ def test_versions_are_swapped_under_streams(stage: Stage, swaps: int) -> None:
     replays = {(r.answer["version"], r.asked["prompt"]): r.answer for r in requests[-16:]}
     assert len(replays) == 2 * len(PROBLEMS)
     for (version, prompt), answer in replays.items():
-        stage.history.write("replay", version=version, prompt=prompt, token_ids=answer["token_ids"])
+        stage.history.write(
+            "replay",
+            mode="s2t_local",
+            version=version,
+            prompt=prompt,
+            token_ids=answer["token_ids"],
+        )
     differing = sum(
         replays[versions[0], p.prompt]["token_ids"] != replays[versions[1], p.prompt]["token_ids"]
         for p in PROBLEMS
