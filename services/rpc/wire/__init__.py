@@ -20,6 +20,7 @@ from services.rpc.wire.errors import (
     abort,
     abort_with,
     error_of,
+    is_connection_lost,
     public_text,
     status_of,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "abort",
     "abort_with",
     "error_of",
+    "is_connection_lost",
     "public_text",
     "read_answer",
     "read_description",
