@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
+from _pytest.mark import ParameterSet
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[int(share * (len(ordered) - 1))] if ordered else 0.0
 
 
-def sizes(short: object, long: object) -> list:
-    """For `parametrize`: the short form runs with the ordinary tests, the long one with
+def sizes(short: Sequence[object], long: Sequence[object]) -> list:
+    """For `parametrize`: the short forms run with the ordinary tests, the long ones with
     `make faults`. A tuple has a value for each of several names."""
-    values = [value if isinstance(value, tuple) else (value,) for value in (short, long)]
-    return [
-        pytest.param(*values[0], id="short"),
-        pytest.param(*values[1], id="long", marks=pytest.mark.faults),
+    return [_case("short", values) for values in short] + [
+        _case("long", values, pytest.mark.faults) for values in long
     ]
+
+
+def _case(size: str, values: object, *marks: pytest.MarkDecorator) -> ParameterSet:
+    values = values if isinstance(values, tuple) else (values,)
+    named = [value for value in values if isinstance(value, str)]
+    return pytest.param(*values, id="-".join([size, *named]), marks=marks)

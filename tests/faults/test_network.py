@@ -13,6 +13,7 @@ from tests.faults import figures
 from tests.faults.clients import asking
 from tests.faults.proxy import NO_FAULT, Fault, FaultProxy
 from tests.faults.stage import Stage, until
+from tests.faults.test_redis import PATIENT
 
 pytestmark = pytest.mark.kill
 CLIENTS = 6
@@ -25,15 +26,6 @@ FAULTS = {
     "black hole": Fault(is_black_hole=True),
     "slices of 7 bytes": Fault(slice_bytes=7),
 }
-IN_SHORT = ("black hole", "reset")
-
-
-def sizes() -> list:
-    """Each fault for how many seconds; the short form has two of them."""
-    long = [
-        pytest.param(name, 30.0, id=f"long-{name}", marks=pytest.mark.faults) for name in FAULTS
-    ]
-    return [pytest.param(name, 1.0, id=f"short-{name}") for name in IN_SHORT] + long
 
 
 @pytest.fixture
@@ -58,7 +50,9 @@ async def disturb(
     return begun, stage.fault("none")
 
 
-@pytest.mark.parametrize(("fault", "seconds"), sizes())
+@pytest.mark.parametrize(
+    ("fault", "seconds"), figures.sizes([("reset", 1.0)], [(name, 30.0) for name in FAULTS])
+)
 def test_the_way_to_the_only_selector(
     stage: Stage, proxies: list[FaultProxy], fault: str, seconds: float
 ) -> None:
@@ -92,7 +86,9 @@ def test_the_way_to_the_only_selector(
     stage.check()
 
 
-@pytest.mark.parametrize(("fault", "seconds"), sizes())
+@pytest.mark.parametrize(
+    ("fault", "seconds"), figures.sizes([("black hole", 1.0)], [(name, 15.0) for name in FAULTS])
+)
 def test_the_way_to_redis(
     stage: Stage, proxies: list[FaultProxy], fault: str, seconds: float
 ) -> None:
@@ -101,7 +97,7 @@ def test_the_way_to_redis(
     proxy = FaultProxy(redis.port)
     proxies.append(proxy)
     selector = stage.selector()
-    proposer = stage.proposer([selector.settings.port], redis_port=proxy.port)
+    proposer = stage.proposer([selector.settings.port], redis_port=proxy.port, overrides=PATIENT)
 
     async def main() -> tuple[float, float]:
         clients = stage.clients(proposer)

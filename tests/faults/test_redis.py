@@ -16,6 +16,8 @@ from tests.faults.stage import RedisPart, Stage
 from tests.faults.test_selector import steps_s
 
 pytestmark = pytest.mark.kill
+# The LLM is well here: that a busy machine makes it late is no failure of what is tested.
+PATIENT = {"proposer.selection_timeout_s": 10.0}
 CLIENTS = 4  # that want their labels durable, and as many that do not
 
 
@@ -46,20 +48,22 @@ async def full(redis: RedisPart, stage: Stage, seconds: float) -> None:
 
 
 FAULTS: dict[str, Callable[[RedisPart, Stage, float], Awaitable[None]]] = {
-    "killed again and again": killed,
+    "killed": killed,
     "frozen": frozen,
     "full": full,
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("seconds", figures.sizes(1.5, 30.0))
+@pytest.mark.parametrize(
+    ("fault", "seconds"),
+    figures.sizes([("killed", 1.5)], [("killed", 20.0), ("frozen", 30.0), ("full", 10.0)]),
+)
 def test_redis_fails_under_load(stage: Stage, fault: str, seconds: float) -> None:
     """R3, R4, R6. Decoding never waits for Redis: neither for a label nor for the cache of
     selections."""
     redis = stage.redis()
     selector = stage.selector()
-    proposer = stage.proposer([selector.settings.port], redis_port=redis.port)
+    proposer = stage.proposer([selector.settings.port], redis_port=redis.port, overrides=PATIENT)
     span: list[float] = []
 
     async def main() -> None:

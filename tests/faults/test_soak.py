@@ -29,6 +29,7 @@ FAULT_S = 2.0
 LOOK_S = 2.0
 WARM_UP = 0.25  # of the time: pools and caches fill
 CLIENTS = 5
+NO_LLM = "SELECTOR_UNAVAILABLE"
 PROXY_FAULTS = (
     Fault(latency_s=0.1, jitter_s=0.1),
     Fault(bytes_per_s=10_000),
@@ -160,10 +161,15 @@ def test_nothing_grows(scene: Scene) -> None:
         await clients.close()
 
     asyncio.run(main())
-    allowed = {"DEADLINE_EXCEEDED"}
+    # An answer that wants its labels durable ends so where no LLM answered.
+    unlabelled = [r for r in stage.requests if r.error and r.error["reason"] == NO_LLM]
+    assert all(r.asked["labels"] == "durable" for r in unlabelled)
+    allowed = {"DEADLINE_EXCEEDED", NO_LLM}
     looks = [r for r in stage.records if r["kind"] == "vitals" and r["when"] == "during"]
     what = f"soak {SOAK_S:g} s, a fault every {EVERY_S:g} s: "
     figures.at_most("R16", f"{what}failed of {len(stage.requests)}", stage.failed(allowed), 0)
+    refused = f"{len(unlabelled)}"
+    figures.report("R16", f"{what}labels refused, for want of an LLM", refused, "", None)
     figures.at_most("R16", f"{what}labels lost", stage.lost_labels(), 0)
     slope = slope_per_minute(looks, "rss_mb")
     figures.at_most("R16", f"{what}memory", slope, 1.0, " MB/min")
