@@ -50,9 +50,7 @@ async def disturb(
     return begun, stage.fault("none")
 
 
-@pytest.mark.parametrize(
-    ("fault", "seconds"), figures.sizes([("reset", 1.0)], [(name, 30.0) for name in FAULTS])
-)
+@pytest.mark.parametrize(("fault", "seconds"), figures.sizes([], [(name, 30.0) for name in FAULTS]))
 def test_the_way_to_the_only_selector(
     stage: Stage, proxies: list[FaultProxy], fault: str, seconds: float
 ) -> None:
@@ -86,9 +84,7 @@ def test_the_way_to_the_only_selector(
     stage.check()
 
 
-@pytest.mark.parametrize(
-    ("fault", "seconds"), figures.sizes([("black hole", 1.0)], [(name, 15.0) for name in FAULTS])
-)
+@pytest.mark.parametrize(("fault", "seconds"), figures.sizes([], [(name, 15.0) for name in FAULTS]))
 def test_the_way_to_redis(
     stage: Stage, proxies: list[FaultProxy], fault: str, seconds: float
 ) -> None:
