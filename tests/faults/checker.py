@@ -218,16 +218,18 @@ def _all_free(records: Sequence[Record]) -> Iterator[str]:
         if record["when"] in ("before", "after"):
             (before if record["when"] == "before" else after)[record["pid"]] = record
     for pid, last in after.items():
-        part = last["part"]
-        yield from (f"{part} still holds {last[n]} {n}" for n in FREE if last.get(n))
-        first = before.get(pid)
-        if first is None:
-            continue
-        for name, spare in SPARE.items():
-            if last[name] > first[name] + spare:
-                yield f"{part}: {name} grew from {first[name]} to {last[name]}"
-        if last["rss_mb"] > first["rss_mb"] + SPARE_MB:
-            yield f"{part}: memory grew from {first['rss_mb']:.0f} to {last['rss_mb']:.0f} MB"
+        yield from kept(before.get(pid, last), last)
+
+
+def kept(first: Record, last: Record) -> Iterator[str]:
+    """What a part still holds of what it did between two looks at its vitals."""
+    part = last["part"]
+    yield from (f"{part} still holds {last[n]} {n}" for n in FREE if last.get(n))
+    for name, spare in SPARE.items():
+        if last[name] > first[name] + spare:
+            yield f"{part}: {name} grew from {first[name]} to {last[name]}"
+    if last["rss_mb"] > first["rss_mb"] + SPARE_MB:
+        yield f"{part}: memory grew from {first['rss_mb']:.0f} to {last['rss_mb']:.0f} MB"
 
 
 def main() -> None:

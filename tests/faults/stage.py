@@ -20,6 +20,7 @@ from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import find_program, free_port
 from tests.faults.checker import (
     Request,
+    kept,
     lost_labels,
     mixed,
     requests_of,
@@ -49,6 +50,7 @@ class Stage:
         self.folder = folder
         self.history = History(folder / "history.jsonl")
         self._parts: list[Any] = []
+        self._before: dict[int, Record] = {}  # vitals, by process
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -120,17 +122,18 @@ class Stage:
         seen = [part.vitals() for part in parts]
         for vitals in seen:
             self.history.write("vitals", when=when, **vitals)
+            if when == "before":
+                self._before[vitals["pid"]] = vitals
         return seen
 
-    def is_calm(self, *parts: Part) -> bool:
-        """Whether no part holds anything of a request."""
-        names = ("kv_slots", "running", "waiting", "admitted", "open")
-        return not any(part.vitals().get(name) for part in parts for name in names)
-
     async def calm(self, *parts: Part) -> None:
-        """Wait until nothing is held, and write down the parts' vitals."""
-        await until(lambda: self.is_calm(*parts), CALM_S)
+        """Wait until the parts hold nothing of what they did, and write down their vitals."""
+        await until(lambda: self._is_calm(*parts), CALM_S, pause_s=0.05)
         self.look("after", *parts)
+
+    def _is_calm(self, *parts: Part) -> bool:
+        seen = [part.vitals() for part in parts]
+        return not any([*kept(self._before.get(now["pid"], now), now)] for now in seen)
 
     # -- the outcome ------------------------------------------------------------------------------
 

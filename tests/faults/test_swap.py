@@ -25,7 +25,9 @@ SEEN_S = 30.0  # on however busy a machine
 @pytest.mark.parametrize("swaps", figures.sizes([], [50]))
 def test_versions_are_swapped_under_streams(stage: Stage, swaps: int) -> None:
     """R8. Each answer is of the version that it names, by a replay that asks for that version."""
-    overrides = {"calibration.count": 16, "calibration.max_new_tokens": 32}
+    # Kept contexts fill the KV pool up to its bound: a small one, so that a leak would show.
+    bound = {"slm.kv_gib": 0.05}
+    overrides = {"calibration.count": 16, "calibration.max_new_tokens": 32, **bound}
     proposers = [
         stage.proposer(name=f"proposer{i}", overrides=overrides, is_scripted=False)
         for i in range(2)
@@ -39,11 +41,11 @@ def test_versions_are_swapped_under_streams(stage: Stage, swaps: int) -> None:
     async def main() -> None:
         clients = [stage.clients(p, first=i * 1_000_000) for i, p in enumerate(proposers)]
         await promote(versions[0])
-        stage.look("before", *proposers)
         async with asking(lambda: ask(clients[0]), CLIENTS):
             async with asking(lambda: ask(clients[1]), CLIENTS):
                 for i in range(swaps):
                     await promote(versions[(i + 1) % 2])
+                    stage.look("before" if i == swaps // 5 else "during", *proposers)
                     await asyncio.sleep(0.5)
         for name in versions:
             for problem in PROBLEMS:
