@@ -81,9 +81,10 @@ class Control:
 
 @dataclass(frozen=True)
 class SelectorSettings:
-    """port: where it listens. step_s: of one scoring."""
+    """port: where it listens. step_s: of one scoring. security: with certificates for TLS."""
 
     port: int
+    security: SecurityConfig = OPEN
     step_s: float = 0.002
     digest: str = "llm"
 
@@ -123,9 +124,9 @@ class CountedLLM:
 async def selector(settings: SelectorSettings, control: Control) -> None:
     """A selector."""
     llm = CountedLLM(settings)
-    server = channels.new_server(OPEN)
+    server = channels.new_server(settings.security)
     SelectionServicer(llm).add_to(server)
-    channels.bind(server, HOST, settings.port, OPEN, "test.port")
+    channels.bind(server, HOST, settings.port, settings.security, "test.port")
     await server.start()
     await control.serve(
         lambda: {"scored": llm.scored, "first_scored_at": llm.first_scored_at, "open": llm.open}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import redis
 
 from s2t_shared.errors import StoreError
@@ -102,9 +103,13 @@ class Stage:
         self._parts.append(part)
         return part.start()
 
-    def clients(self, *gateways: Part, first: int = 0) -> Clients:
-        """Clients of several gateways take them in turns. first: number of the first request."""
-        return Clients(self.history, [address_of(part) for part in gateways], first)
+    def clients(
+        self, *gateways: Part, first: int = 0, credentials: grpc.ChannelCredentials | None = None
+    ) -> Clients:
+        """Clients of several gateways take them in turns. first: number of the first request.
+        credentials: for TLS."""
+        addresses = [address_of(part) for part in gateways]
+        return Clients(self.history, addresses, first, credentials)
 
     def close(self) -> None:
         for part in reversed(self._parts):

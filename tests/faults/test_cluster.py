@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-import trustme
 from ray import serve
 
 from s2t_shared.bundled import problems
@@ -27,6 +26,7 @@ from services.bench.swap import _publish_two
 from services.client import Client
 from services.launch.local import RunningService, running_service
 from tests.faults import figures
+from tests.faults.certificates import secured, settings_of
 from tests.faults.checker import Request
 from tests.faults.clients import Clients, asking
 from tests.faults.history import History
@@ -54,12 +54,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1", "localhost")
-    authority.cert_pem.write_to_path(folder / "authority.pem")
-    certificate.private_key_pem.write_to_path(folder / "key.pem")
-    for blob in certificate.cert_chain_pems:
-        blob.write_to_path(folder / "certificate.pem", append=True)
+    security = secured(folder)
     overrides = {
         "data_dir": str(folder / "data"),
         "gateway.port": 0,
@@ -69,12 +64,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "selector.num_cpus": 0.3,
         "proposer.selection_timeout_s": 2.0,
         "calibration.count": 32,
-        "security.certificate": str(folder / "certificate.pem"),
-        "security.key": str(folder / "key.pem"),
-        "security.authority": str(folder / "authority.pem"),
+        **settings_of(security),
     }
     with running_service(load_config(overrides=overrides, environment={})) as service:
-        yield Cluster(service, folder / "authority.pem")
+        assert security.authority is not None
+        yield Cluster(service, security.authority)
 
 
 def pids(name: str) -> list[int]:

@@ -7,9 +7,11 @@ import asyncio
 import time
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
 from tests.faults import figures
+from tests.faults.certificates import secured, settings_of
 from tests.faults.clients import asking
 from tests.faults.proxy import NO_FAULT, Fault, FaultProxy
 from tests.faults.stage import Stage, until
@@ -114,4 +116,40 @@ def test_the_way_to_redis(
     figures.at_most("R12", f"{what}failed of {len(stage.requests)}", stage.failed(), 0)
     figures.at_most("R12", f"{what}longest answer", max(r.seconds for r in during), 15.0, " s")
     figures.at_most("R12", f"{what}acknowledged labels lost", stage.lost_labels(), 0)
+    stage.check()
+
+
+@pytest.mark.parametrize("seconds", figures.sizes([], [15.0]))
+def test_bytes_are_changed_on_the_way_to_the_only_selector(
+    stage: Stage, proxies: list[FaultProxy], seconds: float
+) -> None:
+    """R12. With TLS a changed byte ends the connection: never does another token come of it."""
+    security = secured(stage.folder)
+    assert security.authority is not None
+    selector = stage.selector(security=security)
+    proxy = FaultProxy(selector.settings.port)
+    proxies.append(proxy)
+    proposer = stage.proposer([proxy.port], overrides=settings_of(security))
+    credentials = grpc.ssl_channel_credentials(security.authority.read_bytes())
+
+    async def main() -> None:
+        clients = stage.clients(proposer, credentials=credentials)
+        await clients.ask()
+        stage.look("before", proposer)
+        async with asking(clients.ask, CLIENTS):
+            stage.fault("flips")
+            proxy.fault = Fault(flip_share=0.05)
+            await asyncio.sleep(seconds)
+            proxy.fault = NO_FAULT
+            scored = selector.vitals()["scored"]
+            assert await until(lambda: selector.vitals()["scored"] > scored, RETURN_S)
+        await stage.calm(proposer)
+        await clients.close()
+
+    asyncio.run(main())
+    what = f"selector link with TLS, bytes changed for {seconds:g} s: "
+    figures.at_most("R12", f"{what}failed of {len(stage.requests)}", stage.failed(), 0)
+    figures.at_most("R12", f"{what}wrong tokens", stage.wrong_tokens(), 0)
+    degraded = f"{sum(r.is_degraded for r in stage.requests)}"
+    figures.report("R12", f"{what}answers with degraded steps", degraded, "", None)
     stage.check()
