@@ -49,6 +49,10 @@ class Request:
     ends: list[Record] = field(default_factory=list)
 
     @property
+    def number(self) -> int:
+        return int(self.asked["id"][1:])
+
+    @property
     def tokens(self) -> list[list]:
         return [token for piece in self.pieces for token in piece["tokens"]]
 

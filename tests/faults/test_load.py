@@ -161,5 +161,5 @@ def idle_channel(address: str) -> grpc.aio.Channel:
 def short_answers(requests: list[Request], begun: float, ended: float) -> Iterator[float]:
     """Seconds of the answers that others asked for meanwhile."""
     for request in requests:
-        if begun <= request.asked["t"] < ended and int(request.asked["id"][1:]) >= OTHERS:
+        if begun <= request.asked["t"] < ended and request.number >= OTHERS:
             yield request.seconds

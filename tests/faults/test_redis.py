@@ -13,12 +13,12 @@ from s2t_shared.redis_connection import open_client
 from tests.faults import figures
 from tests.faults.clients import asking
 from tests.faults.stage import RedisPart, Stage
-from tests.faults.test_selector import steps_s
+from tests.faults.test_selector import CONTROL, p99_beside
 
 pytestmark = pytest.mark.kill
 # The LLM is well here: that a busy machine makes it late is no failure of what is tested.
 PATIENT = {"proposer.selection_timeout_s": 10.0}
-CLIENTS = 4  # that want their labels durable, and as many that do not
+CLIENTS = 3  # that want their labels durable, as many that do not, as many in the control group
 
 
 async def killed(redis: RedisPart, stage: Stage, seconds: float) -> None:
@@ -60,39 +60,45 @@ FAULTS: dict[str, Callable[[RedisPart, Stage, float], Awaitable[None]]] = {
 )
 def test_redis_fails_under_load(stage: Stage, fault: str, seconds: float) -> None:
     """R3, R4, R6. Decoding never waits for Redis: neither for a label nor for the cache of
-    selections."""
+    selections. Beside it, a control group asks a proposer that has no Redis."""
     redis = stage.redis()
     selector = stage.selector()
     proposer = stage.proposer([selector.settings.port], redis_port=redis.port, overrides=PATIENT)
+    control = stage.proposer([selector.settings.port], name="control", overrides=PATIENT)
     span: list[float] = []
 
     async def main() -> None:
         clients = stage.clients(proposer)
         await clients.ask(labels="durable")
         stage.look("before", proposer)
-        async with asking(lambda: clients.ask(labels="durable"), CLIENTS):
-            async with asking(lambda: clients.ask(labels="stored"), CLIENTS):
-                span.append(stage.fault("none yet"))
-                await asyncio.sleep(min(10.0, seconds))
-                span.append(stage.fault(fault))
-                await FAULTS[fault](redis, stage, seconds)
-                span.append(stage.fault("none any more"))
-                await asyncio.sleep(1.0)
+        beside = stage.clients(control, first=CONTROL)
+        async with (
+            asking(lambda: clients.ask(labels="durable"), CLIENTS),
+            asking(lambda: clients.ask(labels="stored"), CLIENTS),
+            asking(beside.ask, CLIENTS),
+        ):
+            span.append(stage.fault("none yet"))
+            await asyncio.sleep(min(10.0, seconds))
+            span.append(stage.fault(fault))
+            await FAULTS[fault](redis, stage, seconds)
+            span.append(stage.fault("none any more"))
+            await asyncio.sleep(1.0)
         await stage.drain(redis.url, proposer)
         await stage.calm(proposer)
         await clients.close()
+        await beside.close()
 
     asyncio.run(main())
     requests = stage.requests
-    stored = [r for r in requests if r.asked["labels"] == "stored"]
     what = f"Redis {fault}, {seconds:g} s: "
     figures.at_most("R3", f"{what}failed of {len(requests)}", stage.failed(), 0)
-    added_ms = 1000 * (p99_s(steps_s(stored, *span[1:])) - p99_s(steps_s(stored, *span[:2])))
-    figures.at_most("R3", f"{what}added to the p99 of a token", added_ms, 5.0, " ms")
-    durable = len(requests) - len(stored)
+    stored = [r for r in requests if r.asked["labels"] != "durable"]
+    added_ms = []
+    for begun, ended in zip(span, span[1:], strict=False):
+        of_stored, of_control = p99_beside(stored, begun, ended)
+        added_ms.append(1000 * (of_stored - of_control))
+    added = added_ms[1] - added_ms[0]
+    figures.at_most("R3", f"{what}added to the p99 of a token", added, 5.0, " ms")
+    durable = sum(r.asked["labels"] == "durable" for r in requests)
     figures.at_most("R4", f"{what}labels lost of {durable} answers", stage.lost_labels(), 0)
     stage.check()
-
-
-def p99_s(seconds: list[float]) -> float:
-    return figures.percentile(seconds, 0.99)
