@@ -69,7 +69,10 @@ class Clients:
         is_scripted: bool = True,
         **settings: Any,
     ) -> bool:
-        """One streamed answer; returns whether it came. leaves_after: cancel after so many pieces.
+        """One streamed answer; returns whether it came.
+
+        A gRPC server that stops may drop a call that has just arrived: that one is sent once more.
+        leaves_after: cancel after so many pieces.
         pause_s: before each piece is read. labels: "stored", "durable" or none."""
         number = next(self._numbers)
         name = f"r{number}"
@@ -97,25 +100,28 @@ class Clients:
             streams=True,
             is_scripted=is_scripted,
         )
-        call = self._stub.StreamGenerate(request, timeout=timeout_s)
-        pieces = 0
-        try:
-            async for message in call:
-                self._write_piece(name, wire.read_piece(message))
-                pieces += 1
-                if pieces == leaves_after:
-                    break
-                if pause_s:
-                    await asyncio.sleep(pause_s)
-        except grpc.RpcError as error:
-            self._write_error(name, error)
-            return False
-        finally:
-            call.cancel()
-        if pieces == leaves_after:
-            self._history.write("left", id=name)
-            return False
-        return True
+        for is_repeat in (False, True):
+            call = self._stub.StreamGenerate(request, timeout=timeout_s)
+            pieces = 0
+            try:
+                async for message in call:
+                    self._write_piece(name, wire.read_piece(message))
+                    pieces += 1
+                    if pieces == leaves_after:
+                        self._history.write("left", id=name)
+                        return False
+                    if pause_s:
+                        await asyncio.sleep(pause_s)
+                return True
+            except grpc.RpcError as error:
+                was_dropped = error.code() is grpc.StatusCode.CANCELLED and not pieces
+                if is_repeat or not was_dropped:
+                    self._write_error(name, error)
+                    return False
+                self._history.write("dropped", id=name)
+            finally:
+                call.cancel()
+        raise AssertionError("the repeat returns")
 
     def _write_piece(self, name: str, piece: AnswerPiece) -> None:
         tokens = [_token(step) for step in piece.steps]

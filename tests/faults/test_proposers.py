@@ -78,5 +78,7 @@ def test_one_of_two_gateways_is_terminated(stage: Stage, ends: int) -> None:
     asyncio.run(main())
     what = f"gateway and proposer SIGTERM x{ends}, one of two, {CLIENTS} streams: "
     figures.at_most("R13", f"{what}failed of {len(stage.requests)}", stage.failed(), 0)
+    dropped = f"{sum(r['kind'] == 'dropped' for r in stage.records)}"
+    figures.report("R13", f"{what}dropped on arrival, and sent again", dropped, "", None)
     assert codes == [0] * ends
     stage.check()
