@@ -9,9 +9,9 @@ export PYTHONUNBUFFERED := 1
 # Tests run in two processes; those that share a Ray cluster in one of them.
 PARALLEL := -n 2 --dist loadgroup
 # Everything but what starts Ray, kills processes or takes long.
-FAST := not service and not kill and not slow
+FAST := not service and not kill and not slow and not faults
 
-.PHONY: install demo test check lint protos baseline pair clean install-vllm test-vllm
+.PHONY: install demo test faults check lint protos baseline pair clean install-vllm test-vllm
 
 install: .venv/installed
 
@@ -27,6 +27,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PARALLEL) --durations=20
+
+# The long forms of the fault suite, behind `make test`'s short ones; at the end stands a table of goals and figures.
+faults: install
+	$(BIN)/python -m pytest -m faults --durations=20
 
 check: install
 	$(BIN)/ruff check .
