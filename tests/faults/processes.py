@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from s2t_shared.config import Config, SecurityConfig, load_config
+from s2t_shared.config import Config, SecurityConfig, SelectorConfig, load_config
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.labels.known_models import Models
@@ -126,7 +126,7 @@ async def selector(settings: SelectorSettings, control: Control) -> None:
     """A selector."""
     llm = CountedLLM(settings)
     server = channels.new_server(settings.security)
-    SelectionServicer(llm).add_to(server)
+    SelectionServicer(llm, SelectorConfig()).add_to(server)
     channels.bind(server, HOST, settings.port, settings.security, "test.port")
     await server.start()
     await control.serve(
