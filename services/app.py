@@ -58,7 +58,14 @@ def build_application(config: Config) -> serve.Application:
         max_ongoing_requests=max_ongoing + CONTROL_CALLS,
         max_queued_requests=4 * max_ongoing,
     ).bind(config, selectors)
-    gateway = _deployment(Gateway, config.gateway, drain_s, max_ongoing_requests=CONTROL_CALLS)
+    # Its calls are not Serve's: to wait for them first would only let in more of them.
+    gateway = _deployment(
+        Gateway,
+        config.gateway,
+        drain_s,
+        max_ongoing_requests=CONTROL_CALLS,
+        graceful_shutdown_wait_loop_s=0.1,
+    )
     return gateway.bind(config, proposers)
 
 
