@@ -164,9 +164,10 @@ def test_the_closed_loop_from_traffic_to_a_better_version(
     assert served.versions.local_selector == done.version
     assert accuracy_of_local(service) > before
 
+    published = train(config).version  # another one, if labels came behind the round's snapshot
     versions.promote(noisy)  # as if the process had died between publishing and promoting
     again = train(config)
-    assert again.version == done.version and again.promoted and versions.live() == done.version
+    assert again.version == published and again.promoted and versions.live() == published
 
 
 def publish_noise(config: Config) -> str:
