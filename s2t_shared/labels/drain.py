@@ -10,17 +10,20 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
+
+import pyarrow as pa
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.check import check_rows
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.shards import to_table
+from s2t_shared.labels.rows import joined_entries, read_entry
 from s2t_shared.labels.stream import DEAD_LETTERS, Entry, LabelStream
 from s2t_shared.labels.writer import next_backoff
 
 log = logging.getLogger(__name__)
 READ_ENTRIES = 256
-# Of JSON: long contexts make smaller shards, not a larger buffer.
+# As they travel: long contexts make smaller shards, not a larger buffer.
 MAX_BUFFER_BYTES = 16 << 20
 # An entry that was delivered so often is read alone: it may kill the process that reads it, and
 # the others must not be blamed.
@@ -83,8 +86,7 @@ class Drain:
             is_due = self._is_due()
         entries = [] if is_due else self._receive(block_ms)
         with self._lock:
-            for entry in entries:
-                self._take(entry)
+            self._take(entries)
             if self._is_due():
                 self._write()
         return len(entries)
@@ -104,8 +106,7 @@ class Drain:
             is_empty = False
             while not is_empty:
                 entries = self._stream.read(self.consumer, READ_ENTRIES, 0)
-                for entry in entries:
-                    self._take(entry)
+                self._take(entries)
                 if self._buffer.bytes >= MAX_BUFFER_BYTES:
                     rows += self._write()
                 is_empty = len(entries) < READ_ENTRIES
@@ -159,14 +160,14 @@ class Drain:
     # -- out of the stream ------------------------------------------------------------------------
 
     def _receive(self, block_ms: int) -> list[Entry]:
-        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.rollouts))
+        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.rows))
         if time.monotonic() >= self._next_reclaim:
             self._stream.create_group()  # here, so that a Redis that lost its data is mended too
             reclaimed = self._reclaim(room)
             if reclaimed:
                 return reclaimed  # there may be more: look again at once
             self._next_reclaim = time.monotonic() + min(10.0, self._reclaim_idle_s)
-        if self._buffer.rollouts:
+        if self._buffer.rows:
             due_in_s = self._buffer.oldest + self._shard_age_s - time.monotonic()
             block_ms = min(block_ms, max(0, math.ceil(due_in_s * 1000)))
         try:
@@ -184,7 +185,7 @@ class Drain:
         suspects: list[tuple[int, bytes]] = []
         harmless: list[bytes] = []
         for entry_id, deliveries in self._stream.unacknowledged(self._reclaim_idle_s, room):
-            if entry_id in self._buffer.rollouts:
+            if entry_id in self._buffer.rows:
                 continue
             if deliveries < SUSPECT_DELIVERIES:
                 harmless.append(entry_id)
@@ -210,19 +211,38 @@ class Drain:
         """Renew the claims, so that others do not take the entries while the lake refuses them."""
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + self._reclaim_idle_s / 3
-            self._stream.renew(self.consumer, list(self._buffer.rollouts))
+            self._stream.renew(self.consumer, list(self._buffer.rows))
 
-    def _take(self, entry: Entry) -> None:
-        """Buffer the rollout of an entry, or make the entry a dead letter."""
-        if entry.entry_id in self._buffer.rollouts:
-            return
-        text = entry.fields.get(b"rollout", b"")
+    def _take(self, entries: Sequence[Entry]) -> None:
+        """Buffer the rollouts of entries. An entry that holds none becomes a dead letter."""
+        found: dict[bytes, pa.RecordBatch] = {}
+        for entry in entries:
+            if entry.entry_id not in self._buffer.rows:
+                row = self._read(entry)
+                if row is not None:
+                    found[entry.entry_id] = row
         try:
-            rollout = Rollout.from_json(text)
+            check_rows(joined_entries(found.values()))
+            misfits = {}
+        except S2TError:  # some of them: each alone
+            misfits = {entry_id: reason for entry_id, row in found.items() if (reason := _fault(row))}
+        for entry in entries:
+            if entry.entry_id in misfits:
+                self._dead_letter(entry, misfits[entry.entry_id])
+            elif entry.entry_id in found:
+                size = len(entry.fields[b"rollout"])
+                self._buffer.add(entry.entry_id, found[entry.entry_id], size)
+
+    def _read(self, entry: Entry) -> pa.RecordBatch | None:
+        """The row of an entry, or None: then it became a dead letter."""
+        try:
+            return read_entry(entry.fields.get(b"rollout", b""))
         except S2TError as error:
-            self._dead_letter(entry, f"{type(error).__name__}: {error}"[:500])
-            return
-        self._buffer.add(entry.entry_id, rollout, len(text))
+            reason = f"{type(error).__name__}: {error}"[:500]
+        except Exception as error:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
+            reason = f"the lake cannot hold it: {type(error).__name__}"
+        self._dead_letter(entry, reason)
+        return None
 
     def _dead_letter(self, entry: Entry, reason: str) -> None:
         self._stream.dead_letter(entry, reason)
@@ -232,67 +252,52 @@ class Drain:
 
     def _is_due(self) -> bool:
         buffer = self._buffer
-        if not buffer.rollouts:
+        if not buffer.rows:
             return False
-        is_full = len(buffer.rollouts) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
+        is_full = len(buffer.rows) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
         is_old = time.monotonic() - buffer.oldest >= self._shard_age_s
         return buffer.is_suspect or is_full or is_old
 
     def _write(self) -> int:
         """Write the buffer to the lake and acknowledge it. Returns the number of rollouts."""
-        rows = len(self._buffer.rollouts)
+        rows = len(self._buffer.rows)
         if rows:
-            try:
-                self._write_buffer()
-            except StoreError:
-                raise
-            except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
-                if not self._drop_misfits():
-                    raise  # no rollout is to blame: they wait
-                self._write_buffer()
-            self._unacknowledged.extend(self._buffer.rollouts)
+            self._lake.write(joined_entries(self._buffer.rows.values()))
+            self._unacknowledged.extend(self._buffer.rows)
             self._buffer = _Buffer()
         self._acknowledge()
         return rows
-
-    def _write_buffer(self) -> None:
-        self._lake.write(list(self._buffer.rollouts.values()))
-
-    def _drop_misfits(self) -> int:
-        """Make dead letters of the rollouts that by themselves make no row. Returns how many."""
-        reasons: dict[bytes, str] = {}
-        for entry_id, rollout in self._buffer.rollouts.items():
-            try:
-                to_table([rollout])
-            except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
-                reasons[entry_id] = f"the lake cannot hold it: {type(error).__name__}"
-        for entry_id, reason in reasons.items():
-            text = self._buffer.rollouts[entry_id].to_json().encode()
-            self._dead_letter(Entry(entry_id, {b"rollout": text}), reason)
-            del self._buffer.rollouts[entry_id]
-        return len(reasons)
 
     def _acknowledge(self) -> None:
         self._stream.remove(self._unacknowledged)
         self._unacknowledged.clear()
 
 
+def _fault(row: pa.RecordBatch) -> str:
+    """What is wrong with a rollout, or ""."""
+    try:
+        check_rows(joined_entries([row]))
+    except S2TError as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    return ""
+
+
 class _Buffer:
     """Rollouts that are not in the lake yet.
 
-    rollouts: by entry id, so that an entry that is delivered twice counts once. bytes: of their
-    JSON. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader, so it
-    is written at once.
+    rows: by entry id, so that an entry that is delivered twice counts once. bytes: as they
+    travelled. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader,
+    so it is written at once.
     """
 
     def __init__(self) -> None:
-        self.rollouts: dict[bytes, Rollout] = {}
+        self.rows: dict[bytes, pa.RecordBatch] = {}
         self.bytes = 0
         self.oldest = 0.0
         self.is_suspect = False
 
-    def add(self, entry_id: bytes, rollout: Rollout, size: int) -> None:
-        if not self.rollouts:
+    def add(self, entry_id: bytes, row: pa.RecordBatch, size: int) -> None:
+        if not self.rows:
             self.oldest = time.monotonic()
-        self.rollouts[entry_id] = rollout
+        self.rows[entry_id] = row
         self.bytes += size

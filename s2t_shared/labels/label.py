@@ -106,10 +106,7 @@ class Rollout:
     @property
     def problem(self) -> str:
         """The problem's id, else a hash of the prompt."""
-        if self.problem_id:
-            return self.problem_id
-        prompt_ids = self.token_ids[: self.prompt_length]
-        return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
+        return self.problem_id or problem_of(self.token_ids[: self.prompt_length])
 
     @property
     def split_group(self) -> str:
@@ -152,6 +149,11 @@ class Rollout:
         """From a row of the lake or of JSON: the same names, lists for tuples."""
         labels = tuple(Label(**read_columns(Label, label)) for label in row["labels"])
         return cls(labels=labels, **read_columns(Rollout, row))
+
+
+def problem_of(prompt_ids: Sequence[int]) -> str:
+    """The id of a problem that was given none: a hash of its prompt."""
+    return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
 
 
 # -- checks ---------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import redis
 
 from s2t_shared.redis_connection import open_client, place_of, redis_errors
 
-# A stream. Field "rollout" is Rollout.to_json(); any other entry becomes a dead letter.
+# A stream. Field "rollout" is a row as `rows.read_entry` reads it; any other entry becomes a dead
+# letter.
 LABELS = "s2t:labels"
 # A stream: the entry's own fields, its id and the reason.
 DEAD_LETTERS = "s2t:labels:dead"

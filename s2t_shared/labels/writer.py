@@ -28,13 +28,14 @@ from pathlib import Path
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.spool import Spool
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
-BATCH_BYTES = 1 << 20  # of JSON, about, for one call of Redis and one fsync of the spool
+BATCH_BYTES = 1 << 20  # about, for one call of Redis and one fsync of the spool
 WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
 # After so long, a server that syncs "always" or "everysec" has on disk what it took.
 SETTLED_S = 3.0
@@ -59,11 +60,11 @@ class _Write:
 
     @cached_property
     def bytes(self) -> int:
-        """Approximate size of the JSON encoding."""
-        return sum(_json_bytes(rollout) for rollout in self.rollouts)
+        """Approximate size of the objects that wait."""
+        return sum(_waiting_bytes(rollout) for rollout in self.rollouts)
 
 
-def _json_bytes(rollout: Rollout) -> int:
+def _waiting_bytes(rollout: Rollout) -> int:
     labels = sum(250 + 50 * len(label.candidate_ids) for label in rollout.labels)
     return 1000 + 8 * len(rollout.token_ids) + 45 * len(rollout.entropy) + labels
 
@@ -212,15 +213,7 @@ class LabelWriter:
             return batch
 
     def _store_batch(self, batch: list[_Write]) -> None:
-        good: list[_Write] = []
-        texts: list[bytes] = []
-        for write in batch:
-            try:
-                texts += [rollout.to_json().encode() for rollout in write.rollouts]
-                good.append(write)
-            except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
-                text = f"labels dropped: they cannot be serialised ({error})"
-                self._drop([write], "not serialisable", text)
+        good, texts = self._encoded(batch)
         try:
             if texts:
                 self._make_durable(texts)
@@ -232,6 +225,23 @@ class LabelWriter:
         for write in good:
             if not write.future.done():  # `close` gave it up
                 write.future.set_result(None)
+
+    def _encoded(self, batch: list[_Write]) -> tuple[list[_Write], list[bytes]]:
+        """The writes and what travels of them: all at once, or each alone where one is bad."""
+        try:
+            return batch, Rows.of([r for write in batch for r in write.rollouts]).encoded()
+        except (TypeError, ValueError, OverflowError) as error:
+            if len(batch) == 1:  # a bug, but no reason to lose the others
+                text = f"labels dropped: they cannot be serialised ({error})"
+                self._drop(batch, "not serialisable", text)
+                return [], []
+        good: list[_Write] = []
+        texts: list[bytes] = []
+        for write in batch:
+            alone, encoded = self._encoded([write])
+            good += alone
+            texts += encoded
+        return good, texts
 
     def _make_durable(self, texts: list[bytes]) -> None:
         """Store in Redis or in the spool; first in the spool unless Redis confirmed the last write.

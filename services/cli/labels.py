@@ -247,7 +247,11 @@ def export(
         tokenizer = Tokenizer.load(resolve_model(with_text))
     rollouts = sum(shard.rollouts for shard in opened.shards())
     with progress("rollouts", rollouts, json_out) as shown:
-        exported = export_labels(opened, folder, kind, tokenizer, lambda labels: shown.advance())
+
+        def on_rollouts(count: int) -> None:
+            shown.update(shown.done + count)
+
+        exported = export_labels(opened, folder, kind, tokenizer, on_rollouts)
     result: dict[str, Any] = {"folder": str(folder), "labels": exported.total}
     for split in SPLITS:
         result[split] = exported.labels[split]
@@ -301,12 +305,9 @@ def delete(
 
 
 def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
-    from s2t_shared.labels.deletions import Deletion
-
-    deletion = Deletion.of(field, value)
-    found = [len(rollout.labels) for rollout in lake.rollouts() if deletion.matches(rollout)]
+    rollouts, labels = lake.rollouts_with(field, value)
     _confirm(
-        f"{len(found)} rollouts with {sum(found)} labels of {field} {value!r}, and what of it is "
+        f"{rollouts} rollouts with {labels} labels of {field} {value!r}, and what of it is "
         f"on its way, in {str(lake.root)!r}",
         yes,
     )
@@ -359,13 +360,16 @@ def _on_terminal() -> bool:
 def verify(
     lake: LakeFolder = None,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="move bad shards aside")] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="read every value too, not only what was written")
+    ] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     json_out: Json = False,
 ) -> None:
-    """Check hash, schema and values of every shard; exit status 1 where one is bad."""
+    """Check hash and schema of every shard; exit status 1 where one is bad."""
     opened, _ = _open(lake, config, data_dir)
-    bad = opened.verify()
+    bad = opened.verify(values)
     quarantined = quarantine and bool(bad)
     if quarantined:
         opened.quarantine(bad)
@@ -384,3 +388,18 @@ def verify(
             print(f"{good_shards} shards, all well")
     if bad:
         raise typer.Exit(1)
+
+
+# -- migrate --------------------------------------------------------------------------------------
+
+
+@labels_app.command()
+def migrate(
+    lake: LakeFolder = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
+    """Rewrite the shards of an older format. They are read without it too, but more slowly."""
+    opened, _ = _open(lake, config, data_dir)
+    show({"rewritten shards": opened.migrate()}, json_out)

@@ -1,0 +1,76 @@
+"""Where shards lie: a folder. One file at a time, each there as a whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from s2t_shared.files import new_file, sha256_file
+
+
+class Place(Protocol):
+    """A folder of files that never change. Every method raises OSError."""
+
+    def names(self, suffix: str) -> list[str]:
+        """Names of the shards' files that end so, without the end, in order."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file."""
+
+    def source(self, name: str, whole: bool) -> Any:
+        """What `pyarrow.parquet` opens. whole: all of it will be read."""
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of a file's content."""
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        """A path to write to; its content is the file, durably, when the block ends."""
+
+    def create(self, name: str, content: bytes) -> None:
+        """Write a small file, durably.
+
+        Raises:
+            FileExistsError: somebody was faster.
+        """
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+
+class Folder:
+    """A folder on a file system: a `Place`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self, suffix: str) -> list[str]:
+        return sorted(path.name[: -len(suffix)] for path in self.path.glob(f"shard-*{suffix}"))
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def source(self, name: str, whole: bool) -> Any:
+        return str(self.path / name)
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.path / name)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        with new_file(self.path / name) as temporary:
+            yield temporary
+
+    def create(self, name: str, content: bytes) -> None:
+        with new_file(self.path / name) as temporary:
+            temporary.write_bytes(content)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
