@@ -283,7 +283,9 @@ class Rows:
         found = []
         for row in range(len(self)):
             assert batch is not None
-            found.append(HEADER + batch.slice(row, 1).serialize().to_pybytes())
+            # Not a slice: its padding would hold bytes of the next rows.
+            one = batch.take(pa.array([row]))
+            found.append(HEADER + one.serialize().to_pybytes())
         return found
 
 

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import redis
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
-from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.rows import read_entry
 from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, LabelStream, StreamCounts
 from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import RedisServer, free_port, open_redis
-from tests.helpers.lake import ids_in, names, rollout
+from tests.helpers.lake import entries, ids_in, names, rollout
 from tests.helpers.redis import eventually
 
 
@@ -32,7 +33,7 @@ def pending(client: redis.Redis) -> int:
 
 
 def put(store: LabelStream, *numbers: int) -> None:
-    store.append([rollout(n).to_json().encode() for n in numbers])
+    store.append(entries(*map(rollout, numbers)))
 
 
 def test_drain_writes_full_shards_at_once_and_the_rest_when_old(
@@ -133,6 +134,7 @@ POISON = {
     "too large": replace(rollout(1), token_ids=(1, 2, 1 << 40, 4)).to_json().encode(),
     "null": replace(rollout(1), task=None).to_json().encode(),  # type: ignore[arg-type]
     "not finite": replace(rollout(1), kl=(float("nan"), 0.0)).to_json().encode(),
+    "cut short": entries(rollout(1))[0][:-200],
     "evaluation": replace(rollout(1), split="test").to_json().encode(),
 }
 
@@ -162,14 +164,12 @@ def test_an_entry_that_ends_its_reader_is_a_dead_letter_and_its_neighbours_are_n
     class DiesError(BaseException):
         """Stands for SIGKILL: nothing of the drain runs after it."""
 
-    from_json = Rollout.from_json
-
-    def fragile(text: bytes) -> Rollout:
-        if b"request-5" in text:
+    def fragile(content: bytes) -> pa.RecordBatch:
+        if b"request-5" in content:
             raise DiesError
-        return from_json(text)
+        return read_entry(content)
 
-    monkeypatch.setattr(Rollout, "from_json", fragile)
+    monkeypatch.setattr("s2t_shared.labels.drain.read_entry", fragile)
     put(store, *range(10))
     deaths = 0
     while deaths < 6 or store.counts().rollouts:
