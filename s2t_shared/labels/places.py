@@ -38,6 +38,13 @@ class Place(Protocol):
             FileExistsError: somebody was faster.
         """
 
+    def replace(self, name: str, content: bytes) -> None:
+        """As `create`, of the manifest of a shard that replaces others.
+
+        Raises:
+            FileExistsError: somebody else replaced shards meanwhile.
+        """
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
 
@@ -71,6 +78,9 @@ class Folder:
     def create(self, name: str, content: bytes) -> None:
         with new_file(self.path / name) as temporary:
             temporary.write_bytes(content)
+
+    def replace(self, name: str, content: bytes) -> None:
+        self.create(name, content)  # under the lake's lock nobody else replaces
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)

@@ -284,7 +284,7 @@ class Rows:
         for row in range(len(self)):
             assert batch is not None
             # Not a slice: its padding would hold bytes of the next rows.
-            one = batch.take(pa.array([row]))
+            one = batch.take(pa.array([row])) if len(self) > 1 else batch
             found.append(HEADER + one.serialize().to_pybytes())
         return found
 

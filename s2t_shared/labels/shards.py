@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,13 +153,20 @@ def write_shard(
                 last=count.last,
                 replaces=_ancestors(replaced),
             )
-        place.create(f"{name}.json", json.dumps(asdict(shard), indent=2).encode())
-    except FileExistsError:  # the same, written meanwhile under this name
-        return
+        content = json.dumps(asdict(shard), indent=2).encode()
+        if replaced:
+            place.replace(f"{name}.json", content)
+        else:
+            _create(place, f"{name}.json", content)
     except BaseException:  # a full disk must not be filled by what it refused
         if name not in place.names(".json"):
             place.remove(f"{name}.parquet")
         raise
+
+
+def _create(place: Place, name: str, content: bytes) -> None:
+    with suppress(FileExistsError):  # the same, written meanwhile under this name
+        place.create(name, content)
 
 
 @dataclass
