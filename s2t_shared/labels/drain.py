@@ -225,7 +225,9 @@ class Drain:
             check_rows(joined_entries(found.values()))
             misfits = {}
         except S2TError:  # some of them: each alone
-            misfits = {entry_id: reason for entry_id, row in found.items() if (reason := _fault(row))}
+            misfits = {
+                entry_id: reason for entry_id, row in found.items() if (reason := _fault(row))
+            }
         for entry in entries:
             if entry.entry_id in misfits:
                 self._dead_letter(entry, misfits[entry.entry_id])

@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from s2t_shared.errors import ConfigError, TokenizerMismatchError
-from s2t_shared.files import new_folder
 from s2t_shared.labels.json_lines import json_lines
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.places import new_folder_at
 from s2t_shared.labels.rows import PART, Rows, arrow_fields, arrow_type
 from s2t_shared.labels.schema import Column, Kind, columns
 from s2t_shared.model.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ class Exported:
 
 def export_labels(
     lake: Lake,
-    folder: Path,
+    folder: Path | str,
     kind: ExportFormat = ExportFormat.HF,
     tokenizer: Tokenizer | None = None,
     on_rollouts: Callable[[int], None] = lambda count: None,
@@ -126,15 +126,11 @@ def export_labels(
         TokenizerMismatchError: labels were made with another tokenizer.
         StoreError: the lake holds no labels, or a shard is damaged.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{str(folder)!r} exists and is not an empty folder; give another name, or remove it"
-        )
     snapshot = lake.freeze()
     exported = Exported(snapshot=snapshot.id)
     with_text = tokenizer is not None
     try:
-        with new_folder(folder.absolute()) as temporary:
+        with new_folder_at(folder) as temporary:
             data = temporary / "data"
             data.mkdir()
             file = _JsonlFile if kind is ExportFormat.JSONL else _ParquetFile
@@ -272,7 +268,11 @@ class _SplitWriter:
     """Writes the rows of one split to numbered files of about `shard_bytes`."""
 
     def __init__(
-        self, folder: Path, split: str, kind: type[_ParquetFile] | type[_JsonlFile], shard_bytes: int
+        self,
+        folder: Path,
+        split: str,
+        kind: type[_ParquetFile] | type[_JsonlFile],
+        shard_bytes: int,
     ) -> None:
         self._folder = folder
         self._split = split

@@ -49,7 +49,7 @@ from s2t_shared.labels.shards import (
     read_manifest,
     write_shard,
 )
-from s2t_shared.labels.snapshots import Snapshot
+from s2t_shared.labels.snapshots import FolderSnapshot, Snapshot
 
 SHARD_BYTES = 64 << 20  # of joined shards, at most, about
 SHARD_ROLLOUTS = 8192  # of written shards, at most
@@ -61,8 +61,21 @@ class Lake:
     """The lake in one folder. Every method raises StoreError where the folder cannot be used."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self._root = root
         self.place: Place = Folder(root)
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return self._root
+
+    @property
+    def where(self) -> str:
+        """The folder's path, or the URL."""
+        return str(self._root)
+
+    def _exists(self) -> bool:
+        return self.root.is_dir()
 
     # -- writing and reading ----------------------------------------------------------------------
 
@@ -95,7 +108,7 @@ class Lake:
         Raises:
             StoreError: a manifest is damaged or of another schema.
         """
-        if not self.root.is_dir():
+        if not self._exists():
             return []
         with self._locked(shared=True):  # a rewrite is seen before or after, not halfway
             return present(self.place)
@@ -136,7 +149,7 @@ class Lake:
         Raises:
             StoreError: a manifest, or a shard with rollouts of both before and after, is damaged.
         """
-        if not self.root.is_dir():
+        if not self._exists():
             return 0
         count = 0
         with self._locked(shared=True):
@@ -161,13 +174,16 @@ class Lake:
             shards = present(self.place)
             if not any(shard.labels for shard in shards):
                 raise StoreError(
-                    f"no labels in the lake folder {self.root.name!r}; harvest first (s2t harvest)"
+                    f"no labels in the lake {self.where!r}; harvest first (s2t harvest)"
                 )
-            snapshot = self._snapshot(content_digest(shards))
-            if not snapshot.is_complete:
-                self._link(shards, snapshot)
-            os.utime(snapshot.folder)  # its time begins anew
-            return snapshot
+            return self._freeze(shards)
+
+    def _freeze(self, shards: Sequence[Shard]) -> Snapshot:
+        snapshot = FolderSnapshot(self.root / "snapshots" / content_digest(shards))
+        if not snapshot.is_complete:
+            self._link(shards, snapshot)
+        os.utime(snapshot.folder)  # its time begins anew
+        return snapshot
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
         """An existing snapshot.
@@ -180,9 +196,9 @@ class Lake:
         return snapshot
 
     def _snapshot(self, snapshot_id: str) -> Snapshot:
-        return Snapshot(self.root / "snapshots" / snapshot_id)
+        return FolderSnapshot(self.root / "snapshots" / snapshot_id)
 
-    def _link(self, shards: Sequence[Shard], snapshot: Snapshot) -> None:
+    def _link(self, shards: Sequence[Shard], snapshot: FolderSnapshot) -> None:
         if snapshot.folder.is_dir() and not snapshot.is_complete:
             snapshot.remove()
         # FileExistsError: another process froze the same content meanwhile.
@@ -203,14 +219,14 @@ class Lake:
         still is what was written; so they are checked in any case where it is of format 2.
         """
         wrong: dict[str, str] = {}
-        if not self.root.is_dir():
+        if not self._exists():
             return wrong
         with self._locked(shared=True):
-            for manifest in sorted(self.root.glob("shard-*.json")):
+            for name in self.place.names(".json"):
                 try:
-                    self._verify_shard(manifest.stem, values)
+                    self._verify_shard(name, values)
                 except S2TError as error:
-                    wrong[manifest.stem] = str(error)
+                    wrong[name] = str(error)
         return wrong
 
     def _verify_shard(self, name: str, values: bool) -> None:
@@ -226,13 +242,21 @@ class Lake:
         """Move bad shards to `quarantine/`, so that the others can be used."""
         with self._locked():
             self._sweep()
-            quarantine = self.root / "quarantine"
-            quarantine.mkdir(exist_ok=True)
             for name in names:
                 # The manifest first: then the shard does not exist.
-                for path in (self.root / f"{name}.json", self.root / f"{name}.parquet"):
-                    if path.exists():
-                        path.rename(quarantine / path.name)
+                for file in (f"{name}.json", f"{name}.parquet"):
+                    self._put_aside(file)
+
+    def _put_aside(self, file: str) -> None:
+        quarantine = self.root / "quarantine"
+        quarantine.mkdir(exist_ok=True)
+        if (self.root / file).exists():
+            (self.root / file).rename(quarantine / file)
+
+    @property
+    def quarantined(self) -> Place:
+        """Where bad shards lie."""
+        return Folder(self.root / "quarantine")
 
     # -- deletion ---------------------------------------------------------------------------------
 
@@ -259,16 +283,19 @@ class Lake:
         with self._locked():
             self._sweep()
             deletion = Deletion.of(field, value)
-            lines = [json.dumps(asdict(d)) for d in (*self.deletions(), deletion)]
-            write_atomically(self.root / "deleted.jsonl", "\n".join(lines))
-            doomed = _Doomed(field, value, deletion.at)
+            self._record(deletion)
+            doomed = Doomed(deletion, value)
             removed = sum(doomed.remove_from(self.place, s) for s in present(self.place))
-            quarantine = Folder(self.root / "quarantine")
+            quarantine = self.quarantined
             for name in quarantine.names(".json"):
                 with suppress(StoreError):
                     removed += doomed.remove_from(quarantine, read_manifest(quarantine, name))
             self._keep_snapshots(lambda snapshot: not doomed.is_in(snapshot))
             return removed
+
+    def _record(self, deletion: Deletion) -> None:
+        lines = [json.dumps(asdict(d)) for d in (*self.deletions(), deletion)]
+        write_atomically(self.root / "deleted.jsonl", "\n".join(lines))
 
     # -- retention --------------------------------------------------------------------------------
 
@@ -287,7 +314,7 @@ class Lake:
             self._sweep()
             shards = present(self.place)
             removed = _prunable(shards, max_age_s, max_bytes)
-            _remove(self.place, [shard.name for shard in removed])
+            self._retire(removed)
             remaining = {s.name for s in shards} - {s.name for s in removed}
             oldest = _oldest(max_age_s)
             was_too_much = any(shard.last >= oldest for shard in removed)
@@ -341,6 +368,10 @@ class Lake:
         reader = Reader(self.place, shards, copies=True)
         tables = (rows for number in range(len(shards)) for rows in reader.tables(number))
         write_shard(self.place, f"{_random_name(12)}-0", tables, shards)
+        self._retire(shards)
+
+    def _retire(self, shards: Iterable[Shard]) -> None:
+        """Remove shards from the lake; snapshots keep theirs."""
         _remove(self.place, [shard.name for shard in shards])
 
     def migrate(self) -> int:
@@ -379,14 +410,14 @@ class Lake:
         for leftover in (self.root / "snapshots").glob(".*/"):
             shutil.rmtree(leftover)
         for snapshot in self._snapshots():
-            if time.time() - snapshot.folder.stat().st_mtime > SNAPSHOT_S:
+            if time.time() - snapshot.used_at > SNAPSHOT_S:
                 snapshot.remove()
 
-    def _snapshots(self) -> list[Snapshot]:
-        return [Snapshot(folder) for folder in (self.root / "snapshots").glob("[!.]*/")]
+    def _snapshots(self) -> Sequence[Snapshot]:
+        return [FolderSnapshot(folder) for folder in (self.root / "snapshots").glob("[!.]*/")]
 
     def _newest_snapshot(self) -> Snapshot | None:
-        return max(self._snapshots(), key=lambda s: s.folder.stat().st_mtime_ns, default=None)
+        return max(self._snapshots(), key=lambda s: s.used_at, default=None)
 
     def _keep_snapshots(self, keeps: Callable[[Snapshot], bool]) -> None:
         """Remove the snapshots that `keeps` denies, and unreadable ones: nobody can train on them,
@@ -434,24 +465,28 @@ def _prunable(shards: Iterable[Shard], max_age_s: float, max_bytes: int) -> list
     return found
 
 
-class _Doomed:
-    """The rollouts made until `at` whose `field` is `value`. Searches two columns of a shard, and
-    rewrites only those that hold one."""
+class Doomed:
+    """The rollouts that a deletion is about. Searches two columns of a shard, and rewrites only
+    those that hold one.
 
-    def __init__(self, field: str, value: str, at: float) -> None:
-        self._field = field
+    value: of the field, where it is known; it need not be hashed then.
+    """
+
+    def __init__(self, deletion: Deletion, value: str | None = None) -> None:
+        self._deletion = deletion
         self._value = value
-        self._at = at
         self._counts: dict[str, int] = {}  # by hash of a shard's file: snapshots hold the same ones
 
     def _matches(self, rows: Rows) -> np.ndarray:
-        found: np.ndarray = rows.equal(self._field, self._value)
-        return found & (rows.numbers("created_at") <= self._at)
+        if self._value is None:
+            return self._deletion.matches(rows)
+        found: np.ndarray = rows.equal(self._deletion.field, self._value)
+        return found & (rows.numbers("created_at") <= self._deletion.at)
 
     def _count(self, place: Place, shard: Shard) -> int:
         if shard.sha256 not in self._counts:
             with open_shard(place, shard) as file:
-                found = self._matches(file.read([self._field, "created_at"]))
+                found = self._matches(file.read([self._deletion.field, "created_at"]))
             self._counts[shard.sha256] = int(found.sum())
         return self._counts[shard.sha256]
 

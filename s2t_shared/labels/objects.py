@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
-from s2t_shared.errors import ConfigError
 from s2t_shared.files import sha256_file
+from s2t_shared.labels.places import file_system
 
 REWRITES, REMOVED = "rewrites", "removed"
 
@@ -28,13 +27,7 @@ class Objects:
     """Files below a URL."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"{url!r} cannot be used: {error}; install the fsspec file system of its scheme "
-                "(s3fs, gcsfs, adlfs, huggingface_hub)"
-            ) from error
+        self._files, self._root = file_system(url)
         self._manifests: dict[str, bytes] = {}  # they never change: by path
         self._rewritten: dict[str, str] = {}  # path of the manifest by shard
         self._next = 0  # number of the next rewriting
@@ -55,7 +48,7 @@ class Objects:
     def _read_rewrites(self) -> dict[str, str]:
         for path in self.listed(REWRITES):
             if path not in self._rewritten.values():
-                name = json.loads(self._manifest(path))["name"]
+                name = json.loads(self.cached(path))["name"]
                 self._rewritten[name] = path
         return self._rewritten
 
@@ -65,10 +58,11 @@ class Objects:
     def read(self, name: str) -> bytes:
         if name.endswith(".json"):
             shard = name.removesuffix(".json")
-            return self._manifest(self._rewritten.get(shard, self.path(name)))
+            return self.cached(self._rewritten.get(shard, self.path(name)))
         return bytes(self._files.cat_file(self.path(name)))
 
-    def _manifest(self, path: str) -> bytes:
+    def cached(self, path: str) -> bytes:
+        """A file that never changes, by its path."""
         if path not in self._manifests:
             self._manifests[path] = bytes(self._files.cat_file(path))
         return self._manifests[path]
@@ -104,16 +98,16 @@ class Objects:
         if name.endswith(".json") and shard in self._rewritten:
             self._files.pipe_file(self.path(f"{REMOVED}/{shard}"), b"")
             return
-        try:
+        with suppress(FileNotFoundError):
             self._files.rm_file(self.path(name))
-        except FileNotFoundError:
-            pass
 
     # -- more -------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A rewriting begins: what others commit from now on refuses it."""
-        numbers = [int(path.rpartition("/")[2].removesuffix(".json")) for path in self.listed(REWRITES)]
+        numbers = [
+            int(path.rpartition("/")[2].removesuffix(".json")) for path in self.listed(REWRITES)
+        ]
         self._next = max(numbers, default=-1) + 1
 
     def listed(self, folder: str) -> list[str]:
@@ -123,6 +117,18 @@ class Objects:
         except FileNotFoundError:
             return []
         return sorted(found)
+
+    def modified(self, name: str) -> float:
+        """When a file was written, Unix seconds."""
+        return float(self._files.modified(self.path(name)).timestamp())
+
+    def fetch(self, name: str) -> bytes:
+        """The content of a file that may change."""
+        return bytes(self._files.cat_file(self.path(name)))
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a small file, whether it is there or not."""
+        self._files.pipe_file(self.path(name), content)
 
     def move(self, name: str, target: str) -> None:
         """Copy a file, then remove it."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from s2t_shared.files import new_file, sha256_file
+import fsspec
+
+from s2t_shared.errors import ConfigError
+from s2t_shared.files import new_file, new_folder, sha256_file
 
 
 class Place(Protocol):
@@ -84,3 +88,55 @@ class Folder:
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder_at(target: Path | str) -> Iterator[Path]:
+    """A folder to fill, which becomes `target`: a folder or a URL. There, `README.md` comes last.
+
+    Raises:
+        ConfigError: it exists and is not empty.
+    """
+    if not is_url(target):
+        path = Path(target).absolute()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise _not_empty(target)
+        with new_folder(path) as folder:
+            yield folder
+        return
+    files, root = file_system(str(target))
+    if files.exists(root) and files.ls(root, detail=False, refresh=True):
+        raise _not_empty(target)
+    with tempfile.TemporaryDirectory(prefix="s2t-") as temporary:
+        folder = Path(temporary)
+        yield folder
+        for file in sorted(folder.rglob("*"), key=lambda file: (file.parent == folder, file.name)):
+            if file.is_file():
+                files.put_file(str(file), f"{root}/{file.relative_to(folder).as_posix()}")
+
+
+def _not_empty(target: Path | str) -> ConfigError:
+    return ConfigError(
+        f"{str(target)!r} exists and is not an empty folder; give another name, or remove it"
+    )
+
+
+def is_url(where: Path | str) -> bool:
+    """Whether it is in object storage."""
+    return isinstance(where, str) and "://" in where
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path on it.
+
+    Raises:
+        ConfigError: there is none for its scheme.
+    """
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url.rstrip("/"))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{url!r} cannot be used: {error}; install the fsspec file system of its scheme "
+            "(s3fs, gcsfs, adlfs, huggingface_hub)"
+        ) from error
+    return found

@@ -68,9 +68,7 @@ def _schema(with_keys: bool) -> pa.Schema:
 
 WIRE_SCHEMA = _schema(with_keys=False)  # what travels
 SCHEMA = _schema(with_keys=True)  # what the lake's files hold
-OPTIONAL = {
-    f.name: f.default for f in fields(Rollout) if f.metadata and f.default is not MISSING
-}
+OPTIONAL = {f.name: f.default for f in fields(Rollout) if f.metadata and f.default is not MISSING}
 # What a column that is not there follows from.
 SOURCES = {
     LABEL_KEY: ("label_id",),
@@ -202,7 +200,9 @@ class Rows:
         kept = np.concatenate([[0], np.cumsum(mask)])
         ends = np.concatenate([[0], np.cumsum(self.label_counts)])
         column = self.column(LABELS)
-        labels = _lists(kept[ends].astype(np.int32), self.labels.filter(pa.array(mask)), column.type)
+        labels = _lists(
+            kept[ends].astype(np.int32), self.labels.filter(pa.array(mask)), column.type
+        )
         place = self.table.schema.get_field_index(LABELS)
         return Rows(self.table.set_column(place, self.table.schema.field(place), labels))
 

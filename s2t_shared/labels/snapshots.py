@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from s2t_shared.errors import StoreError
 from s2t_shared.files import remove_folder
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.places import Folder
+from s2t_shared.labels.places import Folder, Place
 from s2t_shared.labels.reader import Reader
 from s2t_shared.labels.rows import LABEL_KEY, LABELS
 from s2t_shared.labels.shards import Shard, content_digest, open_shard, present
@@ -18,23 +19,33 @@ from s2t_shared.labels.shards import Shard, content_digest, open_shard, present
 DIGESTS = ("slm_digest", "llm_digest")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A folder of shards that no longer changes.
+class Snapshot(ABC):
+    """Some shards that no longer change.
 
-    Its name is the digest of its content, so a missing part is noticed. Every method raises
-    StoreError then.
+    `id` is the digest of its content, so a missing part is noticed. Every method raises StoreError
+    then.
     """
 
-    folder: Path
+    @property
+    @abstractmethod
+    def id(self) -> str: ...
 
     @property
-    def id(self) -> str:
-        return self.folder.name
+    @abstractmethod
+    def place(self) -> Place:
+        """Where its shards lie."""
 
     @property
-    def place(self) -> Folder:
-        return Folder(self.folder)
+    @abstractmethod
+    def used_at(self) -> float:
+        """When it was last frozen, Unix seconds."""
+
+    @abstractmethod
+    def _listed(self) -> list[Shard]: ...
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove the snapshot. After a crash it is complete or gone."""
 
     @property
     def labels(self) -> int:
@@ -52,7 +63,7 @@ class Snapshot:
     def shards(self) -> list[Shard]:
         """The shards in the order of their names."""
         try:
-            shards = present(self.place)
+            shards = self._listed()
             if content_digest(shards) == self.id and self._has_all_bytes(shards):
                 return shards
             reason = "shards are missing"
@@ -82,6 +93,27 @@ class Snapshot:
         """Every rollout once, each label in the first one that has it."""
         yield from self.reader().rollouts()
 
+
+@dataclass(frozen=True)
+class FolderSnapshot(Snapshot):
+    """A folder of its own."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def place(self) -> Place:
+        return Folder(self.folder)
+
+    @property
+    def used_at(self) -> float:
+        return self.folder.stat().st_mtime_ns / 1e9
+
+    def _listed(self) -> list[Shard]:
+        return present(self.place)
+
     def remove(self) -> None:
-        """Remove the snapshot. After a crash it is complete or gone."""
         remove_folder(self.folder)

@@ -63,7 +63,9 @@ def bench_lake(
         ]
         labels = sum(shard.labels for shard in lake.shards())
         size = sum(shard.bytes for shard in lake.shards()) / 1e6
-    return Report(f"lake: {labels:,} labels, {load.rollouts:,} rollouts, {size:.0f} MB", tuple(figures))
+    return Report(
+        f"lake: {labels:,} labels, {load.rollouts:,} rollouts, {size:.0f} MB", tuple(figures)
+    )
 
 
 # -- a lake ---------------------------------------------------------------------------------------
@@ -129,9 +131,7 @@ def _rows(rng: np.random.Generator, numbers: np.ndarray) -> Rows:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def _reading(
-    lake: Lake, folder: Path, repeats: int, on_turn: Callable[[], None]
-) -> list[Figure]:
+def _reading(lake: Lake, folder: Path, repeats: int, on_turn: Callable[[], None]) -> list[Figure]:
     shards = lake.shards()
     paths = [lake.root / shard.file for shard in shards]
     snapshot = lake.freeze()  # an export freezes too; the links are made once

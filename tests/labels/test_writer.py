@@ -19,7 +19,6 @@ import redis
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
-from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.spool import read_records
 from s2t_shared.labels.stream import LABELS, LabelStream

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from s2t_shared.errors import ConfigError, EvaluationSplitError, StoreError
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.splits import Part
 from s2t_shared.training.dataset import (
     BUFFER,
-    Part,
     TrainingData,
     context_length,
     count_labels,

@@ -23,8 +23,9 @@ from s2t_shared.labels.label import check_rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.pair import Pair
+from s2t_shared.splits import Part
 from s2t_shared.statistics import clustered_difference
-from s2t_shared.training.dataset import Part, part_of
+from s2t_shared.training.dataset import part_of
 from s2t_shared.training.loss import training_loss
 from s2t_shared.types import Prompt, Trigger
 from services.bench import train as bench_training
