@@ -89,25 +89,25 @@ def clustered_difference(
     return mean, t95(count - 1) * math.sqrt(variance)
 
 
-def hits(ranks: Sequence[int]) -> np.ndarray:
-    """Whether the LLM's first choice is among the SLM's first K, for K in HIT_AT.
+def hits(ranks: Sequence[int], ks: Sequence[int] = HIT_AT) -> np.ndarray:
+    """Whether the LLM's first choice is among the SLM's first K, for each K of `ks`.
 
     ranks: [n], place of the LLM's choice in the SLM's order, 0 = first, -1 = outside the support.
-    Returns [n, 4], bool.
+    Returns [n, len(ks)], bool.
     """
     column = np.asarray(ranks, dtype=np.int64)[:, None]
-    found: np.ndarray = (column >= 0) & (column < np.asarray(HIT_AT))
+    found: np.ndarray = (column >= 0) & (column < np.asarray(ks))
     return found
 
 
-def hit_at(ranks: Sequence[int]) -> dict[int, float]:
+def hit_at(ranks: Sequence[int], ks: Sequence[int] = HIT_AT) -> dict[int, float]:
     """Hit@K by K: share of positions where the LLM's first choice is among the SLM's first K.
 
-    `ranks` as in `hits`. nan for no positions.
+    `ranks` and `ks` as in `hits`. nan for no positions.
     """
     if not ranks:
-        return dict.fromkeys(HIT_AT, math.nan)
-    return dict(zip(HIT_AT, hits(ranks).mean(0).tolist(), strict=True))
+        return dict.fromkeys(ks, math.nan)
+    return dict(zip(ks, hits(ranks, ks).mean(0).tolist(), strict=True))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

@@ -26,16 +26,14 @@ from s2t_shared.labels.lake import Lake
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import Answer, Step
 from services.client import Client
-from services.evaluation import (
-    ModeResult,
-    ModeSpec,
-    Problem,
-    as_rows,
-    bundled_problems,
-    local_sufficiency,
-    run_mode,
-    table,
-)
+from services.evaluation.answering import ServiceAnswerer
+from services.evaluation.figures import Row, row_of, sufficiency
+from services.evaluation.journal import Journal
+from services.evaluation.modes import ModeSpec
+from services.evaluation.problems import Problem, bundled_problems
+from services.evaluation.report import row_figures
+from services.evaluation.run import EvaluationSettings, run_row, score_rollouts
+from services.evaluation.terminal import table
 from services.harvest.rollouts import HarvestOptions, ServiceRollouts
 from services.harvest.run import bundled_prompts, harvest
 from services.launch.local import RunningService, running_service
@@ -43,6 +41,7 @@ from services.rpc.ask_many import Target, answer_all
 from services.train.job import TrainOutcome, train
 
 MAX_NEW_TOKENS = 40
+ASKED = EvaluationSettings(max_new_tokens=MAX_NEW_TOKENS, steps=False)
 BUDGET = 0.05
 BEFORE = (
     ModeSpec(name="greedy"),
@@ -138,9 +137,9 @@ def run_loop(
     target = Target(service.address)
     held_out = bundled_problems(size.problems)
     # The first calls of a service are slow, and the other modes' times are divided by greedy's.
-    run_mode(target, BEFORE[0], held_out[:64], MAX_NEW_TOKENS)
+    run_row(ServiceAnswerer(target), BEFORE[0], held_out[:64], ASKED, Journal())
     results = [_ask(target, spec, held_out, say) for spec in BEFORE]
-    hits = local_sufficiency(target, held_out, MAX_NEW_TOKENS)
+    hits = _local_sufficiency(target, held_out)
     say(
         "local sufficiency at the top 5 % KL steps: "
         + ", ".join(f"Hit@{k} {v:.2f}" for k, v in hits.items())
@@ -158,7 +157,7 @@ def run_loop(
     _print_results(console, results, hits, second, swap)
     _print_marked_answer(console, target, held_out)
     return {
-        "modes": {KEYS.get(label, label): row for label, row in as_rows(results).items()},
+        "modes": {KEYS.get(r.label, r.label): row_figures(r, results[0]) for r in results},
         "hit_at": {str(k): v for k, v in hits.items()},
         "agree_at_1": second.metrics["agree_at_1"],
         "swap": {"in_flight": swap.in_flight, "failed": swap.failed, "mixed": swap.mixed},
@@ -174,13 +173,22 @@ def run_loop(
 
 def _ask(
     target: Target, spec: ModeSpec, held_out: Sequence[Problem], say: Callable[[str], None]
-) -> ModeResult:
-    result = run_mode(target, spec, held_out, MAX_NEW_TOKENS)
+) -> Row:
+    journal = Journal()
+    run_row(ServiceAnswerer(target), spec, held_out, ASKED, journal)
+    result = row_of(spec, held_out, journal)
     say(
         f"asked {len(held_out)} held-out problems: {spec.label:<24} accuracy {result.accuracy:.3f}"
         + (f", {result.failed} failed" if result.failed else "")
     )
     return result
+
+
+def _local_sufficiency(target: Target, held_out: Sequence[Problem]) -> dict[int, float]:
+    """Hit@K at the top 5 % of the steps by KL."""
+    journal = Journal()
+    score_rollouts(ServiceAnswerer(target), held_out, ASKED, journal)
+    return sufficiency(list(journal.rollouts.values())).by_kl[0.05]
 
 
 def _harvest(
@@ -321,7 +329,7 @@ def check_swap(
 
 def _print_results(
     console: Console,
-    results: Sequence[ModeResult],
+    results: Sequence[Row],
     hits: dict[int, float],
     outcome: TrainOutcome,
     swap: SwapReport,

@@ -103,16 +103,19 @@ class Records:
         return digests
 
 
-def open_records(source: str, split: str) -> Records:
+def open_records(source: str, split: str, to_evaluate: bool = False) -> Records:
     """One split of a data set: a file, a folder, or a hub id; ":config" may follow the last two.
+
+    to_evaluate: nothing is trained on it, so that it may be an evaluation split.
 
     Raises:
         EvaluationSplitError: the split, a file or a folder is named like one for evaluation.
         ConfigError: there is nothing to read; or it needs a package that is missing.
     """
-    refuse_evaluation(split)
     path, config = _path_and_config(source)
-    _refuse_evaluation_name(path)
+    if not to_evaluate:
+        refuse_evaluation(split)
+        _refuse_evaluation_name(path)
     if path.is_dir():
         return Records(source, split, tuple(_folder_files(path, config, split)))
     if path.is_file():

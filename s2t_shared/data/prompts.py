@@ -1,8 +1,8 @@
 """Prompts from the rows of data sets: by column, template, chat and id.
 
 Everything streams: one line or one batch of a table is in memory, and 16 bytes of every id. `read`
-gives training prompts and refuses an evaluation split. `read_prompts` gives requests to answer, and
-takes any file. Knows rows; no tokenizer.
+gives training prompts and refuses an evaluation split. `read_problems` gives prompts to evaluate,
+of any split; `read_prompts` gives requests to answer, of any file. Knows rows; no tokenizer.
 """
 
 from __future__ import annotations
@@ -72,6 +72,26 @@ def read(source: PromptSource, say: Callable[[str], None] = lambda line: None) -
             "--template and --prompt-column: give one of them; {column} in a template names columns"
         )
     records = open_records(source.source, source.split)
+    builder = _PromptBuilder(source, say)
+
+    def prompt(content: dict[str, Any]) -> Prompt:
+        if isinstance(content.get("split"), str):
+            refuse_evaluation(content["split"])
+        return builder.prompt(content)
+
+    ids = _Ids(records.unit, source.id_column)
+    return _grouped(_rows(records, ids, prompt), source.group_column)
+
+
+def read_problems(
+    source: PromptSource, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Row]:
+    """As `read`, of any split: nothing is trained on these prompts.
+
+    Raises:
+        ConfigError: as `read`.
+    """
+    records = open_records(source.source, source.split, to_evaluate=True)
     ids = _Ids(records.unit, source.id_column)
     return _grouped(_rows(records, ids, _PromptBuilder(source, say).prompt), source.group_column)
 
@@ -191,7 +211,7 @@ def _literal_prompt(content: dict[str, Any]) -> Prompt:
 
 
 class _PromptBuilder:
-    """Makes a training prompt of a row, as a source's options say.
+    """Makes a prompt of a row, as a source's options say.
 
     It remembers the common column that the first row had, so that prompts are never a mixture.
     """
@@ -203,8 +223,6 @@ class _PromptBuilder:
         self._said_cut = False
 
     def prompt(self, content: dict[str, Any]) -> Prompt:
-        if isinstance(content.get("split"), str):
-            refuse_evaluation(content["split"])
         if self._source.template is not None:
             return self._in_chat(Prompt(text=_fill(self._source.template, content)))
         column = self._column(content)

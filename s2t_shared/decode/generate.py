@@ -182,7 +182,7 @@ def extract_answer(text: str, pattern: str = "") -> str | None:
     if boxed := re.findall(r"\\boxed\{([^{}]*)\}", text):
         return str(boxed[-1]).strip()
     stated = re.findall(r"(?i)answer(?:\s+is)?\s*:?\s*([^\n]+)", text)
-    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", stated[-1] if stated else text)
+    numbers = re.findall(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)", stated[-1] if stated else text)
     if stated:
         joined = " ".join(number.replace(",", "") for number in numbers)
         return joined or stated[-1].strip().rstrip(".") or None

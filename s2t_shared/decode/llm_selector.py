@@ -56,7 +56,7 @@ def check_query(query: ScoreQuery, max_length: int, vocab_rows: int) -> None:
         raise InvalidRequestError("positions: must be ascending, each once")
     check_ids(query.token_ids, vocab_rows)
     for group in query.candidate_ids:
-        if any(token_id < 0 for token_id in group):
+        if group and min(group) < 0:
             raise InvalidRequestError("candidate_ids: an id is negative")
 
 
@@ -225,7 +225,7 @@ class LLMSelector:
 
     # -- the forward ------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _forward(self, chunks: Sequence[tuple[PendingQuery, int]]) -> None:
         segments = []
         starts = []

@@ -257,7 +257,7 @@ class Proposer:
 
     # -- reductions -------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _proposals(self, hidden: Tensor, inputs: Sequence[NextTokenInput]) -> list[Proposal]:
         """[m, hidden] -> proposals, reduced on the device, with one transfer to the host."""
         logits = self.runtime.logits(hidden)

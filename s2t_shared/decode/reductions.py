@@ -80,8 +80,10 @@ def signals(log_probs: Tensor, triggers: Sequence[Trigger | None]) -> Tensor:
     log_probs: [n, S], of the support, best first.
     """
     rows = log_probs.double()
-    log_p = rows - rows.logsumexp(-1, keepdim=True)
     found = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    if SIGNALS.keys().isdisjoint(triggers):
+        return found
+    log_p = rows - rows.logsumexp(-1, keepdim=True)
     for trigger, signal in SIGNALS.items():
         wanting = [i for i, wanted in enumerate(triggers) if wanted is trigger]
         if len(wanting) == len(triggers):

@@ -76,6 +76,8 @@ class ModelRuntime:
         self.eos_ids = eos_ids
         self.config = model.config.get_text_config()
         self.device: torch.device = next(model.parameters()).device
+        # The weights stay as they are: only adapters are trained.
+        model.requires_grad_(False)
         self.head = model.get_output_embeddings()
         self.vocab_rows = int(self.head.weight.shape[0])
         self.max_length = _max_length(self.config)
@@ -124,7 +126,7 @@ class ModelRuntime:
 
     # -- forwards ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> tuple[Tensor, list[slice]]:
         """Hidden states [N, hidden] of all segments' tokens, and each segment's slice of them."""
         order = sorted(range(len(segments)), key=lambda i: _segment_order(segments[i]))

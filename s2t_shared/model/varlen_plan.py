@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +42,16 @@ class PackedSpan:
     siblings: int
     first_column: int
 
-    @property
+    @cached_property
     def length(self) -> int:
         return self.causal + self.siblings
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """How many of the slot's columns attention reads."""
         return self.first_column + self.length
 
-    @property
+    @cached_property
     def tokens(self) -> slice:
         """The span's tokens in the packed forward."""
         return slice(self.at, self.at + self.length)
@@ -92,17 +93,17 @@ class SlotGroup:
     def slab(self) -> Slab:
         return self.spans[0].slot.slab
 
-    @property
+    @cached_property
     def slots(self) -> slice:
         """The slots that the call reads."""
         return slice(self.spans[0].slot.index, self.spans[-1].slot.index + 1)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many slots the call reads."""
         return self.slots.stop - self.slots.start
 
-    @property
+    @cached_property
     def has_gaps(self) -> bool:
         return self.count > len(self.spans)
 
@@ -111,7 +112,7 @@ class SlotGroup:
         """The group's first token in the packed forward."""
         return self.spans[0].at
 
-    @property
+    @cached_property
     def tokens(self) -> slice:
         """The group's tokens in the packed forward."""
         return slice(self.at, self.at + len(self.spans))

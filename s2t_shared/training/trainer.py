@@ -108,8 +108,6 @@ def distil(
         RuntimeError: the workers stand at different steps.
     """
     data = TrainingData(source, runtime.digest, settings)
-    for parameter in runtime.model.parameters():
-        parameter.requires_grad_(False)
     identity = _identity(runtime, source, settings, init)
     if sharded:
         shard_layers(runtime)

@@ -52,7 +52,7 @@ from services.bench.curve_answers import (
     lake_calibration,
 )
 from services.bench.workload import Settings
-from services.evaluation import Problem
+from services.evaluation.problems import Problem
 
 KINDS = {
     f"{kind.value}, {reads.value}": (kind, reads) for reads in Reading for kind in SelectorKind

@@ -26,7 +26,7 @@ from s2t_shared.types import (
     Trigger,
 )
 from services.bench.workload import Models
-from services.evaluation import Problem
+from services.evaluation.problems import Problem
 
 SAMPLES = 8
 SLM, MAJORITY = "SLM alone", f"majority@{SAMPLES}"

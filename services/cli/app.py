@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +30,8 @@ from s2t_shared.errors import (  # noqa: E402
     S2TError,
     VersionError,
 )
-from s2t_shared.requests import by_name, parse_mode  # noqa: E402
-from s2t_shared.types import (  # noqa: E402
-    Trigger,
-)
 from services.cli.bench import bench_app  # noqa: E402
+from services.cli.evaluate import evaluate  # noqa: E402
 from services.cli.generate import generate  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
@@ -43,13 +40,9 @@ from services.cli.options import (  # noqa: E402
     ConfigFile,
     DataDir,
     Json,
-    TokenFile,
     as_typed,
     settings,
-    target,
-    wide_console,
 )
-from services.cli.progress import progress  # noqa: E402
 from services.cli.train import train  # noqa: E402
 from services.cli.versions import versions_app  # noqa: E402
 
@@ -131,50 +124,7 @@ app.command()(harvest)
 app.command()(train)
 
 
-@app.command("eval")
-def evaluate(
-    problems: Annotated[
-        Path | None,
-        typer.Argument(
-            help='JSONL with "answer" beside the prompt; '
-            "default: the bundled pair's held-out problems"
-        ),
-    ] = None,
-    modes: Annotated[
-        str, typer.Option(help="comma-separated, e.g. greedy,s2t,majority@8")
-    ] = "greedy,s2t,llm",
-    trigger: Annotated[str, typer.Option()] = "entropy",
-    budget: Annotated[float, typer.Option()] = 0.01,
-    count: Annotated[int, typer.Option(help="problems at most")] = 200,
-    max_new_tokens: Annotated[int, typer.Option()] = 256,
-    seed: Annotated[int, typer.Option()] = 0,
-    address: Address = None,
-    token_file: TokenFile = None,
-    config: ConfigFile = None,
-    json_out: Json = False,
-) -> None:
-    """Compare modes on the same problems through a running service."""
-    from services import evaluation
-
-    defaults = settings(config).defaults
-    items = evaluation.load_problems(problems, count, defaults.answer_pattern)
-    service = target(address, config, token_file)
-    results = []
-    for name in modes.split(","):
-        mode, _ = parse_mode(name.strip())
-        spec = evaluation.ModeSpec(name=name.strip(), candidates=defaults.candidates)
-        if mode.can_trigger:
-            known = by_name(Trigger, trigger, "--trigger")
-            spec = replace(spec, trigger=known.value, budget=budget)
-        with progress(spec.label, len(items), json_out) as shown:
-            result = evaluation.run_mode(
-                service, spec, items, max_new_tokens, seed, on_answer=shown.advance
-            )
-        results.append(result)
-    if json_out:
-        print(json.dumps(evaluation.as_rows(results)))
-        return
-    wide_console().print(evaluation.table(results, f"{len(items)} problems"))
+app.command("eval")(evaluate)
 
 
 @app.command()

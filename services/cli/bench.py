@@ -20,6 +20,7 @@ from s2t_shared.types import Trigger
 
 if TYPE_CHECKING:
     from services.bench.measure import Figure, Report
+    from services.evaluation.problems import Problem
 
 bench_app = typer.Typer(
     no_args_is_help=True, help="Measure side by side, in one run, on any model folder."
@@ -505,7 +506,6 @@ def curve(
     from services.bench.curve import KINDS, CurveSettings, bench_curve
     from services.bench.curve_answers import PLAIN
     from services.bench.curve_report import draw, tables
-    from services.evaluation import load_problems
 
     sizes = numbers(counts, "--counts")
     asked = {"none": [], "last": [max(sizes)]}.get(accuracy_at)
@@ -530,7 +530,7 @@ def curve(
         batch=at_least_one(batch, "--batch"),
     )
     made = settings(slm=slm, llm=llm, new=new, k=k, threads=threads, dtype=dtype, device=device)
-    items = load_problems(problems, skip + count, answer_pattern)[skip:] if asked else []
+    items = _problems(problems, count, skip, answer_pattern) if asked else []
     points = bench_curve(
         made,
         wanted,
@@ -547,6 +547,13 @@ def curve(
         groups = [item.group or item.id for item in items]
         console = Console(width=max(150, Console().width), highlight=False)
         console.print(*tables(points, groups), sep="\n")
+
+
+def _problems(file: Path | None, count: int, skip: int, pattern: str) -> list[Problem]:
+    """`count` problems of a file (None: the bundled ones) behind the first `skip`."""
+    from services.evaluation.problems import Reading, problems_of
+
+    return problems_of(file, skip + count, Reading(pattern=pattern))[skip:]
 
 
 @bench_app.command()

@@ -18,12 +18,20 @@ from s2t_shared.requests import by_name
 from s2t_shared.types import LabelRule, Trigger
 from services.cli.options import (
     Address,
+    BatchSize,
+    Chat,
     ConfigFile,
     DataDir,
+    Device,
+    Dtype,
+    GroupColumn,
     Json,
     LLMRuntime,
+    PromptColumn,
+    PromptTemplate,
     Quantization,
     TensorParallel,
+    Threads,
     TokenFile,
     settings,
     show,
@@ -59,18 +67,13 @@ def harvest(
     llm: Annotated[str | None, typer.Option(help="with --slm")] = None,
     address: Address = None,
     token_file: TokenFile = None,
-    prompt_column: Annotated[
-        str | None, typer.Option(help="default: prompt, messages, token_ids, question ...")
-    ] = None,
+    prompt_column: PromptColumn = None,
     id_column: Annotated[
         str | None, typer.Option(help="default: id, else the row's number")
     ] = None,
-    group_column: Annotated[
-        str | None,
-        typer.Option(help="problems of one value are held out together; default: by template"),
-    ] = None,
-    template: Annotated[str | None, typer.Option(help="text with {column} in it")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="the text becomes a chat message")] = False,
+    group_column: GroupColumn = None,
+    template: PromptTemplate = None,
+    chat: Chat = False,
     system: Annotated[
         str | None, typer.Option(help="system message before it (implies --chat)")
     ] = None,
@@ -97,12 +100,10 @@ def harvest(
     concurrency: Annotated[
         int, typer.Option(help="rollouts asked at once (0: 64 per proposer)")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="with --slm: sequences in one batch")] = 16,
-    dtype: Annotated[str, typer.Option(help="with --slm: float32 or bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="with --slm: cpu, cuda, ...")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")
-    ] = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = None,
     llm_runtime: LLMRuntime = "torch",
     tensor_parallel: TensorParallel = 1,
     quantization: Quantization = None,

@@ -27,6 +27,22 @@ VALUE = r"""'[^']*'|"[^"]*"|[^\s:,;]+"""
 SETTING = re.compile(rf"(?<![\w.-])(--)?(?P<name>[a-z][\w-]*)=(?P<value>{VALUE})")
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running service")]
+
+# -- of a data set, and of models in this process --
+
+PromptColumn = Annotated[
+    str | None, typer.Option(help="default: prompt, messages, token_ids, question ...")
+]
+GroupColumn = Annotated[
+    str | None,
+    typer.Option(help="problems of one value are held out together; default: by template"),
+]
+PromptTemplate = Annotated[str | None, typer.Option(help="text with {column} in it")]
+Chat = Annotated[bool, typer.Option("--chat", help="the text becomes a chat message")]
+BatchSize = Annotated[int, typer.Option(help="with --slm: sequences in one batch")]
+Dtype = Annotated[str, typer.Option(help="with --slm: float32 or bfloat16")]
+Device = Annotated[str, typer.Option(help="with --slm: cpu, cuda, ...")]
+Threads = Annotated[int | None, typer.Option(help="with --slm: CPU threads (default: all cores)")]
 TokenFile = Annotated[Path | None, typer.Option(help="file with the service's token")]
 
 

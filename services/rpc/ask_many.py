@@ -132,12 +132,12 @@ def answer_all(
     requests: Iterable[GenerateRequest],
     concurrency: int = 32,
     timeout_s: float = 300.0,
-    on_answer: Callable[[Outcome], None] = lambda outcome: None,
+    on_answer: Callable[[GenerateRequest, Outcome], None] = lambda request, outcome: None,
 ) -> list[Outcome]:
     """Ask all requests; returns outcomes in input order.
 
     timeout_s: seconds of each request, those included in which an overloaded service lets it wait.
-    on_answer: called with each outcome when it is known.
+    on_answer: called with each request and its outcome when it is known.
     """
 
     async def main() -> list[Outcome]:
@@ -146,7 +146,7 @@ def answer_all(
 
             async def ask(request: GenerateRequest) -> Outcome:
                 outcome = await caller.patient_answer(request, timeout_s)
-                on_answer(outcome)
+                on_answer(request, outcome)
                 return outcome
 
             return await bounded(list(requests), ask, concurrency)

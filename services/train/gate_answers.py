@@ -33,7 +33,7 @@ from s2t_shared.types import (
     Trigger,
 )
 from s2t_shared.versions.gate import Paired
-from services.evaluation import Problem, load_problems
+from services.evaluation.problems import Problem, Reading, problems_of
 
 MAX_NEW_TOKENS = 256
 UNHARVESTED_SEED = 1_000_000  # of bundled training problems that no harvest of ours uses
@@ -199,7 +199,8 @@ def task_problems(config: Config) -> list[Problem]:
         open_records(str(training.gate_problems), "train")
         for row, _ in read_prompts(training.gate_problems):
             refuse_evaluation(str(row.get("split", "train")))
-        return load_problems(training.gate_problems, count, config.defaults.answer_pattern)
+        reading = Reading(pattern=config.defaults.answer_pattern)
+        return problems_of(training.gate_problems, count, reading)
     if config.slm.model != "bundled":
         return []
     return [_graded(p) for p in bundled_problems.problems("train", count, UNHARVESTED_SEED)]

@@ -12,7 +12,9 @@ import pytest
 
 from tests.decode.golden import traces
 
-TOLERANCE = 1e-6  # relative; absolute below 1
+# Relative; absolute below 1. The traces were recorded on an Intel CPU: on an AMD one the same code
+# gives scores that differ by 2e-5. On one machine they are equal bit by bit, see CONTRIBUTING.md.
+TOLERANCE = 1e-4
 
 
 def differences(now: Any, then: Any, where: str = "") -> Iterator[str]:

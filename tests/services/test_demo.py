@@ -12,7 +12,7 @@ from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import Answer, FinishReason, Prompt, Step, Usage, Versions
 from services.client import Client
 from services.demo import check_swap, marked_text
-from services.evaluation import Problem
+from services.evaluation.problems import Problem
 from services.rpc.ask_many import Target
 from tests.helpers.serving import FixedVersions, local_selector, proposer_service, with_gateway
 

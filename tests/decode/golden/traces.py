@@ -2,7 +2,8 @@
 
 A change of the engine that changes no token proves itself against them (`tests/test_golden.py`). To
 record them anew, after a change that is meant to change tokens: `python -m
-tests.decode.golden.traces`.
+tests.decode.golden.traces`. With a folder they are written there: before and after a change, on one
+machine, two folders must be equal.
 """
 
 from __future__ import annotations
@@ -229,14 +230,16 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def write(name: str, traces: dict[str, Any]) -> None:
+def write(folder: Path, name: str, traces: dict[str, Any]) -> None:
     lines = (f"{json.dumps(case)}: {json.dumps(rounded(found))}" for case, found in traces.items())
-    (FOLDER / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write("bundled_pair", bundled_pair())
-    with tempfile.TemporaryDirectory() as folder:
-        write("random_pair", random_pair(Path(folder)))
-    print("recorded", *FOLDER.glob("*.json"), file=sys.stderr)
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    write(target, "bundled_pair", bundled_pair())
+    with tempfile.TemporaryDirectory() as pair:
+        write(target, "random_pair", random_pair(Path(pair)))
+    print("recorded", *target.glob("*.json"), file=sys.stderr)

@@ -59,7 +59,7 @@ from services.bench.train import (
 )
 from services.bench.workload import Settings
 from services.cli import app
-from services.evaluation import Problem
+from services.evaluation.problems import Problem
 from services.harvest.rollouts import HarvestOptions, PairRollouts
 from services.harvest.run import Prompts, harvest
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s2t_shared.errors import InvalidRequestError, OverloadedError
 from s2t_shared.requests import new_request
-from s2t_shared.types import Answer
+from s2t_shared.types import Answer, GenerateRequest
 from services.rpc.ask_many import Outcome, Target, answer_all, bounded, describe
 from tests.helpers.serving import (
     LLM_TEXT,
@@ -31,7 +31,11 @@ def test_outcomes_are_in_input_order(tmp_path: Path) -> None:
 
     def work(address: str) -> list[Outcome]:
         assert describe(Target(address)).slm_digest
-        return answer_all(Target(address), iter(requests), on_answer=seen.append)
+
+        def keep(request: GenerateRequest, outcome: Outcome) -> None:
+            seen.append(outcome)
+
+        return answer_all(Target(address), iter(requests), on_answer=keep)
 
     first, refused, last = with_gateway(tmp_path, proposer_service(), work)
     assert isinstance(first, Answer) and first.text == LLM_TEXT

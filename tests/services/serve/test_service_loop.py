@@ -78,7 +78,7 @@ def test_the_loop_and_a_swap_under_load(service: RunningService) -> None:
             figures
         )
         assert figures["n"] == 30 and figures["failed"] == 0
-    assert set(report["hit_at"]) == {"1", "2", "4", "8"}
+    assert set(report["hit_at"]) == {"1", "2", "4", "8", "16"}
     swap = report["swap"]
     assert swap["in_flight"] > 0 and swap["failed"] == 0 and swap["mixed"] == 0
     assert report["modes"]["llm"]["accuracy"] > report["modes"]["greedy"]["accuracy"]

@@ -1,0 +1,187 @@
+"""Counts an evaluation's records: accuracy with intervals, gains, cost, local sufficiency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from s2t_shared.statistics import clustered_difference, hit_at, spearman, wilson_interval
+from s2t_shared.types import WARMUP_STEPS, Usage
+from services.evaluation.journal import Journal, ScoredRollout
+from services.evaluation.modes import ModeSpec
+from services.evaluation.problems import Problem
+from services.evaluation.records import Decision, Record
+
+HIT_AT = (1, 2, 4, 8, 16)
+SHARES = (0.01, 0.05, 0.1)  # of steps, by KL or by entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One mode's figures.
+
+    records: by problem, then sample. clusters: the problems' groups, or each its own. seconds: wall
+    time of all answers; None where not all of them were timed.
+    """
+
+    spec: ModeSpec
+    records: tuple[tuple[Record, ...], ...]
+    clusters: tuple[str, ...]
+    seconds: float | None
+
+    @property
+    def label(self) -> str:
+        return self.spec.label
+
+    @cached_property
+    def correct(self) -> tuple[bool, ...]:
+        """By problem; with several samples, whether any is right."""
+        return tuple(any(record.correct for record in samples) for samples in self.records)
+
+    @cached_property
+    def usage(self) -> Usage:
+        return sum((record.usage for record in self._flat()), Usage())
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(sum(self.correct), len(self.correct))
+
+    @property
+    def trigger_rate(self) -> float:
+        return self.usage.triggers / max(1, self.usage.completion_tokens)
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the triggers that changed the token."""
+        return self.usage.flips / max(1, self.usage.triggers)
+
+    @property
+    def llm_forwards_per_token(self) -> float:
+        return self.usage.llm_forwards / max(1, self.usage.completion_tokens)
+
+    @property
+    def llm_read_per_token(self) -> float:
+        """Tokens of the answers that the LLM read, per token."""
+        return sum(record.llm_read for record in self._flat()) / max(
+            1, self.usage.completion_tokens
+        )
+
+    @property
+    def truncated(self) -> int:
+        return sum(record.truncated for record in self._flat())
+
+    @property
+    def failed(self) -> int:
+        return sum(bool(record.error) for record in self._flat())
+
+    def gain_over(self, other: Row) -> tuple[float, float]:
+        """Difference in accuracy on the same problems, and the half width of its 95 % interval, by
+        group."""
+        return clustered_difference(self.correct, other.correct, self.clusters)
+
+    def rescues_and_harms(self, other: Row) -> tuple[int, int]:
+        """Problems that only this row has right, and that only the other one has."""
+        pairs = list(zip(self.correct, other.correct, strict=True))
+        return pairs.count((True, False)), pairs.count((False, True))
+
+    def decisions(self) -> list[Decision]:
+        return [decision for record in self._flat() for decision in record.decisions]
+
+    def _flat(self) -> Iterable[Record]:
+        return (record for samples in self.records for record in samples)
+
+
+def row_of(spec: ModeSpec, problems: Sequence[Problem], journal: Journal) -> Row:
+    """A row's figures. Every problem has been asked."""
+    records = []
+    for problem in problems:
+        keys = [(spec.label, problem.id, sample) for sample in range(spec.samples)]
+        records.append(tuple(journal.records[key] for key in keys))
+    count = len(problems) * spec.samples
+    seconds = journal.seconds.get(spec.label)
+    return Row(
+        spec=spec,
+        records=tuple(records),
+        clusters=tuple(problem.group or problem.id for problem in problems),
+        seconds=seconds if journal.timed.get(spec.label) == count else None,
+    )
+
+
+def mcnemar(rescues: int, harms: int) -> float:
+    """Two-sided p of the exact McNemar test: rescues and harms are equally likely."""
+    n = rescues + harms
+    if n == 0:
+        return 1.0
+    fewer = min(rescues, harms)
+    below = sum(math.comb(n, i) for i in range(fewer + 1))
+    return float(min(1.0, 2 * below / 2**n))
+
+
+# -- local sufficiency ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sufficiency:
+    """How often the LLM's first choice is among the SLM's first K.
+
+    steps: that were scored. by_kl, by_entropy: {share of steps: {K: rate}}, at the top steps by
+    that signal. all_steps: {K: rate}.
+    """
+
+    steps: int
+    by_kl: dict[float, dict[int, float]]
+    by_entropy: dict[float, dict[int, float]]
+    all_steps: dict[int, float]
+
+
+def sufficiency(rollouts: Sequence[ScoredRollout]) -> Sufficiency:
+    """Hit@K of scored rollouts. Warm-up steps are left out: they never trigger in decoding."""
+    kl: list[float] = []
+    entropy: list[float] = []
+    ranks: list[int] = []
+    total = 0
+    for rollout in rollouts:
+        total += len(rollout.rank)
+        kl += rollout.kl[WARMUP_STEPS:]
+        entropy += rollout.entropy[WARMUP_STEPS:]
+        ranks += rollout.rank[WARMUP_STEPS:]
+
+    def at_the_top(signal: Sequence[float]) -> dict[float, dict[int, float]]:
+        order = sorted(range(len(ranks)), key=lambda i: -signal[i])
+        return {
+            share: hit_at([ranks[i] for i in order[: max(1, int(share * total))]], HIT_AT)
+            for share in SHARES
+        }
+
+    return Sufficiency(total, at_the_top(kl), at_the_top(entropy), hit_at(ranks, HIT_AT))
+
+
+# -- divergence points ----------------------------------------------------------------------------
+
+
+def positions(row: Row, bins: int = 10) -> list[int]:
+    """How many triggers fall into each tenth of the answers."""
+    counts = [0] * bins
+    for samples in row.records:
+        for record in samples:
+            length = max(1, record.usage.completion_tokens)
+            for decision in record.decisions:
+                counts[min(bins - 1, bins * decision.index // length)] += 1
+    return counts
+
+
+def order_agreement(row: Row) -> float | None:
+    """Mean Spearman's rho of the SLM's and the LLM's order of the candidates; None: not known."""
+    found = []
+    for decision in row.decisions():
+        slm = [c.slm for c in decision.candidates if c.slm is not None]
+        llm = [c.llm for c in decision.candidates if c.llm is not None]
+        if len(slm) == len(llm) == len(decision.candidates) > 1:
+            found.append(spearman(slm, llm))
+    return sum(found) / len(found) if found else None

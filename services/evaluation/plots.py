@@ -1,0 +1,129 @@
+"""Plots of a report as SVG text. Colours come from the page's style sheet, so both themes fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 640
+HEIGHT = 320
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 26, 44
+LABEL_HEIGHT = 15  # pixels between two labels that would cover each other
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark with a name and an interval. x: place among `ticks` of the plot, or a number."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+class _Frame:
+    """Maps data to pixels, and draws the axes."""
+
+    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
+        self._x = x_range
+        self._y = y_range
+
+    def x(self, value: float) -> float:
+        low, high = self._x
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self._y
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def axes(self, x_title: str, y_title: str, x_ticks: Sequence[float]) -> list[str]:
+        parts = [_text(LEFT - 6, TOP - 13, y_title, "end")]
+        low, high = (round(10 * value) for value in self._y)
+        for tenth in range(low, high + 1, 1 if high - low <= 5 else 2):
+            value = tenth / 10
+            y = self.y(value)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(_text(LEFT - 6, y + 4, f"{value:.0%}", "end"))
+        for tick in x_ticks:
+            parts.append(_text(self.x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
+        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "middle"))
+        return parts
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -> str:
+    """Marks with vertical intervals and their names. x is from 0 to 1, y a rate."""
+    frame = _Frame((-0.02, 1.1), _rates([p.low for p in points], [p.high for p in points]))
+    parts = frame.axes(x_title, y_title, [0.0, 0.25, 0.5, 0.75, 1.0])
+    taken: list[tuple[float, float]] = []
+    for number, point in enumerate(points):
+        x, y = frame.x(point.x), frame.y(point.y)
+        parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
+        parts.append(f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        side = "end" if x > WIDTH * 0.7 else "start"
+        label_x = x - 9 if side == "end" else x + 9
+        label_y = _free(label_x, y + 4, taken)
+        parts.append(_text(label_x, label_y, point.name, side))
+    return _svg(parts, caption)
+
+
+def bars(
+    groups: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    y_title: str,
+    caption: str,
+) -> str:
+    """Bars of rates, by group and series, with a legend."""
+    frame = _Frame((0.0, float(len(groups))), (0.0, 1.0))
+    parts = frame.axes("", y_title, [])
+    width = 0.8 / len(series)
+    for number, (name, values) in enumerate(series):
+        for place, value in enumerate(values):
+            x = frame.x(place + 0.1 + number * width)
+            top = frame.y(value)
+            parts.append(
+                f'<rect class="c{number % 8}" x="{x:.1f}" y="{top:.1f}" '
+                f'width="{frame.x(width) - frame.x(0) - 2:.1f}" '
+                f'height="{frame.y(0) - top:.1f}"><title>{escape(name)}, '
+                f"{escape(groups[place])}: {value:.3f}</title></rect>"
+            )
+        legend_x = LEFT + 8 + number * 150
+        parts.append(
+            f'<rect class="c{number % 8}" x="{legend_x}" y="{HEIGHT - 16}" width="10" height="10"/>'
+        )
+        parts.append(_text(legend_x + 15, HEIGHT - 7, name, "start"))
+    for place, group in enumerate(groups):
+        parts.append(_text(frame.x(place + 0.5), HEIGHT - BOTTOM + 16, group, "middle"))
+    return _svg(parts, caption)
+
+
+def _rates(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
+    """A range of whole tenths around all intervals."""
+    low = int(min(lows) * 10) / 10
+    high = min(1.0, int(max(highs) * 10 + 1) / 10)
+    return low, max(high, low + 0.1)
+
+
+def _free(x: float, y: float, taken: list[tuple[float, float]]) -> float:
+    """The height nearest to y, towards the middle, where a label covers no other one."""
+    step = LABEL_HEIGHT if y < HEIGHT / 2 else -LABEL_HEIGHT
+    for _ in range(HEIGHT // LABEL_HEIGHT):
+        if not any(abs(y - b) < LABEL_HEIGHT and abs(x - a) < 150 for a, b in taken):
+            break
+        y += step
+    taken.append((x, y))
+    return y
+
+
+def _interval(x: float, low: float, high: float, number: int) -> str:
+    return f'<line class="i{number % 8}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(parts: Sequence[str], caption: str) -> str:
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(caption)}">'
+    return head + "".join(parts) + "</svg>"

@@ -1,0 +1,190 @@
+"""Asks every problem in every mode, and keeps what came."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from s2t_shared.errors import S2TError
+from s2t_shared.types import Answer, DecodeOptions, GenerateRequest
+from services.evaluation.answering import Answerer
+from services.evaluation.figures import Row, Sufficiency, row_of, sufficiency
+from services.evaluation.journal import Journal, ScoredRollout
+from services.evaluation.modes import SAMPLE_STRIDE, SEED_STRIDE, ModeSpec
+from services.evaluation.problems import Problem
+from services.evaluation.records import Record, record_of
+from services.rpc.ask_many import Outcome
+
+WARM_UP = 8  # answers before the first row
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What all rows share. stop: strings that end an answer. steps: keep the divergence points."""
+
+    max_new_tokens: int = 256
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    steps: bool = True
+
+    def identity(self, answerer: Answerer, problems: Sequence[Problem]) -> dict[str, Any]:
+        """What makes two runs' answers comparable."""
+        asked = hashlib.sha256()
+        for problem in problems:
+            asked.update(f"{problem.id}\0{problem.prompt}\0{problem.expected}\n".encode())
+        return {
+            **answerer.identity(),
+            "problems": asked.hexdigest()[:16],
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "stop": list(self.stop),
+        }
+
+
+def run_row(
+    answerer: Answerer,
+    spec: ModeSpec,
+    problems: Sequence[Problem],
+    settings: EvaluationSettings,
+    journal: Journal,
+    on_answer: Callable[[], None] = lambda: None,
+) -> None:
+    """Ask what the journal lacks of one row. A failed answer counts as wrong.
+
+    Raises:
+        S2TError: every single answer failed; the first one's error.
+    """
+    asked: dict[str, tuple[Problem, int]] = {}
+    requests = []
+    for number, problem in enumerate(problems):
+        for sample in range(spec.samples):
+            if (spec.label, problem.id, sample) in journal.records:
+                on_answer()
+                continue
+            request = spec.request(
+                problem.prompt,
+                request_id=f"eval-{spec.name}-{problem.id}-{sample}",
+                max_new_tokens=settings.max_new_tokens,
+                seed=settings.seed * SEED_STRIDE + number + sample * SAMPLE_STRIDE,
+                return_steps=settings.steps,
+                stop=settings.stop,
+            )
+            asked[request.request_id] = (problem, sample)
+            requests.append(request)
+    errors: list[S2TError] = []
+
+    def keep(request: GenerateRequest, outcome: Outcome) -> None:
+        problem, sample = asked[request.request_id]
+        if isinstance(outcome, S2TError):
+            errors.append(outcome)
+            failed = Record(
+                row=spec.label, problem_id=problem.id, sample=sample, error=str(outcome)
+            )
+            journal.add(failed)
+        else:
+            is_right = problem.is_correct(outcome.text)
+            record = record_of(spec, problem.id, sample, outcome, is_right, answerer.tokenizer)
+            journal.add(record)
+        on_answer()
+
+    started = time.perf_counter()
+    answerer.answer(requests, keep)
+    if errors and len(errors) == len(requests):
+        raise errors[0]
+    if requests:
+        journal.add_seconds(spec.label, time.perf_counter() - started, len(requests))
+
+
+Watch = Callable[[str, int], AbstractContextManager["Watched"]]
+
+
+class Watched(Protocol):
+    """Progress of one row."""
+
+    def advance(self) -> None: ...
+
+
+def run_all(
+    answerer: Answerer,
+    specs: Sequence[ModeSpec],
+    problems: Sequence[Problem],
+    settings: EvaluationSettings,
+    journal: Journal,
+    scored: int,
+    watch: Watch,
+) -> tuple[list[Row], Sufficiency | None]:
+    """All rows' figures, and local sufficiency on the first `scored` problems (0: None).
+
+    watch: a context that is told of each answer of a row, by the row's name and size.
+
+    Raises:
+        S2TError: no answer at all came in some row.
+    """
+    # The first answers are slow, and times are over the first row's: some that nobody counts.
+    run_row(answerer, ModeSpec(name="greedy"), problems[:WARM_UP], settings, Journal())
+    found = []
+    for spec in specs:
+        with watch(spec.label, len(problems) * spec.samples) as bar:
+            run_row(answerer, spec, problems, settings, journal, bar.advance)
+        found.append(row_of(spec, problems, journal))
+    part = problems[:scored]
+    if not part:
+        return found, None
+    with watch("scored answers", len(part)) as bar:
+        score_rollouts(answerer, part, settings, journal, bar.advance)
+    rollouts = [journal.rollouts[p.id] for p in part if p.id in journal.rollouts]
+    return found, sufficiency(rollouts)
+
+
+def score_rollouts(
+    answerer: Answerer,
+    problems: Sequence[Problem],
+    settings: EvaluationSettings,
+    journal: Journal,
+    on_answer: Callable[[], None] = lambda: None,
+) -> None:
+    """Let the LLM score every step of the SLM's greedy answers. Stores no label.
+
+    Raises:
+        S2TError: every single answer failed; the first one's error.
+    """
+    options = DecodeOptions(max_new_tokens=settings.max_new_tokens, score_rollout=True)
+    requests = [
+        GenerateRequest(
+            request_id=f"hits-{problem.id}",
+            prompt=problem.prompt,
+            options=options,
+            stop=settings.stop,
+            return_steps=True,
+        )
+        for problem in problems
+        if problem.id not in journal.rollouts
+    ]
+    errors: list[S2TError] = []
+
+    def keep(request: GenerateRequest, outcome: Outcome) -> None:
+        if isinstance(outcome, Answer):
+            journal.add_rollout(_rollout(request.request_id.removeprefix("hits-"), outcome))
+        else:
+            errors.append(outcome)
+        on_answer()
+
+    answerer.answer(requests, keep)
+    if errors and len(errors) == len(requests):
+        raise errors[0]
+
+
+def _rollout(problem_id: str, answer: Answer) -> ScoredRollout:
+    """Steps without the LLM's view (it did not answer) are left out."""
+    kl, entropy, rank = [], [], []
+    for step in answer.steps:
+        if step.kl is None or step.entropy is None or step.llm_top_rank is None:
+            continue
+        kl.append(round(step.kl, 5))
+        entropy.append(round(step.entropy, 5))
+        rank.append(step.llm_top_rank)
+    return ScoredRollout(problem_id, tuple(kl), tuple(entropy), tuple(rank))

@@ -1,0 +1,192 @@
+"""The verdict and the report: what they claim, and that the page works in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2t_shared.types import Prompt, Usage
+from services.evaluation.figures import Row, sufficiency
+from services.evaluation.journal import ScoredRollout
+from services.evaluation.modes import ModeSpec
+from services.evaluation.problems import Problem
+from services.evaluation.records import Candidate, Decision, Record
+from services.evaluation.report import Evaluated, write_report
+from services.evaluation.verdict import verdict
+
+HOSTILE = '</script><img src=x onerror="document.title=1"> & "quotes"'
+HITS = sufficiency([ScoredRollout("p", (0.1,) * 100, (0.1,) * 100, (0,) * 100)])
+DECISION = Decision(
+    index=1,
+    signal=0.75,
+    chosen_by="llm",
+    candidates=(
+        Candidate(text="12", slm=0.6, llm=0.1),
+        Candidate(text="<4>", slm=0.4, llm=0.9),
+    ),
+    chosen=1,
+    slm_first=0,
+)
+
+
+def row(
+    name: str, right: int, of: int = 200, llm_read: int = 0, budget: float | None = None
+) -> Row:
+    trigger = "entropy" if budget else ""
+    records = []
+    for place in range(of):
+        record = Record(
+            row=name,
+            problem_id=str(place),
+            text=HOSTILE,
+            correct=place < right,
+            usage=Usage(completion_tokens=10, llm_forwards=min(1, llm_read), triggers=1),
+            llm_read=llm_read,
+            pieces=("So ", "<4>", HOSTILE),
+            decisions=(DECISION,) if budget else (),
+        )
+        records.append((record,))
+    spec = ModeSpec(name=name, trigger=trigger, budget=budget)
+    clusters = tuple(str(place) for place in range(of))
+    return Row(spec=spec, records=tuple(records), clusters=clusters, seconds=2.0)
+
+
+GREEDY, LLM = row("greedy", 100), row("llm", 190, llm_read=10)
+S2T = row("s2t", 180, llm_read=4, budget=0.05)
+LOCAL = row("s2t_local", 130, budget=0.05)
+
+
+# -- the verdict ----------------------------------------------------------------------------------
+
+
+def says(*rows: Row) -> str:
+    found = verdict(rows, None)
+    return "\n".join([found.headline, *found.reasons])
+
+
+def test_the_mode_that_gains_is_recommended() -> None:
+    text = says(GREEDY, S2T, LLM)
+    assert text.startswith("For this pair and these prompts, use s2t entropy 5%: it closes 89%")
+    assert "the LLM reads 40% of the answers' tokens" in text
+
+
+def test_what_is_as_good_and_asks_less_is_preferred() -> None:
+    cheaper = row("s2t", 178, llm_read=1, budget=0.01)
+    assert says(GREEDY, S2T, cheaper).startswith(
+        "For this pair and these prompts, use s2t entropy 1%"
+    )
+    takeover = row("takeover", 181, llm_read=4, budget=0.05)
+    assert "use s2t entropy 5%" in says(GREEDY, takeover, S2T)
+
+
+def test_the_llm_free_mode_is_named_beside() -> None:
+    assert "Without the LLM: s2t_local entropy 5% is right on 65.0%" in says(
+        GREEDY, S2T, LOCAL, LLM
+    )
+
+
+def test_a_gain_within_noise_is_no_gain() -> None:
+    assert says(GREEDY, row("s2t", 104, llm_read=4, budget=0.05)).startswith("Stay with greedy")
+    assert says(GREEDY, S2T, row("llm", 101, llm_read=10)).startswith("For this pair")
+    alike = says(GREEDY, row("s2t", 101, llm_read=4, budget=0.05), row("llm", 101, llm_read=10))
+    assert alike.startswith("Nothing to gain was found")
+
+
+def test_pass_at_n_is_never_recommended() -> None:
+    """It needs someone who knows the right answer."""
+    assert says(GREEDY, row("pass@8", 190)).startswith("Stay with greedy")
+
+
+def test_too_few_problems_are_said() -> None:
+    few = says(row("greedy", 5, 10), row("s2t", 7, 10, 4, 0.05))
+    assert "a difference below" in few and "ask more" in few
+
+
+# -- the files ------------------------------------------------------------------------------------
+
+
+def evaluated(rows: Sequence[Row] = (GREEDY, S2T, LOCAL, LLM)) -> Evaluated:
+    problems = [Problem(str(i), Prompt(text=HOSTILE), bool, expected="4") for i in range(200)]
+    about = {"SLM": HOSTILE, "command": "s2t eval"}
+    return Evaluated(title="A <title>", rows=rows, problems=problems, hits=HITS, about=about)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    assert len(write_report(evaluated(), folder)) == 3
+    return folder
+
+
+def test_the_figures_are_in_the_json(folder: Path) -> None:
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert [r["label"] for r in found["rows"]][:2] == ["greedy", "s2t entropy 5%"]
+    s2t = found["rows"][1]
+    assert s2t["accuracy"] == 0.9 and s2t["rescued"] == 80 and s2t["harmed"] == 0
+    assert found["local_sufficiency"]["by_kl"]["top 5%"]["8"] == 1.0
+    assert found["verdict"]["headline"].startswith("For this pair")
+
+
+def test_the_markdown_has_the_table(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| s2t entropy 5% | 0.900 | 0.85 - 0.93 | +0.400 ± 0.068 | 80, 0 | < 0.001 |" in text
+    assert "cut off |" not in text  # a column that says nothing
+
+
+class _Outside(HTMLParser):
+    """Elements and attributes that load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "action") or name.startswith("on"):
+                self.found.append(f"{tag} {name}={value}")
+
+
+def test_the_page_needs_nothing_else_and_escapes_all(folder: Path) -> None:
+    """An answer's text must not become markup, and nothing is loaded from elsewhere."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    parser = _Outside()
+    parser.feed(text)
+    assert parser.found == []
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+@pytest.mark.slow
+def test_the_answer_viewer_in_a_browser(folder: Path) -> None:
+    """A click on a marked token shows its candidates; hostile text stays text."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((folder / "report.html").as_uri())
+        assert page.title() == "A <title>"
+        token = page.locator("button.token").first
+        assert token.get_attribute("aria-label") == "<4>, divergence point, changed"
+        token.focus()
+        page.keyboard.press("Enter")
+        shown = page.locator("#decision").inner_text()
+        assert "chosen by the LLM, changed" in shown and "90.0 %" in shown and "<4> ✓" in shown
+        assert HOSTILE in page.locator("#prompt").inner_text()
+        first = page.locator("#problem").input_value()
+        page.locator("#next").click()
+        assert page.locator("#problem").input_value() != first
+        # On a phone the page itself does not scroll sideways.
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 390 and errors == []
+        browser.close()
