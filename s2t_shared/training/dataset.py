@@ -83,16 +83,21 @@ class TrainingData:
         self._data: _Shards | _InMemory
         self._data = _Shards(source) if isinstance(source, Snapshot) else _InMemory(source)
         self.newest = self._data.newest
-        found = [self._data.read(shard, KEY_COLUMNS) for shard in range(self._data.shards)]
-        for rows in found:
+        pairs = Counter[tuple[str, ...]]()
+        held_out: list[tuple[np.ndarray, Rows]] = []  # of each shard: their numbers, their keys
+        for shard in range(self._data.shards):
+            rows = self._data.read(shard, KEY_COLUMNS)
             for split in rows.distinct("split"):
                 check_split(split)
-        pairs = self._data.pairs()
+            pairs += rows.labels_by("slm_digest", "llm_digest")
+            chosen = (rows.numbers(PART) != 0) & (rows.label_counts > 0)
+            held_out.append((np.flatnonzero(chosen), rows.where(chosen)))
         self.llm_digest = _llm_of(pairs, slm_digest)
         self._pair = (slm_digest, self.llm_digest)
         self.skipped = pairs.total() - pairs[self._pair]
-        self._held_prompts, self._held_labels = self._find_held_out(found)
-        self._chosen = {part: self._choose(found, part) for part in (Part.VALIDATION, Part.TEST)}
+        self._held_prompts, self._held_labels = self._find_held_out(held_out)
+        parts = (Part.VALIDATION, Part.TEST)
+        self._chosen = {part: self._choose(held_out, part) for part in parts}
         if not all(self._chosen.values()) or not self._has_enough():
             raise StoreError(
                 f"{self.labels} training labels, {self._chosen_labels(Part.VALIDATION)} to "
@@ -103,24 +108,22 @@ class TrainingData:
 
     # -- what is held out -------------------------------------------------------------------------
 
-    def _find_held_out(self, found: Iterable[Rows]) -> tuple[Keys, Keys]:
+    def _find_held_out(self, held_out: Iterable[tuple[np.ndarray, Rows]]) -> tuple[Keys, Keys]:
         """Keys of the prompts and of the labels of all held-out rollouts, ascending."""
-        prompts, labels = [], []
-        for rows in found:
-            of_pair = rows.where(self._is_of_pair(rows) & (rows.label_counts > 0))
-            held_out = of_pair.where(of_pair.numbers(PART) != 0)
-            prompts.append(held_out.numbers(PROMPT_KEY))
-            labels.append(held_out.of_labels(LABEL_KEY))
+        prompts, labels = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        for _, rows in held_out:
+            of_pair = rows.where(self._is_of_pair(rows))
+            prompts.append(of_pair.numbers(PROMPT_KEY))
+            labels.append(of_pair.of_labels(LABEL_KEY))
         return np.unique(np.concatenate(prompts)), np.unique(np.concatenate(labels))
 
-    def _choose(self, found: Iterable[Rows], part: Part) -> list[_Place]:
+    def _choose(self, held_out: Iterable[tuple[np.ndarray, Rows]], part: Part) -> list[_Place]:
         """The rollouts of a part with the smallest hashes that together have about
         `settings.held_out_labels` labels at most."""
         places = []
-        for shard, rows in enumerate(found):
-            wanted = rows.numbers(PART) == PARTS.index(part)
-            wanted &= self._is_of_pair(rows) & (rows.label_counts > 0)
-            numbers = np.flatnonzero(wanted)
+        for shard, (numbers, rows) in enumerate(held_out):
+            wanted = (rows.numbers(PART) == PARTS.index(part)) & self._is_of_pair(rows)
+            numbers = numbers[wanted]
             counts = rows.label_counts[wanted].tolist()
             ids = rows.where(wanted).texts("rollout_id")
             for name, number, count in zip(ids, numbers.tolist(), counts, strict=True):
@@ -260,12 +263,8 @@ class _Shards:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._reader: Reader = snapshot.reader()
-        self._snapshot = snapshot
         self.shards = len(self._reader.shards)
         self.newest = max((shard.last for shard in self._reader.shards), default=0.0)
-
-    def pairs(self) -> Counter[tuple[str, ...]]:
-        return self._snapshot.pairs()
 
     def read(self, shard: int, names: Sequence[str]) -> Rows:
         return self._reader.read(shard, names)
@@ -296,9 +295,6 @@ class _InMemory:
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self._rows = Rows.of(rollouts).completed()
         self.newest = max((rollout.created_at for rollout in rollouts), default=0.0)
-
-    def pairs(self) -> Counter[tuple[str, ...]]:
-        return self._rows.labels_by("slm_digest", "llm_digest")
 
     def read(self, shard: int, names: Sequence[str]) -> Rows:
         return self._rows

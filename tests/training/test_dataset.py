@@ -135,9 +135,9 @@ def test_labels_of_other_models_are_skipped(tmp_path: Path, rests: bool) -> None
     disk as in memory, and nothing of the others is trained or measured on."""
     ours = make_rollouts(60)
     others = [
-        make_rollout(100 + i, (3,), **{field: "other"})
+        make_rollout(100 + 2 * i + n, (3,), **{field: "other"})
         for i in range(40)
-        for field in ("slm_digest", "llm_digest")
+        for n, field in enumerate(("slm_digest", "llm_digest"))
     ]
     source = [*others[:40], *ours, *others[40:]]
     Lake(tmp_path).write(source)
