@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 # Everything but what starts Ray, kills processes or takes long.
 FAST := not service and not kill and not slow
 
-.PHONY: install demo test check lint protos pair clean install-vllm test-vllm
+.PHONY: install demo test check lint protos baseline pair clean install-vllm test-vllm
 
 install: .venv/installed
 
@@ -36,11 +36,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against baseline.binpb
 
 protos: install
 	$(BIN)/python -m grpc_tools.protoc -Is2t_shared/pb/v1=protos/s2t/v1 --python_out=. --pyi_out=. \
 	  --grpc_python_out=. protos/s2t/v1/*.proto
+
+# At a release: what later protos may not break, and messages that later programs must read.
+baseline: install
+	cd protos && ../$(BIN)/buf build -o baseline.binpb --exclude-source-info
+	$(BIN)/python -m tests.services.rpc.golden_messages
 
 pair: install
 	$(BIN)/python -m s2t_shared.bundled.train

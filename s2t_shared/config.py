@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,11 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
+from s2t_shared.redis_url import has_password
 from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.types import MAX_CANDIDATES, MAX_SAMPLES, Mode, OnLLMFailure, Trigger
 
 ENVIRONMENT_PREFIX = "S2T_"
+HTTP_PORT = 8080
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::", "[::]")
+# What Kubernetes puts into a pod for each Service of its namespace, here for one named `s2t` or
+# `s2t-...`: S2T_REDIS_SERVICE_HOST, S2T_REDIS_PORT, S2T_REDIS_PORT_6379_TCP_ADDR. No setting of
+# ours looks like that: they have a section, and `__` behind it.
+SERVICE_LINK = re.compile(
+    r"S2T(_[A-Z0-9]+)*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    r"|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 
 class _Section(BaseModel):
@@ -30,51 +41,75 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
+    """A model and what runs it. Some settings are those of one runtime only."""
+
     model: str = Field(
         "bundled", description="Hugging Face folder or hub id; 'bundled': the pair in this package"
     )
+    runtime: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="what runs the model; vllm: a server's tokens per second, quantised weights, "
+        "and for the LLM several GPUs",
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1")
+    device: str = Field("cpu", description="torch: the device: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, description="CPU threads of one replica")
     kv_gib: float = Field(
-        2.0, gt=0, description="memory for keys and values, of live and kept contexts together"
+        2.0,
+        gt=0,
+        description="torch: memory for keys and values, of live and kept contexts together",
     )
     chat_template: str | None = Field(
         None, description="Jinja text that replaces the tokenizer's own"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="vllm, LLM only: GPUs that share every layer")
+    pipeline_parallel: int = Field(
+        1, ge=1, description="vllm, LLM only: GPUs that hold some layers each"
+    )
+    quantization: str | None = Field(
+        None,
+        description="vllm: as it names it, for example fp8; default: as the weights are stored",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="vllm: share of a GPU's memory for weights and KV cache"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="vllm: longest context in tokens; default: the model's"
     )
 
     @property
     def kv_bytes(self) -> int:
         return int(self.kv_gib * (1 << 30))
 
-
-class LLMConfig(ModelConfig):
-    """The LLM. The settings from `tensor_parallel` on are vLLM's, and need `runtime: vllm`."""
-
-    runtime: Literal["torch", "vllm"] = Field(
-        "torch", description="what runs the LLM; vllm: several GPUs, quantised weights"
-    )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that share every layer")
-    pipeline_parallel: int = Field(1, ge=1, description="GPUs that hold some layers each")
-    quantization: str | None = Field(
-        None, description="as vLLM names it, for example fp8; default: as the weights are stored"
-    )
-    gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory for weights and KV cache"
-    )
-    max_length: int | None = Field(
-        None, ge=1, description="longest context in tokens; default: the model's"
-    )
-
     @model_validator(mode="after")
     def _check_runtime(self) -> Self:
-        if self.runtime == "vllm":
-            return self
-        for name, field in LLMConfig.model_fields.items():
-            is_vllms = name not in ModelConfig.model_fields and name != "runtime"
-            if is_vllms and getattr(self, name) != field.default:
-                raise ValueError(f"{name} needs runtime: vllm (llm.runtime is torch)")
+        """A setting that the chosen runtime would not look at is a mistake."""
+        for runtime, (names, instead) in ONLY_OF.items():
+            for name in names:
+                is_set = getattr(self, name) != ModelConfig.model_fields[name].default
+                if is_set and self.runtime != runtime:
+                    raise ValueError(
+                        f"{name} needs runtime: {runtime} (this model's is {self.runtime}{instead})"
+                    )
         return self
+
+
+ONLY_OF = {  # runtime -> settings that the other one does not have; what that one has instead
+    "torch": (
+        ("device", "kv_gib"),
+        ", which takes the GPU that CUDA_VISIBLE_DEVICES names, and gpu_memory_utilization of it",
+    ),
+    "vllm": (
+        (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "quantization",
+            "gpu_memory_utilization",
+            "max_length",
+        ),
+        "",
+    ),
+}
 
 
 class Placement(_Section):
@@ -91,8 +126,43 @@ class Placement(_Section):
     )
 
 
-class ProposerConfig(Placement):
+class ScaledPlacement(Placement):
+    """Replicas of which Serve may start more under load, and end them again."""
+
+    replicas: int = Field(1, ge=0, description="that always run")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Serve starts up to so many under load; default: only `replicas`"
+    )
+    target_ongoing_requests: float = Field(
+        32.0,
+        gt=0,
+        description="with max_replicas: requests at once (of a selector: queries) that Serve aims "
+        "at for each replica",
+    )
+
+    @model_validator(mode="after")
+    def _check_scaling(self) -> Self:
+        if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:
+            raise ValueError(
+                f"replicas={self.replicas} must be 1 to max_replicas={self.max_replicas}"
+            )
+        return self
+
+    @property
+    def scales(self) -> bool:
+        """Whether Serve changes the number of replicas."""
+        return self.max_replicas is not None and self.max_replicas > self.replicas
+
+
+class ProposerConfig(ScaledPlacement):
     max_num_seqs: int = Field(32, ge=1, description="sequences in one batch")
+    max_lora_rank: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="with slm.runtime vllm: rank of the local selectors that it can load; 0: none, "
+        "and vLLM decodes faster",
+    )
     cuda_graphs: bool = Field(
         True, description="on a GPU, record decode steps and replay them; off: for debugging"
     )
@@ -117,15 +187,36 @@ class ProposerConfig(Placement):
     selection_timeout_s: float = Field(
         2.0, gt=0, description="a later LLM selection degrades the step"
     )
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="a decode step that takes longer hangs: the replica is replaced, and its "
+        "answers go on elsewhere",
+    )
     max_draft_tokens: int = Field(
         32, ge=1, description="KL triggers: drafted tokens per LLM check; 1: token by token"
     )
 
 
-class SelectorConfig(Placement):
+class SelectorConfig(ScaledPlacement):
     host: str = Field("127.0.0.1", description="where the replica's own gRPC server listens")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="of that server, for a firewall's rule; then a node has one replica at most; "
+        "0: any free port",
+    )
     addresses: tuple[str, ...] = Field(
         (), description="host:port of selectors elsewhere; then none is started here"
+    )
+    max_queries: int = Field(
+        1024, ge=0, description="queries that one selector answers at once; 0: any number"
+    )
+    max_queries_per_client: int = Field(
+        512,
+        ge=0,
+        description="of them, those of one proposer (a token from a host); 0: any number",
     )
     start_wait_s: float = Field(
         120.0,
@@ -133,12 +224,26 @@ class SelectorConfig(Placement):
         description="a proposer that starts waits so long for the LLM; later, it is taken up "
         "when it comes",
     )
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="an LLM that takes longer for a step hangs: it is replaced"
+    )
 
 
 class GatewayConfig(Placement):
     num_cpus: float = Field(0.1, ge=0)
     host: str = "127.0.0.1"
-    port: int = Field(50051, ge=0, le=65535, description="0: any free port")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC; 0: any free port")
+    http: bool = Field(True, description="also serve HTTP: OpenAI's API and the playground")
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description=f"0: any free port; default: {HTTP_PORT}, or any free one where port is 0",
+    )
+    playground: bool = Field(True, description="serve a page to try the service, at /")
+    served_model_name: str | None = Field(
+        None, description="as HTTP clients name the model; default: the last part of slm.model"
+    )
     max_message_bytes: int = Field(4 << 20, ge=1024, description="of one request")
     max_prompt_bytes: int = Field(
         1 << 20, ge=1, description="of a prompt's text or messages; a token id counts 4"
@@ -152,6 +257,12 @@ class GatewayConfig(Placement):
         ge=0,
         description="requests of one client (a token from a host) that are answered at once; 0: "
         "any number",
+    )
+    max_resumes: int = Field(
+        5,
+        ge=0,
+        description="an answer whose proposer dies goes on with another one; so often in a row "
+        "without a new token",
     )
     max_concurrent_streams: int = Field(
         256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
@@ -168,22 +279,72 @@ class GatewayConfig(Placement):
     max_connection_age_grace_s: float = Field(
         600.0, ge=0, description="calls of such a connection are cut after this long; 0: never"
     )
+    drain_lag_s: float = Field(
+        0.0,
+        ge=0,
+        description="a gateway that stops takes calls for so long after its health says "
+        "NOT_SERVING: as long as load balancers need to notice",
+    )
+    drain_grace_s: float = Field(
+        30.0, ge=0, description="then calls under way have so long to end before they are cut"
+    )
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a gateway takes to stop, at most. What is behind it stays as long."""
+        return self.drain_lag_s + self.drain_grace_s
 
 
 class SecurityConfig(_Section):
-    """Needed as soon as the gateway or the LLM selector listens beyond loopback."""
+    """Needed as soon as the gateway or the LLM selector listens beyond loopback. All files are read
+    again when they change."""
 
     certificate: Path | None = Field(None, description="PEM file of the servers' certificate chain")
     key: Path | None = Field(None, description="PEM file of its private key")
+    client_authority: Path | None = Field(
+        None,
+        description="PEM file of the authority whose certificates clients must have (mutual TLS)",
+    )
     authority: Path | None = Field(
         None, description="PEM file of the authority that clients here trust"
     )
+    client_certificate: Path | None = Field(
+        None, description="PEM file of the certificate chain that clients here show"
+    )
+    client_key: Path | None = Field(None, description="PEM file of its private key")
+    server_name: str = Field(
+        "",
+        description="name in the servers' certificate, where it is not the address at which "
+        "clients here reach them: replicas behind one certificate",
+    )
     token_file: Path | None = Field(
-        None, description="file with the token clients must send, at least 16 bytes"
+        None,
+        description="file with the tokens that callers must send, one 'ROLE: TOKEN' a line; roles "
+        "are generate, score (proposers to selectors) and admin",
     )
     insecure: bool = Field(
         False, description="allow plain, tokenless servers on other than loopback addresses"
     )
+
+    @model_validator(mode="after")
+    def _check_needs(self) -> Self:
+        for name, needed in SECURITY_NEEDS:
+            if getattr(self, name) and not getattr(self, needed):
+                raise ValueError(
+                    f"security.{name} has no effect without security.{needed}; set both or neither"
+                )
+        return self
+
+
+SECURITY_NEEDS = (  # a setting, and what it does nothing without
+    ("certificate", "key"),
+    ("key", "certificate"),
+    ("client_authority", "certificate"),
+    ("client_certificate", "client_key"),
+    ("client_key", "client_certificate"),
+    ("client_certificate", "authority"),
+    ("server_name", "authority"),
+)
 
 
 class DefaultsConfig(_Section):
@@ -208,7 +369,18 @@ class RedisConfig(_Section):
     url: str | None = Field(
         None, description="None: `s2t serve` starts one of its own, on loopback"
     )
+    password_dir: Path | None = Field(
+        None,
+        description="folder of `s2t redis-acl`: each process logs in under its role, with the "
+        "password in the file of that name; None: the URL says user and password, if any",
+    )
     port: int = Field(0, ge=0, le=65535, description="of the one it starts; 0: any free port")
+    max_memory_mib: int = Field(
+        1024,
+        ge=16,
+        description="of the one it starts; when it is full, cached selections make room for "
+        "labels, then labels wait in the spool",
+    )
     cache_ttl_s: int = Field(
         86_400, ge=1, description="how long a selection answers from the cache"
     )
@@ -222,7 +394,20 @@ class LabelsConfig(_Section):
     max_age_days: float = Field(
         0.0, ge=0, description="shards of older labels only are removed; 0: kept"
     )
-    max_gib: float = Field(0.0, ge=0, description="the oldest shards beyond are removed; 0: kept")
+    max_gib: float | None = Field(
+        None,
+        ge=0,
+        description="the oldest shards beyond are removed; None: half of the lake's disk, at most "
+        "100; 0: kept",
+    )
+    dead_letter_days: float = Field(
+        30.0, ge=0, description="refused labels are removed after this long; 0: kept"
+    )
+    spool_dir: Path | None = Field(
+        None,
+        description="where they wait; on a disk of the proposer's own node, if data_dir is on "
+        "shared storage; None: spool in data_dir",
+    )
     spool_mib: int = Field(
         1024, ge=1, description="disk of one proposer for labels that Redis cannot take now"
     )
@@ -242,7 +427,7 @@ class Config(_Section):
     """The whole configuration; `s2t config` prints the resolved one."""
 
     slm: ModelConfig = ModelConfig()
-    llm: LLMConfig = LLMConfig()
+    llm: ModelConfig = ModelConfig()
     defaults: DefaultsConfig = DefaultsConfig()
     gateway: GatewayConfig = GatewayConfig()
     proposer: ProposerConfig = ProposerConfig()
@@ -257,12 +442,29 @@ class Config(_Section):
     )
 
     @property
+    def http_port(self) -> int:
+        """The gateway's, 0 for any free one."""
+        gateway = self.gateway
+        if gateway.http_port is not None:
+            return gateway.http_port
+        return HTTP_PORT if gateway.port else 0
+
+    @property
+    def served_model_name(self) -> str:
+        """As HTTP clients name the model."""
+        return self.gateway.served_model_name or self.slm.model.rstrip("/").rpartition("/")[2]
+
+    @property
     def lake(self) -> Path:
         return self.data_dir / "labels"
 
     @property
     def spool(self) -> Path:
-        return self.data_dir / "spool"
+        return self.labels.spool_dir or self.data_dir / "spool"
+
+    @property
+    def known_models(self) -> Path:
+        return self.data_dir / "known-models"
 
     @property
     def versions(self) -> Path:
@@ -290,7 +492,7 @@ def load_config(
     if environment is None:
         environment = os.environ
     for name, text in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and not SERVICE_LINK.fullmatch(name):
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             _set(values, key, yaml.safe_load(text), name)
     for key, value in (overrides or {}).items():
@@ -301,10 +503,36 @@ def load_config(
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     _check_together(config)
-    return config.model_copy(update={"data_dir": config.data_dir.expanduser().absolute()})
+    return _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Replicas have other working folders."""
+    labels, redis = config.labels, config.redis
+    if labels.spool_dir is not None:
+        labels = labels.model_copy(update={"spool_dir": _absolute(labels.spool_dir)})
+    if redis.password_dir is not None:
+        redis = redis.model_copy(update={"password_dir": _absolute(redis.password_dir)})
+    absolute = {"data_dir": _absolute(config.data_dir), "labels": labels, "redis": redis}
+    return config.model_copy(update=absolute)
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
 
 
 def _check_together(config: Config) -> None:
+    redis = config.redis
+    if redis.url is None and redis.password_dir is not None:
+        raise ConfigError(
+            "redis.password_dir is for the Redis at redis.url, and that is not set; a Redis that "
+            "`s2t serve` starts makes its own"
+        )
+    if redis.url is not None and redis.password_dir is not None and has_password(redis.url):
+        raise ConfigError(
+            "redis.url holds a user or password, and redis.password_dir gives them too; remove "
+            "them from the URL, or leave redis.password_dir out"
+        )
     default, limit = config.defaults.max_new_tokens, config.gateway.max_new_tokens
     if default > limit:
         raise ConfigError(
@@ -314,12 +542,15 @@ def _check_together(config: Config) -> None:
 
 
 def check_exposure(config: Config) -> None:
-    """Refuse servers beyond loopback without TLS and a token.
+    """Refuse servers beyond loopback without TLS and a token, and proposers that could not reach
+    their selectors.
 
     Raises:
-        ConfigError: `gateway.host` or `selector.host` is such a server.
+        ConfigError: `gateway.host` or `selector.host` is such a server, or settings of both ends
+            of a connection contradict one another.
     """
     security = config.security
+    _check_ends(config)
     if security.insecure:
         return
     secured = security.certificate and security.key and security.token_file
@@ -331,6 +562,37 @@ def check_exposure(config: Config) -> None:
                 "security.key and security.token_file (or security.insecure: true, if the network "
                 "is yours alone)"
             )
+    for address in config.selector.addresses:
+        if address.rpartition(":")[0] not in LOOPBACK and not security.authority:
+            raise ConfigError(
+                f"selector.addresses: prompts and the token would go to {address} in clear text; "
+                "set security.authority (or security.insecure: true, if the network is yours alone)"
+            )
+
+
+def _check_ends(config: Config) -> None:
+    """Both ends of the connections from proposers to the selectors that are started here."""
+    security = config.security
+    if config.selector.addresses or not config.selector.replicas:
+        return
+    if security.certificate and not security.authority:
+        raise ConfigError(
+            "security.certificate without security.authority: proposers would speak plain text to "
+            "selectors that speak TLS, and no LLM would ever be reached; set security.authority to "
+            "the PEM file of the authority that issued the certificate"
+        )
+    if security.authority and not security.certificate:
+        raise ConfigError(
+            "security.authority without security.certificate: proposers would speak TLS to "
+            "selectors that speak plain text, and no LLM would ever be reached; set "
+            "security.certificate and security.key, or leave security.authority out"
+        )
+    if security.client_authority and not security.client_certificate:
+        raise ConfigError(
+            "security.client_authority without security.client_certificate: selectors would not "
+            "hear proposers, which have no certificate; set security.client_certificate and "
+            "security.client_key to one of that authority"
+        )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

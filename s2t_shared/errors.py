@@ -5,14 +5,18 @@
       ConfigError                a setting, flag or file of the operator is wrong
         TokenizerMismatchError   SLM and LLM do not share a tokenizer
       ModelLoadError             a model folder is missing, broken or not supported
+      ModelFailedError           a model's runtime has failed while it ran
       VersionError               a local-selector version is corrupt or does not fit
         VersionNotFoundError
       EvaluationSplitError       calibration, harvest or training was pointed at an evaluation split
       OverloadedError            no room now; try again
       SelectorUnavailableError   the LLM cannot be asked (the engine degrades instead of failing)
+      ServiceUnavailableError    the service cannot be reached or is not ready
+        ProposerLostError        the proposer that answered has died
       StoreError                 Redis or the label lake cannot be used
       DeadlineExceededError      the request's own deadline passed
       UnauthenticatedError       no token, or a wrong one
+      PermissionDeniedError      a token whose role does not allow the call
 
 A message says what is wrong, where, and how to mend it. Bugs are `assert`s, never one of these.
 `services.rpc.wire` maps each class to a gRPC status, `services.cli` to an exit status.
@@ -59,6 +63,12 @@ class ModelLoadError(S2TError):
     """A model folder is missing, broken, or of an unsupported kind."""
 
 
+class ModelFailedError(S2TError):
+    """The runtime of a model has failed while it ran, and answers nothing more."""
+
+    retry_after_s = RETRY_AFTER_S
+
+
 class VersionError(S2TError):
     """A local-selector version is corrupt, or was made for other models."""
 
@@ -83,6 +93,18 @@ class SelectorUnavailableError(S2TError):
     retry_after_s = RETRY_AFTER_S
 
 
+class ServiceUnavailableError(S2TError):
+    """The service cannot be reached, is not ready, or broke off; the request can be sent again."""
+
+    retry_after_s = RETRY_AFTER_S
+
+
+class ProposerLostError(ServiceUnavailableError):
+    """The proposer that answered has died. Another one can go on."""
+
+    retry_after_s = 0.1
+
+
 class StoreError(S2TError):
     """Redis or the label lake cannot be used."""
 
@@ -95,3 +117,7 @@ class DeadlineExceededError(S2TError):
 
 class UnauthenticatedError(S2TError):
     """The caller gave no valid token."""
+
+
+class PermissionDeniedError(S2TError):
+    """The caller's token is valid, and its role does not allow the call."""

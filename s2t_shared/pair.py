@@ -25,10 +25,12 @@ from s2t_shared.decode.calibrate import (
 )
 from s2t_shared.decode.engine import MAX_DRAFT_TOKENS, Engine
 from s2t_shared.decode.generate import Generator, shown_steps, with_thresholds
-from s2t_shared.decode.interfaces import SelectorClient
+from s2t_shared.decode.interfaces import SelectorClient, SLMProposer
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
-from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelectorClient
+from s2t_shared.decode.vllm_options import VLLMOptions
+from s2t_shared.decode.vllm_proposer import MAX_LORA_RANK, VLLMProposer
+from s2t_shared.decode.vllm_selector import VLLMSelectorClient
 from s2t_shared.errors import InvalidRequestError, S2TError, VersionNotFoundError
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
@@ -39,6 +41,7 @@ from s2t_shared.policy import CALIBRATED, Calibration
 from s2t_shared.requests import PromptLike, new_request
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Prompt
 from s2t_shared.versions.live import open_version
+from s2t_shared.versions.registry import SLM
 
 CALIBRATIONS = Path("~/.cache/s2t/calibration")
 SELECTION_TIMEOUT_S = 600.0  # nobody waits for an answer as for a service's: rather late than worse
@@ -75,12 +78,14 @@ class Pair:
         chat_template: str | None = None,
         max_draft_tokens: int = MAX_DRAFT_TOKENS,
         vllm: VLLMOptions | None = None,
+        slm_vllm: VLLMOptions | None = None,
     ) -> Pair:
         """Load the models.
 
         slm, llm: folder, hub id, or "bundled". version: of the local selector: a name in the
         registry `versions`, "live", or a version's folder. batch_size: sequences decoded at once.
-        threads: CPU threads, default all cores. vllm: run the LLM on vLLM, so.
+        threads: CPU threads, default all cores. vllm, slm_vllm: run the LLM, or the SLM, on vLLM,
+        so; dtype, device and kv_gib are those of models that torch runs.
 
         Raises:
             ModelLoadError: a model is missing or not supported.
@@ -99,10 +104,20 @@ class Pair:
             else:
                 loaded = ModelRuntime.load(llm, dtype, device, kv_bytes, "llm")
                 selector = InProcessSelector(LLMSelector(loaded, llm_tokenizer.digest))
-        runtime = ModelRuntime.load(slm, dtype, device, kv_bytes, max_num_seqs=batch_size)
+        runtime: ModelRuntime | VLLMProposer
+        weights: SLM
+        if slm_vllm is not None:
+            rank = MAX_LORA_RANK if version is not None else 0
+            runtime = VLLMProposer.load(
+                slm, slm_vllm, tokenizer, max_num_seqs=batch_size, max_lora_rank=rank
+            )
+            weights = runtime.adapter_host
+        else:
+            runtime = ModelRuntime.load(slm, dtype, device, kv_bytes, max_num_seqs=batch_size)
+            weights = runtime
         local = None
         if version is not None:
-            local = open_version(version, versions, runtime, tokenizer.digest)
+            local = open_version(version, versions, weights, tokenizer.digest)
         return cls.of(
             runtime,
             tokenizer,
@@ -116,7 +131,7 @@ class Pair:
     @classmethod
     def of(
         cls,
-        slm: ModelRuntime,
+        slm: ModelRuntime | VLLMProposer,
         tokenizer: Tokenizer,
         llm: SelectorClient | None = None,
         local_selector: LocalSelector | None = None,
@@ -137,7 +152,11 @@ class Pair:
                 return local_selector
             raise VersionNotFoundError(f"version {version!r} is not loaded")
 
-        proposer = Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows))
+        proposer: SLMProposer
+        if isinstance(slm, ModelRuntime):
+            proposer = Proposer(slm, reserved_ids(tokenizer, slm.vocab_rows))
+        else:
+            proposer = slm
         engine = Engine(proposer, llm, lookup, **engine_options)
         return cls(tokenizer, engine, llm, local_selector)
 
@@ -145,6 +164,8 @@ class Pair:
     def dtype(self) -> str:
         """The SLM's arithmetic, as torch names it."""
         proposer = self.engine.proposer
+        if isinstance(proposer, VLLMProposer):
+            return f"torch.{proposer.dtype}"
         assert isinstance(proposer, Proposer)
         return str(proposer.runtime.model.dtype)
 

@@ -122,8 +122,11 @@ def may_trigger(policy: Policy, step: int) -> bool:
 def triggers(policy: Policy, signal: float | None, step: int) -> bool:
     """Whether step `step` (0-based) is a divergence point: its signal lies strictly above the
     threshold."""
-    if not may_trigger(policy, step):
-        return False
+    return may_trigger(policy, step) and exceeds(policy, signal)
+
+
+def exceeds(policy: Policy, signal: float | None) -> bool:
+    """Whether the signal of a step that may trigger marks a divergence point."""
     if policy.trigger is Trigger.ALWAYS:
         return True
     assert signal is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -32,6 +31,7 @@ def open_client(url: str, timeout_s: float) -> redis.Redis:
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
+            driver_info=None,  # no CLIENT SETINFO: one command less for a role to be allowed
         )
     except ValueError:
         # Its text may quote a part of the password: keep it out of ours.
@@ -41,24 +41,22 @@ def open_client(url: str, timeout_s: float) -> redis.Redis:
         ) from None
 
 
-def place_of(url: str) -> str:
-    """host:port (or the socket's path) of a Redis URL, never its password."""
-    try:
-        parts = urlsplit(url)
-        return (
-            parts.path
-            if parts.scheme == "unix"
-            else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-        )
-    except ValueError:
-        return "the configured URL"
-
-
 @contextmanager
 def redis_errors(place: str) -> Iterator[None]:
     """The border: what redis-py raises inside becomes a StoreError that names `place`."""
     try:
         yield
+    except redis.AuthenticationError:
+        raise StoreError(
+            f"Redis at {place} wants a password, or refuses the one it got; give it in redis.url "
+            "(redis://user:password@host:port, by the environment: S2T_REDIS__URL), or set "
+            "redis.password_dir to the folder that `s2t redis-acl` made for this server"
+        ) from None
+    except redis.exceptions.NoPermissionError as error:
+        raise StoreError(
+            f"Redis at {place}: {str(error)[:200]}; give its ACL file the rules that "
+            "`s2t redis-acl` writes"
+        ) from None
     except (redis.RedisError, OSError) as error:
         # redis-py quotes the failed command of a pipeline, and Redis the arguments of an unknown
         # one: label contents.

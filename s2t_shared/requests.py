@@ -120,7 +120,9 @@ def parse_mode(text: str) -> tuple[Mode, int]:
     name, at, number = text.partition("@")
     mode = by_name(Mode, name, "mode")
     if at and (mode is not Mode.MAJORITY or not number.isdigit()):
-        raise InvalidRequestError(f"mode={text!r}: only majority takes a number, as in majority@8")
+        raise InvalidRequestError(
+            f"mode={text!r}: only majority takes a number, as in majority@8", field="mode"
+        )
     return mode, int(number) if at else DEFAULT_SAMPLES
 
 
@@ -134,4 +136,6 @@ def by_name(kind: type[Name], name: str, field: str) -> Name:
         return kind(name.replace("-", "_"))
     except ValueError:
         known = ", ".join(str(member.value) for member in kind)
-        raise InvalidRequestError(f"{field}={name!r}: unknown; choose from {known}") from None
+        raise InvalidRequestError(
+            f"{field}={name!r}: unknown; choose from {known}", field=field
+        ) from None

@@ -204,7 +204,8 @@ class DecodeRequest:
 
     deadline, start_by: `time.monotonic()` values in seconds. A sequence that has no place in the
     batch by `start_by` is not begun any more. turn: the lowest begins first, equal ones as they
-    came. stopping: ends the answer by its text.
+    came. stopping: ends the answer by its text. decided: Steps that are decided already, by another
+    engine; the sequence goes on behind them. llm_forwards: that they caused.
     """
 
     request_id: str
@@ -214,6 +215,8 @@ class DecodeRequest:
     start_by: float | None = None
     turn: float = 0.0
     stopping: StoppingCriteria | None = None
+    decided: tuple[Step, ...] = ()
+    llm_forwards: int = 0
 
 
 @dataclass(frozen=True)
@@ -272,8 +275,11 @@ class GenerateRequest:
     samples: n of majority@n. timeout_s: seconds; 0 means no deadline.
     return_steps: the answer carries the triggered Steps (with score_rollout: every Step).
     stream_steps: each Step is streamed as soon as it is decided.
+    alternatives: streamed Steps whose support was kept say what the token could have been: all
+    candidates, and at least so many of the SLM's top tokens. None: they do not.
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
     client: who asks, as the gateway knows it: clients get equal shares of a proposer.
+    progress: what another proposer has decided of the answer; None at its beginning.
     """
 
     request_id: str
@@ -285,9 +291,11 @@ class GenerateRequest:
     timeout_s: float = 0.0
     return_steps: bool = False
     stream_steps: bool = False
+    alternatives: int | None = None
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
     client: str = ""
+    progress: Progress | None = None
 
 
 # -- what the models say --------------------------------------------------------------------------
@@ -345,6 +353,21 @@ class ScoreReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A token that could have been chosen at a step.
+
+    slm, llm: the models' log-probabilities; None where it is not known. local: the local selector's
+    score; None where it was not asked.
+    """
+
+    token_id: int
+    text: str
+    slm: float | None = None
+    llm: float | None = None
+    local: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One decided token and how it came about. Text, metrics and labels are folded from Steps.
 
@@ -358,6 +381,8 @@ class Step:
     degraded: empty, or why the step did without the LLM.
     text: what this token added to the answer's text, where the text was asked for.
     support, llm: the two models' numbers; they stay in the process that decoded.
+    chosen, alternatives: made of them where a request wants `alternatives`: the emitted token, and
+    what it could have been, the SLM's best first.
     """
 
     index: int
@@ -377,6 +402,8 @@ class Step:
     text: str = ""
     support: Support | None = None
     llm: PositionScores | None = None
+    chosen: Alternative | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     def changed(self, **changes: Any) -> Step:
         """A copy with other values of the named fields.
@@ -449,11 +476,37 @@ class AnswerPiece:
     """Part of a streamed answer.
 
     text: new since the last piece. steps: those that made it. answer: the whole, in the last piece.
+    progress: what the piece adds to the answer's progress; it stays inside the service.
     """
 
     text: str = ""
     steps: tuple[Step, ...] = ()
     answer: Answer | None = None
+    progress: Progress | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What was decided of an answer, and with what: all that another proposer needs to go on.
+
+    token_ids: the decided ones. steps: those of them that are more than their token, because they
+    triggered, were degraded or asked the LLM. llm_forwards: that the answer caused so far. slm:
+    digest of the SLM. version: of the local selector, "" for none. threshold: of the trigger.
+    """
+
+    slm: str
+    version: str
+    threshold: float
+    llm_forwards: int = 0
+    token_ids: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def decided(self) -> tuple[Step, ...]:
+        """One Step for each token."""
+        more = {step.index: step for step in self.steps}
+        ids = enumerate(self.token_ids)
+        return tuple(more.get(i) or Step(index=i, token_id=token_id) for i, token_id in ids)
 
 
 # -- what a service says of itself ----------------------------------------------------------------
@@ -466,7 +519,7 @@ class ServiceDescription:
     llm_digest: as last known, "" while no LLM was reached yet. llm_reachable: whether there is one
     to ask now. max_length: of prompt and answer, in tokens. live_version, canary_version: of the
     local selector, "" for none. canary_share: of the requests that name no version. proposers:
-    replicas that are configured. running_sequences, waiting_sequences and live_kv_slots are those
+    replicas that run now. running_sequences, waiting_sequences and live_kv_slots are those
     of the one proposer that answered.
     """
 

@@ -5,12 +5,18 @@
 ...     for piece in client.stream("Eva has 20 coins .", mode="s2t", budget=0.05):
 ...         print(piece.text, end="")
 
-Answers, Steps and descriptions are the value types of `s2t_shared.types`.
+Answers, Steps and descriptions are the value types of `s2t_shared.types`. `AsyncClient` is the same
+for asyncio.
+
+A call that finds the service away is repeated for some seconds. A stream that breaks off is asked
+for again, and goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,16 +33,22 @@ from s2t_shared.types import (
     PublishedVersion,
     ServiceDescription,
 )
-from services.rpc import channels, wire
+from services.rpc import channels, retrying, wire
+from services.rpc.repeated_stream import RepeatedStream
+from services.rpc.tls import ClientTLS
 
 DEFAULT_TIMEOUT_S = 300.0
 
 
-class Client:
-    """Blocking calls to a service. Failures are `S2TError`s with the server's text.
+class _Connection:
+    """What both clients are made of: a channel, its stubs, and the requests.
 
-    authority: PEM file of the certificate authority, for TLS. timeout_s: seconds of one call.
+    authority: PEM file of the certificate authority, for TLS. tls: instead of it, where the client
+    has a certificate too, or the server another name than its address. timeout_s: seconds of one
+    call, its repetitions included.
     """
+
+    asynchronous: bool
 
     def __init__(
         self,
@@ -44,12 +56,50 @@ class Client:
         token: str | None = None,
         authority: Path | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: ClientTLS | None = None,
     ) -> None:
-        self._channel = channels.open_channel(address, authority, asynchronous=False)
+        """Raises ConfigError: a PEM file cannot be used."""
+        if tls is None and authority is not None:
+            tls = ClientTLS(authority=authority)
+        self._channel = channels.open_channel(
+            address, tls, self.asynchronous, retrying.CHANNEL_OPTIONS
+        )
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._metadata = channels.call_metadata(token)
         self._timeout_s = timeout_s
+
+    def _begin(self, method: Any, request: Any) -> Any:
+        return method(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    def _begin_stream(self, request: pb.StreamGenerateRequest, began_at: float) -> Any:
+        left = max(0.0, began_at + self._timeout_s - time.monotonic())
+        return self._generation.StreamGenerate(request, timeout=left, metadata=self._metadata)
+
+
+def _generate_request(prompt: PromptLike, request_id: str, settings: Any) -> pb.GenerateRequest:
+    """With an id of its own, so that a repetition is known as one."""
+    parameters = wire.write_settings(prompt, **settings)
+    return pb.GenerateRequest(request_id=request_id or uuid.uuid4().hex, parameters=parameters)
+
+
+def _stream_request(
+    prompt: PromptLike, request_id: str, stream_steps: bool, settings: Any
+) -> pb.StreamGenerateRequest:
+    return pb.StreamGenerateRequest(
+        request_id=request_id or uuid.uuid4().hex,
+        parameters=wire.write_settings(prompt, **settings),
+        stream_steps=stream_steps,
+    )
+
+
+class Client(_Connection):
+    """Blocking calls to a service. Failures are `S2TError`s with the server's text.
+
+    authority: PEM file of the certificate authority, for TLS. timeout_s: seconds of one call.
+    """
+
+    asynchronous = False
 
     def __enter__(self) -> Client:
         return self
@@ -79,8 +129,7 @@ class Client:
         Raises:
             S2TError: the request was refused or could not be answered.
         """
-        parameters = wire.write_settings(prompt, **settings)
-        request = pb.GenerateRequest(request_id=request_id, parameters=parameters)
+        request = _generate_request(prompt, request_id, settings)
         return wire.read_answer(self._call(self._generation.Generate, request).answer)
 
     def stream(
@@ -96,23 +145,24 @@ class Client:
         early cancels the answer. `settings` as in `generate`.
 
         Raises:
+            ServiceUnavailableError: the stream broke off, and could not be taken up again.
             S2TError: the request was refused or could not be answered.
         """
-        request = pb.StreamGenerateRequest(
-            request_id=request_id,
-            parameters=wire.write_settings(prompt, **settings),
-            stream_steps=stream_steps,
-        )
-        call = self._generation.StreamGenerate(
-            request, timeout=self._timeout_s, metadata=self._metadata
-        )
-        try:
-            for message in call:
-                yield wire.read_piece(message)
-        except grpc.RpcError as error:
-            raise wire.error_of(error) from error
-        finally:
-            call.cancel()
+        request = _stream_request(prompt, request_id, stream_steps, settings)
+        began_at = time.monotonic()
+        seen = RepeatedStream()
+        while True:
+            call = self._begin_stream(request, began_at)
+            try:
+                for message in call:
+                    piece = seen.new_of(wire.read_piece(message))
+                    if piece is not None:
+                        yield piece
+                return
+            except grpc.RpcError as error:
+                seen.begin_again(wire.error_of(error))
+            finally:
+                call.cancel()
 
     def describe(self) -> ServiceDescription:
         """What the service runs."""
@@ -146,6 +196,88 @@ class Client:
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout_s, metadata=self._metadata)
+            return self._begin(method, request)
+        except grpc.RpcError as error:
+            raise wire.error_of(error) from error
+
+
+class AsyncClient(_Connection):
+    """`Client` for asyncio: the same calls, awaited. Lives on the loop that it was made on."""
+
+    asynchronous = True
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self._channel.close()
+
+    async def generate(self, prompt: PromptLike, request_id: str = "", **settings: Any) -> Answer:
+        """As `Client.generate`."""
+        request = _generate_request(prompt, request_id, settings)
+        response = await self._call(self._generation.Generate, request)
+        return wire.read_answer(response.answer)
+
+    async def stream(
+        self,
+        prompt: PromptLike,
+        request_id: str = "",
+        stream_steps: bool = False,
+        **settings: Any,
+    ) -> AsyncIterator[AnswerPiece]:
+        """As `Client.stream`."""
+        request = _stream_request(prompt, request_id, stream_steps, settings)
+        began_at = time.monotonic()
+        seen = RepeatedStream()
+        while True:
+            call = self._begin_stream(request, began_at)
+            try:
+                async for message in call:
+                    piece = seen.new_of(wire.read_piece(message))
+                    if piece is not None:
+                        yield piece
+                return
+            except grpc.RpcError as error:
+                seen.begin_again(wire.error_of(error))
+            finally:
+                call.cancel()
+
+    async def describe(self) -> ServiceDescription:
+        """As `Client.describe`."""
+        response = await self._call(self._generation.DescribeService, pb.DescribeServiceRequest())
+        return wire.read_description(response)
+
+    async def versions(self) -> list[PublishedVersion]:
+        """As `Client.versions`."""
+        response = await self._call(self._admin.ListVersions, admin_pb2.ListVersionsRequest())
+        return [wire.read_version(version) for version in response.versions]
+
+    async def promote(self, version: str, share: float | None = None) -> str:
+        """As `Client.promote`."""
+        request = admin_pb2.PromoteVersionRequest(name=version, share=share)
+        return str((await self._call(self._admin.PromoteVersion, request)).live)
+
+    async def rollback(self) -> str:
+        """As `Client.rollback`."""
+        request = admin_pb2.RollbackVersionRequest()
+        return str((await self._call(self._admin.RollbackVersion, request)).live)
+
+    async def count_labels(self, flush: bool = False) -> LabelCounts:
+        """As `Client.count_labels`."""
+        request = admin_pb2.CountLabelsRequest(flush=flush)
+        return wire.read_label_counts(await self._call(self._admin.CountLabels, request))
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await self._begin(method, request)
         except grpc.RpcError as error:
             raise wire.error_of(error) from error

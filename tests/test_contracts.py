@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,25 @@ def test_proto_lint() -> None:
         [str(buf), "lint"], cwd=ROOT / "protos", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def breaking(protos: Path) -> subprocess.CompletedProcess[str]:
+    buf = Path(sys.executable).parent / "buf"
+    command = [str(buf), "breaking", "--against", str(ROOT / "protos/baseline.binpb")]
+    return subprocess.run(command, cwd=protos, capture_output=True, text=True, check=False)
+
+
+def test_protos_break_no_client_of_the_last_release(tmp_path: Path) -> None:
+    """R15: a field that is taken away, renumbered or given another type. The check itself is
+    checked: such a change is found."""
+    done = breaking(ROOT / "protos")
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(ROOT / "protos", tmp_path / "protos")
+    file = tmp_path / "protos/s2t/v1/selection.proto"
+    text = file.read_text(encoding="utf-8")
+    assert "uint32 vocab_size = 6;" in text
+    file.write_text(text.replace("uint32 vocab_size = 6;", "string vocab_size = 6;"), "utf-8")
+    assert "vocab_size" in breaking(tmp_path / "protos").stdout
 
 
 def all_errors(kind: type[errors.S2TError] = errors.S2TError) -> list[type[errors.S2TError]]:

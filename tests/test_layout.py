@@ -32,6 +32,7 @@ GROUND = [
     "splits",
     "statistics",
     "redis_connection",
+    "redis_url",
 ]
 SHARED = {  # package or module of s2t_shared -> what else of s2t_shared it may import
     "ground": "",
@@ -47,13 +48,17 @@ SHARED = {  # package or module of s2t_shared -> what else of s2t_shared it may 
 }
 SERVICES = {  # package or module of services -> what else of services it may import
     "rpc": "",
+    "nodes": "",
+    "roles": "",
     "client": "rpc",
     "evaluation": "rpc",
-    "serve": "rpc",
-    "app": "serve",
-    "launch": "app client rpc",
+    "http": "rpc",
+    "serve": "http rpc",
+    "app": "nodes roles serve",
+    "launch": "app client nodes roles rpc",
+    "harness": "",
     "harvest": "rpc",
-    "train": "app evaluation launch serve",
+    "train": "evaluation launch roles serve",
     "bench": "client evaluation harvest launch rpc serve train",
     "demo": "client evaluation harvest launch rpc train",
     "cli": "bench client demo evaluation harvest launch rpc train",
@@ -135,6 +140,9 @@ HOMES = {  # dependency -> packages or modules that may import it
     "typer": "services.cli",
     "rich": "services",
     "grpc": "services",
+    "lm_eval": "services.harness",
+    "starlette": "services.http",
+    "uvicorn": "services.http",
     "grpc_health": "services.serve",
     "grpc_reflection": "services.serve",
     "redis": "s2t_shared.redis_connection s2t_shared.labels.stream services.launch.redis_server",
@@ -143,7 +151,8 @@ HOMES = {  # dependency -> packages or modules that may import it
     "datasets": "s2t_shared.data",
     "transformers": "s2t_shared.model s2t_shared.bundled s2t_shared.versions.export services.bench",
     "psutil": "services.bench",
-    "vllm": "s2t_shared.decode.vllm_selector",
+    "vllm": "s2t_shared.decode.vllm_selector s2t_shared.decode.vllm_proposer "
+    "s2t_shared.decode.vllm_reader",
     "matplotlib": "services.bench services.train",
     "fcntl": "s2t_shared.files",
 }

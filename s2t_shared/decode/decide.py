@@ -31,17 +31,12 @@ class Next(Enum):
 def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tuple[Step, Next]:
     """The Step that the SLM's proposal makes, and what it needs."""
     policy = options.policy
-    signal = None
-    triggered = False
-    if proposal.drawn_id is not None or not policies.may_trigger(policy, index):
-        then = Next.EMIT
-    elif policy.trigger.needs_llm:
+    signal, triggered = divergence(options, index, proposal)
+    then = Next.EMIT
+    if triggered:
+        then = Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
+    elif policy.trigger.needs_llm and policies.may_trigger(policy, index):
         then = Next.DRAFT
-    else:
-        signal = _signal(options, index, proposal)
-        triggered = policies.triggers(policy, signal, index)
-        selecting = Next.SELECT_LOCALLY if policy.mode is Mode.S2T_LOCAL else Next.ASK_LLM
-        then = selecting if triggered else Next.EMIT
     drawn_id = proposal.drawn_id
     keeps_support = options.keep_support or options.score_rollout
     wants_support = keeps_support or then is not Next.EMIT
@@ -55,6 +50,18 @@ def after_proposal(options: DecodeOptions, index: int, proposal: Proposal) -> tu
         support=proposal.support if wants_support else None,
     )
     return step, then
+
+
+def divergence(options: DecodeOptions, index: int, proposal: Proposal) -> tuple[float | None, bool]:
+    """The signal of a trigger that needs no LLM, and whether the proposed token is at a divergence
+    point by it."""
+    policy = options.policy
+    if proposal.drawn_id is not None or not policies.may_trigger(policy, index):
+        return None, False
+    if policy.trigger.needs_llm:
+        return None, False
+    signal = _signal(options, index, proposal)
+    return signal, policies.exceeds(policy, signal)
 
 
 def _signal(options: DecodeOptions, index: int, proposal: Proposal) -> float | None:

@@ -45,6 +45,16 @@ class EngineLoad:
     kv_slots: int
 
 
+def _check_decided(request: DecodeRequest, max_new_tokens: int) -> None:
+    """Check that there is something left to decide."""
+    if len(request.decided) >= max_new_tokens:
+        raise InvalidRequestError(
+            f"{len(request.decided)} tokens are decided already, and the answer has "
+            f"{max_new_tokens} at most; send the request again, from its beginning"
+        )
+    assert not (request.decided and request.options.score_rollout), "it is decided as a whole"
+
+
 class Engine:
     """Continuous batching over one SLM proposer and, where there is one, an LLM selector.
 
@@ -90,7 +100,8 @@ class Engine:
 
         Raises:
             InvalidRequestError: prompt too long or empty, id out of range, impossible policy, no
-                LLM, or more KV needed than there is.
+                LLM, more KV needed than there is, all tokens are decided already, or a local
+                selector that the SLM's runtime cannot run.
             VersionNotFoundError: there is no local selector of the named version.
         """
         options = request.options
@@ -102,7 +113,8 @@ class Engine:
             request = replace(request, options=options)
         llm = self._llm_info(request) if options.needs_llm else None
         max_new_tokens = self._max_new_tokens(request, llm)
-        self.proposer.check_ids(request.token_ids)
+        self.proposer.check(request.token_ids, options.policy, local_selector)
+        _check_decided(request, max_new_tokens)
         sequence = LiveSequence(
             request=request,
             slm=self.proposer.info,

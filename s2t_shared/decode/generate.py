@@ -36,6 +36,7 @@ from s2t_shared.types import (
     GenerateRequest,
     LabelRule,
     Mode,
+    Progress,
     Sampling,
     Step,
     Usage,
@@ -122,17 +123,19 @@ def with_thresholds(request: GenerateRequest, calibration: Calibration) -> Gener
 @dataclass(frozen=True, kw_only=True)
 class EncodedRequest:
     """A checked request and its prompt's token ids. deadline, start_by, turn: as in
-    `DecodeRequest`."""
+    `DecodeRequest`. decided_text: of what another proposer has decided, None at the beginning."""
 
     request: GenerateRequest
     token_ids: tuple[int, ...]
+    decided_text: SequenceText | None = None
     deadline: float | None = None
     start_by: float | None = None
     turn: float = 0.0
 
 
 def encode_request(request: GenerateRequest, tokenizer: TextTokenizer) -> EncodedRequest:
-    """Check a request, tokenize its prompt, and start the time it has. Needs no engine.
+    """Check a request, tokenize its prompt, read what is decided already, and start the time it
+    has. Needs no engine.
 
     Raises:
         InvalidRequestError: a field is out of range, or the prompt cannot be tokenized.
@@ -140,7 +143,13 @@ def encode_request(request: GenerateRequest, tokenizer: TextTokenizer) -> Encode
     check_request(request)
     deadline = time.monotonic() + request.timeout_s if request.timeout_s > 0 else None
     token_ids = tokenizer.encode(request.prompt)
-    return EncodedRequest(request=request, token_ids=token_ids, deadline=deadline)
+    decided_text = None
+    if request.progress is not None:
+        decided_text = SequenceText(tokenizer, request.stop)
+        decided_text.read(request.progress.token_ids)
+    return EncodedRequest(
+        request=request, token_ids=token_ids, decided_text=decided_text, deadline=deadline
+    )
 
 
 def decode_requests(encoded: EncodedRequest) -> list[DecodeRequest]:
@@ -154,8 +163,12 @@ def decode_requests(encoded: EncodedRequest) -> list[DecodeRequest]:
         start_by=encoded.start_by,
         turn=encoded.turn,
     )
+    progress = request.progress
     if request.options.policy.mode is not Mode.MAJORITY:
-        return [one]
+        if progress is None:
+            return [one]
+        return [replace(one, decided=progress.decided, llm_forwards=progress.llm_forwards)]
+    assert progress is None, "of several samples nothing is shown before the last one ends"
     policy = replace(request.options.policy, mode=Mode.SAMPLE)
     sampling = request.options.sampling
     found = []
@@ -195,17 +208,30 @@ class SequenceText:
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
         self._stream = TextStream(tokenizer, stop)
         self._pieces: deque[str] = deque()
+        self._failure: Exception | None = None
 
     def __call__(self, token_id: int) -> bool:
-        self._pieces.append(self._stream.push(token_id))
-        return self._stream.stopped
+        try:
+            piece = self._stream.push(token_id)
+        except Exception as error:  # noqa: BLE001 - a tokenizer raises anything, and others decode
+            self._failure = error
+            piece = ""
+        self._pieces.append(piece)
+        return self._stream.stopped or self._failure is not None
+
+    def read(self, token_ids: Iterable[int]) -> None:
+        """Take in ids whose text was handed out already, by somebody else."""
+        for token_id in token_ids:
+            self._stream.push(token_id)
 
     def next_piece(self) -> str:
         """What the next Step added to the text: nothing for an id that ended the answer."""
         return self._pieces.popleft() if self._pieces else ""
 
     def finish(self) -> str:
-        """The rest of the text, at the end of the answer."""
+        """The rest of the text, at the end of the answer. Raises what the tokenizer raised."""
+        if self._failure is not None:
+            raise self._failure
         return self._stream.finish()
 
     @property
@@ -235,11 +261,11 @@ class AnswerBuilder:
         self._texts: dict[LiveSequence, SequenceText] = {}
         self._steps: dict[LiveSequence, list[Step]] = {}  # with their text
         for decode in decode_requests(encoded):
-            text = SequenceText(tokenizer, encoded.request.stop)
+            text = encoded.decided_text or SequenceText(tokenizer, encoded.request.stop)
             sequence = engine.add(replace(decode, stopping=text), local_selector)
             self.sequences.append(sequence)
             self._texts[sequence] = text
-            self._steps[sequence] = []
+            self._steps[sequence] = list(decode.decided)
         self._open = len(self.sequences)
 
     def push(self, sequence: LiveSequence, steps: Sequence[Step]) -> AnswerPiece:
@@ -270,6 +296,20 @@ class AnswerBuilder:
     def done(self) -> bool:
         """Whether every sequence has ended."""
         return self._open == 0
+
+    def progress(self, steps: Sequence[Step], slm_digest: str) -> Progress | None:
+        """What new Steps add to the answer's progress; None where nothing is shown yet."""
+        if not steps or len(self.sequences) > 1:
+            return None
+        [sequence] = self.sequences
+        return Progress(
+            slm=slm_digest,
+            version=sequence.version,
+            threshold=self.request.options.policy.threshold,
+            llm_forwards=sequence.llm_forwards,
+            token_ids=tuple(step.token_id for step in steps),
+            steps=tuple(s for s in steps if s.triggered or s.degraded or s.llm_digest),
+        )
 
     def cancel(self) -> None:
         """End what is still being decoded."""

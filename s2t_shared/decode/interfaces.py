@@ -51,12 +51,18 @@ class SamplingInput:
     step: int
 
 
+def never_pauses(proposal: Proposal) -> bool:
+    """Of a sequence that takes every proposal."""
+    return False
+
+
 @dataclass(frozen=True)
 class NextTokenInput:
     """Read what is new in `token_ids` and propose what follows.
 
     wants_support: the top ids with their log-probabilities, not only the first choice. signal: the
-    trigger whose signal is wanted with them, where it needs no LLM.
+    trigger whose signal is wanted with them, where it needs no LLM. pauses: whether a proposal will
+    be put to a selector: a runtime that goes on by itself stops there.
     """
 
     kv: SequenceKV
@@ -64,6 +70,7 @@ class NextTokenInput:
     sampling: SamplingInput | None = None
     wants_support: bool = True
     signal: Trigger | None = None
+    pauses: Callable[[Proposal], bool] = never_pauses
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,11 @@ class SLMProposer(Protocol):
     @property
     def kv_slots_in_use(self) -> int: ...
 
-    def check_ids(self, token_ids: Sequence[int]) -> None:
-        """Raises InvalidRequestError: an id is outside the vocabulary."""
+    def check(
+        self, token_ids: Sequence[int], policy: Policy, local_selector: LocalSelector | None
+    ) -> None:
+        """Raises InvalidRequestError: an id is outside the vocabulary, or this runtime cannot serve
+        the policy with this local selector."""
 
     def fits(self, policy: Policy, tokens: int) -> bool:
         """Whether a sequence of so many tokens can ever be served."""

@@ -10,10 +10,8 @@ both. Decides nothing; knows no text, no LLM.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ from s2t_shared.decode.interfaces import (
     SequenceKV,
     SLMInfo,
 )
-from s2t_shared.decode.reductions import SIGNALS, draw, signals, top_1, top_k
+from s2t_shared.decode.reductions import read_proposals
 from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot, shares_longer_prefix
 from s2t_shared.model.local_selector import (
     Candidates,
@@ -40,7 +38,7 @@ from s2t_shared.model.local_selector import (
 )
 from s2t_shared.model.lora import Adapter, merge
 from s2t_shared.model.runtime import ModelRuntime, Segment
-from s2t_shared.types import SUPPORT_SIZE, Policy, Proposals, Support, Trigger
+from s2t_shared.types import SUPPORT_SIZE, Policy, Proposals
 
 # Prompt tokens read per step beside the decoding of others, by type of device: as many as delay
 # the others little. A GPU reads thousands in the time that its launches take.
@@ -102,7 +100,9 @@ class Proposer:
             kv_tokens=runtime.pool.max_tokens,
         )
 
-    def check_ids(self, token_ids: Sequence[int]) -> None:
+    def check(
+        self, token_ids: Sequence[int], policy: Policy, local_selector: LocalSelector | None
+    ) -> None:
         """Raises InvalidRequestError: an id is outside the vocabulary."""
         self.runtime.check_ids(token_ids)
 
@@ -259,44 +259,10 @@ class Proposer:
 
     @torch.inference_mode()
     def _proposals(self, hidden: Tensor, inputs: Sequence[NextTokenInput]) -> list[Proposal]:
-        """[m, hidden] -> proposals, reduced on the device, with one transfer to the host."""
+        """[m, hidden] -> proposals."""
         logits = self.runtime.logits(hidden)
         logits[:, self._excluded] = -torch.inf
-        best = top_1(logits)
-        wanting = [i for i, item in enumerate(inputs) if item.wants_support]
-        drawing = [i for i, item in enumerate(inputs) if item.sampling is not None]
-        parts = [best.double()]
-        if wanting:
-            parts += self._supports(_rows(logits, wanting), [inputs[i].signal for i in wanting])
-        if drawing:
-            sampling = [item.sampling for item in inputs if item.sampling is not None]
-            parts.append(draw(_rows(logits, drawing), sampling).double())
-        numbers = iter(torch.cat(parts).tolist())
-        top_ids = [int(top_id) for top_id in islice(numbers, len(inputs))]
-        found: list[float | None] = [None] * len(inputs)
-        readers: list[Callable[[], Support] | None] = [None] * len(inputs)
-        drawn: list[int | None] = [None] * len(inputs)
-        for i, signal in zip(wanting, list(islice(numbers, len(wanting))), strict=True):
-            if inputs[i].signal in SIGNALS:
-                found[i] = signal
-        for i in wanting:
-            ids = list(islice(numbers, self._support_size))
-            log_probs = list(islice(numbers, self._support_size))
-            readers[i] = partial(_support, top_ids[i], ids, log_probs)
-        for i, drawn_id in zip(drawing, numbers, strict=True):
-            drawn[i] = int(drawn_id)
-        return [
-            Proposal(top_id=top_id, drawn_id=drawn_id, signal=signal, read_support=reader)
-            for top_id, drawn_id, signal, reader in zip(top_ids, drawn, found, readers, strict=True)
-        ]
-
-    def _supports(self, logits: Tensor, triggers: Sequence[Trigger | None]) -> list[Tensor]:
-        """Of [n, V] logits: the signals [n], then [n * 2 S] ids and log-probabilities by row."""
-        norm = logits.logsumexp(-1, keepdim=True)
-        values, ids = top_k(logits, self._support_size)
-        log_probs = values - norm
-        rows = torch.cat([ids.double(), log_probs.double()], dim=1)
-        return [signals(log_probs, triggers), rows.flatten()]
+        return read_proposals(logits, inputs, self._support_size)
 
     @torch.no_grad()
     def _local_scores(
@@ -360,22 +326,3 @@ def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     """One tensor of all parts; None where the kind does not read them."""
     present = [part for part in parts if part is not None]
     return torch.stack(present) if present else None
-
-
-# -- reductions -----------------------------------------------------------------------------------
-
-
-def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
-
-
-def _support(top_id: int, numbers: list[float], log_probs: list[float]) -> Support:
-    """Best first. Among equals (common in bfloat16) the first choice stays first."""
-    ids = list(map(int, numbers))
-    log_probs = list(log_probs)
-    if ids[0] != top_id:
-        assert top_id in ids
-        at = ids.index(top_id)
-        ids.insert(0, ids.pop(at))
-        log_probs.insert(0, log_probs.pop(at))
-    return Support(tuple(ids), tuple(log_probs))

@@ -7,16 +7,87 @@ on the other rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2t_shared.decode.interfaces import SamplingInput
-from s2t_shared.types import Trigger
+from s2t_shared.decode.interfaces import NextTokenInput, Proposal, SamplingInput
+from s2t_shared.types import Support, Trigger
 
 TOP_BLOCK = 128  # the vocabulary is searched in blocks of so many ids
 NUCLEUS_IDS = 256  # top_p is looked for among so many ids before the whole vocabulary is sorted
+
+# -- proposals ------------------------------------------------------------------------------------
+
+
+def read_proposals(
+    logits: Tensor, inputs: Sequence[NextTokenInput], support_size: int
+) -> list[Proposal]:
+    """Reduce [n, V] logits, -inf at what is never generated, to what each input asks for.
+
+    There is one transfer to the host.
+    """
+    best = top_1(logits)
+    wanting = [i for i, item in enumerate(inputs) if item.wants_support]
+    drawing = [i for i, item in enumerate(inputs) if item.sampling is not None]
+    parts = [best.double()]
+    if wanting:
+        triggers = [inputs[i].signal for i in wanting]
+        parts += _supports(_rows(logits, wanting), triggers, support_size)
+    if drawing:
+        sampling = [item.sampling for item in inputs if item.sampling is not None]
+        parts.append(draw(_rows(logits, drawing), sampling).double())
+    numbers = iter(torch.cat(parts).tolist())
+    top_ids = [int(top_id) for top_id in islice(numbers, len(inputs))]
+    found: list[float | None] = [None] * len(inputs)
+    readers: list[Callable[[], Support] | None] = [None] * len(inputs)
+    drawn: list[int | None] = [None] * len(inputs)
+    for i, signal in zip(wanting, list(islice(numbers, len(wanting))), strict=True):
+        if inputs[i].signal in SIGNALS:
+            found[i] = signal
+    for i in wanting:
+        ids = list(islice(numbers, support_size))
+        log_probs = list(islice(numbers, support_size))
+        readers[i] = partial(_support, top_ids[i], ids, log_probs)
+    for i, drawn_id in zip(drawing, numbers, strict=True):
+        drawn[i] = int(drawn_id)
+    return [
+        Proposal(top_id=top_id, drawn_id=drawn_id, signal=signal, read_support=reader)
+        for top_id, drawn_id, signal, reader in zip(top_ids, drawn, found, readers, strict=True)
+    ]
+
+
+def _supports(
+    logits: Tensor, triggers: Sequence[Trigger | None], support_size: int
+) -> list[Tensor]:
+    """Of [n, V] logits: the signals [n], then [n * 2 S] ids and log-probabilities by row."""
+    norm = logits.logsumexp(-1, keepdim=True)
+    values, ids = top_k(logits, support_size)
+    log_probs = values - norm
+    rows = torch.cat([ids.double(), log_probs.double()], dim=1)
+    return [signals(log_probs, triggers), rows.flatten()]
+
+
+def _support(top_id: int, numbers: list[float], log_probs: list[float]) -> Support:
+    """Best first. Among equals (common in bfloat16) the first choice stays first."""
+    ids = list(map(int, numbers))
+    log_probs = list(log_probs)
+    if ids[0] != top_id:
+        assert top_id in ids
+        at = ids.index(top_id)
+        ids.insert(0, ids.pop(at))
+        log_probs.insert(0, log_probs.pop(at))
+    return Support(tuple(ids), tuple(log_probs))
+
+
+def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+# -- first choices --------------------------------------------------------------------------------
 
 
 def top_1(logits: Tensor) -> Tensor:

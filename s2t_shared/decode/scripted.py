@@ -107,7 +107,9 @@ class ScriptedSLM:
     def kv_slots_in_use(self) -> int:
         return self.open_sequences
 
-    def check_ids(self, token_ids: Sequence[int]) -> None:
+    def check(
+        self, token_ids: Sequence[int], policy: Policy, local_selector: LocalSelector | None
+    ) -> None:
         if any(token_id < 0 for token_id in token_ids):
             raise InvalidRequestError("token_ids: an id is negative", field="token_ids")
 

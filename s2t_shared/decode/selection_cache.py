@@ -20,15 +20,18 @@ from typing import Any
 
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
 from s2t_shared.decode.llm_calls import check_reply
+from s2t_shared.decode.lookup_breaker import LookupBreaker
 from s2t_shared.errors import SelectorUnavailableError, StoreError
-from s2t_shared.redis_connection import open_client, place_of, redis_errors
+from s2t_shared.redis_connection import open_client, redis_errors
+from s2t_shared.redis_url import place_of
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 log = logging.getLogger(__name__)
 
 CACHE_PREFIX = "s2t:selection:"
-LOOKUP_TIMEOUT_S = 0.1  # a lookup that takes longer is worth less than the LLM forward it may save
-SKIP_S = 1.0  # after an error Redis is not asked for so long
+LOOKUP_TIMEOUT_S = 0.05  # a lookup that takes longer is worth less than the forward it may save
+SLOW_SHARE = 0.1  # of the timeout; lookups that take longer, several in a row, end the looking
+WRITE_PAUSE_S = 1.0  # after an error nothing is written back for so long
 MAX_UNWRITTEN = 1000  # replies waiting to be written back; beyond, they are not cached
 
 
@@ -38,7 +41,8 @@ class CachedSelector:
 
     Only questions about one position are cached; a harvest's whole rollout is never asked twice.
     One thread looks up and asks `inner` (whose calls therefore never overlap), another writes back.
-    Redis slow or away: all are misses.
+    Redis slow or away: all are misses, and nobody waits for it (`LookupBreaker`). A full one
+    answers, and takes no more.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class CachedSelector:
         self._asked: queue.SimpleQueue[tuple[Sequence[ScoreQuery], list[Future[ScoreReply]]] | None]
         self._asked = queue.SimpleQueue()
         self._unwritten: queue.Queue[tuple[str, ScoreReply] | None] = queue.Queue(MAX_UNWRITTEN)
-        self._skip_until = 0.0
+        self._breaker = LookupBreaker(self._ping, SLOW_SHARE * lookup_timeout_s)
         self._threads = [
             threading.Thread(target=self._answer_all, name="selection-lookup", daemon=True),
             threading.Thread(target=self._write_all, name="selection-write", daemon=True),
@@ -79,7 +83,12 @@ class CachedSelector:
         self._threads[0].join()
         self._unwritten.put(None)
         self._threads[1].join()
+        self._breaker.close()
         self._redis.close()
+
+    def _ping(self) -> None:
+        with redis_errors(self._place):
+            self._redis.ping()
 
     def _answer_all(self) -> None:
         while (asked := self._asked.get()) is not None:
@@ -111,14 +120,16 @@ class CachedSelector:
             answer.add_done_callback(partial(self._pass_on, future, key, info.digest))
 
     def _look_up(self, keys: Sequence[str]) -> dict[str, bytes | None]:
-        if not keys or time.monotonic() < self._skip_until:
+        if not keys or not self._breaker.is_closed:
             return {}
+        started = time.monotonic()
         try:
             with redis_errors(self._place):
                 values: Any = self._redis.mget([CACHE_PREFIX + key for key in keys])
         except StoreError as error:
-            self._skip(error)
+            self._breaker.failed(error)
             return {}
+        self._breaker.looked(time.monotonic() - started)
         return dict(zip(keys, values, strict=True))
 
     def _pass_on(
@@ -137,20 +148,18 @@ class CachedSelector:
                 self._unwritten.put_nowait((key, reply))
 
     def _write_all(self) -> None:
+        resume = 0.0
         while (unwritten := self._unwritten.get()) is not None:
             key, reply = unwritten
-            if time.monotonic() < self._skip_until:
+            if time.monotonic() < resume or not self._breaker.is_closed:
                 continue
             try:
                 with redis_errors(self._place):
                     value = encode_selection(reply)
                     self._redis.set(CACHE_PREFIX + key, value, ex=self._ttl_s)
             except StoreError as error:
-                self._skip(error)
-
-    def _skip(self, error: StoreError) -> None:
-        log.warning("selections are not cached for %.0f s: %s", SKIP_S, error)
-        self._skip_until = time.monotonic() + SKIP_S
+                log.info("selections are not kept for %.0f s: %s", WRITE_PAUSE_S, error)
+                resume = time.monotonic() + WRITE_PAUSE_S
 
 
 def cacheable(query: ScoreQuery) -> bool:

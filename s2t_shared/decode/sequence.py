@@ -82,9 +82,9 @@ class LiveSequence:
     started_at: float | None = None
     ended_at: float | None = None
     token_ids: list[int] = field(init=False, repr=False)
-    steps: list[Step] = field(default_factory=list, repr=False)
+    steps: list[Step] = field(init=False, repr=False)
     finish_reason: FinishReason | None = None
-    llm_forwards: int = 0
+    llm_forwards: int = field(init=False)
     llm_failure: str = ""  # why it ended as LLM_FAILED
     cancelled: bool = False
     _pending: Step | None = None  # the next token, while somebody selects it
@@ -92,12 +92,16 @@ class LiveSequence:
     _calls: deque[LLMCall] = field(default_factory=deque)
     _slm_takes_over: str = ""  # Mode.LLM: why the LLM cannot choose the next token
     _ends_as: FinishReason | None = None  # once its rollout is scored
-    _handed_out: int = 0
+    _handed_out: int = field(init=False)
     _verified: int = 0
     _rejected: int = 0
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.token_ids)
+        decided = self.request.decided
+        self.token_ids = [*self.request.token_ids, *(step.token_id for step in decided)]
+        self.steps = list(decided)
+        self.llm_forwards = self.request.llm_forwards
+        self._handed_out = len(decided)
 
     # -- what others read -------------------------------------------------------------------------
 
@@ -105,6 +109,11 @@ class LiveSequence:
     def output_ids(self) -> tuple[int, ...]:
         """The decided ids, without the prompt."""
         return tuple(self.token_ids[len(self.request.token_ids) :])
+
+    @property
+    def decoded(self) -> int:
+        """Steps that were decided here, and not before by another engine."""
+        return len(self.steps) - len(self.request.decided)
 
     @property
     def version(self) -> str:
@@ -206,6 +215,7 @@ class LiveSequence:
             sampling=sampling,
             wants_support=self._wants_support(),
             signal=options.policy.trigger,
+            pauses=self._pauses,
         )
 
     def on_proposal(self, proposal: Proposal) -> None:
@@ -216,6 +226,11 @@ class LiveSequence:
             step = step.changed(degraded=self._slm_takes_over)
             self._slm_takes_over = ""
         self._act(step, then)
+
+    def _pauses(self, proposal: Proposal) -> bool:
+        """Whether the next token will be selected, if this is proposed."""
+        index = len(self.steps) + len(self._draft)
+        return decide.divergence(self.request.options, index, proposal)[1]
 
     def on_local_scores(self, scores: tuple[float, ...]) -> None:
         """The local selector has scored the candidates."""

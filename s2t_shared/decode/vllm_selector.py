@@ -1,6 +1,6 @@
 """The LLM selector on vLLM: tensor parallel, quantised, many GPUs.
 
-The only home of `vllm` for scoring. One asked position is one request of one token: vLLM returns
+One asked position is one request of one token: vLLM returns
 the log-probabilities of the asked ids (`logprob_token_ids`), and its prefix cache makes the
 positions of one query, and a sequence's next query, cheap. Ids that must not count are pushed away
 by a bias before vLLM normalises, so that what is left sums to one without them.
@@ -11,53 +11,28 @@ Public vLLM interfaces only.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import IMPOSSIBLE, check_query
-from s2t_shared.errors import ConfigError, ModelLoadError, SelectorUnavailableError
+from s2t_shared.decode.vllm_options import VLLMOptions, cannot_run, check_installed, first_line
+from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.model.loading import identify_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 
 if TYPE_CHECKING:
-    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 MAX_ASKED_IDS = 128  # vLLM's limit of `logprob_token_ids`
+MIN_UNANSWERED = 3  # fewer requests without an answer may just have been cancelled
 EXCLUDING_BIAS = -100.0  # vLLM's least; an id 100 nats less likely has no mass left
-
-
-@dataclass(frozen=True, kw_only=True)
-class VLLMOptions:
-    """How vLLM runs the LLM. All of it is part of the LLM's digest, as it may change its numbers.
-
-    tensor_parallel, pipeline_parallel: GPUs of one layer; of one copy after the other.
-    quantization: as vLLM names it, None: as the weights are stored. gpu_memory_utilization: share
-    of each GPU's memory for weights and KV cache. max_length: longest context in tokens, None: the
-    model's. eager: without compiled kernels and graphs.
-    """
-
-    dtype: str = "bfloat16"
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    quantization: str | None = None
-    gpu_memory_utilization: float = 0.9
-    max_length: int | None = None
-    eager: bool = False
-
-    def digest(self, model_digest: str) -> str:
-        """16 hex digits of the weights and these options."""
-        text = json.dumps([model_digest, "vllm", asdict(self)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class VLLMSelector:
@@ -68,6 +43,8 @@ class VLLMSelector:
         self.info = info
         self._vocab_rows = vocab_rows
         self._numbers = itertools.count()
+        self._unanswered = 0  # requests since the last that was answered
+        self._unanswered_since = 0.0
 
     @classmethod
     def load(cls, model: str, options: VLLMOptions) -> VLLMSelector:
@@ -78,15 +55,19 @@ class VLLMSelector:
             ModelLoadError: the model is missing, or vLLM cannot run it with these options.
         """
         identity = identify_model(model, "llm")
-        args = _engine_args(identity.folder, options)
+        check_installed("llm.runtime")
+        from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        args = AsyncEngineArgs(
+            **options.arguments(identity.folder),
+            max_logprobs=MAX_ASKED_IDS,
+            logprobs_mode="processed_logprobs",  # of the logits with their bias
+        )
         try:
             engine = AsyncLLM.from_engine_args(args)
         except Exception as error:  # the border to vLLM, which raises anything here
-            raise ModelLoadError(
-                f"vLLM cannot run {model!r} with {options}: {_first_line(error)}"
-            ) from error
+            raise cannot_run(model, options, error) from error
         config = engine.model_config
         info = LLMInfo(
             options.digest(identity.digest),
@@ -100,6 +81,14 @@ class VLLMSelector:
     def is_alive(self) -> bool:
         """Whether anything can be answered."""
         return not self._engine.errored
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the first of the last requests, if none of them was answered and they
+        are several: who asks a hung vLLM gives up, and asks again."""
+        if self._unanswered < MIN_UNANSWERED:
+            return 0.0
+        return time.monotonic() - self._unanswered_since
 
     def check(self, query: ScoreQuery) -> None:
         """Raises InvalidRequestError: naming the field that is wrong."""
@@ -119,7 +108,7 @@ class VLLMSelector:
         except TimeoutError as error:
             raise SelectorUnavailableError("the deadline passed before the LLM answered") from error
         except Exception as error:  # the border to vLLM
-            reason = _first_line(error)
+            reason = first_line(error)
             raise SelectorUnavailableError(f"vLLM does not answer: {reason}") from error
         return ScoreReply(tuple(positions), self.info.digest)
 
@@ -165,7 +154,11 @@ class VLLMSelector:
         """The one completion of a request; aborted when the caller is cancelled."""
         prompt = {"prompt_token_ids": list(context)}
         request_id = f"s2t-{next(self._numbers)}"
+        if not self._unanswered:
+            self._unanswered_since = time.monotonic()
+        self._unanswered += 1
         outputs = [output async for output in self._engine.generate(prompt, params, request_id)]
+        self._unanswered = 0
         return outputs[-1].outputs[0]
 
     def _bias(self, query: ScoreQuery) -> dict[int, float]:
@@ -178,39 +171,6 @@ class VLLMSelector:
     def shutdown(self) -> None:
         """End vLLM's processes."""
         self._engine.shutdown()
-
-
-def _engine_args(folder: Path, options: VLLMOptions) -> AsyncEngineArgs:
-    """Raises ConfigError: vLLM is not installed."""
-    try:
-        from vllm import AsyncEngineArgs
-    except ImportError as error:
-        raise ConfigError(
-            "runtime vllm needs vLLM, which is not installed: pip install 's2t[vllm]', or set "
-            "llm.runtime to torch"
-        ) from error
-    return AsyncEngineArgs(
-        model=str(folder),
-        dtype=options.dtype,
-        quantization=options.quantization,
-        tensor_parallel_size=options.tensor_parallel,
-        pipeline_parallel_size=options.pipeline_parallel,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        max_model_len=options.max_length + 1 if options.max_length else None,
-        enforce_eager=options.eager,
-        max_logprobs=MAX_ASKED_IDS,
-        logprobs_mode="processed_logprobs",  # of the logits with their bias
-        enable_prefix_caching=True,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        generation_config="vllm",  # a model's own sampling defaults would change the numbers
-        seed=0,
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class VLLMSelectorClient:

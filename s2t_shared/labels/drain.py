@@ -6,38 +6,46 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Sequence
-
-import pyarrow as pa
+from pathlib import Path
 
 from s2t_shared.errors import S2TError, StoreError
 from s2t_shared.labels.check import check_rows
+from s2t_shared.labels.known_models import KnownModels, Models
+from s2t_shared.labels.label import Rollout, check_sense
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.rows import joined_entries, read_entry
+from s2t_shared.labels.places import is_url
+from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.stream import DEAD_LETTERS, Entry, LabelStream
 from s2t_shared.labels.writer import next_backoff
 
 log = logging.getLogger(__name__)
 READ_ENTRIES = 256
-# As they travel: long contexts make smaller shards, not a larger buffer.
+# Of JSON: long contexts make smaller shards, not a larger buffer.
 MAX_BUFFER_BYTES = 16 << 20
 # An entry that was delivered so often is read alone: it may kill the process that reads it, and
 # the others must not be blamed.
 SUSPECT_DELIVERIES = 2
 MAX_DELIVERIES = 5
 HOUSEKEEPING_EVERY_S = 600.0
+MOST_GIB = 100.0  # of a lake whose size nobody has set
+DAY_S = 86_400.0
+GIB = 1 << 30
 
 
 class Drain:
     """Moves rollouts from the stream to the lake, at least once. Joins small shards there and
-    applies retention (`max_age_days`, `max_gib`; 0: keep all).
+    applies retention (`max_age_days`, `max_gib`; 0: keep all), also to dead letters
+    (`dead_letter_days`). `max_gib` None: half of the lake's disk, at most MOST_GIB.
 
     An entry is deleted only after it is durable in the lake. An entry that is not a rollout becomes
-    a dead letter. So does one that was delivered more than MAX_DELIVERIES times and never
+    a dead letter, and so does one of models that are not `known` (None: all are). So does one that
+    was delivered more than MAX_DELIVERIES times and never
     acknowledged: it ends its reader each time. Several drains may run: each reads its own share,
     renews its claims, and takes over what a dead one has not renewed for `reclaim_idle_s`. `flush`
     may be called from any thread, `run_once` from one; `start` starts that one.
@@ -50,7 +58,9 @@ class Drain:
         shard_rows: int = 2000,
         shard_age_s: float = 60.0,
         max_age_days: float = 0.0,
-        max_gib: float = 0.0,
+        max_gib: float | None = 0.0,
+        dead_letter_days: float = 0.0,
+        known: KnownModels | None = None,
         consumer: str | None = None,
         reclaim_idle_s: float = 30.0,
     ) -> None:
@@ -58,8 +68,10 @@ class Drain:
         self._lake = lake
         self._shard_rows = shard_rows
         self._shard_age_s = shard_age_s
-        self._max_age_s = max_age_days * 86_400
-        self._max_bytes = int(max_gib * (1 << 30))
+        self._max_age_s = max_age_days * DAY_S
+        self._max_gib = max_gib
+        self._dead_letter_s = dead_letter_days * DAY_S
+        self._known = known
         self._reclaim_idle_s = reclaim_idle_s
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._next_reclaim = 0.0
@@ -86,7 +98,8 @@ class Drain:
             is_due = self._is_due()
         entries = [] if is_due else self._receive(block_ms)
         with self._lock:
-            self._take(entries)
+            for entry in entries:
+                self._take(entry)
             if self._is_due():
                 self._write()
         return len(entries)
@@ -106,7 +119,8 @@ class Drain:
             is_empty = False
             while not is_empty:
                 entries = self._stream.read(self.consumer, READ_ENTRIES, 0)
-                self._take(entries)
+                for entry in entries:
+                    self._take(entry)
                 if self._buffer.bytes >= MAX_BUFFER_BYTES:
                     rows += self._write()
                 is_empty = len(entries) < READ_ENTRIES
@@ -116,10 +130,15 @@ class Drain:
         """Join small shards, apply retention, remove leftover files of crashes.
 
         Raises:
-            StoreError: the lake cannot be used.
+            StoreError: the lake or Redis cannot be used.
         """
         self._lake.compact()
-        self._lake.prune(self._max_age_s, self._max_bytes)
+        max_gib = default_max_gib(self._lake.where) if self._max_gib is None else self._max_gib
+        removed = self._lake.prune(self._max_age_s, int(max_gib * GIB))
+        if removed:
+            log.warning("retention removed the %d oldest rollouts from the lake", removed)
+        if self._dead_letter_s:
+            self._stream.trim_dead_letters(self._dead_letter_s)
 
     def start(self) -> None:
         assert self._thread is None
@@ -160,14 +179,14 @@ class Drain:
     # -- out of the stream ------------------------------------------------------------------------
 
     def _receive(self, block_ms: int) -> list[Entry]:
-        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.rows))
+        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.rollouts))
         if time.monotonic() >= self._next_reclaim:
             self._stream.create_group()  # here, so that a Redis that lost its data is mended too
             reclaimed = self._reclaim(room)
             if reclaimed:
                 return reclaimed  # there may be more: look again at once
             self._next_reclaim = time.monotonic() + min(10.0, self._reclaim_idle_s)
-        if self._buffer.rows:
+        if self._buffer.rollouts:
             due_in_s = self._buffer.oldest + self._shard_age_s - time.monotonic()
             block_ms = min(block_ms, max(0, math.ceil(due_in_s * 1000)))
         try:
@@ -185,7 +204,7 @@ class Drain:
         suspects: list[tuple[int, bytes]] = []
         harmless: list[bytes] = []
         for entry_id, deliveries in self._stream.unacknowledged(self._reclaim_idle_s, room):
-            if entry_id in self._buffer.rows:
+            if entry_id in self._buffer.rollouts:
                 continue
             if deliveries < SUSPECT_DELIVERIES:
                 harmless.append(entry_id)
@@ -211,40 +230,22 @@ class Drain:
         """Renew the claims, so that others do not take the entries while the lake refuses them."""
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + self._reclaim_idle_s / 3
-            self._stream.renew(self.consumer, list(self._buffer.rows))
+            self._stream.renew(self.consumer, list(self._buffer.rollouts))
 
-    def _take(self, entries: Sequence[Entry]) -> None:
-        """Buffer the rollouts of entries. An entry that holds none becomes a dead letter."""
-        found: dict[bytes, pa.RecordBatch] = {}
-        for entry in entries:
-            if entry.entry_id not in self._buffer.rows:
-                row = self._read(entry)
-                if row is not None:
-                    found[entry.entry_id] = row
+    def _take(self, entry: Entry) -> None:
+        """Buffer the rollout of an entry, or make the entry a dead letter."""
+        if entry.entry_id in self._buffer.rollouts:
+            return
+        text = entry.fields.get(b"rollout", b"")
         try:
-            check_rows(joined_entries(found.values()))
-            misfits = {}
-        except S2TError:  # some of them: each alone
-            misfits = {
-                entry_id: reason for entry_id, row in found.items() if (reason := _fault(row))
-            }
-        for entry in entries:
-            if entry.entry_id in misfits:
-                self._dead_letter(entry, misfits[entry.entry_id])
-            elif entry.entry_id in found:
-                size = len(entry.fields[b"rollout"])
-                self._buffer.add(entry.entry_id, found[entry.entry_id], size)
-
-    def _read(self, entry: Entry) -> pa.RecordBatch | None:
-        """The row of an entry, or None: then it became a dead letter."""
-        try:
-            return read_entry(entry.fields.get(b"rollout", b""))
+            rollout = Rollout.from_json(text)
+            check_sense(rollout)
+            if self._known is not None:
+                self._known.check(Models.of(rollout))
         except S2TError as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-        except Exception as error:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
-            reason = f"the lake cannot hold it: {type(error).__name__}"
-        self._dead_letter(entry, reason)
-        return None
+            self._dead_letter(entry, f"{type(error).__name__}: {error}"[:500])
+            return
+        self._buffer.add(entry.entry_id, rollout, len(text))
 
     def _dead_letter(self, entry: Entry, reason: str) -> None:
         self._stream.dead_letter(entry, reason)
@@ -254,52 +255,80 @@ class Drain:
 
     def _is_due(self) -> bool:
         buffer = self._buffer
-        if not buffer.rows:
+        if not buffer.rollouts:
             return False
-        is_full = len(buffer.rows) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
+        is_full = len(buffer.rollouts) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
         is_old = time.monotonic() - buffer.oldest >= self._shard_age_s
         return buffer.is_suspect or is_full or is_old
 
     def _write(self) -> int:
         """Write the buffer to the lake and acknowledge it. Returns the number of rollouts."""
-        rows = len(self._buffer.rows)
+        rows = len(self._buffer.rollouts)
         if rows:
-            self._lake.write(joined_entries(self._buffer.rows.values()))
-            self._unacknowledged.extend(self._buffer.rows)
+            self._lake.write(self._table())
+            self._unacknowledged.extend(self._buffer.rollouts)
             self._buffer = _Buffer()
         self._acknowledge()
         return rows
+
+    def _table(self) -> Rows:
+        """The buffer's rollouts as rows that the lake can hold. Others become dead letters."""
+        try:
+            return _checked(list(self._buffer.rollouts.values()))
+        except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
+            if not self._drop_misfits():
+                raise  # no rollout is to blame: they wait
+        return _checked(list(self._buffer.rollouts.values()))
+
+    def _drop_misfits(self) -> int:
+        """Make dead letters of the rollouts that by themselves make no row. Returns how many."""
+        reasons: dict[bytes, str] = {}
+        for entry_id, rollout in self._buffer.rollouts.items():
+            try:
+                _checked([rollout])
+            except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
+                reasons[entry_id] = f"the lake cannot hold it: {type(error).__name__}"
+        for entry_id, reason in reasons.items():
+            text = self._buffer.rollouts[entry_id].to_json().encode()
+            self._dead_letter(Entry(entry_id, {b"rollout": text}), reason)
+            del self._buffer.rollouts[entry_id]
+        return len(reasons)
 
     def _acknowledge(self) -> None:
         self._stream.remove(self._unacknowledged)
         self._unacknowledged.clear()
 
 
-def _fault(row: pa.RecordBatch) -> str:
-    """What is wrong with a rollout, or ""."""
-    try:
-        check_rows(joined_entries([row]))
-    except S2TError as error:
-        return f"{type(error).__name__}: {error}"[:500]
-    return ""
+def _checked(rollouts: Sequence[Rollout]) -> Rows:
+    """Raises whatever a value that no row can hold makes pyarrow, Python or `check_rows` raise."""
+    rows = Rows.of(rollouts)
+    check_rows(rows)
+    return rows
+
+
+def default_max_gib(lake: Path | str) -> float:
+    """How large a lake may grow where nobody has said: half of its disk, at most MOST_GIB."""
+    if is_url(lake):
+        return MOST_GIB
+    return min(MOST_GIB, shutil.disk_usage(lake).total / 2 / GIB)
 
 
 class _Buffer:
     """Rollouts that are not in the lake yet.
 
-    rows: by entry id, so that an entry that is delivered twice counts once. bytes: as they
-    travelled. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader,
-    so it is written at once.
+    rollouts: by entry id, so that an entry that is delivered twice counts once. bytes: of their
+    JSON. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader, so it
+    is written at once.
     """
 
     def __init__(self) -> None:
-        self.rows: dict[bytes, pa.RecordBatch] = {}
+        self.rollouts: dict[bytes, Rollout] = {}
         self.bytes = 0
         self.oldest = 0.0
         self.is_suspect = False
 
-    def add(self, entry_id: bytes, row: pa.RecordBatch, size: int) -> None:
-        if not self.rows:
+    def add(self, entry_id: bytes, rollout: Rollout, size: int) -> None:
+        if not self.rollouts:
             self.oldest = time.monotonic()
-        self.rows[entry_id] = row
+        self.rollouts[entry_id] = rollout
         self.bytes += size

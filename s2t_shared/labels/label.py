@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from s2t_shared import policy
@@ -26,6 +26,7 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels.schema import Kind, check_columns, column, read_columns
 from s2t_shared.splits import check_split, is_held_out
 from s2t_shared.types import (
+    SUPPORT_SIZE,
     WARMUP_STEPS,
     CandidateRule,
     LabelOptions,
@@ -35,6 +36,7 @@ from s2t_shared.types import (
 )
 
 SCHEMA_VERSION = 2
+ROUNDING = 1e-3  # by which a probability may exceed 1: kernels round
 TEXT, WHOLE, RANK, RANK16, REAL, TIME = Kind
 
 # -- the schema -----------------------------------------------------------------------------------
@@ -122,7 +124,9 @@ class Rollout:
         return is_held_out(self.task, self.split_group)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        # Not `asdict`: it copies every number.
+        row = vars(self) | {"labels": [vars(label) for label in self.labels]}
+        return json.dumps(row, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Rollout:
@@ -187,6 +191,35 @@ def _check_label(label: Label, length: int) -> None:
     if not count or {len(label.slm_log_probs), len(label.llm_log_probs)} != {count}:
         raise StoreError(
             "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
+        )
+
+
+def check_sense(rollout: Rollout) -> None:
+    """Check that the values of labels go together, as what an engine of ours made does.
+
+    Raises:
+        StoreError: they do not.
+    """
+    for label in rollout.labels:
+        count = len(label.candidate_ids)
+        if count > SUPPORT_SIZE or len(set(label.candidate_ids)) < count:
+            raise StoreError(f"candidate_ids: must be at most {SUPPORT_SIZE}, each once")
+        if max(*label.slm_log_probs, *label.llm_log_probs, label.mass - 1) > ROUNDING:
+            raise StoreError("slm_log_probs, llm_log_probs, mass: must be of probabilities up to 1")
+        _check_rank(label)
+
+
+def _check_rank(label: Label) -> None:
+    """Check that `llm_top_rank` is the place of `llm_top_id` among the candidates, or beyond."""
+    rank = label.llm_top_rank
+    if label.llm_top_id in label.candidate_ids:
+        is_right = label.candidate_ids.index(label.llm_top_id) == rank
+    else:
+        is_right = rank == -1 or rank >= len(label.candidate_ids)
+    if not is_right:
+        raise StoreError(
+            f"llm_top_rank={rank}: must be the place of llm_top_id={label.llm_top_id} among the "
+            f"{len(label.candidate_ids)} candidates, or behind them, or -1"
         )
 
 

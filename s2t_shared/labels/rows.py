@@ -1,4 +1,4 @@
-"""Rollouts as rows of an Arrow table: how they lie in the lake, travel, and are computed with.
+"""Rollouts as rows of an Arrow table: how they lie in the lake, and are computed with.
 
 A row is a rollout; its labels are a list of structs. Beside the columns of `Rollout` and `Label`
 the lake holds columns that follow from them, so that nobody has to read long columns to know
@@ -13,7 +13,6 @@ short things:
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -25,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from s2t_shared.errors import StoreError
 from s2t_shared.labels.keys import Keys, list_keys, text_keys
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout, problem_of
 from s2t_shared.labels.schema import Column, columns
@@ -66,7 +64,7 @@ def _schema(with_keys: bool) -> pa.Schema:
     return pa.schema(ordered, metadata={"s2t_schema_version": str(SCHEMA_VERSION)})
 
 
-WIRE_SCHEMA = _schema(with_keys=False)  # what travels
+ROLLOUT_SCHEMA = _schema(with_keys=False)  # the columns of `Rollout`
 SCHEMA = _schema(with_keys=True)  # what the lake's files hold
 OPTIONAL = {f.name: f.default for f in fields(Rollout) if f.metadata and f.default is not MISSING}
 # What a column that is not there follows from.
@@ -85,18 +83,18 @@ class Rows:
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> Rows:
-        """Of the wire's columns. A value that does not fit raises an error of pyarrow's or
+        """Of the columns of `Rollout`. A value that does not fit raises an error of pyarrow's or
         Python's: then `check_rollout` has a gap."""
         labels = [label for rollout in rollouts for label in rollout.labels]
         structs = pa.StructArray.from_arrays(
             [_array(labels, column) for column in columns(Label)],
-            fields=list(WIRE_SCHEMA.field(LABELS).type.value_type),
+            fields=list(ROLLOUT_SCHEMA.field(LABELS).type.value_type),
         )
         ends = np.cumsum([0, *(len(rollout.labels) for rollout in rollouts)], dtype=np.int32)
         arrays = {column.name: _array(rollouts, column) for column in columns(Rollout)}
-        arrays[LABELS] = _lists(ends, structs, WIRE_SCHEMA.field(LABELS).type)
-        ordered = [arrays[name] for name in WIRE_SCHEMA.names]
-        return cls(pa.Table.from_arrays(ordered, schema=WIRE_SCHEMA))
+        arrays[LABELS] = _lists(ends, structs, ROLLOUT_SCHEMA.field(LABELS).type)
+        ordered = [arrays[name] for name in ROLLOUT_SCHEMA.names]
+        return cls(pa.Table.from_arrays(ordered, schema=ROLLOUT_SCHEMA))
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
@@ -274,20 +272,6 @@ class Rows:
         made = [tuple(labels[a:b]) for a, b in pairwise(ends)]
         return _objects(Rollout, of_rollout, {LABELS: made})
 
-    # -- the wire ---------------------------------------------------------------------------------
-
-    def encoded(self) -> list[bytes]:
-        """Each row as bytes: what travels, and what `read_entry` reads."""
-        table = self.table.select(WIRE_SCHEMA.names)
-        batch = table.combine_chunks().to_batches()[0] if len(self) else None
-        found = []
-        for row in range(len(self)):
-            assert batch is not None
-            # Not a slice: its padding would hold bytes of the next rows.
-            one = batch.take(pa.array([row])) if len(self) > 1 else batch
-            found.append(HEADER + one.serialize().to_pybytes())
-        return found
-
 
 def _array(objects: Sequence[Any], column: Column) -> pa.Array:
     return pa.array([getattr(one, column.name) for one in objects], arrow_type(column))
@@ -314,51 +298,3 @@ def _objects(
             listed = arrays[column.name].to_pylist()
             values.append([tuple(value) for value in listed] if column.many else listed)
     return [kind(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)]
-
-
-# -- reading entries ------------------------------------------------------------------------------
-
-
-def _header(schema: pa.Schema) -> bytes:
-    return b"s2t" + zlib.crc32(schema.to_string(show_schema_metadata=False).encode()).to_bytes(4)
-
-
-HEADER = _header(WIRE_SCHEMA)
-# Entries of a program that does not know an optional column yet are read too.
-_KNOWN = {HEADER: WIRE_SCHEMA}
-for _field in WIRE_SCHEMA:
-    if _field.name in OPTIONAL:
-        _older = WIRE_SCHEMA.remove(WIRE_SCHEMA.get_field_index(_field.name))
-        _KNOWN[_header(_older)] = _older
-
-
-def read_entry(content: bytes) -> pa.RecordBatch:
-    """The row that `Rows.encoded` or `Rollout.to_json` wrote. Its values are not checked unless it
-    was JSON: `check_rows` does that for many at once.
-
-    Raises:
-        StoreError: not a rollout of a known schema.
-        S2TError: of JSON, a value is impossible.
-    """
-    schema = _KNOWN.get(content[: len(HEADER)])
-    if schema is None:
-        return Rows.of([Rollout.from_json(content)]).table.to_batches()[0]
-    try:
-        batch = pa.ipc.read_record_batch(pa.py_buffer(content)[len(HEADER) :], schema)
-        batch.validate(full=True)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise StoreError(f"not labels: {type(error).__name__}") from error
-    if batch.num_rows != 1:
-        raise StoreError(f"not labels: {batch.num_rows} rollouts in one entry")
-    if schema is WIRE_SCHEMA:
-        return batch
-    for name, default in OPTIONAL.items():
-        if name not in schema.names:
-            filled = pa.repeat(pa.scalar(default, WIRE_SCHEMA.field(name).type), 1)
-            batch = batch.append_column(WIRE_SCHEMA.field(name), filled)
-    return batch.select(WIRE_SCHEMA.names)
-
-
-def joined_entries(batches: Iterable[pa.RecordBatch]) -> Rows:
-    """What `read_entry` returned, as rows."""
-    return Rows(pa.Table.from_batches(list(batches), WIRE_SCHEMA))

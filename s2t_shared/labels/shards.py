@@ -24,7 +24,15 @@ from s2t_shared.errors import StoreError
 from s2t_shared.files import sha256_file
 from s2t_shared.labels.check import check_rows
 from s2t_shared.labels.places import Place
-from s2t_shared.labels.rows import LABEL_KEY, LABELS, OPTIONAL, SCHEMA, SOURCES, WIRE_SCHEMA, Rows
+from s2t_shared.labels.rows import (
+    LABEL_KEY,
+    LABELS,
+    OPTIONAL,
+    ROLLOUT_SCHEMA,
+    SCHEMA,
+    SOURCES,
+    Rows,
+)
 
 FORMAT = 3
 READABLE = (2, 3)
@@ -298,7 +306,7 @@ def _readable_names(shard: Shard, schema: pa.Schema) -> dict[str, tuple[str, ...
         StoreError: they are not ours. Optional ones and keys may be missing.
     """
     names = {field.name: () for field in schema}
-    if all(f.name in names or f.name in OPTIONAL for f in WIRE_SCHEMA) and LABELS in names:
+    if all(f.name in names or f.name in OPTIONAL for f in ROLLOUT_SCHEMA) and LABELS in names:
         inner = schema.field(LABELS).type
         known = {f.name: f.type for f in SCHEMA.field(LABELS).type.value_type}
         if pa.types.is_list(inner) and pa.types.is_struct(inner.value_type):

@@ -3,20 +3,26 @@ it has them on disk.
 
     spool/
       .lock                        held for a moment, to make, adopt or remove a folder
-      <writer>/lock                held for as long as the writer lives, however it dies
+      <node>-<pid>-<random>/       of one writer; node: this boot of this machine
+      <writer>/lock                held for as long as the writer lives, however it dies; touched
       <writer>/<number>.entries    a segment: records (length, CRC-32, bytes), appended and synced
 
 A segment is removed when its entries are durable elsewhere. A living writer adopts the folder of a
-dead one. Reading ends at a record that a crash cut short: nobody was promised it. Knows bytes and
-files; not what the bytes mean.
+dead one: one whose lock it gets and, as some shared file systems keep locks to each node, that is
+of its own node or was not touched for QUIET_S. Reading ends at a record that a crash cut short:
+nobody was promised it. Knows bytes and files; not what the bytes mean.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import socket
 import struct
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,6 +36,9 @@ from s2t_shared.files import locked, sync
 HEADER = struct.Struct("<II")  # length in bytes, CRC-32
 SEGMENT_BYTES = 4 << 20  # about; one is read whole
 SUFFIX = ".entries"
+BEAT_S = 10.0  # a living writer touches its locks so often
+QUIET_S = 600.0  # a folder of another node that was not touched for so long belongs to nobody
+FOLDER = re.compile(r"([0-9a-f]{8})-\d+-[0-9a-f]{12}")
 
 
 class Spool:
@@ -42,13 +51,15 @@ class Spool:
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root = root
         self._max_bytes = max_bytes
-        self._folder = root / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._node = this_node()
+        self._folder = root / f"{self._node}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._lock = threading.Lock()  # of all below
         self._open: IO[bytes] | None = None  # the segment being written: its stream, path and size
         self._path = self._folder
         self._size = 0
         self._segments_made = 0
         self._folder_locks: dict[Path, ExitStack] = {}
+        self._next_beat = 0.0
         with self._guarded():
             with self._folders_locked():
                 self._folder.mkdir()
@@ -142,13 +153,35 @@ class Spool:
         """Take over the folders of dead writers; release adopted ones that are empty."""
         with self._guarded(), self._folders_locked():
             for folder in self._root.iterdir():
-                if folder.is_dir() and folder not in self._folder_locks:
+                if folder.is_dir() and self._is_abandoned(folder):
                     lock = _lock_folder(folder)
                     if lock is not None:
                         self._folder_locks[folder] = lock
             for folder in list(self._folder_locks):
                 if folder != self._folder and not _segments_in(folder):
                     self._release(folder)
+
+    def _is_abandoned(self, folder: Path) -> bool:
+        """Whether its writer must be dead if its lock is free. Both times are of the disk's own
+        clock."""
+        if folder in self._folder_locks:
+            return False
+        name = FOLDER.fullmatch(folder.name)
+        if name is None or name[1] == self._node:
+            return True
+        touched = _touched(folder / "lock")
+        own = self._folder / "lock"
+        own.touch()
+        now = own.stat().st_mtime
+        return touched is None or now - touched > QUIET_S
+
+    def _beat(self) -> None:
+        """Tell other nodes that the writer of these folders lives."""
+        if time.monotonic() < self._next_beat:
+            return
+        self._next_beat = time.monotonic() + BEAT_S
+        for folder in self._folder_locks:
+            (folder / "lock").touch()
 
     def close(self) -> None:
         """Leave what is in the spool to whoever opens it next."""
@@ -178,6 +211,7 @@ class Spool:
         """One thread at a time; what the disk refuses becomes a StoreError."""
         try:
             with self._lock:
+                self._beat()
                 yield
         except OSError as error:
             reason = error.strerror or error
@@ -185,6 +219,23 @@ class Spool:
                 f"the label spool {self._root.name!r} cannot be used: {reason}; free or grant "
                 "space there"
             ) from error
+
+
+def this_node() -> str:
+    """Eight hex digits that the processes of one boot of one machine share, its containers too."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+    except OSError:
+        boot = socket.gethostname()
+    return hashlib.sha256(boot.encode()).hexdigest()[:8]
+
+
+def _touched(file: Path) -> float | None:
+    """When a file was last touched; None where there is none."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _lock_folder(folder: Path) -> ExitStack | None:

@@ -5,16 +5,18 @@ Knows bytes and keys; not what a rollout is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 
-from s2t_shared.redis_connection import open_client, place_of, redis_errors
+from s2t_shared.redis_connection import open_client, redis_errors
+from s2t_shared.redis_url import place_of
 
-# A stream. Field "rollout" is a row as `rows.read_entry` reads it; any other entry becomes a dead
-# letter.
+# A stream. Field "rollout" is Rollout.to_json(); any other entry becomes a dead letter.
 LABELS = "s2t:labels"
 # A stream: the entry's own fields, its id and the reason.
 DEAD_LETTERS = "s2t:labels:dead"
@@ -192,6 +194,32 @@ class LabelStream:
             pipeline.xack(LABELS, GROUP, entry.entry_id)
             pipeline.xdel(LABELS, entry.entry_id)
             pipeline.execute()
+
+    # -- dead letters -----------------------------------------------------------------------------
+
+    def dead_letters(self, start: bytes, count: int) -> list[Entry]:
+        """The first `count` dead letters from `start` on ("-": from the first)."""
+        with redis_errors(self.place):
+            found: Any = self._redis.xrange(DEAD_LETTERS, min=start, count=count)
+        return [Entry(entry_id, fields) for entry_id, fields in found]
+
+    def remove_dead_letters(self, entry_ids: Sequence[bytes]) -> int:
+        """Delete dead letters; returns how many were there."""
+        if not entry_ids:
+            return 0
+        with redis_errors(self.place):
+            return int(self._redis.xdel(DEAD_LETTERS, *entry_ids))
+
+    def trim_dead_letters(self, age_s: float) -> int:
+        """Delete the dead letters that are older; returns how many."""
+        oldest = int((time.time() - age_s) * 1000)
+        with redis_errors(self.place):
+            return int(self._redis.xtrim(DEAD_LETTERS, minid=oldest, approximate=False))
+
+    def rewrite_log(self) -> None:
+        """Let the server write its append-only file anew, without what was deleted."""
+        with redis_errors(self.place), suppress(redis.ResponseError):  # it does so already
+            self._redis.bgrewriteaof()
 
 
 def _number(entry_id: Any) -> EntryNumber:

@@ -27,19 +27,20 @@ from functools import cached_property
 from pathlib import Path
 
 from s2t_shared.errors import StoreError
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.spool import Spool
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
-BATCH_BYTES = 1 << 20  # about, for one call of Redis and one fsync of the spool
+BATCH_BYTES = 1 << 20  # of JSON, about, for one call of Redis and one fsync of the spool
 WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
 # After so long, a server that syncs "always" or "everysec" has on disk what it took.
 SETTLED_S = 3.0
 ADOPT_EVERY_S = 10.0
+RECHECK_S = 0.5  # whether sent segments are durable by now
 
 
 def next_backoff(backoff_s: float) -> float:
@@ -60,11 +61,11 @@ class _Write:
 
     @cached_property
     def bytes(self) -> int:
-        """Approximate size of the objects that wait."""
-        return sum(_waiting_bytes(rollout) for rollout in self.rollouts)
+        """Approximate size of the JSON encoding."""
+        return sum(_json_bytes(rollout) for rollout in self.rollouts)
 
 
-def _waiting_bytes(rollout: Rollout) -> int:
+def _json_bytes(rollout: Rollout) -> int:
     labels = sum(250 + 50 * len(label.candidate_ids) for label in rollout.labels)
     return 1000 + 8 * len(rollout.token_ids) + 45 * len(rollout.entropy) + labels
 
@@ -109,7 +110,10 @@ class LabelWriter:
         spool: Path,
         spool_bytes: int = 1 << 30,
         queue_bytes: int = 64 << 20,
+        known: KnownModels | None = None,
     ) -> None:
+        """known: where the models of what is written are written down, for the drain."""
+        self._known = known
         self._stream = stream.with_timeout(WRITE_TIMEOUT_S)
         self._spool = Spool(spool, spool_bytes)
         self._capacity = queue_bytes
@@ -213,7 +217,16 @@ class LabelWriter:
             return batch
 
     def _store_batch(self, batch: list[_Write]) -> None:
-        good, texts = self._encoded(batch)
+        good: list[_Write] = []
+        texts: list[bytes] = []
+        for write in batch:
+            try:
+                texts += [rollout.to_json().encode() for rollout in write.rollouts]
+                good.append(write)
+            except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
+                text = f"labels dropped: they cannot be serialised ({error})"
+                self._drop([write], "not serialisable", text)
+        self._introduce(good)
         try:
             if texts:
                 self._make_durable(texts)
@@ -226,22 +239,16 @@ class LabelWriter:
             if not write.future.done():  # `close` gave it up
                 write.future.set_result(None)
 
-    def _encoded(self, batch: list[_Write]) -> tuple[list[_Write], list[bytes]]:
-        """The writes and what travels of them: all at once, or each alone where one is bad."""
+    def _introduce(self, batch: Sequence[_Write]) -> None:
+        """Write down the models before their labels can reach the drain."""
+        if self._known is None:
+            return
         try:
-            return batch, Rows.of([r for write in batch for r in write.rollouts]).encoded()
-        except (TypeError, ValueError, OverflowError) as error:
-            if len(batch) == 1:  # a bug, but no reason to lose the others
-                text = f"labels dropped: they cannot be serialised ({error})"
-                self._drop(batch, "not serialisable", text)
-                return [], []
-        good: list[_Write] = []
-        texts: list[bytes] = []
-        for write in batch:
-            alone, encoded = self._encoded([write])
-            good += alone
-            texts += encoded
-        return good, texts
+            for write in batch:
+                for rollout in write.rollouts:
+                    self._known.add(Models.of(rollout))
+        except StoreError as error:
+            log.warning("labels of new models may be refused: %s", error)
 
     def _make_durable(self, texts: list[bytes]) -> None:
         """Store in Redis or in the spool; first in the spool unless Redis confirmed the last write.
@@ -308,7 +315,7 @@ class LabelWriter:
                 log.error("the spool waits: %s", type(error).__name__)
                 backoff = MAX_BACKOFF_S
                 continue
-            pause = 0.5 if is_waiting else max(0.0, next_adoption - time.monotonic())
+            pause = RECHECK_S if is_waiting else max(0.0, next_adoption - time.monotonic())
             self._spooled.wait(pause)
 
     def _send_segments(self) -> bool:

@@ -19,7 +19,8 @@ from s2t_shared.model.device_memory import check_device_memory
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Role = Literal["slm", "llm"]
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # and what is small beside them
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 DIGEST_WHOLE_FILE_BYTES = 64 << 20
 DIGEST_END_BYTES = 8 << 20
 
@@ -33,10 +34,11 @@ class LoadedModel:
     eos_ids: frozenset[int]
 
 
-def resolve_model(model: str, role: Role = "slm") -> Path:
+def resolve_model(model: str, role: Role = "slm", weights: bool = True) -> Path:
     """The local folder of a model.
 
-    model: a folder, a hub id, or "bundled" (the bundled pair's model of this role).
+    model: a folder, a hub id, or "bundled" (the bundled pair's model of this role). weights: of a
+    hub id, download them too; without them the folder does for a tokenizer.
 
     Raises:
         ModelLoadError: neither a folder with a config.json nor an id the hub answers for.
@@ -52,14 +54,14 @@ def resolve_model(model: str, role: Role = "slm") -> Path:
         return folder
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or not model:
         raise ModelLoadError(f"model folder {model!r} does not exist; check the path")
-    return _download(model)
+    return _download(model, HUB_FILES if weights else TOKENIZER_FILES)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=files))
     except Exception as error:  # the border to the hub client, whose error types vary by transport
         raise ModelLoadError(
             f"model {model!r} is neither a folder here nor could it be downloaded from the hub "
@@ -91,12 +93,13 @@ def model_digest(folder: Path) -> str:
 class ModelIdentity:
     """What identifies a model whose weights another runtime loads.
 
-    digest: of config and weights. eos_ids: ids that end an answer.
+    digest: of config and weights. eos_ids: ids that end an answer. vocab_rows: of the output layer.
     """
 
     folder: Path
     digest: str
     eos_ids: frozenset[int]
+    vocab_rows: int
 
 
 def identify_model(model: str, role: Role = "slm") -> ModelIdentity:
@@ -107,12 +110,14 @@ def identify_model(model: str, role: Role = "slm") -> ModelIdentity:
     """
     folder = resolve_model(model, role)
     try:
-        eos_ids = _eos_ids(folder, AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder)
+        eos_ids = _eos_ids(folder, config)
+        vocab_rows = int(config.get_text_config().vocab_size)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
             f"model folder {model!r} cannot be read: {str(error).splitlines()[0]}"
         ) from error
-    return ModelIdentity(folder, model_digest(folder), eos_ids)
+    return ModelIdentity(folder, model_digest(folder), eos_ids, vocab_rows)
 
 
 def load_model(

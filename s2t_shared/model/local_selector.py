@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class LocalSelector:
     bin_deltas: float [16, hidden], added to the base model's reserved rows. temperature: T of the
     reserved score. fusion: lambda, the weight of log p_base(c | s). calibration: the thresholds
     that were published with the version. always_on: the adapter acts on every token of an
-    `s2t_local` answer, and nothing triggers.
+    `s2t_local` answer, and nothing triggers. folder: its files, for a runtime that reads them
+    itself.
     """
 
     version: str
@@ -61,6 +63,7 @@ class LocalSelector:
     scoring: Scoring = Scoring.EXPECTED
     standardise: bool = False
     always_on: bool = False
+    folder: Path | None = None
 
     @classmethod
     def untrained(cls, reserved_ids: tuple[int, ...]) -> LocalSelector:
@@ -68,6 +71,12 @@ class LocalSelector:
         return cls(
             version="", kind=SelectorKind.RESERVED, reads=Reading.BASE, reserved_ids=reserved_ids
         )
+
+    @property
+    def is_ordinary_lora(self) -> bool:
+        """Whether the adapted model's own next-token distribution is all that is needed."""
+        reads_as_lora = self.kind is SelectorKind.PREFIX and self.reads is Reading.ADAPTED
+        return self.always_on or reads_as_lora
 
     def served(self, policy: Policy) -> Policy:
         """How this local selector serves a request of that policy."""
@@ -78,6 +87,17 @@ class LocalSelector:
     def selection_logits(self, scores: Tensor) -> Tensor:
         """Scores on the scale of logits, as softmax and the training losses take them."""
         return scores / self.temperature if self.kind is SelectorKind.RESERVED else scores
+
+
+@dataclass(frozen=True)
+class AdapterHost:
+    """An SLM whose runtime reads the adapters of ordinary LoRAs from their folders.
+
+    digest: of its weights. max_rank: of an adapter; 0: it takes none.
+    """
+
+    digest: str
+    max_rank: int
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,18 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     return Adapter(rank=rank, alpha=alpha, weights=weights)
 
 
+def read_rank(folder: Path) -> int:
+    """The rank of an adapter's files.
+
+    Raises:
+        VersionError: they cannot be read.
+    """
+    try:
+        return int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -23,8 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from s2t_shared.errors import VersionError
 from s2t_shared.files import write_atomically
 from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.runtime import ModelRuntime
-from s2t_shared.versions.registry import Registry, load_version, writer_lock
+from s2t_shared.versions.registry import SLM, Registry, load_version, writer_lock
 
 LIVE = "LIVE"
 LEFTOVERS = f".{LIVE}.*.tmp"
@@ -230,9 +229,7 @@ class LiveVersions:
             os.fsync(stream.fileno())
 
 
-def open_version(
-    name: str, versions: Path, runtime: ModelRuntime, tokenizer_digest: str
-) -> LocalSelector:
+def open_version(name: str, versions: Path, slm: SLM, tokenizer_digest: str) -> LocalSelector:
     """Load a version by what a person calls it.
 
     name: a version of the registry `versions`, "live", or the folder of a version.
@@ -243,10 +240,10 @@ def open_version(
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return load_version(folder, runtime, tokenizer_digest)
+        return load_version(folder, slm, tokenizer_digest)
     live_versions = LiveVersions(versions)
     version = live_versions.resolve(name)
-    return live_versions.registry.load(version, runtime, tokenizer_digest)
+    return live_versions.registry.load(version, slm, tokenizer_digest)
 
 
 def _check_canary(state: Live, version: str, share: float) -> None:

@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
 from s2t_shared.files import locked, publish_folder, sha256_file, sync, temporary_name
-from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.lora import load_adapter, save_adapter
+from s2t_shared.model.local_selector import AdapterHost, LocalSelector
+from s2t_shared.model.lora import load_adapter, read_rank, save_adapter
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.versions.manifest import (
     BINS,
@@ -49,6 +49,7 @@ from s2t_shared.versions.model_card import model_card
 LEFTOVERS = ".publishing*"
 NAME = re.compile(r"v(\d{4,})-.+")
 MAX_LISTED = 10  # versions that a message names
+SLM = ModelRuntime | AdapterHost  # what a version is loaded for
 
 
 class Registry:
@@ -155,14 +156,14 @@ class Registry:
         readable, _ = self.manifests()
         return next((manifest for manifest in readable if manifest.job == job), None)
 
-    def load(self, version: str, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:
+    def load(self, version: str, slm: SLM, tokenizer_digest: str) -> LocalSelector:
         """Read and check a version for this SLM.
 
         Raises:
             VersionNotFoundError: there is no such version.
             VersionError: it is damaged, or made for another SLM or tokenizer.
         """
-        return load_version(self.folder(version), runtime, tokenizer_digest)
+        return load_version(self.folder(version), slm, tokenizer_digest)
 
     def verify(
         self, version: str, runtime: ModelRuntime | None = None, tokenizer_digest: str = ""
@@ -208,33 +209,57 @@ def writer_lock(root: Path, leftovers: str) -> Iterator[None]:
         yield
 
 
-def load_version(folder: Path, runtime: ModelRuntime, tokenizer_digest: str) -> LocalSelector:
-    """Read and check the version in `folder` for this SLM. Weights are float32, on its device.
+def load_version(folder: Path, slm: SLM, tokenizer_digest: str) -> LocalSelector:
+    """Read and check the version in `folder` for this SLM.
+
+    Weights are float32, on its device; those of an adapter host stay in the folder.
 
     Raises:
         VersionNotFoundError: the folder has no manifest.
-        VersionError: it is damaged, or made for another SLM or tokenizer.
+        VersionError: it is damaged, made for another SLM or tokenizer, or nothing that an adapter
+            host can run.
     """
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
-    _check_digest(folder, "SLM", manifest.slm_digest, runtime.digest)
+    _check_digest(folder, "SLM", manifest.slm_digest, slm.digest)
     _check_digest(folder, "tokenizer", manifest.tokenizer_digest, tokenizer_digest)
-    adapter = load_adapter(folder, runtime.model).to(runtime.device, torch.float32)
-    bin_deltas = _load_bins(folder, manifest, runtime) if BINS in manifest.files else None
-    return LocalSelector(
+    selector = LocalSelector(
         version=manifest.version,
         kind=manifest.kind,
         reads=manifest.reads,
         reserved_ids=manifest.reserved_ids,
-        adapter=adapter,
-        bin_deltas=bin_deltas,
         temperature=manifest.temperature,
         fusion=manifest.fusion,
         calibration=manifest.calibration,
         scoring=manifest.scoring,
         standardise=manifest.standardise,
         always_on=manifest.always_on,
+        folder=folder,
     )
+    if isinstance(slm, AdapterHost):
+        verify_weights(folder, manifest)
+        _check_hosted(selector, slm)
+        return selector
+    selector.adapter = load_adapter(folder, slm.model).to(slm.device, torch.float32)
+    if BINS in manifest.files:
+        selector.bin_deltas = _load_bins(folder, manifest, slm)
+    return selector
+
+
+def _check_hosted(selector: LocalSelector, slm: AdapterHost) -> None:
+    if not selector.is_ordinary_lora:
+        raise VersionError(
+            f"version {selector.version!r} is of kind {selector.kind.value} and reads "
+            f"{selector.reads.value}; the runtime vllm runs kind prefix that reads adapted: "
+            "set slm.runtime to torch, or choose such a version"
+        )
+    assert selector.folder is not None
+    rank = read_rank(selector.folder)
+    if rank > slm.max_rank:
+        raise VersionError(
+            f"version {selector.version!r} has an adapter of rank {rank}; the runtime vllm was "
+            f"started for {slm.max_rank}: raise proposer.max_lora_rank"
+        )
 
 
 def _load_bins(folder: Path, manifest: Manifest, runtime: ModelRuntime) -> torch.Tensor:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.export import export_labels
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.rows import SCHEMA, WIRE_SCHEMA, Rows
+from s2t_shared.labels.rows import ROLLOUT_SCHEMA, SCHEMA, Rows
 from s2t_shared.labels.stats import COLUMNS, measure_labels
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.training.dataset import TrainingData
@@ -107,7 +107,7 @@ def _rows(rng: np.random.Generator, numbers: np.ndarray) -> Rows:
         "kl": reals(labels),
         "entropy": reals(labels),
     }
-    struct = WIRE_SCHEMA.field("labels").type.value_type
+    struct = ROLLOUT_SCHEMA.field("labels").type.value_type
     structs = pa.StructArray.from_arrays([of_label[f.name] for f in struct], fields=list(struct))
     named = {"task": "sums", "split": "train", "source": "plain", "group": ""}
     named |= dict.fromkeys(("slm_digest", "llm_digest"), "0123456789abcdef")
@@ -125,7 +125,7 @@ def _rows(rng: np.random.Generator, numbers: np.ndarray) -> Rows:
         "created_at": pa.array(time.time() - rng.uniform(0, 1e4, count)),
         "schema_version": pa.repeat(pa.scalar(2, pa.int32()), count),
     }
-    return Rows(pa.table({f.name: arrays[f.name] for f in WIRE_SCHEMA}, schema=WIRE_SCHEMA))
+    return Rows(pa.table({f.name: arrays[f.name] for f in ROLLOUT_SCHEMA}, schema=ROLLOUT_SCHEMA))
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ def _reading(lake: Lake, folder: Path, repeats: int, on_turn: Callable[[], None]
         "plain read": timed(lambda: _read(paths)),
         "stats": timed(lambda: measure_labels(lake)),
         "hashing": timed(lambda: [hashlib.sha256(path.read_bytes()) for path in paths]),
+        "verify --quick": timed(lambda: lake.verify(quick=True)),
         "verify": timed(lambda: lake.verify()),
-        "verify --values": timed(lambda: lake.verify(values=True)),
         "copy": timed(lambda: _copy(paths, folder / "copy.parquet")),
         "export": timed(export),
     }
@@ -163,7 +163,7 @@ def _reading(lake: Lake, folder: Path, repeats: int, on_turn: Callable[[], None]
     against = {
         "stats": "plain read",
         "verify": "hashing",
-        "verify --values": "hashing",
+        "verify --quick": "hashing",
         "export": "copy",
     }
     for name, plain in against.items():
@@ -276,7 +276,7 @@ def _drained(folder: Path, load: Load, drains: int) -> float:
     with open_redis(None, folder / "redis") as server:
         stream = LabelStream(server.url)
         for rows in made_up(load.drained):
-            entries = rows.encoded()
+            entries = [rollout.to_json().encode() for rollout in rows.rollouts()]
             for start in range(0, len(entries), 100):
                 stream.append(entries[start : start + 100])
         stream.create_group()

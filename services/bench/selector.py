@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
 from s2t_shared.model.loading import resolve_model
@@ -26,7 +26,8 @@ from services.bench.measure import Report, figure, ratios, take_turns
 from services.bench.workload import Settings
 from services.rpc import channels
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_server import SelectionServicer, SelectorThread
+from services.serve.selector_server import SelectionServicer
+from services.serve.selector_thread import SelectorThread
 
 CALLS = 200
 GAP = 16
@@ -203,7 +204,7 @@ def _serve(settings: Settings, instant: bool, pipe: Connection) -> None:
                 digest,
             )
         server = channels.new_server(SecurityConfig())
-        SelectionServicer(SelectorThread(scorer)).add_to(server)  # type: ignore[arg-type]
+        SelectionServicer(SelectorThread(scorer), SelectorConfig()).add_to(server)  # type: ignore[arg-type]
         port = channels.bind(server, "127.0.0.1", 0, SecurityConfig(), "port")
         await server.start()
         pipe.send((f"127.0.0.1:{port}", scorer.info))

@@ -18,9 +18,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer  # noqa: E402 - the environment above is read at import
-from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
 
+import services.cli.dead_letters  # noqa: E402, F401 - a verb of labels
 from s2t_shared.config import Config  # noqa: E402
 from s2t_shared.errors import (  # noqa: E402
     ConfigError,
@@ -30,18 +29,28 @@ from s2t_shared.errors import (  # noqa: E402
     S2TError,
     VersionError,
 )
+from s2t_shared.redis_url import without_password  # noqa: E402
 from services.cli.bench import bench_app  # noqa: E402
+from services.cli.cluster import down, init_app, status, up  # noqa: E402
 from services.cli.evaluate import evaluate  # noqa: E402
 from services.cli.generate import generate  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
 from services.cli.options import (  # noqa: E402
+    LLM,
+    SLM,
     Address,
     ConfigFile,
     DataDir,
+    Host,
+    HTTPPort,
     Json,
+    Port,
+    TokenFile,
     as_typed,
     settings,
+    settings_beside_service,
+    show,
 )
 from services.cli.train import train  # noqa: E402
 from services.cli.versions import versions_app  # noqa: E402
@@ -55,6 +64,7 @@ app = typer.Typer(
 app.add_typer(versions_app, name="versions")
 app.add_typer(labels_app, name="labels")
 app.add_typer(bench_app, name="bench")
+app.add_typer(init_app, name="init")
 USER_ERRORS = (ConfigError, InvalidRequestError, ModelLoadError, VersionError, EvaluationSplitError)
 
 
@@ -84,10 +94,11 @@ def demo(
 def serve(
     config: ConfigFile = None,
     data_dir: DataDir = None,
-    host: Annotated[str | None, typer.Option(help="gateway's address")] = None,
-    port: Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")] = None,
-    slm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
-    llm: Annotated[str | None, typer.Option(help="folder or hub id")] = None,
+    host: Host = None,
+    port: Port = None,
+    http_port: HTTPPort = None,
+    slm: SLM = None,
+    llm: LLM = None,
 ) -> None:
     """Run the service until Ctrl-C."""
     import signal
@@ -99,6 +110,7 @@ def serve(
         data_dir=str(data_dir) if data_dir else None,
         gateway__host=host,
         gateway__port=port,
+        gateway__http_port=http_port,
         slm__model=slm,
         llm__model=llm,
     )
@@ -109,10 +121,21 @@ def serve(
             # Here, because Ray sets handlers of its own when it starts.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if service.url:
+                print(f"{service.url} (playground), {service.url}/v1 (OpenAI's API)", flush=True)
             print(f"serving at {service.address} (gRPC); Ctrl-C stops", flush=True)
             signal.pause()
     except KeyboardInterrupt:
         print("stopped")
+
+
+app.command()(up)
+
+
+app.command()(down)
+
+
+app.command()(status)
 
 
 app.command()(generate)
@@ -128,19 +151,51 @@ app.command("eval")(evaluate)
 
 
 @app.command()
-def doctor(config: ConfigFile = None, address: Address = None, json_out: Json = False) -> None:
-    """Check this installation and configuration; each failure says how to mend it."""
+def doctor(
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    address: Address = None,
+    token_file: TokenFile = None,
+    json_out: Json = False,
+) -> None:
+    """Check this installation, its configuration and the service that runs; each finding says how
+    to mend it. Exit status 1 where something fails."""
+    from services.cli.findings import show_findings
     from services.launch.doctor import examine
+    from services.launch.findings import Level
 
-    findings = examine(settings(config), address)
+    resolved = settings_beside_service(
+        config, lambda line: None, data_dir=str(data_dir) if data_dir else None
+    )
+    findings = examine(resolved, address, token_file)
     if json_out:
-        print(json.dumps([asdict(f) for f in findings]))
+        found = list(findings)
+        print(json.dumps([asdict(finding) for finding in found]))
     else:
-        for f in findings:
-            mark = "[green]ok  [/green]" if f.ok else "[red]FAIL[/red]"
-            Console().print(f"{mark} {f.what}: {escape(f.detail)}", soft_wrap=True, highlight=False)
-    if not all(f.ok for f in findings):
+        found = show_findings(findings)
+    if any(finding.level is Level.FAIL for finding in found):
         raise typer.Exit(1)
+
+
+@app.command("redis-acl")
+def redis_acl(
+    folder: Annotated[Path, typer.Argument(help="for the ACL file and the passwords")],
+    json_out: Json = False,
+) -> None:
+    """Make Redis users with the least rights, one for each role, and their passwords.
+
+    Doing it again keeps the passwords and writes the rules anew.
+    """
+    from services.launch.redis_acl import write_acl
+
+    acl = write_acl(folder).absolute()
+    if json_out:
+        show({"acl_file": str(acl), "password_dir": str(acl.parent)}, json_out)
+        return
+    print(f"{acl}: producer (proposers), consumer (gateways), admin (verbs, doctor), default (all)")
+    print(f"server:  redis-server --aclfile {acl}")
+    print(f"service: redis.password_dir: {acl.parent}, and no user or password in redis.url")
+    print("a node needs only the password files of the roles that run on it")
 
 
 @app.command("config")
@@ -148,13 +203,16 @@ def show_config(
     config: ConfigFile = None,
     schema: Annotated[bool, typer.Option("--schema", help="the JSON schema, for editors")] = False,
 ) -> None:
-    """Print the resolved configuration."""
+    """Print the resolved configuration, but for passwords."""
     import yaml
 
     resolved = settings(config)
+    values = resolved.model_dump(mode="json")
+    if resolved.redis.url:
+        values["redis"]["url"] = without_password(resolved.redis.url)
     print(
         json.dumps(Config.model_json_schema(), indent=2)
         if schema
-        else yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False),
+        else yaml.safe_dump(values, sort_keys=False),
         end="",
     )

@@ -22,9 +22,11 @@ from services.cli.options import (
     DataDir,
     LLMRuntime,
     Quantization,
+    SLMRuntime,
     TensorParallel,
+    llm_vllm_options,
     settings,
-    vllm_options,
+    slm_vllm_options,
 )
 from services.cli.progress import progress
 
@@ -68,6 +70,7 @@ def generate(
     calibration_prompts: Annotated[
         Path | None, typer.Option(help="JSONL of training prompts to calibrate the budget on")
     ] = None,
+    slm_runtime: SLMRuntime = "torch",
     llm_runtime: LLMRuntime = "torch",
     tensor_parallel: TensorParallel = 1,
     quantization: Quantization = None,
@@ -110,7 +113,8 @@ def generate(
         device=device,
         batch_size=batch_size,
         threads=threads,
-        vllm=vllm_options(llm_runtime, dtype, tensor_parallel, quantization),
+        vllm=llm_vllm_options(llm_runtime, dtype, tensor_parallel, quantization),
+        slm_vllm=slm_vllm_options(slm_runtime, dtype),
     )
     template = pair.with_thresholds(template, calibration_prompts, _say)
     with progress("answers", count_lines(input)) as shown:

@@ -33,16 +33,16 @@ from services.cli.options import (
     TensorParallel,
     Threads,
     TokenFile,
+    llm_vllm_options,
     settings,
     show,
     target,
-    vllm_options,
 )
 from services.cli.progress import progress
 
 if TYPE_CHECKING:
     from s2t_shared.data.prompts import PromptSource
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
     from s2t_shared.pair import Pair
     from services.harvest.rollouts import HarvestOptions, RolloutSource
     from services.harvest.run import HarvestOutcome, Prompts
@@ -144,7 +144,7 @@ def harvest(
     if slm or llm:
         if not (slm and llm and out):
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
-        vllm = vllm_options(llm_runtime, dtype, tensor_parallel, quantization)
+        vllm = llm_vllm_options(llm_runtime, dtype, tensor_parallel, quantization)
         pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template, vllm)
         source, lake = PairRollouts(pair), out
     else:

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError, StoreError
+from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
 from s2t_shared.requests import by_name
 from services.cli.options import (
     ConfigFile,
@@ -98,6 +98,8 @@ def stats(
             f"{queued['in_redis']} rollouts are still on their way and not counted above; they are "
             f"in the lake within {resolved.labels.shard_age_s:.0f} s (--flush writes them now)"
         )
+    if queued.get("dead_letters"):
+        print(f"{queued['dead_letters']} labelled rollouts were refused; s2t labels dead says why")
     wanted = 2 * resolved.training.gate_min_groups  # half of those held out are for testing
     if measured.labels and measured.held_out_groups < wanted:
         print(
@@ -127,7 +129,7 @@ def _shown(measured: LabelStats) -> dict[str, Any]:
         "mean mass": _figure(measured.mass, ".3f"),
         "shards": measured.shards,
         "size": f"{measured.bytes / (1 << 20):.1f} MiB",
-        "made": f"{_date(measured.oldest)} to {_date(measured.newest)}",
+        "made": f"{date(measured.oldest)} to {date(measured.newest)}",
     }
 
 
@@ -161,12 +163,15 @@ def _queued(config: Config, service: ServiceRecord | None, flush: bool) -> dict[
     """
     from services.client import Client
     from services.rpc import channels
+    from services.rpc.tls import ClientTLS
+    from services.rpc.tokens import Role
 
     if service is None:
         return _redis_counts(config) if config.redis.url else {}
     security = config.security
-    token = channels.read_token(security.token_file)
-    with Client(service.address, token, security.authority, timeout_s=60.0) as client:
+    token = channels.read_token(security.token_file, Role.ADMIN)
+    tls = ClientTLS.of(security)
+    with Client(service.address, token, tls=tls, timeout_s=60.0) as client:
         try:
             counts = client.count_labels(flush=flush)
         except S2TError as error:
@@ -177,13 +182,12 @@ def _queued(config: Config, service: ServiceRecord | None, flush: bool) -> dict[
 def _redis_counts(config: Config) -> dict[str, Any]:
     """Counts of what is in Redis. When Redis is away they are None: the verb is about the lake and
     must not fail."""
-    from s2t_shared.labels.stream import LabelStream
+    from services.cli.dead_letters import operator_stream
 
     try:
-        stream = LabelStream(str(config.redis.url))
-        counts = stream.counts()
-        stream.close()
-    except StoreError as error:
+        with operator_stream(config) as stream:
+            counts = stream.counts()
+    except S2TError as error:
         return {"in_redis": None, "dead_letters": None, "redis_error": str(error)}
     return {"in_redis": counts.rollouts, "dead_letters": counts.dead_letters}
 
@@ -219,7 +223,7 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _date(seconds: float | None) -> str:
+def date(seconds: float | None) -> str:
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
@@ -283,8 +287,8 @@ def delete(
     data_dir: DataDir = None,
     json_out: Json = False,
 ) -> None:
-    """Delete labels, in the lake with its snapshots and quarantine, and on their way there. Doing
-    it again changes nothing."""
+    """Delete labels, in the lake with its snapshots and quarantine, on their way there, and refused
+    ones. Doing it again changes nothing."""
     fields = {"problem_id": problem_id, "request_id": request_id, "task": task}
     by_field = [(field, value) for field, value in fields.items() if value is not None]
     by_retention = older_than is not None or keep_gib is not None
@@ -293,29 +297,40 @@ def delete(
             "say what to delete with one of --problem-id, --request-id, --task, or with "
             "--older-than and --keep-gib"
         )
-    opened, _ = _open(lake, config, data_dir)
+    opened, resolved = _open(lake, config, data_dir)
+    result: dict[str, Any] = {}
     if by_retention:
         removed = _delete_by_retention(opened, older_than, keep_gib, yes)
     else:
         [(field, value)] = by_field
         removed = _delete_by_field(opened, field, value, yes)
+        result = _delete_refused(opened, resolved, field, value)
     if opened.quarantined.names(".parquet"):
         print(
             f"s2t: what cannot be read in {opened.where + '/quarantine'!r} was not searched; "
             "remove that folder when it is needed no more",
             file=sys.stderr,
         )
-    show({"deleted rollouts": removed}, json_out)
+    show({"deleted rollouts": removed} | result, json_out)
 
 
 def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
     rollouts, labels = lake.rollouts_with(field, value)
-    _confirm(
+    confirm(
         f"{rollouts} rollouts with {labels} labels of {field} {value!r}, and what of it is "
         f"on its way, in {lake.where!r}",
         yes,
     )
     return lake.delete(field, value)
+
+
+def _delete_refused(lake: Lake, config: Config, field: str, value: str) -> dict[str, Any]:
+    """Delete from the dead letters of the Redis that belongs to the lake, if there is one."""
+    from services.cli.dead_letters import delete_from_dead_letters, with_redis
+
+    if lake.where != str(config.lake):
+        return {}
+    return delete_from_dead_letters(with_redis(config), field, value)
 
 
 def _delete_by_retention(
@@ -328,17 +343,17 @@ def _delete_by_retention(
     max_bytes = 0 if keep_gib is None else max(1, int(keep_gib * GIB))
     shards = lake.prunable(max_age_s, max_bytes)
     newest = shards[-1].last if shards else None
-    _confirm(
+    confirm(
         f"{len(shards)} of {len(lake.shards())} shards: "
         f"{sum(shard.rollouts for shard in shards)} rollouts with "
-        f"{sum(shard.labels for shard in shards)} labels, made until {_date(newest)}, "
+        f"{sum(shard.labels for shard in shards)} labels, made until {date(newest)}, "
         f"in {lake.where!r}",
         yes,
     )
     return lake.prune(max_age_s, max_bytes)
 
 
-def _confirm(what: str, yes: bool) -> None:
+def confirm(what: str, yes: bool) -> None:
     """Say what is deleted, and ask unless `yes`.
 
     Raises:
@@ -364,16 +379,16 @@ def _on_terminal() -> bool:
 def verify(
     lake: LakeFolder = None,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="move bad shards aside")] = False,
-    values: Annotated[
-        bool, typer.Option("--values", help="read every value too, not only what was written")
+    quick: Annotated[
+        bool, typer.Option("--quick", help="check hash and schema only, not every value")
     ] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     json_out: Json = False,
 ) -> None:
-    """Check hash and schema of every shard; exit status 1 where one is bad."""
+    """Check hash, schema and values of every shard; exit status 1 where one is bad."""
     opened, _ = _open(lake, config, data_dir)
-    bad = opened.verify(values)
+    bad = opened.verify(quick)
     quarantined = quarantine and bool(bad)
     if quarantined:
         opened.quarantine(bad)

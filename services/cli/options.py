@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from s2t_shared.config import Config, load_config
+from s2t_shared.config import EVERYWHERE, Config, load_config
 from s2t_shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
 
+Host = Annotated[str | None, typer.Option(help="gateway's address")]
+HTTPPort = Annotated[
+    int | None, typer.Option(help="of OpenAI's API and the playground; 0: any free one")
+]
+Port = Annotated[int | None, typer.Option(help="gateway's port; 0: any free one")]
+SLM = Annotated[str | None, typer.Option(help="folder or hub id")]
+LLM = Annotated[str | None, typer.Option(help="folder or hub id")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see cluster/laptop.yaml")
 ]
@@ -93,15 +100,16 @@ def as_typed(text: str, arguments: Sequence[str]) -> str:
 def target(address: str | None, config: Path | None, token_file: Path | None) -> Any:
     from services.rpc import channels
     from services.rpc.ask_many import Target
+    from services.rpc.tls import ClientTLS
+    from services.rpc.tokens import Role
 
     resolved = settings(config)
-    token = channels.read_token(token_file or resolved.security.token_file)
-    authority = resolved.security.authority
-    return Target(
-        address or f"{resolved.gateway.host}:{resolved.gateway.port}",
-        token,
-        str(authority) if authority else None,
-    )
+    token = channels.read_token(token_file or resolved.security.token_file, Role.GENERATE)
+    host = resolved.gateway.host
+    if host in EVERYWHERE:  # where to listen; to connect, this machine's own address will do
+        host = "127.0.0.1"
+    address = address or f"{host}:{resolved.gateway.port}"
+    return Target(address, token, ClientTLS.of(resolved.security))
 
 
 def wide_console() -> Console:
@@ -121,25 +129,44 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 
 # -- the LLM's runtime ----------------------------------------------------------------------------
 
+SLMRuntime = Annotated[str, typer.Option(help="what runs the SLM: torch, or vllm")]
 LLMRuntime = Annotated[str, typer.Option(help="what runs the LLM: torch, or vllm")]
-TensorParallel = Annotated[int, typer.Option(help="with vllm: GPUs that share every layer")]
-Quantization = Annotated[str | None, typer.Option(help="with vllm: as vLLM names it, as in fp8")]
+TensorParallel = Annotated[int, typer.Option(help="vllm: GPUs that share every layer of the LLM")]
+Quantization = Annotated[
+    str | None, typer.Option(help="of an LLM on vllm: as vLLM names it, as in fp8")
+]
 
 
-def vllm_options(
+def slm_vllm_options(runtime: str, dtype: str) -> VLLMOptions | None:
+    """How vLLM runs the SLM; None for torch.
+
+    Raises:
+        ConfigError: no such runtime.
+    """
+    from s2t_shared.decode.vllm_options import VLLMOptions
+
+    _check_runtime("--slm-runtime", runtime)
+    return VLLMOptions(dtype=dtype) if runtime == "vllm" else None
+
+
+def llm_vllm_options(
     runtime: str, dtype: str, tensor_parallel: int, quantization: str | None
 ) -> VLLMOptions | None:
-    """What the options say; None for torch.
+    """How vLLM runs the LLM; None for torch.
 
     Raises:
         ConfigError: no such runtime, or an option that torch does not have.
     """
-    from s2t_shared.decode.vllm_selector import VLLMOptions
+    from s2t_shared.decode.vllm_options import VLLMOptions
 
+    _check_runtime("--llm-runtime", runtime)
     if runtime == "vllm":
         return VLLMOptions(dtype=dtype, tensor_parallel=tensor_parallel, quantization=quantization)
-    if runtime != "torch":
-        raise ConfigError(f"--llm-runtime={runtime!r}: choose torch or vllm")
     if tensor_parallel != 1 or quantization is not None:
         raise ConfigError("--tensor-parallel and --quantization need --llm-runtime vllm")
     return None
+
+
+def _check_runtime(flag: str, runtime: str) -> None:
+    if runtime not in ("torch", "vllm"):
+        raise ConfigError(f"{flag}={runtime!r}: choose torch or vllm")

@@ -52,7 +52,7 @@ def train(
     Labels that a running service still has on their way come first. Killed, the same command goes
     on where it was.
     """
-    from services.launch.local import local_ray
+    from services.launch.ray_connection import local_ray
     from services.train import follow as following
     from services.train.job import train as run_training
 

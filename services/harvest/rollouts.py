@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from s2t_shared.decode.generate import Generator
-from s2t_shared.errors import OverloadedError, S2TError, SelectorUnavailableError, StoreError
+from s2t_shared.errors import (
+    OverloadedError,
+    S2TError,
+    SelectorUnavailableError,
+    ServiceUnavailableError,
+    StoreError,
+)
 from s2t_shared.labels.label import Digests, Rollout, rollout_of
 from s2t_shared.pair import Pair
 from s2t_shared.types import (
@@ -26,16 +32,18 @@ from s2t_shared.types import (
     Mode,
     Policy,
     Prompt,
+    ServiceDescription,
     Trigger,
 )
 from services.rpc.ask_many import AsyncCaller, Target, describe, pause_before_retry
 
 TRIGGERS = (Trigger.ENTROPY, Trigger.KL)
 # A part of the service is away or full, and will be back.
-RETRIED = (SelectorUnavailableError, OverloadedError, StoreError)
+RETRIED = (SelectorUnavailableError, ServiceUnavailableError, OverloadedError, StoreError)
 MAX_PAUSE_S = 10.0
 WINDOW = 64  # rollouts queued at once in this process
 ROLLOUTS_PER_PROPOSER = 64  # requests to a service in flight
+FOLLOW_S = 10.0  # how often a harvest looks for more or fewer proposers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +225,12 @@ class ServiceRollouts:
         concurrency: int = 0,
         patience_s: float = 600.0,
     ) -> None:
-        """concurrency: requests in flight; 0: as many as the proposers can take.
+        """concurrency: requests in flight; 0: as many as the proposers can take, and more or fewer
+        when Serve changes their number.
 
         Raises:
-            SelectorUnavailableError: the service cannot be asked, or has no LLM.
+            SelectorUnavailableError: the service has no LLM.
+            S2TError: it cannot be asked.
         """
         self._target = target
         self._patience_s = patience_s
@@ -237,7 +247,8 @@ class ServiceRollouts:
             service.tokenizer_digest,
             service.template_digest,
         )
-        self._concurrency = concurrency or ROLLOUTS_PER_PROPOSER * max(1, service.proposers)
+        self._follows_proposers = concurrency == 0
+        self._concurrency = concurrency or _concurrency(service)
         self._answered_at = time.monotonic()
 
     def make_rollouts(
@@ -255,11 +266,35 @@ class ServiceRollouts:
         async with self._target.open_channel() as channel:
             caller = AsyncCaller(self._target, channel)
 
+            workers: set[asyncio.Task[None]] = set()
+            exhausted = False
+
             async def worker() -> None:
+                nonlocal exhausted
                 for request in requests:  # shared by all workers
                     on_rollout(request, await self._ask(caller, request, options))
+                    if len(workers) > self._concurrency:
+                        return
+                exhausted = True
 
-            await asyncio.gather(*(worker() for _ in range(self._concurrency)))
+            while workers or not exhausted:
+                if not exhausted:
+                    missing = self._concurrency - len(workers)
+                    workers |= {asyncio.create_task(worker()) for _ in range(missing)}
+                ended, workers = await asyncio.wait(
+                    workers, timeout=FOLLOW_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in ended:
+                    task.result()
+                if not ended and self._follows_proposers:
+                    self._concurrency = await asyncio.to_thread(self._wanted_concurrency)
+
+    def _wanted_concurrency(self) -> int:
+        """By the proposers that run now; unchanged while the service does not say."""
+        try:
+            return _concurrency(describe(self._target))
+        except S2TError:
+            return self._concurrency
 
     async def _ask(
         self, caller: AsyncCaller, request: RolloutRequest, options: HarvestOptions
@@ -291,3 +326,7 @@ class ServiceRollouts:
             wanted = pause_before_retry(answer)
             await asyncio.sleep(pause if wanted is None else min(MAX_PAUSE_S, wanted))
             pause = min(MAX_PAUSE_S, 2 * pause)
+
+
+def _concurrency(service: ServiceDescription) -> int:
+    return ROLLOUTS_PER_PROPOSER * max(1, service.proposers)

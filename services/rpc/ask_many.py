@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -21,6 +20,7 @@ from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import channels, wire
+from services.rpc.tls import ClientTLS
 
 DESCRIBE_TIMEOUT_S = 30.0
 T = TypeVar("T")
@@ -32,17 +32,16 @@ Outcome = Answer | S2TError
 class Target:
     """A service to ask.
 
-    token: the caller's. authority: PEM file that the service's certificate is checked against.
+    token: the caller's. tls: None for plain text.
     """
 
     address: str
     token: str | None = None
-    authority: str | None = None
+    tls: ClientTLS | None = None
 
     def open_channel(self, asynchronous: bool = True) -> Any:
-        """A channel to the service, with TLS where there is an authority."""
-        authority = Path(self.authority) if self.authority else None
-        return channels.open_channel(self.address, authority, asynchronous)
+        """A channel to the service."""
+        return channels.open_channel(self.address, self.tls, asynchronous)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,7 +22,7 @@ from s2t_shared.pb.v1 import admin_pb2_grpc
 from s2t_shared.types import LabelCounts, PublishedVersion
 from s2t_shared.versions.live import LiveVersions
 from services.rpc import wire
-from services.serve.generation_servicer import ProposerLostError, Proposers, refuse
+from services.serve.generation_servicer import Proposers, refuse
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -72,12 +72,17 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.CountLabelsResponse:
         try:
             dropped = await self._proposers.count_dropped_labels()
-        except (S2TError, ProposerLostError):
+        except S2TError:
             dropped = 0
         counts = await _in_thread(context, lambda: self._count(message.flush, dropped))
         return wire.write_label_counts(counts)
 
     # -- blocking, on another thread --------------------------------------------------------------
+
+    def published(self) -> tuple[list[PublishedVersion], dict[str, dict[str, Any]]]:
+        """All published versions, and of those that the gate has judged its last verdict."""
+        judged = [e for e in self._live_versions.events() if e.get("event") == "gate"]
+        return self._versions(), {str(event.get("version")): event for event in judged}
 
     def _versions(self) -> list[PublishedVersion]:
         state = self._live_versions.state()

@@ -34,9 +34,9 @@ MAX_RETRY_S = 30.0
 class Ticket:
     """A request's place among those that are being answered.
 
-    count: its sequences. max_new_tokens: of each. deadline, start_by, turn: as in `DecodeRequest`.
-    next_turn: of the same client's next request. sequences: once they are on the engine.
-    was_begun: whether one of them was seen in the batch.
+    count: its sequences. max_new_tokens: of each, without those that are decided. deadline,
+    start_by, turn: as in `DecodeRequest`. next_turn: of the same client's next request. sequences:
+    once they are on the engine. was_begun: whether one of them was seen in the batch.
     """
 
     client: str
@@ -111,12 +111,16 @@ class Admission:
     def _take(self, request: GenerateRequest) -> Ticket:
         """Check and take without a pause between, so that a burst finds the places taken."""
         left = request.timeout_s if request.timeout_s > 0 else math.inf
+        decided = len(request.progress.token_ids) if request.progress is not None else 0
         ticket = Ticket(
             client=request.client,
             count=request.samples if request.options.policy.mode is Mode.MAJORITY else 1,
-            max_new_tokens=request.options.max_new_tokens,
+            max_new_tokens=max(1, request.options.max_new_tokens - decided),
             deadline=self._clock() + left if left < math.inf else None,
         )
+        if request.progress is not None:
+            self._take_over(ticket)
+            return ticket
         if len(self._open) >= self._max_ongoing_requests:
             raise _overloaded(f"{len(self._open)} requests are being answered", RETRY_AFTER_S)
         self._see_what_began()
@@ -128,6 +132,13 @@ class Admission:
                 ticket.start_by = ticket.deadline - forecast.service_s
         self._open[ticket] = None
         return ticket
+
+    def _take_over(self, ticket: Ticket) -> None:
+        """A place for an answer that has begun: its client reads it already, so it is refused
+        nothing and waits behind nobody."""
+        self._give_turn(ticket)
+        ticket.turn = 0.0
+        self._open[ticket] = None
 
     def _see_what_began(self) -> None:
         for ticket in self._open:
@@ -179,9 +190,9 @@ class Admission:
         seconds, tokens = self._seconds, self._tokens
         for ticket in self._begun():
             for s in ticket.sequences:
-                if s.started_at is not None and s.ended_at is None and len(s.steps) >= MIN_TOKENS:
+                if s.started_at is not None and s.ended_at is None and s.decoded >= MIN_TOKENS:
                     seconds += now - s.started_at
-                    tokens += len(s.steps)
+                    tokens += s.decoded
         return seconds / tokens if tokens else 0.0
 
     def _begun(self) -> list[Ticket]:
@@ -199,20 +210,19 @@ class Admission:
         remaining = []
         for s in ticket.sequences:
             if s.finish_reason is None:
-                done = len(s.steps)
-                left = max(expected - done, OVERDUE * expected)
-                remaining.append(min(s.max_new_tokens - done, left))
+                left = max(expected - s.decoded, OVERDUE * expected)
+                remaining.append(min(s.max_new_tokens - len(s.steps), left))
         return remaining
 
     def _learn(self, ticket: Ticket) -> None:
         for s in ticket.sequences:
-            if s.started_at is None or s.ended_at is None or not s.steps:
+            if s.started_at is None or s.ended_at is None or not s.decoded:
                 continue
             self._seconds = MEMORY * self._seconds + s.ended_at - s.started_at
-            self._tokens = MEMORY * self._tokens + len(s.steps)
+            self._tokens = MEMORY * self._tokens + s.decoded
             if s.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 self._asked = MEMORY * self._asked + ticket.max_new_tokens
-                self._used = MEMORY * self._used + len(s.steps)
+                self._used = MEMORY * self._used + s.decoded
 
 
 def _occupy(lanes: list[float], slots: int, tokens: float) -> float:

@@ -6,19 +6,24 @@ The only place that knows all of them. Each function is called in its replica's 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from s2t_shared.config import Config, LLMConfig
+from s2t_shared.config import Config, ModelConfig
 from s2t_shared.decode.calibrate import calibration_prompts
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.interfaces import LLMInfo, SelectorClient
+from s2t_shared.decode.interfaces import LLMInfo, SelectorClient, SLMInfo, SLMProposer
 from s2t_shared.decode.llm_selector import LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.selection_cache import CachedSelector
-from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelector
+from s2t_shared.decode.vllm_options import VLLMOptions
+from s2t_shared.decode.vllm_proposer import VLLMProposer
+from s2t_shared.decode.vllm_selector import VLLMSelector
 from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
@@ -26,8 +31,12 @@ from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
+from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
+from s2t_shared.versions.registry import SLM
+from services.rpc import channels
+from services.rpc.tokens import Role
 from services.serve.admin_servicer import AdminServicer
 from services.serve.calibrator import Calibrator
 from services.serve.engine_thread import EngineThread
@@ -36,7 +45,8 @@ from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
-from services.serve.selector_server import AsyncSelector, SelectorServer, SelectorThread
+from services.serve.selector_server import SelectorServer
+from services.serve.selector_thread import AsyncSelector, SelectorThread
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
@@ -58,21 +68,22 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     """
     torch.set_num_threads(config.slm.threads)
     tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
-    runtime = _load_slm(config)
-    remote = await _connect_selector(config, runtime, tokenizer, selectors)
-    labels = LabelRecorder(_label_writer(config))
-    versions = VersionWatcher(LiveVersions(config.versions), runtime, tokenizer.digest)
+    slm = _load_slm(config, tokenizer)
+    info = slm.proposer.info
+    remote = await _connect_selector(config, info, tokenizer, selectors)
+    models = Models(info.digest, remote.info.digest, tokenizer.digest)
+    labels = LabelRecorder(_label_writer(config, models))
+    versions = VersionWatcher(LiveVersions(config.versions), slm.weights, tokenizer.digest)
     settings = config.proposer
-    excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
     engine = Engine(
-        Proposer(runtime, excluded_ids, settings.prefill_chunk_tokens),
+        slm.proposer,
         _cached(config, remote),
         versions.lookup,
         max_num_seqs=settings.max_num_seqs,
         selection_timeout_s=settings.selection_timeout_s,
         max_draft_tokens=settings.max_draft_tokens,
     )
-    thread = EngineThread(engine, tokenizer, check_when_idle=runtime.pool.check)
+    thread = EngineThread(engine, tokenizer, check_when_idle=slm.check_when_idle)
     calibrator = Calibrator(
         engine=thread,
         tokenizer=tokenizer,
@@ -83,7 +94,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     )
     await calibrator.start()
     live = versions.live_version or "none"
-    log.info("proposer ready: slm %s, live local selector %s", runtime.digest, live)
+    log.info("proposer ready: slm %s, live local selector %s", slm.proposer.info.digest, live)
     return ProposerService(
         engine=thread,
         tokenizer=tokenizer,
@@ -93,10 +104,39 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         calibration=calibrator.calibration,
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queue_s=settings.max_queue_s,
+        stall_timeout_s=settings.stall_timeout_s,
     )
 
 
-def _load_slm(config: Config) -> ModelRuntime:
+@dataclass(frozen=True)
+class _SLM:
+    """A loaded SLM. weights: what versions are for. check_when_idle: raises where KV was lost."""
+
+    proposer: SLMProposer
+    weights: SLM
+    check_when_idle: Callable[[], None]
+
+
+def _load_slm(config: Config, tokenizer: Tokenizer) -> _SLM:
+    return (
+        _vllm_slm(config, tokenizer)
+        if config.slm.runtime == "vllm"
+        else _torch_slm(config, tokenizer)
+    )
+
+
+def _vllm_slm(config: Config, tokenizer: Tokenizer) -> _SLM:
+    proposer = VLLMProposer.load(
+        config.slm.model,
+        _vllm_options(config.slm),
+        tokenizer,
+        max_num_seqs=config.proposer.max_num_seqs,
+        max_lora_rank=config.proposer.max_lora_rank,
+    )
+    return _SLM(proposer, proposer.adapter_host, lambda: None)
+
+
+def _torch_slm(config: Config, tokenizer: Tokenizer) -> _SLM:
     slm = config.slm
     runtime = ModelRuntime.load(
         slm.model,
@@ -107,30 +147,40 @@ def _load_slm(config: Config) -> ModelRuntime:
         cuda_graphs=config.proposer.cuda_graphs,
     )
     runtime.switch  # noqa: B018 - wrap the layers now, before the engine's thread runs the model
-    return runtime
+    excluded_ids = reserved_ids(tokenizer, runtime.vocab_rows)
+    proposer = Proposer(runtime, excluded_ids, config.proposer.prefill_chunk_tokens)
+    return _SLM(proposer, runtime, runtime.pool.check)
 
 
-def _label_writer(config: Config) -> LabelWriter | None:
+def _label_writer(config: Config, models: Models) -> LabelWriter | None:
+    """models: of this proposer as it starts. They are written down before the gateway drains what
+    an earlier one of the same models has left."""
     if not config.redis.url:
         return None
     spool_bytes = config.labels.spool_mib << 20
-    return LabelWriter(LabelStream(config.redis.url), config.spool, spool_bytes)
+    url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
+    known = KnownModels(config.known_models)
+    if models.llm:
+        known.add(models)
+    return LabelWriter(LabelStream(url), config.spool, spool_bytes, known=known)
 
 
 def _cached(config: Config, remote: RemoteSelector) -> SelectorClient:
     if not config.redis.url:
         return remote
-    return CachedSelector(remote, config.redis.url, config.redis.cache_ttl_s)
+    url = url_of(RedisRole.PRODUCER, config.redis.url, config.redis.password_dir)
+    return CachedSelector(remote, url, config.redis.cache_ttl_s)
 
 
 async def _connect_selector(
-    config: Config, runtime: ModelRuntime, tokenizer: Tokenizer, selectors: Any
+    config: Config, slm: SLMInfo, tokenizer: Tokenizer, selectors: Any
 ) -> RemoteSelector:
     """The client of the selectors that the configuration names, else of those that Serve runs."""
     find_addresses = address_finder(config, selectors)
-    fallback = LLMInfo("", "", runtime.eos_ids, runtime.max_length)
+    fallback = LLMInfo("", "", slm.eos_ids, slm.max_length)
     remote = RemoteSelector(find_addresses, config.security, tokenizer.digest, fallback)
     if config.selector.addresses or selectors is not None:
+        channels.read_token(config.security.token_file, Role.SCORE)  # better now than never an LLM
         await remote.wait_until_reachable(config.selector.start_wait_s)
     return remote
 
@@ -152,25 +202,33 @@ def selector_server(config: Config) -> SelectorServer:
     """
     torch.set_num_threads(config.llm.threads)
     runs = _vllm_selector if config.llm.runtime == "vllm" else _torch_selector
-    return SelectorServer(runs(config.llm), config.security, config.selector.host)
+    return SelectorServer(
+        runs(config.llm),
+        config.security,
+        config.selector,
+        drain_grace_s=config.gateway.drain_s,
+    )
 
 
-def _torch_selector(llm: LLMConfig) -> AsyncSelector:
+def _torch_selector(llm: ModelConfig) -> AsyncSelector:
     runtime = ModelRuntime.load(llm.model, llm.dtype, llm.device, llm.kv_bytes, "llm")
     tokenizer = Tokenizer.load(resolve_model(llm.model, "llm"))
     return SelectorThread(LLMSelector(runtime, tokenizer.digest))
 
 
-def _vllm_selector(llm: LLMConfig) -> AsyncSelector:
-    options = VLLMOptions(
-        dtype=llm.dtype,
-        tensor_parallel=llm.tensor_parallel,
-        pipeline_parallel=llm.pipeline_parallel,
-        quantization=llm.quantization,
-        gpu_memory_utilization=llm.gpu_memory_utilization,
-        max_length=llm.max_length,
+def _vllm_selector(llm: ModelConfig) -> AsyncSelector:
+    return VLLMSelector.load(llm.model, _vllm_options(llm))
+
+
+def _vllm_options(model: ModelConfig) -> VLLMOptions:
+    return VLLMOptions(
+        dtype=model.dtype,
+        tensor_parallel=model.tensor_parallel,
+        pipeline_parallel=model.pipeline_parallel,
+        quantization=model.quantization,
+        gpu_memory_utilization=model.gpu_memory_utilization,
+        max_length=model.max_length,
     )
-    return VLLMSelector.load(llm.model, options)
 
 
 # -- gateway --------------------------------------------------------------------------------------
@@ -183,7 +241,7 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
         ConfigError: its address cannot be used.
     """
     lake = Lake(config.lake)
-    stream = LabelStream(config.redis.url) if config.redis.url else None
+    stream = _stream(config)
     drain = _drain(config, stream, lake) if stream is not None else None
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
@@ -195,6 +253,12 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
     return GatewayServer(config, proposers, admin, drain)
 
 
+def _stream(config: Config) -> LabelStream | None:
+    if not config.redis.url:
+        return None
+    return LabelStream(url_of(RedisRole.CONSUMER, config.redis.url, config.redis.password_dir))
+
+
 def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
     labels = config.labels
     return Drain(
@@ -204,4 +268,6 @@ def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
         shard_age_s=labels.shard_age_s,
         max_age_days=labels.max_age_days,
         max_gib=labels.max_gib,
+        dead_letter_days=labels.dead_letter_days,
+        known=KnownModels(config.known_models),
     )

@@ -1,13 +1,15 @@
-"""How many requests of one client a gateway answers at once.
+"""How many requests of one client, and of all, a server answers at once.
 
-A client is a token from a host: two of them differ where either does. Knows gRPC's call contexts
-only.
+A client is a token from a host: two of them differ where either does. The same one calls by gRPC
+and by HTTP. Knows gRPC's call contexts only.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import unquote
 
 import grpc.aio
@@ -19,8 +21,13 @@ def client_of(context: grpc.aio.ServicerContext) -> str:
     """A name of who calls: of its host and its token, without telling either's token."""
     token = dict(context.invocation_metadata() or ()).get("authorization", "")
     token = token if isinstance(token, bytes) else str(token).encode()
-    digest = hashlib.sha256(token).hexdigest()[:8] if token else "no token"
-    return f"{_host(context.peer())}, {digest}"
+    return name_of(_host(context.peer()), token)
+
+
+def name_of(host: str, authorization: bytes) -> str:
+    """The name of who calls from `host` ("ipv4:127.0.0.1") with this authorization."""
+    digest = hashlib.sha256(authorization).hexdigest()[:8] if authorization else "no token"
+    return f"{host}, {digest}"
 
 
 def _host(peer: str) -> str:
@@ -30,29 +37,49 @@ def _host(peer: str) -> str:
 
 
 class ClientQuota:
-    """limit: requests of one client in progress; 0: any number. Used on one asyncio loop."""
+    """Used on one asyncio loop.
 
-    def __init__(self, limit: int) -> None:
+    limit: requests of one client in progress. total: of all together. 0: any number.
+    """
+
+    def __init__(self, limit: int, total: int = 0) -> None:
         self._limit = limit
+        self._total = total
         self._ongoing: Counter[str] = Counter()
 
     def count(self, context: grpc.aio.ServicerContext) -> str:
         """Count a call of its client, until the call ends in whatever way. Returns the client.
 
         Raises:
-            OverloadedError: the client has as many in progress as it may have.
+            OverloadedError: the client, or all of them, have as many in progress as they may have.
         """
         client = client_of(context)
+        self._take(client)
+        # A `finally` of the handler would not do: a stream that is cancelled between two messages
+        # is closed only when it is collected.
+        context.add_done_callback(lambda _: self._release(client))
+        return client
+
+    @contextmanager
+    def hold(self, client: str) -> Iterator[None]:
+        """Count a request of `client` while the block runs. Raises as `count`."""
+        self._take(client)
+        try:
+            yield
+        finally:
+            self._release(client)
+
+    def _take(self, client: str) -> None:
         if 0 < self._limit <= self._ongoing[client]:
             raise OverloadedError(
                 f"{self._ongoing[client]} of your requests are being answered, at most "
                 f"{self._limit} of one client are at once; wait for one of them"
             )
+        if 0 < self._total <= self._ongoing.total():
+            raise OverloadedError(
+                f"{self._total} requests are being answered, the most that are at once; try again"
+            )
         self._ongoing[client] += 1
-        # A `finally` of the handler would not do: a stream that is cancelled between two messages
-        # is closed only when it is collected.
-        context.add_done_callback(lambda _: self._release(client))
-        return client
 
     def _release(self, client: str) -> None:
         self._ongoing[client] -= 1

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2t_shared.config import Config, check_exposure
+import ray
+from ray import serve
+
+from s2t_shared.config import EVERYWHERE, Config, check_exposure
 from services.serve import build
+from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
 
 
@@ -15,16 +19,33 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """proposers: Serve's handle of the proposer deployment."""
         check_exposure(config)
-        self._host = config.gateway.host
-        self._server = build.gateway_server(config, ServeProposers(proposers))
+        self._config = config
+        counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
+        self._server = build.gateway_server(config, counted)
         await self._server.start()
 
     async def port(self) -> int:
         return self._server.port
 
     async def address(self) -> str:
-        """host:port, as clients are told."""
-        return f"{self._host}:{self._server.port}"
+        """host:port, as clients are told: where it listens everywhere, its node's address."""
+        host = self._config.gateway.host
+        if host in EVERYWHERE:
+            host = ray.util.get_node_ip_address()
+        return f"{host}:{self._server.port}"
+
+    async def url(self) -> str:
+        """Where HTTP is served, as people are told; "" for nowhere."""
+        return self._server.url
 
     async def __del__(self) -> None:
-        await self._server.stop()
+        server: GatewayServer | None = getattr(self, "_server", None)
+        if server is not None:  # None after a failed start
+            await server.stop()
+
+
+def running_replicas(deployment: Any) -> int:
+    """Replicas of a deployment that run now. deployment: its Serve `DeploymentID`."""
+    applications = serve.status().applications
+    states = applications[deployment.app_name].deployments[deployment.name].replica_states
+    return int(states.get("RUNNING", 0))

@@ -1,4 +1,5 @@
-"""The gateway's gRPC server: generation, administration, health, reflection; and the label drain.
+"""The gateway's servers: gRPC (generation, administration, health, reflection) and HTTP beside it;
+and the label drain.
 
 Knows gRPC; no Ray. Serve's own gRPC proxy would not do: it has no TLS, no authentication, no
 grpc.health.v1, and turns a dead replica into INTERNAL.
@@ -6,25 +7,27 @@ grpc.health.v1, and turns a dead replica into INTERNAL.
 
 from __future__ import annotations
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+import asyncio
+
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from s2t_shared.config import Config
 from s2t_shared.labels.drain import Drain
-from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from s2t_shared.pb.v1 import admin_pb2_grpc, generation_pb2_grpc
+from services.http.server import HttpServer
 from services.rpc import channels
+from services.rpc.tokens import Tokens
 from services.serve.admin_servicer import AdminServicer
+from services.serve.gateway_health import ADMIN, GENERATION, GatewayHealth
 from services.serve.generation_servicer import GenerationServicer, Proposers
-
-SERVICES = (
-    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
-)
-STOP_GRACE_S = 5.0
+from services.serve.http_door import HttpDoor
+from services.serve.intake import Intake
+from services.serve.resuming_proposers import ResumingProposers
 
 
 class GatewayServer:
-    """One server on the configured host and port. Created, started and stopped on one loop."""
+    """Servers on the configured host and ports. Created, started and stopped on one loop."""
 
     def __init__(
         self, config: Config, proposers: Proposers, admin: AdminServicer, drain: Drain | None = None
@@ -34,10 +37,11 @@ class GatewayServer:
         Raises:
             ConfigError: the port is taken, or a security file cannot be used.
         """
+        proposers = ResumingProposers(proposers, config.gateway.max_resumes)
         self._proposers = proposers
         self._drain = drain
-        self._health = health.aio.HealthServicer()
-        gateway = config.gateway
+        self._health = GatewayHealth(proposers)
+        self._gateway = gateway = config.gateway
         server = channels.new_server(
             config.security,
             gateway.max_message_bytes,
@@ -48,16 +52,27 @@ class GatewayServer:
                 max_age_grace_s=gateway.max_connection_age_grace_s,
             ),
         )
-        generation = GenerationServicer(config, proposers)
+        intake = Intake(config)
+        generation = GenerationServicer(config, proposers, intake)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflected = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._health.add_to(server)
+        reflected = (GENERATION, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(reflected, server)
         self.port = channels.bind(
             server, gateway.host, gateway.port, config.security, "gateway.port"
         )
         self._server = server
+        self._http: HttpServer | None = None
+        if gateway.http:
+            token_file = config.security.token_file
+            tokens = Tokens(token_file) if token_file is not None else None
+            self._http = HttpServer(config, HttpDoor(intake, proposers, admin, tokens))
+
+    @property
+    def url(self) -> str:
+        """Where HTTP is served, "" for nowhere."""
+        return self._http.url if self._http is not None else ""
 
     async def start(self) -> None:
         """Answer calls, as soon as a proposer answers us."""
@@ -65,12 +80,26 @@ class GatewayServer:
             self._drain.start()
         await self._proposers.describe()
         await self._server.start()
-        for name in ("", *SERVICES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self._http is not None:
+            await self._http.start()
+        await self._health.start()
 
-    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Take no more calls, let those under way finish for `grace_s` seconds, write labels."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace=grace_s)
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Say NOT_SERVING, and after a lag send clients elsewhere (GOAWAY); let calls under way
+        finish, at most for `grace_s` seconds; write labels.
+
+        grace_s: None for the configured lag and grace; else there is no lag.
+        """
+        await self._health.stop()
+        if self._http is not None:
+            self._http.end_readiness()
+        if grace_s is None:
+            await asyncio.sleep(self._gateway.drain_lag_s)
+            grace_s = self._gateway.drain_grace_s
+        await self._health.end_watches()
+        stopping = [self._server.stop(grace_s)]
+        if self._http is not None:
+            stopping.append(self._http.stop(grace_s))
+        await asyncio.gather(*stopping)
         if self._drain is not None:
             self._drain.stop()

@@ -8,36 +8,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
 from typing import Protocol
 
 import grpc
 import grpc.aio
 
 from s2t_shared.config import Config
-from s2t_shared.decode.generate import check_request
-from s2t_shared.errors import DeadlineExceededError, S2TError
+from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
-from services.serve.client_quota import ClientQuota
-from services.serve.request_limits import RequestLimits
+from services.serve.intake import Intake
 
 log = logging.getLogger(__name__)
-RETRY_LOST_S = 0.1  # another proposer can take the request at once
 NO_DEADLINE_S = 1e6  # gRPC gives a call without a deadline a huge number of seconds
-
-
-class ProposerLostError(Exception):
-    """The proposer that answered has died. The same request can be sent again."""
 
 
 class Proposers(Protocol):
     """Who answers: a `ProposerService` in this process, or the replicas behind a Serve handle.
 
-    Whoever is done with a stream before its end closes it. Methods raise S2TError, and
-    ProposerLostError.
+    Whoever is done with a stream before its end closes it. Methods raise S2TError.
     """
 
     def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]: ...
@@ -50,37 +41,21 @@ class Proposers(Protocol):
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: Exception) -> None:
-    """End the call with the status and text of `error`. An unexpected error shows nothing of our
-    insides."""
+    """End the call with the status and text of `error`; one that is unexpected is raised, for the
+    server's border."""
     if isinstance(error, S2TError):
         if wire.public_text(error) != str(error):
             log.warning("told a client less than this: %s", error)
         await wire.abort(context, error)
-    if isinstance(error, ProposerLostError):
-        await wire.abort_with(
-            context,
-            grpc.StatusCode.UNAVAILABLE,
-            "the proposer that answered was lost; send the request again",
-            wire.PROPOSER_LOST,
-            retry_after_s=RETRY_LOST_S,
-        )
-    log.error("unexpected error", exc_info=error)
-    await wire.abort_with(
-        context,
-        grpc.StatusCode.INTERNAL,
-        "an unexpected error; it is in the service's log",
-        wire.INTERNAL,
-    )
+    raise error
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """`GenerationService` over proposers."""
 
-    def __init__(self, config: Config, proposers: Proposers) -> None:
-        self._defaults = config.defaults
-        self._limits = RequestLimits(config.gateway)
-        self._quota = ClientQuota(config.gateway.max_requests_per_client)
-        self._replicas = config.proposer.replicas
+    def __init__(self, config: Config, proposers: Proposers, intake: Intake | None = None) -> None:
+        """intake: shared with the gateway's other transports; None: it has no others."""
+        self._intake = intake or Intake(config)
         self._proposers = proposers
 
     async def StreamGenerate(
@@ -112,8 +87,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, message: pb.DescribeServiceRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeServiceResponse:
         try:
-            description = await self._proposers.describe()
-            return wire.write_description(replace(description, proposers=self._replicas))
+            return wire.write_description(await self._proposers.describe())
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
             await refuse(context, error)
             raise AssertionError("abort raises") from error
@@ -123,11 +97,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         message: pb.StreamGenerateRequest | pb.GenerateRequest,
         context: grpc.aio.ServicerContext,
     ) -> GenerateRequest:
-        client = self._quota.count(context)
-        self._limits.check(message)
-        request = wire.read_request(message, self._defaults, _time_remaining(context))
-        check_request(request)
-        return replace(request, client=client)
+        client = self._intake.quota.count(context)
+        return self._intake.read(message, client, _time_remaining(context))
 
 
 def _close_with(
@@ -150,14 +121,8 @@ def _close_with(
 
 
 def _time_remaining(context: grpc.aio.ServicerContext) -> float | None:
-    """Seconds the client still waits, or None.
-
-    Raises:
-        DeadlineExceededError: it waits no longer.
-    """
+    """Seconds the client still waits, or None where it does not say."""
     remaining = context.time_remaining()
     if remaining is None or remaining >= NO_DEADLINE_S:
         return None
-    if remaining <= 0:
-        raise DeadlineExceededError("the call's deadline had passed when it arrived")
     return float(remaining)

@@ -6,11 +6,13 @@ Knows the engine's thread and the collaborators it is given; no Ray, no network,
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
+from s2t_shared.decode.alternatives import TokenTexts, with_alternatives
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.generate import (
     AnswerBuilder,
@@ -20,11 +22,13 @@ from s2t_shared.decode.generate import (
     shown_steps,
     with_thresholds,
 )
+from s2t_shared.decode.heartbeat import Heartbeat
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
     ConfigError,
     InvalidRequestError,
     SelectorUnavailableError,
+    VersionError,
     VersionNotFoundError,
 )
 from s2t_shared.labels.label import Digests
@@ -94,10 +98,13 @@ class ProposerService:
         calibration: Callable[[], Calibration],
         max_ongoing_requests: int = 256,
         max_queue_s: float = 0.0,
+        stall_timeout_s: float = math.inf,
     ) -> None:
-        """max_ongoing_requests, max_queue_s: as in `Admission`."""
+        """max_ongoing_requests, max_queue_s: as in `Admission`. stall_timeout_s: a step that takes
+        longer hangs."""
         self._engine = engine
         self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._selector = selector
         self._versions = versions
         self._labels = labels
@@ -107,8 +114,10 @@ class ProposerService:
             max_ongoing_requests=max_ongoing_requests,
             max_queue_s=max_queue_s,
         )
+        self._stall_timeout_s = stall_timeout_s
         # Not on the loop, nor on the engine's thread: a long prompt takes a second.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing_beat = Heartbeat()
 
     @property
     def ongoing_requests(self) -> int:
@@ -139,9 +148,8 @@ class ProposerService:
                 is_last = False
                 while not is_last:
                     piece, is_last = await ongoing.next_piece()
-                    steps = _travelling(piece.steps) if request.stream_steps else ()
-                    piece = replace(piece, steps=steps)
-                    if not is_last and (piece.text or piece.steps):
+                    piece = self._travelling_piece(request, builder, piece)
+                    if not is_last and (piece.text or piece.progress):
                         yield piece
                 yield replace(piece, answer=await self._finish(request, builder))
             finally:
@@ -181,9 +189,14 @@ class ProposerService:
         return self._labels.dropped
 
     def check_health(self) -> None:
-        """Raises RuntimeError: nothing can be answered any more."""
+        """Raises RuntimeError: nothing can be answered any more, because a thread has died or
+        hangs. Answers under way have then failed with ProposerLostError."""
         if not self._engine.is_alive:
             raise RuntimeError("the engine thread has died")
+        silent_s = max(self._engine.silent_s, self._tokenizing_beat.silent_s)
+        if silent_s > self._stall_timeout_s:
+            self._engine.give_up()
+            raise RuntimeError(f"one step has taken {silent_s:.0f} s: it hangs")
 
     def close(self) -> None:
         """End decoding and store the labels that are queued."""
@@ -198,8 +211,10 @@ class ProposerService:
     ) -> tuple[GenerateRequest, LocalSelector | None]:
         """Choose the local selector, and the thresholds: its own where it has them."""
         self._labels.check(request.labels)
+        request = self._as_begun(request)
         options = request.options
-        if options.policy.mode is Mode.LLM and not self._selector.reachable:
+        begins = request.progress is None  # one that has begun goes on as if nothing had happened
+        if begins and options.policy.mode is Mode.LLM and not self._selector.reachable:
             raise SelectorUnavailableError(
                 "no selector (LLM) can be reached, and mode llm is the LLM's own answer; "
                 "try again in a moment, or choose a mode that goes on without the LLM"
@@ -223,6 +238,25 @@ class ProposerService:
         request = replace(request, options=replace(options, version=version))
         return _with_thresholds(request, calibration), local_selector
 
+    def _as_begun(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with the version and the threshold that its answer was begun with.
+
+        Raises:
+            VersionError: it was begun by another SLM.
+        """
+        progress = request.progress
+        if progress is None:
+            return request
+        if progress.slm != self._engine.slm.digest:
+            raise VersionError(
+                "the SLM has been replaced while it answered, and an answer is of one SLM only; "
+                "send the request again"
+            )
+        options = request.options
+        policy = replace(options.policy, threshold=progress.threshold)
+        options = replace(options, policy=policy, version=progress.version)
+        return replace(request, options=options, budget=None)
+
     async def _encode(self, request: GenerateRequest, ticket: Ticket) -> EncodedRequest:
         """Tokenize the prompt, elsewhere. The deadline is counted from the request's arrival.
 
@@ -239,12 +273,17 @@ class ProposerService:
                 field="prompt",
             )
         loop = asyncio.get_running_loop()
-        encoded = await loop.run_in_executor(
-            self._tokenizing, encode_request, request, self._tokenizer
-        )
+        encoded = await loop.run_in_executor(self._tokenizing, self._tokenize, request)
         return replace(
             encoded, deadline=ticket.deadline, start_by=ticket.start_by, turn=ticket.turn
         )
+
+    def _tokenize(self, request: GenerateRequest) -> EncodedRequest:
+        self._tokenizing_beat.beat()
+        try:
+            return encode_request(request, self._tokenizer)
+        finally:
+            self._tokenizing_beat.rest()
 
     async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
         version = request.options.version
@@ -258,6 +297,23 @@ class ProposerService:
                 "no local selector is live; train one (s2t train), or ask for version 'none'"
             )
         return local_selector
+
+    def _travelling_piece(
+        self, request: GenerateRequest, builder: AnswerBuilder, piece: AnswerPiece
+    ) -> AnswerPiece:
+        """The piece as the gateway gets it: with what another proposer needs to go on from here."""
+        steps = _travelling(piece.steps)
+        keeps_numbers = request.labels.store or request.labels.collect
+        decided = piece.steps if keeps_numbers else steps
+        progress = builder.progress(decided, self._engine.slm.digest)
+        shown = self._streamed(request, piece.steps) if request.stream_steps else ()
+        return replace(piece, steps=shown, progress=progress)
+
+    def _streamed(self, request: GenerateRequest, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """The Steps of a piece, as the request wants them."""
+        if request.alternatives is not None:
+            steps = tuple(with_alternatives(s, request.alternatives, self._texts) for s in steps)
+        return _travelling(steps)
 
     async def _finish(self, request: GenerateRequest, builder: AnswerBuilder) -> Answer:
         """Build the answer, record its labels, and drop Steps that were not asked for."""

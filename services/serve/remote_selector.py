@@ -21,39 +21,59 @@ from typing import Any
 from s2t_shared.config import Config, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
+    ConfigError,
     InvalidRequestError,
     SelectorUnavailableError,
     TokenizerMismatchError,
 )
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import channels, wire
+from services.rpc.tls import ClientTLS, FollowedTLS
+from services.rpc.tokens import Role, Tokens
 from services.serve.breaker import Backoff, CircuitBreaker
-from services.serve.selector_link import LATE_SHARE, PATIENCE_S, SelectorLink
+from services.serve.selector_link import LATE_SHARE, PATIENCE_S, Metadata, SelectorLink
 
 log = logging.getLogger(__name__)
 REFRESH_S = 2.0  # selectors are looked for this often; a new one that hangs holds up no other
 START_POLL_S = 0.2
 ATTEMPTS = 2  # selectors that are asked for one query
-FIND_TIMEOUT_S = 10.0
+FIND_TIMEOUT_S = 5.0
 BACKOFF = Backoff()
 
 FindAddresses = Callable[[], Awaitable[Sequence[str]]]
 
 
-def address_finder(config: Config, selectors: Any = None) -> FindAddresses:
+def address_finder(
+    config: Config, selectors: Any = None, find_timeout_s: float = FIND_TIMEOUT_S
+) -> FindAddresses:
     """Finds the selectors that the configuration names, else those that Serve runs.
 
-    selectors: Serve's handle of the selector deployment, None where there is none.
+    selectors: Serve's handle of the selector deployment, None where there is none. find_timeout_s:
+    a selector that does not say its address within so many seconds is not found this time.
     """
     configured = list(config.selector.addresses)
 
     async def find_addresses() -> list[str]:
         if configured or selectors is None:
             return configured
-        responses = selectors.broadcast("address").results_async()
-        return [str(address) for address in await asyncio.wait_for(responses, FIND_TIMEOUT_S)]
+        return await _addresses_in_time(selectors, find_timeout_s)
 
     return find_addresses
+
+
+async def _addresses_in_time(selectors: Any, timeout_s: float) -> list[str]:
+    """Addresses of the selectors that say theirs in time.
+
+    Serve's `results_async` waits for all of them, so that one that hangs would hide a new one.
+    """
+    broadcast = selectors.broadcast("address")
+    replies = await asyncio.wait_for(broadcast._fetch_replica_results_async(), timeout_s)
+    waiting = {asyncio.ensure_future(reply.get_async()): reply for reply in replies}
+    answered, late = await asyncio.wait(waiting, timeout=timeout_s)
+    for call in late:
+        call.cancel()
+        waiting[call].cancel()
+    return [str(call.result()) for call in answered if call.exception() is None]
 
 
 class RemoteSelector:
@@ -73,11 +93,13 @@ class RemoteSelector:
         fallback: LLMInfo,
         backoff: Backoff = BACKOFF,
     ) -> None:
-        """Raises ConfigError: the token file holds no token."""
+        """Raises ConfigError: the token file or a certificate cannot be used."""
         self._find_addresses = find_addresses
-        self._authority = security.authority
+        tls = ClientTLS.of(security)
+        self._tls = FollowedTLS(tls) if tls is not None else None
+        self._credentials = self._tls.credentials() if self._tls is not None else None
         self._tokenizer_digest = tokenizer_digest
-        self._metadata = channels.call_metadata(channels.read_token(security.token_file))
+        self._tokens = Tokens(security.token_file) if security.token_file else None
         self._backoff = backoff
         self._links: dict[str, SelectorLink] = {}
         self._last_query: ScoreQuery | None = None
@@ -165,6 +187,7 @@ class RemoteSelector:
         A selector that does not answer holds up no other. It is admitted whenever it answers, if
         it tokenizes as the SLM does.
         """
+        self._follow_certificates()
         try:
             found = set(await self._find_addresses())
         except Exception as error:  # noqa: BLE001 - whatever Serve raises means "not now"
@@ -183,7 +206,7 @@ class RemoteSelector:
     def _open(self, address: str) -> SelectorLink:
         link = SelectorLink(
             address,
-            channels.open_channel(address, self._authority),
+            channels.open_channel(address, self._tls),
             metadata=self._metadata,
             tokenizer_digest=self._tokenizer_digest,
             breaker=CircuitBreaker(self._backoff),
@@ -192,6 +215,25 @@ class RemoteSelector:
         )
         self._links[address] = link
         return link
+
+    def _follow_certificates(self) -> None:
+        if self._tls is None or self._tls.credentials() is self._credentials:
+            return
+        self._credentials = self._tls.credentials()
+        for address, link in self._links.items():
+            link.reconnect(channels.open_channel(address, self._tls))
+
+    def _metadata(self) -> Metadata:
+        """Of a call now: the token file may have changed since the last one.
+
+        Raises:
+            SelectorUnavailableError: no token in it may ask selectors.
+        """
+        try:
+            token = self._tokens.token_for(Role.SCORE) if self._tokens else None
+        except ConfigError as error:
+            raise SelectorUnavailableError(str(error)) from error
+        return channels.call_metadata(token)
 
     def _choose_llm(self) -> None:
         """Stay with the LLM that answers now as long as one of its selectors does."""

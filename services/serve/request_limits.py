@@ -1,5 +1,5 @@
-"""What a client may ask at most, checked on the message: before anything is built, tokenized or
-sent to a proposer. Knows the wire and the settings."""
+"""What a client may ask at most, of a gateway and of a selector, checked on the message: before
+anything is built, tokenized or sent to a proposer. Knows the wire and the settings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from s2t_shared.config import GatewayConfig
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.pb.v1 import selection_pb2
+from s2t_shared.types import MAX_CANDIDATES
 
 MAX_NAME_LENGTH = 1024  # characters of an id, a task, a version, a role
 MAX_RULES = 16
 MAX_MESSAGES = 1024
+MAX_SEQUENCE_NAME_LENGTH = 2048  # a request's id, and which of its sequences
+MAX_EXCLUDED_IDS = 4096
 BYTES_PER_ID = 4  # a token id counts so many bytes of a prompt
 
 
@@ -67,6 +71,27 @@ class RequestLimits:
                 f"timeout_seconds={seconds}: must be 0 (no deadline) or a finite number of seconds",
                 field="timeout_seconds",
             )
+
+
+def check_score_request(message: selection_pb2.ScoreRequest, max_length: int) -> None:
+    """Check how much a proposer asks of an LLM that reads at most `max_length` tokens.
+
+    Raises:
+        InvalidRequestError: naming the field that has too much.
+    """
+    for field, limit in (
+        ("token_ids", max_length),
+        ("positions", len(message.token_ids)),
+        ("candidate_counts", len(message.positions)),
+        ("candidate_ids", MAX_CANDIDATES * len(message.positions)),
+        ("excluded_ids", MAX_EXCLUDED_IDS),
+    ):
+        size = len(getattr(message, field))
+        if size > limit:
+            raise _too_many(field, size, "given", limit)
+    if len(message.sequence_id) > MAX_SEQUENCE_NAME_LENGTH:
+        size = len(message.sequence_id)
+        raise _too_many("sequence_id", size, "characters", MAX_SEQUENCE_NAME_LENGTH)
 
 
 def _names(message: pb.GenerateRequest | pb.StreamGenerateRequest) -> Iterator[tuple[str, str]]:

@@ -42,8 +42,8 @@ Metadata = tuple[tuple[str, str], ...]
 class SelectorLink:
     """Lives on one asyncio loop.
 
-    on_change: called when the link opens or closes. sample: a query like those of now, for probes;
-    None while there was none. clock: seconds.
+    metadata: of a call now. on_change: called when the link opens or closes. sample: a query like
+    those of now, for probes; None while there was none. clock: seconds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SelectorLink:
         address: str,
         channel: Any,
         *,
-        metadata: Metadata,
+        metadata: Callable[[], Metadata],
         tokenizer_digest: str,
         breaker: CircuitBreaker,
         on_change: Callable[[], None],
@@ -71,6 +71,7 @@ class SelectorLink:
         self._sample = sample
         self._clock = clock
         self._is_dropped = False
+        self._retiring: asyncio.Task[None] | None = None
         self._winning_back = asyncio.get_running_loop().create_task(self._win_back())
 
     @property
@@ -82,7 +83,15 @@ class SelectorLink:
         """End probes and connection. Queries under way fail."""
         self._is_dropped = True
         self._winning_back.cancel()
+        if self._retiring is not None:
+            self._retiring.cancel()
         await self._channel.close()
+
+    def reconnect(self, channel: Any) -> None:
+        """Send queries over another channel from now on. Those under way end on the old one."""
+        old, self._channel = self._channel, channel
+        self._stub = pb_grpc.SelectionServiceStub(channel)
+        self._retiring = asyncio.get_running_loop().create_task(old.close(PATIENCE_S))
 
     # -- queries ----------------------------------------------------------------------------------
 
@@ -105,7 +114,9 @@ class SelectorLink:
         patience_s = query.patience_s or PATIENCE_S
         started = self._clock()
         try:
-            response = await self._stub.Score(message, timeout=patience_s, metadata=self._metadata)
+            response = await self._stub.Score(
+                message, timeout=patience_s, metadata=self._metadata()
+            )
         except grpc.RpcError as error:
             failure = wire.error_of(error)
             if isinstance(failure, (InvalidRequestError, ConfigError)):
@@ -174,7 +185,7 @@ class SelectorLink:
         """Raises SelectorUnavailableError, TokenizerMismatchError."""
         try:
             model = await self._stub.DescribeModel(
-                pb.DescribeModelRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=self._metadata
+                pb.DescribeModelRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=self._metadata()
             )
         except grpc.RpcError as error:
             raise SelectorUnavailableError(str(wire.error_of(error))) from error

@@ -8,7 +8,8 @@ import logging
 import ray
 
 from s2t_shared.config import LOOPBACK, Config
-from services.serve import build
+from services.serve import build, scaling
+from services.serve.selector_server import SelectorServer
 
 log = logging.getLogger(__name__)
 
@@ -29,5 +30,14 @@ class SelectorReplica:
         """host:port for proposers."""
         return self._address
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve scales by."""
+        return {scaling.QUERIES: self._server.queries}
+
     def check_health(self) -> None:
         self._server.check_health()
+
+    async def __del__(self) -> None:
+        server: SelectorServer | None = getattr(self, "_server", None)
+        if server is not None:  # None after a failed start
+            await server.stop()

@@ -6,26 +6,33 @@ replica work on for a client that has gone away. The errors of Ray and Serve end
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from s2t_shared.errors import OverloadedError
+from s2t_shared.errors import OverloadedError, ProposerLostError
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
-from services.serve.generation_servicer import ProposerLostError
 
 log = logging.getLogger(__name__)
+COUNT_EVERY_S = 1.0  # any client may ask, and Serve's one controller answers
 
 
 class ServeProposers:
     """`Proposers` over the handle of the proposer deployment."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, count_replicas: Callable[[], int] = lambda: 1) -> None:
+        """count_replicas: those that run now; may take a while."""
         self._handle = handle
+        self._count_replicas = count_replicas
+        self._counted = (-math.inf, 1)  # when, how many
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
         with _translated_errors():
@@ -41,8 +48,16 @@ class ServeProposers:
         return answer
 
     async def describe(self) -> ServiceDescription:
+        """What one proposer says, and how many of them run."""
         description: ServiceDescription = await self._call(self._handle.describe)
-        return description
+        return replace(description, proposers=await self._replicas())
+
+    async def _replicas(self) -> int:
+        counted_at, replicas = self._counted
+        if time.monotonic() - counted_at > COUNT_EVERY_S:
+            replicas = await asyncio.to_thread(self._count_replicas)
+            self._counted = (time.monotonic(), replicas)
+        return replicas
 
     async def count_dropped_labels(self) -> int:
         """Of one proposer, whichever Serve chooses."""
@@ -68,5 +83,7 @@ def _translated_errors() -> Iterator[None]:
             raise OverloadedError("all proposers are busy; try again in a moment") from error
         if isinstance(cause, (RayError, DeploymentUnavailableError)):
             log.warning("proposer lost: %s", type(cause).__name__)
-            raise ProposerLostError from error
+            raise ProposerLostError(
+                "the proposer that answered was lost; send the request again"
+            ) from error
         raise cause from error

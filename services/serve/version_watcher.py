@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from s2t_shared.errors import S2TError, VersionError, VersionNotFoundError
 from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.versions.live import NOTHING_LIVE, Live, LiveVersions
+from s2t_shared.versions.registry import SLM
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
@@ -46,11 +46,9 @@ class _Refusal:
 class VersionWatcher:
     """The local selectors that requests can get, by version. Thread-safe."""
 
-    def __init__(
-        self, versions: LiveVersions, runtime: ModelRuntime, tokenizer_digest: str
-    ) -> None:
+    def __init__(self, versions: LiveVersions, slm: SLM, tokenizer_digest: str) -> None:
         self._versions = versions
-        self._runtime = runtime
+        self._slm = slm
         self._tokenizer_digest = tokenizer_digest
         self._lock = threading.Lock()  # of `_loaded`
         self._loading = threading.Lock()
@@ -120,7 +118,7 @@ class VersionWatcher:
         try:
             loaded = self.lookup(version)
         except VersionNotFoundError:
-            loaded = await asyncio.to_thread(self._load, version)
+            loaded = await asyncio.to_thread(self._load_published, version)
         assert loaded is not None
         return loaded
 
@@ -186,13 +184,23 @@ class VersionWatcher:
             self._refuse(version, error)
             return None
 
+    def _load_published(self, version: str) -> LocalSelector:
+        """The registry's own error names other versions: who asks for one need not learn them."""
+        try:
+            return self._load(version)
+        except VersionNotFoundError as error:
+            raise VersionNotFoundError(
+                f"no version {version!r} is published; leave it out for the live one",
+                field="version",
+            ) from error
+
     def _load(self, version: str) -> LocalSelector:
         with self._loading:  # a version that many requests name at once is read once
             with self._lock:
                 loaded = self._loaded.get(version)
             if loaded is None:
                 registry = self._versions.registry
-                loaded = registry.load(version, self._runtime, self._tokenizer_digest)
+                loaded = registry.load(version, self._slm, self._tokenizer_digest)
             with self._lock:
                 self._loaded[version] = loaded
                 self._loaded.move_to_end(version)

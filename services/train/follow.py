@@ -11,7 +11,7 @@ from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from s2t_shared.labels.lake import Lake
 from s2t_shared.versions.registry import Registry
-from services.launch.local import local_ray
+from services.launch.ray_connection import local_ray
 from services.train.job import TrainOutcome, train
 from services.train.jobs import unfinished_job
 from services.train.progress import OnProgress

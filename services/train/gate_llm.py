@@ -22,7 +22,7 @@ from s2t_shared.errors import S2TError
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
-from services.app import APPLICATION
+from services.roles import APPLICATION
 from services.serve.remote_selector import RemoteSelector, address_finder
 from services.serve.selector_replica import SelectorReplica
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import replace
@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from s2t_shared.decode.interfaces import LLMInfo
+from s2t_shared.decode.lookup_breaker import SLOW_LOOKS
 from s2t_shared.decode.selection_cache import (
     CACHE_PREFIX,
     CachedSelector,
@@ -198,25 +199,107 @@ def test_an_undecodable_value_is_a_miss(
     assert ask(cached, QUERY) == [inner.reply(QUERY)]
 
 
-def test_redis_down_is_a_miss_and_is_not_asked_again_at_once(
-    inner: CountingSelector, tmp_path: Path
+def counted_lookups(selector: CachedSelector, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all lookups from now on."""
+    mget = selector._redis.mget
+    sizes: list[int] = []
+
+    def counting(keys: list[str]) -> object:
+        sizes.append(len(keys))
+        return mget(keys)
+
+    monkeypatch.setattr(selector._redis, "mget", counting)
+    return sizes
+
+
+def ask_for(seconds: float, selector: CachedSelector, inner: CountingSelector) -> int:
+    """Ask for so long, check every answer, and return how many there were."""
+    asked = 0
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        assert ask(selector, QUERY) == [inner.reply(QUERY)]
+        asked += 1
+        time.sleep(0.005)
+    return asked
+
+
+def test_a_frozen_redis_makes_one_answer_wait_and_not_one_every_second(
+    inner: CountingSelector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = open_redis(None, tmp_path)
-    selector = CachedSelector(inner, server.url, lookup_timeout_s=0.3)
-    assert server.process is not None
-    os.kill(
-        server.process.pid, signal.SIGSTOP
-    )  # the worst kind of down: each lookup costs its whole timeout
-    ask(selector, QUERY)
-    started = time.monotonic()
-    assert ask(selector, QUERY) == [inner.reply(QUERY)] and inner.asked == 2
-    assert time.monotonic() - started < 0.25
-    os.kill(server.process.pid, signal.SIGCONT)
-    time.sleep(1.0)
-    eventually(lambda: ask(selector, QUERY)[0].cached)
-    server.stop()
-    assert not ask(selector, QUERY)[0].cached
+    """Each lookup costs its whole timeout: once a second for as long as the fault lasted, for all
+    sequences of the proposer."""
+    with open_redis(None, tmp_path) as server:
+        selector = CachedSelector(inner, server.url, lookup_timeout_s=0.3)
+        lookups = counted_lookups(selector, monkeypatch)
+        assert server.process is not None
+        os.kill(server.process.pid, signal.SIGSTOP)
+        assert ask_for(2.5, selector, inner) > 20
+        assert len(lookups) == 1
+        os.kill(server.process.pid, signal.SIGCONT)
+        eventually(lambda: ask(selector, QUERY)[0].cached)
+        selector.close()
+
+
+def test_a_killed_redis_is_a_miss_and_used_again_when_it_is_back(
+    inner: CountingSelector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_redis(None, tmp_path) as server:
+        selector = CachedSelector(inner, server.url, lookup_timeout_s=2.0)
+        lookups = counted_lookups(selector, monkeypatch)
+        killed = server.process
+        assert killed is not None
+        killed.kill()
+        killed.wait()
+        assert ask(selector, QUERY, QUERY) == [inner.reply(QUERY)] * 2
+        eventually(lambda: server.process is not killed)
+        eventually(lambda: ask(selector, QUERY)[0].cached)
+        assert lookups
+        selector.close()
+    assert not ask(selector := CachedSelector(inner, server.url), QUERY)[0].cached
     selector.close()
+
+
+def test_a_slow_redis_is_left_alone_after_a_few_lookups(
+    cached: CachedSelector, inner: CountingSelector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers in time, every time, and makes every selection wait."""
+    ping, mget = cached._redis.ping, cached._redis.mget
+    slow = threading.Event()
+    slow.set()
+
+    def late(call: Callable[..., object]) -> Callable[..., object]:
+        def called(*arguments: object) -> object:
+            if slow.is_set():
+                time.sleep(0.25)  # of 2 s that a lookup may take
+            return call(*arguments)
+
+        return called
+
+    monkeypatch.setattr(cached._redis, "ping", late(ping))
+    monkeypatch.setattr(cached._redis, "mget", late(mget))
+    lookups = counted_lookups(cached, monkeypatch)
+    for _ in range(20):
+        ask(cached, replace(QUERY, vocab_size=len(lookups)))
+    assert len(lookups) == SLOW_LOOKS and inner.asked == 20
+    slow.clear()
+    eventually(lambda: ask(cached, QUERY)[0].cached)
+
+
+def test_a_full_redis_answers_from_what_it_has(
+    cached: CachedSelector, inner: CountingSelector, client: redis.Redis
+) -> None:
+    """Writing fails then; looking must go on."""
+    ask(cached, QUERY)
+    keys_reach(client, 1)
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", "1")
+    try:
+        for size in range(3):
+            assert not ask(cached, replace(QUERY, vocab_size=size))[0].cached
+            assert ask(cached, QUERY)[0].cached
+    finally:
+        client.config_set("maxmemory", "0")
+        client.config_set("maxmemory-policy", "volatile-lru")
 
 
 def test_errors_of_the_inner_selector_pass_unchanged_and_are_not_kept(

@@ -9,7 +9,6 @@ import pytest
 
 from s2t_shared.labels.label import Label, Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.rows import Rows, joined_entries, read_entry
 
 
 @pytest.fixture
@@ -65,13 +64,3 @@ def names(*numbers: int) -> set[str]:
 
 def ids_in(lake: Lake) -> set[str]:
     return {found.rollout_id for found in lake.rollouts()}
-
-
-def entries(*rollouts: Rollout) -> list[bytes]:
-    """What travels in Redis."""
-    return Rows.of(rollouts).encoded()
-
-
-def rollout_in(entry: bytes) -> Rollout:
-    [found] = joined_entries([read_entry(entry)]).rollouts()
-    return found

@@ -4,9 +4,11 @@ models."""
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,6 +104,7 @@ def proposer_service(
     writer: LabelWriter | None = None,
     max_ongoing_requests: int = 256,
     max_queue_s: float = 0.0,
+    stall_timeout_s: float = 60.0,
     check_when_idle: Callable[[], None] = lambda: None,
     **engine_options: Any,
 ) -> ProposerService:
@@ -118,11 +121,13 @@ def proposer_service(
         calibration=lambda: CALIBRATION,
         max_ongoing_requests=max_ongoing_requests,
         max_queue_s=max_queue_s,
+        stall_timeout_s=stall_timeout_s,
     )
 
 
 def gateway_config(folder: Path, **settings: Any) -> Config:
-    overrides = {"data_dir": str(folder), "gateway.port": 0, **settings}
+    """Without HTTP, unless it is asked for: its end takes a tenth of a second."""
+    overrides = {"data_dir": str(folder), "gateway.port": 0, "gateway.http": False, **settings}
     return load_config(overrides=overrides, environment={})
 
 
@@ -141,6 +146,15 @@ async def gateway_address(
     config: Config, proposers: Any, stream: LabelStream | None = None
 ) -> AsyncIterator[str]:
     """The address of the real gateway server before `proposers`."""
+    async with gateway_server(config, proposers, stream) as server:
+        yield f"127.0.0.1:{server.port}"
+
+
+@asynccontextmanager
+async def gateway_server(
+    config: Config, proposers: Any, stream: LabelStream | None = None
+) -> AsyncIterator[GatewayServer]:
+    """The real gateway server before `proposers`, answering."""
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
         lake=Lake(config.lake),
@@ -150,7 +164,7 @@ async def gateway_address(
     server = GatewayServer(config, proposers, admin)
     await server.start()
     try:
-        yield f"127.0.0.1:{server.port}"
+        yield server
     finally:
         await server.stop(grace_s=0.0)
 
@@ -166,6 +180,42 @@ def with_gateway(folder: Path, service: ProposerService, work: Callable[[str], R
         return asyncio.run(main())
     finally:
         service.close()
+
+
+@contextmanager
+def http_and_grpc(folder: Path, service: Any, **settings: Any) -> Iterator[tuple[str, str]]:
+    """URL and gRPC address of a gateway before `service`, on a thread of its own."""
+    config = gateway_config(folder, **{"gateway.http": True, **settings})
+    started: Future[tuple[str, str]] = Future()
+    ended = threading.Event()
+
+    async def main() -> None:
+        async with gateway_server(config, service) as server:
+            started.set_result((server.url, f"127.0.0.1:{server.port}"))
+            await asyncio.to_thread(ended.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    try:
+        yield started.result(timeout=30)
+    finally:
+        ended.set()
+        thread.join()
+        if isinstance(service, ProposerService):
+            service.close()
+
+
+@contextmanager
+def http_gateway(folder: Path, service: Any, **settings: Any) -> Iterator[str]:
+    """The URL of a gateway before `service`, on a thread of its own."""
+    with http_and_grpc(folder, service, **settings) as (url, _):
+        yield url
+
+
+def with_http(folder: Path, service: Any, work: Callable[[str], Result], **settings: Any) -> Result:
+    """The result of blocking work with the URL of a gateway before `service`."""
+    with http_gateway(folder, service, **settings) as url:
+        return work(url)
 
 
 async def becomes(holds: Callable[[], bool], within_s: float = 5.0) -> bool:

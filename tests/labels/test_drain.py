@@ -7,19 +7,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
-import pyarrow as pa
 import pytest
 import redis
 
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.dead_letters import delete_dead_letters, read_dead_letters, requeue
+from s2t_shared.labels.drain import DAY_S, MOST_GIB, Drain, default_max_gib
+from s2t_shared.labels.known_models import KnownModels
+from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.rows import read_entry
 from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, LabelStream, StreamCounts
+from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import RedisServer, free_port, open_redis
-from tests.helpers.lake import entries, ids_in, names, rollout
+from tests.helpers.lake import ids_in, label, names, rollout
 from tests.helpers.redis import eventually
 
 
@@ -33,7 +36,7 @@ def pending(client: redis.Redis) -> int:
 
 
 def put(store: LabelStream, *numbers: int) -> None:
-    store.append(entries(*map(rollout, numbers)))
+    store.append([rollout(n).to_json().encode() for n in numbers])
 
 
 def test_drain_writes_full_shards_at_once_and_the_rest_when_old(
@@ -123,6 +126,11 @@ def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(
     assert (store.counts().rollouts, pending(client)) == (0, 0)
 
 
+def mislabelled(**changes: object) -> bytes:
+    wrong = replace(label("wrong"), **changes)  # type: ignore[arg-type]
+    return replace(rollout(1), labels=(wrong,)).to_json().encode()
+
+
 POISON = {
     "not json": b"\xff{",
     "no field": None,
@@ -134,8 +142,14 @@ POISON = {
     "too large": replace(rollout(1), token_ids=(1, 2, 1 << 40, 4)).to_json().encode(),
     "null": replace(rollout(1), task=None).to_json().encode(),  # type: ignore[arg-type]
     "not finite": replace(rollout(1), kl=(float("nan"), 0.0)).to_json().encode(),
-    "cut short": entries(rollout(1))[0][:-200],
     "evaluation": replace(rollout(1), split="test").to_json().encode(),
+    "old schema": replace(rollout(1), schema_version=1).to_json().encode(),
+    "rank of another candidate": mislabelled(llm_top_rank=0),
+    "rank behind the candidates": mislabelled(llm_top_rank=2),
+    "rank without its candidate": mislabelled(llm_top_id=7),
+    "rank beyond the support": mislabelled(llm_top_id=7, llm_top_rank=64),
+    "candidate twice": mislabelled(candidate_ids=(6, 6)),
+    "more than certain": mislabelled(llm_log_probs=(1.0, -1.0)),
 }
 
 
@@ -164,12 +178,14 @@ def test_an_entry_that_ends_its_reader_is_a_dead_letter_and_its_neighbours_are_n
     class DiesError(BaseException):
         """Stands for SIGKILL: nothing of the drain runs after it."""
 
-    def fragile(content: bytes) -> pa.RecordBatch:
-        if b"request-5" in content:
-            raise DiesError
-        return read_entry(content)
+    from_json = Rollout.from_json
 
-    monkeypatch.setattr("s2t_shared.labels.drain.read_entry", fragile)
+    def fragile(text: bytes) -> Rollout:
+        if b"request-5" in text:
+            raise DiesError
+        return from_json(text)
+
+    monkeypatch.setattr(Rollout, "from_json", fragile)
     put(store, *range(10))
     deaths = 0
     while deaths < 6 or store.counts().rollouts:
@@ -188,15 +204,21 @@ def test_an_entry_that_ends_its_reader_is_a_dead_letter_and_its_neighbours_are_n
     assert (store.counts().rollouts, pending(client)) == (0, 0)
 
 
+@pytest.mark.parametrize("prompt_length", [1 << 40, 99])
 def test_what_the_lake_cannot_hold_blocks_nothing(
-    lake: Lake, store: LabelStream, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    prompt_length: int,
+    lake: Lake,
+    store: LabelStream,
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A gap in check_rollout would be a bug; it must not stop the ledger."""
+    """A gap in check_rollout would be a bug; it must not stop the ledger, be it Arrow that refuses
+    the value or the check of its columns."""
     monkeypatch.setattr("s2t_shared.labels.label.check_rollout", lambda _: None)
     store.append(
         [
             r.to_json().encode()
-            for r in (rollout(1), replace(rollout(2), prompt_length=1 << 40), rollout(3))
+            for r in (rollout(1), replace(rollout(2), prompt_length=prompt_length), rollout(3))
         ]
     )
     Drain(store, lake).flush()
@@ -215,6 +237,7 @@ def test_drain_thread_survives_an_outage_and_data_loss(tmp_path: Path, lake: Lak
     eventually(lambda: rows(lake) == 1)
     server.stop()
     time.sleep(0.2)
+    copytree(tmp_path / "one" / "users", tmp_path / "two" / "users")  # the same passwords
     with open_redis(
         None, tmp_path / "two", port
     ):  # an empty Redis: the consumer group is gone as well
@@ -238,6 +261,75 @@ def test_housekeeping_joins_shards_and_applies_retention(lake: Lake, store: Labe
     drain.flush()
     drain.housekeep()
     assert ids_in(lake) == names(99)
+
+
+def test_labels_of_unknown_models_are_dead_letters_that_can_be_sent_again(
+    lake: Lake, store: LabelStream, client: redis.Redis, tmp_path: Path
+) -> None:
+    """Whoever reaches Redis could train our local selector on labels of an LLM of his own."""
+    known = KnownModels(tmp_path / "known-models")
+    writer = LabelWriter(store, tmp_path / "spool", known=known)
+    writer.write([rollout(1)]).result(5.0)
+    foreign = [
+        replace(rollout(2), llm_digest="evil"),
+        replace(rollout(3), tokenizer_digest="other"),
+        replace(rollout(4), slm_digest="llm", llm_digest="slm"),
+    ]
+    store.append([r.to_json().encode() for r in foreign])
+    drain = Drain(store, lake, known=KnownModels(tmp_path / "known-models"))
+    assert drain.flush() == 1 and ids_in(lake) == names(1)
+    letters = list(read_dead_letters(store))
+    assert [letter.reason.partition(":")[2] for letter in letters] == [
+        " llm_digest 'evil' is unknown: no proposer here used such models",
+        " tokenizer_digest 'other' is unknown: no proposer here used such models",
+        " the SLM, the LLM and the tokenizer are known, but not together: no proposer here used "
+        "such models",
+    ]
+    writer.write([replace(rollout(5), llm_digest="evil")]).result(5.0)  # now it is ours
+    assert requeue(store, letters[:1]) == 1
+    drain.flush()
+    assert ids_in(lake) == names(1, 2, 5) and store.counts().dead_letters == 2
+    writer.close()
+
+
+def test_dead_letters_are_removed_when_they_are_old(lake: Lake, store: LabelStream) -> None:
+    """They hold users' text as labels do."""
+    store.append([b"poison"])
+    drain = Drain(store, lake, dead_letter_days=1 / DAY_S)
+    drain.flush()
+    drain.housekeep()
+    assert store.counts().dead_letters == 1
+    time.sleep(1.1)
+    drain.housekeep()
+    assert store.counts().dead_letters == 0
+
+
+def test_dead_letters_are_deleted_by_what_they_are_of(
+    lake: Lake, store: LabelStream, client: redis.Redis
+) -> None:
+    """`s2t labels delete` left them behind. In one that is not JSON any mention counts."""
+    wrong = [replace(rollout(n), schema_version=1).to_json().encode() for n in range(3)]
+    store.append([*wrong, b"{torn request-1"])
+    Drain(store, lake).flush()
+    assert store.counts().dead_letters == 4
+    assert delete_dead_letters(store, lambda d: d.matches("request_id", "request-1")) == 2
+    assert [d.matches("problem_id", "p2") for d in read_dead_letters(store)] == [False, True]
+    content = str(client.xrange(DEAD_LETTERS))
+    assert "request-0" in content and "request-1" not in content
+
+
+def test_a_lake_whose_size_nobody_set_is_bounded_by_its_disk(
+    lake: Lake, store: LabelStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default everything was kept, until the disk was full."""
+    for n in range(3):
+        lake.write([rollout(n)])
+    assert 0 < default_max_gib(lake.root) <= MOST_GIB
+    monkeypatch.setattr("s2t_shared.labels.drain.default_max_gib", lambda root: 1e-9)
+    Drain(store, lake, max_gib=0.0).housekeep()
+    assert len(lake.shards()) == 3
+    Drain(store, lake, max_gib=None).housekeep()
+    assert lake.shards() == []
 
 
 def test_counts_before_any_drain_ran(store: LabelStream, client: redis.Redis) -> None:

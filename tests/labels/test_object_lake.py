@@ -54,7 +54,7 @@ def test_it_reads_as_a_folder_does(lake: ObjectLake, tmp_path: Path) -> None:
     assert list(lake.rollouts()) == list(folder.rollouts())
     found, expected = measure_labels(lake), measure_labels(folder)
     assert replace(found, bytes=0) == replace(expected, bytes=0)
-    assert lake.verify(values=True) == {}
+    assert lake.verify() == {}
     snapshot = lake.freeze()
     assert list(lake.snapshot(snapshot.id).rollouts()) == list(folder.rollouts())
     assert snapshot.pairs() == folder.freeze().pairs()

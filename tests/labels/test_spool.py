@@ -3,10 +3,12 @@ the dead."""
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,53 @@ def test_a_writer_that_died_at_any_point_of_its_start_leaves_no_trouble(tmp_path
     spool.adopt()
     spool.close()
     assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+
+
+# -- shared storage whose locks other nodes do not see --------------------------------------------
+
+
+def on_another_node(root: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
+    """A spool of another node, where `flock` always succeeds: it is local to each node."""
+
+    def unseen(path: Path, *_: object, **__: object) -> AbstractContextManager[bool]:
+        path.touch()
+        return nullcontext(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "this_node", lambda: "0123abcd")
+        patch.setattr(spool_module, "locked", unseen)
+        return Spool(root, MIB)
+
+
+def adopted(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    other = on_another_node(root, monkeypatch)
+    entries = everything(other)
+    other.close()
+    return entries
+
+
+def test_a_living_writer_of_another_node_is_not_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its segment was sent and removed under it: what it appended after that was lost, although it
+    had been acknowledged."""
+    living = Spool(tmp_path, MIB)
+    living.append([b"acknowledged"])
+    assert adopted(tmp_path, monkeypatch) == []
+    assert everything(living) == [b"acknowledged"]
+
+
+def test_a_writer_of_another_node_that_was_quiet_for_long_is_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that burnt down must not keep its labels for ever; one that works beats."""
+    monkeypatch.setattr(spool_module, "BEAT_S", 0.0)
+    lost = Spool(tmp_path, MIB)
+    lost.append([b"of the lost"])
+    [lock] = tmp_path.glob("*/lock")
+    long_ago = lock.stat().st_mtime - spool_module.QUIET_S - 1
+    os.utime(lock, (long_ago, long_ago))
+    lost.segments()
+    assert adopted(tmp_path, monkeypatch) == []  # any work is a sign of life
+    os.utime(lock, (long_ago, long_ago))
+    assert adopted(tmp_path, monkeypatch) == [b"of the lost"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import ModelLoadError
+from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from tests.helpers.models import SPECS
 
@@ -91,3 +94,21 @@ def test_the_digest_follows_the_weights(models: dict[str, Path], tmp_path: Path)
     assert ModelRuntime.load(str(copy)).digest != first
     digests = {ModelRuntime.load(str(path)).digest for path in models.values()}
     assert len(digests) == len(SPECS)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_tokenizer_is_compared_without_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool
+) -> None:
+    """F25: to compare two tokenizers, 65 GB of a 32B LLM were downloaded to the head's disk."""
+    asked: list[str] = []
+
+    def snapshot_download(model: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model("acme/large", "llm", weights) == tmp_path
+    files = ["model-00001-of-00017.safetensors", "tokenizer.json", "vocab.txt", "chat.jinja"]
+    matched = [any(fnmatch(file, pattern) for pattern in asked) for file in files]
+    assert matched == [weights, True, True, True]

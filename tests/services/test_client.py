@@ -15,7 +15,7 @@ import services.client
 from s2t_shared.config import SecurityConfig
 from s2t_shared.errors import (
     InvalidRequestError,
-    SelectorUnavailableError,
+    ServiceUnavailableError,
     StoreError,
     VersionError,
     VersionNotFoundError,
@@ -102,7 +102,7 @@ def test_failures_are_our_own_errors(tmp_path: Path) -> None:
 def test_a_service_that_is_not_there_is_named() -> None:
     with (
         Client("127.0.0.1:1", timeout_s=5) as client,
-        pytest.raises(SelectorUnavailableError, match="cannot be reached"),
+        pytest.raises(ServiceUnavailableError, match="cannot be reached"),
     ):
         client.describe()
 

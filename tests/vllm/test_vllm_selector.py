@@ -6,7 +6,6 @@ These tests have an environment of their own: `make test-vllm`.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,33 +14,26 @@ import grpc.aio
 import psutil
 import pytest
 
-pytest.importorskip("vllm", reason="make test-vllm has vLLM")
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-from s2t_shared.bundled import LLM_DIR, SLM_DIR  # noqa: E402
-from s2t_shared.bundled import problems as bundled_problems  # noqa: E402
-from s2t_shared.config import load_config  # noqa: E402
-from s2t_shared.decode.engine import Engine  # noqa: E402
-from s2t_shared.decode.interfaces import SelectorClient  # noqa: E402
-from s2t_shared.decode.llm_selector import (  # noqa: E402
+from s2t_shared.bundled import LLM_DIR, SLM_DIR
+from s2t_shared.bundled import problems as bundled_problems
+from s2t_shared.config import load_config
+from s2t_shared.decode.engine import Engine
+from s2t_shared.decode.interfaces import SelectorClient
+from s2t_shared.decode.llm_selector import (
     IMPOSSIBLE,
     InProcessSelector,
     LLMSelector,
 )
-from s2t_shared.decode.proposer import Proposer  # noqa: E402
-from s2t_shared.decode.vllm_selector import VLLMOptions, VLLMSelectorClient  # noqa: E402
-from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError  # noqa: E402
-from s2t_shared.model.runtime import ModelRuntime  # noqa: E402
-from s2t_shared.model.tokenizer import Tokenizer  # noqa: E402
-from s2t_shared.model.vocabulary import reserved_ids  # noqa: E402
-from s2t_shared.pair import Pair  # noqa: E402
-from s2t_shared.pb.v1.selection_pb2_grpc import SelectionServiceStub  # noqa: E402
-from s2t_shared.types import (  # noqa: E402
+from s2t_shared.decode.proposer import Proposer
+from s2t_shared.decode.vllm_options import VLLMOptions
+from s2t_shared.decode.vllm_selector import VLLMSelectorClient
+from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.model.vocabulary import reserved_ids
+from s2t_shared.pair import Pair
+from s2t_shared.pb.v1.selection_pb2_grpc import SelectionServiceStub
+from s2t_shared.types import (
     CandidateRule,
     DecodeOptions,
     DecodeRequest,
@@ -51,8 +43,8 @@ from s2t_shared.types import (  # noqa: E402
     ScoreReply,
     Trigger,
 )
-from services.rpc import wire  # noqa: E402
-from services.serve.build import selector_server  # noqa: E402
+from services.rpc import wire
+from services.serve.build import selector_server
 
 OPTIONS = VLLMOptions(dtype="float32", max_length=255, eager=True)
 TIMEOUT_S = 120.0

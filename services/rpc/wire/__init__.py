@@ -13,14 +13,15 @@ from services.rpc.wire.admin import (
 from services.rpc.wire.errors import (
     ERROR_KIND,
     INTERNAL,
-    PROPOSER_LOST,
     REASONS,
     STATUS,
     STATUS_DETAILS,
+    Refusal,
     abort,
     abort_with,
     error_of,
     public_text,
+    refusal_of,
     status_of,
 )
 from services.rpc.wire.generation import (
@@ -41,10 +42,10 @@ from services.rpc.wire.selection import read_query, read_reply, write_query, wri
 __all__ = [
     "ERROR_KIND",
     "INTERNAL",
-    "PROPOSER_LOST",
     "REASONS",
     "STATUS",
     "STATUS_DETAILS",
+    "Refusal",
     "abort",
     "abort_with",
     "error_of",
@@ -58,6 +59,7 @@ __all__ = [
     "read_request",
     "read_step",
     "read_version",
+    "refusal_of",
     "status_of",
     "write_answer",
     "write_description",

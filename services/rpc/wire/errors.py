@@ -8,6 +8,7 @@ which the same request may succeed. `s2t-error` names the error's class, for old
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -18,12 +19,12 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from s2t_shared import errors
+from services.rpc import retrying
 
 STATUS_DETAILS = "grpc-status-details-bin"  # trailing metadata, as grpcio-status writes it
 ERROR_KIND = "s2t-error"  # trailing metadata
 DOMAIN = "s2t"
 INTERNAL = "INTERNAL"  # the reason of what is no S2TError
-PROPOSER_LOST = "PROPOSER_LOST"
 MAX_TEXT_BYTES = 512
 MAX_DESCRIPTION_BYTES = 200  # of a wrong field; the status has the whole text
 MAX_FIELD_BYTES = 64
@@ -35,13 +36,17 @@ STATUS: dict[type[errors.S2TError], grpc.StatusCode] = {
     errors.TokenizerMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelLoadError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ModelFailedError: grpc.StatusCode.UNAVAILABLE,
     errors.VersionNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SelectorUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.ProposerLostError: grpc.StatusCode.UNAVAILABLE,
+    errors.ServiceUnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 # Part of the contract: a class may get another name, its reason may not.
@@ -51,23 +56,35 @@ REASONS: dict[type[errors.S2TError], str] = {
     errors.TokenizerMismatchError: "TOKENIZER_MISMATCH",
     errors.ConfigError: "CONFIG",
     errors.ModelLoadError: "MODEL_LOAD",
+    errors.ModelFailedError: "MODEL_FAILED",
     errors.VersionNotFoundError: "VERSION_NOT_FOUND",
     errors.VersionError: "VERSION",
     errors.OverloadedError: "OVERLOADED",
     errors.SelectorUnavailableError: "SELECTOR_UNAVAILABLE",
+    errors.ProposerLostError: "PROPOSER_LOST",
+    errors.ServiceUnavailableError: "SERVICE_UNAVAILABLE",
     errors.StoreError: "STORE",
     errors.DeadlineExceededError: "DEADLINE_EXCEEDED",
     errors.UnauthenticatedError: "UNAUTHENTICATED",
+    errors.PermissionDeniedError: "PERMISSION_DENIED",
 }
 KINDS = {reason: kind for kind, reason in REASONS.items()}
 
-# What a text may not tell a client: where our processes and files are.
-ADDRESS = re.compile(
-    r"\[[\da-f]*:[\da-f:]+\](:\d+)?"  # [IPv6]:port
-    r"|\b\d{1,3}(\.\d{1,3}){3}\b(:\d+)?"  # IPv4:port
-    r"|\b[\w.-]+:\d{2,5}\b"  # host:port
+# What a text may not tell a client: where our processes and files are, and what runs there.
+HIDDEN = (
+    (
+        re.compile(
+            r"\[[\da-f]*:[\da-f:]+\](:\d+)?"  # [IPv6]:port
+            r"|\b\d{1,3}(\.\d{1,3}){3}\b(:\d+)?"  # IPv4:port
+            r"|\b[\w.-]+:\d{2,5}\b"  # host:port
+        ),
+        "[address]",
+    ),
+    (re.compile(r"(?<![\w/.])/[\w.@+-]+(/[\w.@+-]+)+"), "[path]"),
+    (re.compile(r"Traceback \(most recent call last\).*", re.DOTALL), "[traceback]"),
+    (re.compile(r"\b(pid|actor_id|node_id|worker_id)\s*[=: ]\s*\w+", re.IGNORECASE), "[process]"),
+    (re.compile(r"0x[\da-f]{6,}"), "[object]"),
 )
-PATH = re.compile(r"(?<![\w/.])/[\w.@+-]+(/[\w.@+-]+)+")
 
 
 # -- to a client ----------------------------------------------------------------------------------
@@ -81,11 +98,36 @@ def status_of(error: errors.S2TError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def public_text(error: errors.S2TError) -> str:
-    """The error's text as a client may read it: without addresses and paths, at most
-    `MAX_TEXT_BYTES` long."""
-    text = PATH.sub("[path]", ADDRESS.sub("[address]", str(error)))
+def public_text(error: errors.S2TError | str) -> str:
+    """The error's text as a client may read it: `HIDDEN` is left out, and at most
+    `MAX_TEXT_BYTES` are kept."""
+    text = str(error)
+    for hidden, instead in HIDDEN:
+        text = hidden.sub(instead, text)
     return _cut(text, MAX_TEXT_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """What a client is told of a call that failed, where it did not come by gRPC. field,
+    retry_after_s: as in `S2TError`."""
+
+    code: grpc.StatusCode
+    text: str
+    reason: str
+    field: str = ""
+    retry_after_s: float | None = None
+
+
+def refusal_of(error: errors.S2TError) -> Refusal:
+    """The error as a client may read it: the same as `abort` tells."""
+    return Refusal(
+        code=status_of(error),
+        text=public_text(error),
+        reason=next((name for kind, name in REASONS.items() if isinstance(error, kind)), INTERNAL),
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 async def abort(context: Any, error: errors.S2TError) -> None:
@@ -94,7 +136,7 @@ async def abort(context: Any, error: errors.S2TError) -> None:
     await abort_with(
         context,
         status_of(error),
-        public_text(error),
+        str(error),
         reason,
         field=error.field,
         retry_after_s=error.retry_after_s,
@@ -112,7 +154,11 @@ async def abort_with(
     retry_after_s: float | None = None,
     more: tuple[tuple[str, str], ...] = (),
 ) -> None:
-    """End a call with a status and its details. more: trailing metadata beside them."""
+    """End a call with a status and its details: the only way to end one with a text.
+
+    more: trailing metadata beside them.
+    """
+    text = public_text(text)
     details: list[Any] = [ErrorInfo(reason=reason, domain=DOMAIN)]
     if field:
         violation = BadRequest.FieldViolation(
@@ -122,7 +168,16 @@ async def abort_with(
     if retry_after_s is not None:
         details.append(RetryInfo(retry_delay=_duration(retry_after_s)))
     status = Status(code=code.value[0], message=text, details=[_packed(d) for d in details])
-    await context.abort(code, text, ((STATUS_DETAILS, status.SerializeToString()), *more))
+    repeats = _pushback(reason, retry_after_s) if code is grpc.StatusCode.UNAVAILABLE else ()
+    details_bin = (STATUS_DETAILS, status.SerializeToString())
+    await context.abort(code, text, (details_bin, *repeats, *more))
+
+
+def _pushback(reason: str, retry_after_s: float | None) -> tuple[tuple[str, str], ...]:
+    """A client's gRPC repeats what the service itself could not do. Whether to ask again for what
+    the LLM or Redis could not do, its user decides."""
+    is_ours = reason in (REASONS[errors.ServiceUnavailableError], REASONS[errors.ProposerLostError])
+    return retrying.pushback(retry_after_s if is_ours else None)
 
 
 def _duration(seconds: float) -> Duration:
@@ -156,8 +211,11 @@ def error_of(error: grpc.RpcError) -> errors.S2TError:
     details = _read_details(trailing.get(STATUS_DETAILS))
     kind = _named_kind(details, trailing.get(ERROR_KIND))
     if kind is None and code is grpc.StatusCode.UNAVAILABLE:
-        kind = errors.SelectorUnavailableError
+        kind = errors.ServiceUnavailableError
         text = f"the service cannot be reached or is not ready ({text})"
+    if kind is None and code is grpc.StatusCode.CANCELLED:
+        kind = errors.ServiceUnavailableError  # not by the caller: who cancels gets no error
+        text = f"the service has dropped the call (CANCELLED: {text})"
     if kind is None:
         kind = next((known for known, status in STATUS.items() if status is code), None)
     if kind is None:

@@ -141,7 +141,10 @@ def write_settings(prompt: PromptLike, **settings: Any) -> pb.GenerationParamete
         message = pb.GenerationParameters(**settings)
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"unknown setting, or a wrong value: {error}") from error
-    _write_prompt(message, as_prompt(prompt))
+    try:
+        _write_prompt(message, as_prompt(prompt))
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(f"prompt: {error}", field="prompt") from error
     return message
 
 

@@ -32,8 +32,7 @@ def read_query(request: pb.ScoreRequest) -> ScoreQuery:
         InvalidRequestError: more positions than tokens, or positions, counts and candidates do not
             fit together.
     """
-    counts = list(request.candidate_counts)
-    _check_counts(request, counts)
+    counts = _checked_counts(request)
     ids = iter(request.candidate_ids)
     groups = [tuple(islice(ids, count)) for count in counts]
     return ScoreQuery(
@@ -46,7 +45,7 @@ def read_query(request: pb.ScoreRequest) -> ScoreQuery:
     )
 
 
-def _check_counts(request: pb.ScoreRequest, counts: list[int]) -> None:
+def _checked_counts(request: pb.ScoreRequest) -> list[int]:
     tokens = len(request.token_ids)
     positions = len(request.positions)
     candidates = len(request.candidate_ids)
@@ -55,17 +54,20 @@ def _check_counts(request: pb.ScoreRequest, counts: list[int]) -> None:
             f"positions: {positions} given for {tokens} token_ids; each position is one "
             "of the tokens, and given once"
         )
-    if len(counts) != positions:
+    given = len(request.candidate_counts)
+    if given != positions:
         raise InvalidRequestError(
-            f"candidate_counts: {len(counts)} given for {positions} "
+            f"candidate_counts: {given} given for {positions} "
             "positions; send one for each (it may be 0)"
         )
+    counts = list(request.candidate_counts)
     if sum(counts) != candidates:
         raise InvalidRequestError(
             f"candidate_counts add up to {sum(counts)}, but there are {candidates} candidate_ids"
         )
     if max(counts, default=0) > MAX_CANDIDATES:
         raise InvalidRequestError(f"candidate_counts: at most {MAX_CANDIDATES} per position")
+    return counts
 
 
 def write_reply(reply: ScoreReply, tokenizer_digest: str) -> pb.ScoreResponse:

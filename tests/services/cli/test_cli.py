@@ -19,6 +19,10 @@ from services.cli.options import as_typed
 VERBS = {
     "demo",
     "serve",
+    "up",
+    "down",
+    "status",
+    "init",
     "generate",
     "harvest",
     "train",
@@ -28,6 +32,7 @@ VERBS = {
     "config",
     "bench",
     "labels",
+    "redis-acl",
 }
 
 
@@ -280,13 +285,37 @@ def test_unreachable_service(
     assert "cannot be reached" in capsys.readouterr().err
 
 
+def test_redis_acl_writes_what_the_settings_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """Made again, the passwords of running processes must stay."""
+    assert s2t(monkeypatch, "redis-acl", tmp_path / "users", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    first = Path(told["acl_file"]).read_text()
+    assert "user producer reset on #" in first
+    assert (Path(told["password_dir"]) / "producer").is_file()
+    assert s2t(monkeypatch, "redis-acl", tmp_path / "users") == 0
+    assert Path(told["acl_file"]).read_text() == first
+    assert "redis.password_dir" in capsys.readouterr().out
+
+
+def test_the_printed_configuration_holds_no_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """People paste it into tickets."""
+    monkeypatch.setenv("S2T_REDIS__URL", "redis://user:s3cret@redis.internal:6379/0")
+    assert s2t(monkeypatch, "config") == 0
+    out = capsys.readouterr().out
+    assert "redis://redis.internal:6379/0" in out and "s3cret" not in out
+
+
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Well here; with a wrong model it says which check failed and how to mend it."""
     assert s2t(monkeypatch, "doctor", "--json") == 0
-    assert all(f["ok"] for f in json.loads(capsys.readouterr().out))
+    assert not [f for f in json.loads(capsys.readouterr().out) if f["level"] == "fail"]
     monkeypatch.setenv("S2T_SLM__MODEL", "/nowhere/model")
     assert s2t(monkeypatch, "doctor", "--json") == 1
-    failed = [f for f in json.loads(capsys.readouterr().out) if not f["ok"]]
+    failed = [f for f in json.loads(capsys.readouterr().out) if f["level"] == "fail"]
     assert [f["what"] for f in failed] == ["models"] and "does not exist" in failed[0]["detail"]
 
 

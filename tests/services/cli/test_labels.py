@@ -15,11 +15,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import services.cli.dead_letters  # noqa: F401 - adds its verb
 from s2t_shared.errors import ConfigError, InvalidRequestError, StoreError
+from s2t_shared.labels.drain import Drain
+from s2t_shared.labels.known_models import KnownModels
+from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.stream import LabelStream
 from s2t_shared.types import LabelCounts
 from services.cli.labels import labels_app
-from services.launch.redis_server import open_redis
+from services.launch.redis_server import RedisServer, open_redis
 from tests.helpers.fake_service import pretend_service
 from tests.helpers.scored_rollouts import ANSWER, SCORED_ROLLOUTS, scored_rollout
 
@@ -273,8 +278,8 @@ def test_verify_finds_damage_and_quarantine_makes_the_rest_usable(scored_lake: L
 
 
 def test_verify_checks_values_too(scored_lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lake takes no value that no label can have. Where a bug let one in, the hash does not
-    tell, but --values does."""
+    """The lake takes no value that no label can have. Where a bug let one in, `verify` tells; the
+    hash, all that --quick checks, does not."""
     broken = scored_rollout(200)
     label = replace(broken.labels[0], candidate_ids=(1,))  # fewer candidates than log-probabilities
     with pytest.raises(StoreError, match="of different lengths"):
@@ -282,8 +287,8 @@ def test_verify_checks_values_too(scored_lake: Lake, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr("s2t_shared.labels.shards.check_rows", lambda rows: None)
         scored_lake.write([replace(broken, labels=(label,))])
-    assert s2t_labels("verify", scored_lake.root)[0] == 0
-    assert s2t_labels("verify", scored_lake.root, "--values")[0] == 1
+    assert s2t_labels("verify", scored_lake.root, "--quick")[0] == 0
+    assert s2t_labels("verify", scored_lake.root)[0] == 1
 
 
 def test_stats_beside_a_service_count_what_is_on_its_way(
@@ -309,3 +314,72 @@ def test_stats_beside_a_service_count_what_is_on_its_way(
     figures = json.loads(outcome.output)
     assert (figures["in_redis"], figures["dead_letters"]) == (12, 1)
     assert asked == [False, True]
+
+
+# -- dead letters ---------------------------------------------------------------------------------
+
+
+def sensible(made: Rollout) -> Rollout:
+    """Its labels with the rank that their LLM's choice has."""
+    labels = tuple(replace(label, llm_top_rank=1) for label in made.labels)
+    return replace(made, labels=labels)
+
+
+@pytest.fixture
+def refused(server: RedisServer, scored_lake: Lake, tmp_path: Path) -> Path:
+    """A configuration whose Redis holds three refused rollouts; its lake is `tmp_path / labels`."""
+    scored_lake.root.rename(tmp_path / "labels")
+    settings = server.settings()
+    config = tmp_path / "s2t.yaml"
+    config.write_text(
+        f"redis: {{url: '{settings['url']}', password_dir: '{settings['password_dir']}'}}\n"
+        f"data_dir: '{tmp_path}'\n",
+        encoding="utf-8",
+    )
+    stream = LabelStream(server.url)
+    good = [sensible(scored_rollout(n)) for n in (101, 102)]
+    old = replace(scored_rollout(7), schema_version=1)
+    stream.append([r.to_json().encode() for r in (*good, old)])
+    Drain(stream, Lake(tmp_path / "labels"), known=KnownModels(tmp_path / "known-models")).flush()
+    return config
+
+
+def test_dead_letters_are_listed_by_reason_and_deleted(refused: Path) -> None:
+    """By the operator's role, which may do no more."""
+    told = as_json("dead", "--config", refused)
+    assert told["dead_letters"] == 3 and len(told["reasons"]) == 2
+    assert "llm_digest" not in s2t_labels("dead", "--config", refused)[1]
+    assert "slm_digest 'slm' is unknown" in s2t_labels("dead", "--config", refused)[1]
+    assert "s2t labels dead says why" in s2t_labels("stats", "--config", refused)[1]
+    with pytest.raises(InvalidRequestError, match="say which"):
+        s2t_labels("dead", "--delete", "--config", refused)
+    one = ("--request-id", "request-101", "--delete", "--yes")
+    assert as_json("dead", *one, "--config", refused) == {"deleted dead letters": 1}
+    none = ("--older-than", "1", "--delete", "--yes")
+    assert as_json("dead", *none, "--config", refused) == {"deleted dead letters": 0}
+    assert as_json("dead", "--config", refused)["dead_letters"] == 2
+    every = ("--all", "--delete", "--yes")
+    assert as_json("dead", *every, "--config", refused) == {"deleted dead letters": 2}
+    assert "no dead letters" in s2t_labels("dead", "--config", refused)[1]
+
+
+def test_refused_labels_that_are_ours_are_sent_again(
+    refused: Path, server: RedisServer, tmp_path: Path
+) -> None:
+    told = as_json("dead", "--requeue", "--all", "--config", refused)
+    assert told == {"sent again": 2, "cannot be read": 1}
+    lake = Lake(tmp_path / "labels")
+    known = KnownModels(tmp_path / "known-models")
+    assert Drain(LabelStream(server.url), lake, known=known).flush() == 2
+    assert as_json("dead", "--config", refused)["dead_letters"] == 1
+
+
+def test_deleting_labels_reaches_refused_ones(refused: Path) -> None:
+    told = as_json("delete", "--request-id", "request-7", "--yes", "--config", refused)
+    assert told == {"deleted rollouts": 1, "deleted dead letters": 1}
+    assert as_json("dead", "--config", refused)["dead_letters"] == 2
+
+
+def test_dead_letters_need_a_redis(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no Redis: redis.url is not set, and no service runs"):
+        s2t_labels("dead", "--data-dir", tmp_path)

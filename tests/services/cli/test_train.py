@@ -39,7 +39,7 @@ def job_that_only_freezes(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr("services.train.job.train", freeze)
-    monkeypatch.setattr("services.launch.local.local_ray", contextlib.nullcontext)
+    monkeypatch.setattr("services.launch.ray_connection.local_ray", contextlib.nullcontext)
 
 
 def s2t_train(*arguments: str) -> tuple[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.types import WARMUP_STEPS, LabelRule, Prompt, Trigger
+from services.harvest import rollouts
 from services.harvest.rollouts import (
     HarvestOptions,
     PairRollouts,
@@ -186,3 +190,45 @@ def test_a_service_without_an_llm_is_refused(tmp_path: Path) -> None:
             ServiceRollouts(Target(address), returns_labels=True)
 
     with_gateway(tmp_path, service, work)
+
+
+def test_a_harvest_follows_the_number_of_proposers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asked as many at once as there were proposers when it began; those that Serve added later
+    had nothing to do."""
+    monkeypatch.setattr(rollouts, "FOLLOW_S", 0.05)
+    monkeypatch.setattr(rollouts, "ROLLOUTS_PER_PROPOSER", 1)
+    service = proposer_service()
+    described = cache(rollouts.describe)
+    proposers = [1]
+    monkeypatch.setattr(
+        rollouts, "describe", lambda to: replace(described(to), proposers=proposers[0])
+    )
+    ongoing: set[str] = set()
+    most = [0]
+
+    class Watched(ServiceRollouts):
+        async def _ask(self, caller: Any, request: RolloutRequest, options: Any) -> Any:
+            ongoing.add(request.request_id)
+            most[0] = max(most[0], len(ongoing))
+            await asyncio.sleep(0.2)
+            ongoing.discard(request.request_id)
+            return await super()._ask(caller, request, options)
+
+    def work(address: str) -> list[int]:
+        seen: list[int] = []
+
+        def on_rollout(request: RolloutRequest, outcome: RolloutOutcome) -> None:
+            seen.append(most[0])
+            proposers[0] = 3 if len(seen) < 12 else 1
+
+        requests = [replace(REQUEST, request_id=f"r{i}", problem_id=f"p{i}") for i in range(40)]
+        source = Watched(Target(address), returns_labels=True)
+        source.make_rollouts(requests, ROLLOUTS, on_rollout)
+        assert source._concurrency == 1 and not ongoing
+        return seen
+
+    seen = with_gateway(tmp_path, service, work)
+    assert len(seen) == 40
+    assert seen[0] == 1 and seen[-1] == 3

@@ -13,8 +13,8 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.errors import ConfigError
-from services.app import APPLICATION
 from services.launch import local
+from services.roles import APPLICATION
 
 
 class FakeHandle:
@@ -96,7 +96,7 @@ def test_one_that_was_left_behind_is_not_replaced_and_how_to_remove_it_is_said(
 ) -> None:
     serving(monkeypatch, ApplicationStatus.RUNNING, "127.0.0.1:50051")
     claims = FakeClaims(monkeypatch)
-    removal = r"RAY_ADDRESS=10.0.0.1:6379 python -c .*serve.delete\('s2t'\)"
+    removal = r"RAY_ADDRESS=10.0.0.1:6379 s2t down"
     with pytest.raises(ConfigError, match=removal):
         with local.claimed():
             pass

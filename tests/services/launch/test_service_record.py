@@ -51,6 +51,22 @@ def test_no_secret_is_recorded(tmp_path: Path, address: str) -> None:
         assert "s3cret" not in (tmp_path / FILE).read_text()
 
 
+def test_who_works_beside_a_service_finds_its_redis(tmp_path: Path, address: str) -> None:
+    """A Redis that the service started is in no configuration file."""
+    started = {"redis.url": "redis://127.0.0.1:7000/0", "redis.password_dir": "/data/users"}
+    own = config_of(tmp_path)
+    named = config_of(tmp_path, **{"redis.url": "redis://elsewhere:1/0"})
+    with recorded(config_of(tmp_path, **started), address):
+        service = find_service(tmp_path)
+        assert service is not None
+        assert service.with_redis(own).redis.url == "redis://127.0.0.1:7000/0"
+        assert service.with_redis(own).redis.password_dir == Path("/data/users")
+        assert service.with_redis(named) is named
+    with recorded(own, address):
+        service = find_service(tmp_path)
+        assert service is not None and service.with_redis(own) is own
+
+
 def test_training_takes_the_services_configuration(tmp_path: Path, address: str) -> None:
     """`s2t train` as the README has it trained the bundled SLM on another service's labels."""
     said: list[str] = []

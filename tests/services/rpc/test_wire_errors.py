@@ -82,9 +82,13 @@ def test_the_reasons_are_a_contract() -> None:
         "DEADLINE_EXCEEDED",
         "EVALUATION_SPLIT",
         "INVALID_REQUEST",
+        "MODEL_FAILED",
         "MODEL_LOAD",
         "OVERLOADED",
+        "PERMISSION_DENIED",
+        "PROPOSER_LOST",
         "SELECTOR_UNAVAILABLE",
+        "SERVICE_UNAVAILABLE",
         "STORE",
         "TOKENIZER_MISMATCH",
         "UNAUTHENTICATED",
@@ -133,6 +137,17 @@ def test_no_text_says_where_we_run(secret: str) -> None:
     assert "Error 111" in call.details()
 
 
+def test_no_text_shows_what_runs() -> None:
+    """What Ray writes into its errors: process, actor, traceback, object."""
+    text = (
+        "lost (pid=4711, actor_id=ab12cd) <X at 0x7f55ccbb>\nTraceback (most recent call last):\n x"
+    )
+    shown = sent(errors.StoreError(text)).details()
+    for secret in ("4711", "ab12cd", "7f55ccbb", "most recent"):
+        assert secret not in shown
+    assert shown.startswith("lost (")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -158,7 +173,7 @@ def test_an_older_server_and_a_proxy_are_understood() -> None:
     broken = (wire.STATUS_DETAILS, b"\xff\xff")
     assert type(failed(grpc.StatusCode.NOT_FOUND, broken, kind)) is errors.VersionNotFoundError
     lost = failed(grpc.StatusCode.UNAVAILABLE)
-    assert type(lost) is errors.SelectorUnavailableError and lost.retry_after_s == 1.0
+    assert type(lost) is errors.ServiceUnavailableError and lost.retry_after_s == 1.0
     assert "CANCELLED" in str(failed(grpc.StatusCode.CANCELLED))
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from s2t_shared.decode.engine import Engine, EngineLoad
 from s2t_shared.decode.generate import EncodedRequest
-from s2t_shared.errors import InvalidRequestError
+from s2t_shared.decode.scripted import ScriptedTokenizer
+from s2t_shared.errors import InvalidRequestError, ProposerLostError
 from s2t_shared.types import AnswerPiece, DecodeOptions, GenerateRequest, Prompt, Step
 from services.serve.engine_thread import EngineThread, OngoingAnswer
 from tests.helpers.serving import WORDS, becomes, scripted_slm, slow_slm
@@ -105,11 +106,11 @@ def test_a_request_that_is_accepted_too_late_is_cancelled() -> None:
     accepting = threading.Event()
     may_go_on = threading.Event()
 
-    def check(token_ids: Sequence[int]) -> None:
+    def check(*of_the_request: object) -> None:
         accepting.set()
         may_go_on.wait(5)
 
-    slm.check_ids = check  # type: ignore[method-assign]
+    slm.check = check  # type: ignore[method-assign]
     engine = EngineThread(Engine(slm), slm.tokenizer)
 
     async def run() -> None:
@@ -133,7 +134,6 @@ def test_a_closed_thread_ends() -> None:
     assert not engine.is_alive
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_that_is_found_when_idle_ends_the_thread() -> None:
     """Serve then starts the replica anew."""
     slm = scripted_slm()
@@ -162,4 +162,132 @@ def test_max_new_tokens_reaches_the_engine() -> None:
         assert builder.answer("slm").text == " one two"
 
     asyncio.run(run())
+    engine.close()
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_when_the_thread_ends_its_answers_fail() -> None:
+    """They were waited for until Serve had killed the replica. Another proposer can go on."""
+    slm = slow_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+
+    async def run() -> None:
+        _, answer = await engine.submit(REQUEST)
+        await answer.next_piece()
+        slm.sleep = lambda _: 1 / 0  # type: ignore[assignment,return-value]
+        with pytest.raises(ProposerLostError):
+            while True:
+                await asyncio.wait_for(answer.next_piece(), 5)
+        with pytest.raises(ProposerLostError):
+            await asyncio.wait_for(engine.submit(REQUEST), 5)
+
+    asyncio.run(run())
+    assert not engine.is_alive
+
+
+def test_what_was_decided_before_the_end_still_comes() -> None:
+    async def run() -> None:
+        answer = OngoingAnswer()
+        step = Step(index=0, token_id=7)
+        answer.put(AnswerPiece("a", (step,)), False)
+        answer.fail(ProposerLostError("lost"))
+        await asyncio.sleep(0)
+        assert await answer.next_piece() == (AnswerPiece("a", (step,)), False)
+        for _ in range(2):
+            with pytest.raises(ProposerLostError):
+                await asyncio.wait_for(answer.next_piece(), 1)
+
+    asyncio.run(run())
+
+
+class TokenizerWithGaps(ScriptedTokenizer):
+    """Cannot decode a word of its own, as slow tokenizers with padding ids cannot."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        if self.id_of("three") in token_ids:
+            raise IndexError("a padding id")
+        return super().decode(token_ids)
+
+
+def test_a_tokenizers_error_ends_one_answer_only() -> None:
+    """It ended the thread, and with it the replica."""
+    tokenizer = TokenizerWithGaps()
+    slm = scripted_slm(tokenizer=tokenizer)
+    engine = EngineThread(Engine(slm), tokenizer)
+
+    async def run() -> None:
+        _, doomed = await engine.submit(REQUEST)
+        _, other = await engine.submit(encoded(1, max_new_tokens=2))
+        with pytest.raises(IndexError, match="padding"):
+            while True:
+                await asyncio.wait_for(doomed.next_piece(), 5)
+        is_last = False
+        text = ""
+        while not is_last:
+            piece, is_last = await asyncio.wait_for(other.next_piece(), 5)
+            text += piece.text
+        assert text == " one two"
+        assert await becomes(lambda: engine.load == NOTHING)
+
+    asyncio.run(run())
+    assert engine.is_alive
+    engine.close()
+
+
+def test_a_bug_in_one_request_ends_that_request() -> None:
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+    checked = slm.check
+
+    def check(token_ids: Sequence[int], *rest: Any) -> None:
+        assert 13 not in token_ids
+        checked(token_ids, *rest)
+
+    slm.check = check  # type: ignore[method-assign]
+
+    async def run() -> None:
+        with pytest.raises(AssertionError):
+            await asyncio.wait_for(engine.submit(encoded(13)), 5)
+        builder, _ = await asyncio.wait_for(engine.submit(REQUEST), 5)
+        assert await becomes(lambda: builder.done)
+
+    asyncio.run(run())
+    assert engine.is_alive
+    engine.close()
+
+
+def test_a_step_that_hangs_is_noticed_and_its_answers_fail() -> None:
+    """The thread is alive, so that health stayed green for ever."""
+    slm = slow_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+    goes_on = threading.Event()
+
+    async def run() -> None:
+        await asyncio.sleep(0.1)
+        assert engine.silent_s == 0, "it waits for work"
+        _, answer = await engine.submit(REQUEST)
+        await answer.next_piece()
+        slm.sleep = lambda _: goes_on.wait(20)  # type: ignore[assignment,return-value]
+        assert await becomes(lambda: engine.silent_s > 0.3)
+        engine.give_up()
+        with pytest.raises(ProposerLostError):
+            while True:
+                await asyncio.wait_for(answer.next_piece(), 5)
+        with pytest.raises(ProposerLostError):
+            await asyncio.wait_for(engine.submit(REQUEST), 5)
+
+    asyncio.run(run())
+    goes_on.set()
+    engine.close()
+    assert not engine.is_alive
+
+
+def test_what_was_given_up_stays_unhealthy() -> None:
+    """It turned again, was healthy, and refused every request for ever."""
+    slm = scripted_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+    engine.give_up()
+    assert engine._thread.is_alive() and not engine.is_alive
     engine.close()

@@ -16,14 +16,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.scripted import ScriptedSelector
-from s2t_shared.errors import ConfigError, OverloadedError
+from s2t_shared.errors import ConfigError, OverloadedError, ProposerLostError
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.pb.v1 import admin_pb2, admin_pb2_grpc
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
-from services.serve.generation_servicer import ProposerLostError
 from services.serve.proposer_service import ProposerService
 from tests.helpers.serving import (
     LLM_TEXT,
@@ -170,9 +169,9 @@ def test_the_service_describes_itself(tmp_path: Path) -> None:
         return await stub.DescribeService(pb.DescribeServiceRequest())
 
     service = proposer_service(versions=FixedVersions(live=local_selector("v1")))
-    description = call(tmp_path, service, describe, **{"proposer.replicas": 3})
+    description = call(tmp_path, service, describe)
     assert (description.slm_digest, description.llm_digest) == ("scripted", "scripted")
-    assert (description.live_version, description.proposers) == ("v1", 3)
+    assert (description.live_version, description.proposers) == ("v1", 1)
     assert list(description.calibrated_triggers) == [pb.TRIGGER_ENTROPY]
 
 
@@ -280,7 +279,7 @@ class FailingProposers:
     ("error", "status", "message"),
     [
         (KeyError("/secret/path"), "INTERNAL", "in the service's log"),
-        (ProposerLostError(), "UNAVAILABLE", "send the request again"),
+        (ProposerLostError("send the request again"), "UNAVAILABLE", "send the request again"),
         (OverloadedError("all proposers are busy"), "RESOURCE_EXHAUSTED", "busy"),
     ],
 )
@@ -291,7 +290,7 @@ def test_what_goes_wrong_inside_has_its_status(
     """A bug shows nothing of our insides, only that there is one."""
     ask = generate if pieces is None else stream
     proposers = FailingProposers(error, pieces or 0)
-    found = refusal(tmp_path, proposers, lambda stub, _: ask(stub))
+    found = refusal(tmp_path, proposers, lambda stub, _: ask(stub), **{"gateway.max_resumes": 0})
     assert found.code() is grpc.StatusCode[status] and message in found.details()
     assert "secret" not in found.details() and "KeyError" not in found.details()
 

@@ -17,8 +17,10 @@ from s2t_shared.labels.label import Digests, Rollout, rollout_of
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.types import CandidateRule, LabelOptions, PositionScores, Step, Support
+from services.client import Client
 from services.launch.redis_server import open_redis
 from services.serve.label_recorder import LabelRecorder
+from tests.helpers.serving import LLM_TEXT, proposer_service, with_gateway
 
 NO_REDIS = "redis://127.0.0.1:1/0"
 DIGESTS = Digests(slm="slm", llm="llm", tokenizer="tok")
@@ -97,3 +99,22 @@ def test_a_rollout_that_says_nothing_of_the_llm_is_not_stored(tmp_path: Path) ->
     asyncio.run(recorder.store(plain, durable=True))
     recorder.close()
     assert spooled(tmp_path / "spool") == 0
+
+
+def test_answers_go_on_when_neither_redis_nor_the_spool_takes_labels(tmp_path: Path) -> None:
+    """R6. What is lost is counted exactly, and the operator is told the count."""
+    writer = LabelWriter(LabelStream(NO_REDIS), tmp_path / "spool", spool_bytes=2000)
+    service = proposer_service(writer=writer)
+
+    def ask(address: str) -> tuple[list[str], int, int]:
+        with Client(address, timeout_s=20.0) as client:
+            labels = {"store": True}
+            answers = [client.generate("hello", mode="s2t", labels=labels) for _ in range(20)]
+            eventually(lambda: writer.written + writer.dropped.total() == 2 * len(answers))
+            dropped = asyncio.run(service.count_dropped_labels())
+            return [a.text for a in answers], sum(a.labels_stored for a in answers), dropped
+
+    texts, promised, dropped = with_gateway(tmp_path, service, ask)
+    assert set(texts) == {LLM_TEXT} and promised == 40
+    kept = spooled(tmp_path / "spool")
+    assert 0 < kept < 20 and dropped == promised - 2 * kept

@@ -19,6 +19,7 @@ from s2t_shared.errors import (
     DeadlineExceededError,
     EvaluationSplitError,
     OverloadedError,
+    ProposerLostError,
     SelectorUnavailableError,
     VersionNotFoundError,
 )
@@ -380,6 +381,34 @@ def test_a_dead_engine_thread_is_unhealthy() -> None:
     service.close()
     with pytest.raises(RuntimeError, match="engine thread has died"):
         service.check_health()
+
+
+@pytest.mark.parametrize("where", ["step", "tokenizer"])
+def test_a_proposer_that_hangs_is_unhealthy_and_lets_its_answers_go(where: str) -> None:
+    """Its threads are alive. The gateway asks another proposer, long before Serve has replaced
+    this one."""
+    slm = slow_slm()
+    goes_on = threading.Event()
+    if where == "step":
+        slm.sleep = lambda _: goes_on.wait(20)  # type: ignore[assignment,return-value]
+    else:
+        slm.tokenizer.encode = lambda _: goes_on.wait(20)  # type: ignore[assignment,return-value]
+    service = proposer_service(slm, stall_timeout_s=0.2)
+
+    async def main() -> None:
+        service.check_health()
+        call = asyncio.create_task(service.answer(REQUEST))
+        await asyncio.sleep(0.5)
+        with pytest.raises(RuntimeError, match="hangs"):
+            service.check_health()
+        if where == "step":
+            with pytest.raises(ProposerLostError):
+                await asyncio.wait_for(call, 5)
+        goes_on.set()
+        await asyncio.gather(call, return_exceptions=True)
+
+    asyncio.run(main())
+    service.close()
 
 
 # -- labels ---------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ import asyncio
 import time
 
 import pytest
+from ray.serve.handle import DeploymentBroadcastResponse
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import Config, SecurityConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import S2TError, TokenizerMismatchError
 from s2t_shared.types import ScoreQuery
-from services.serve.remote_selector import RemoteSelector
+from services.serve.remote_selector import RemoteSelector, address_finder
 from tests.helpers.selection_server import OPEN, start_selection_server
 
 
@@ -156,3 +157,51 @@ def test_addresses_that_cannot_be_listed_change_nothing() -> None:
         await server.stop(0)
 
     asyncio.run(main())
+
+
+# -- where selectors are --------------------------------------------------------------------------
+
+
+class SelectorHandle:
+    """Stands for Serve's handle of the selectors and its replies: each says its address, fails
+    (an error), or never answers (None)."""
+
+    def __init__(self, *answers: str | Exception | None) -> None:
+        self._answers = answers
+        self.cancelled = 0
+
+    def broadcast(self, method: str) -> SelectorHandle:
+        assert method == "address"
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[SelectorReply]:
+        return [SelectorReply(self, answer) for answer in self._answers]
+
+
+class SelectorReply:
+    def __init__(self, handle: SelectorHandle, answer: str | Exception | None) -> None:
+        self._handle = handle
+        self._answer = answer
+
+    async def get_async(self) -> str:
+        if self._answer is None:
+            await asyncio.sleep(60)
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return str(self._answer)
+
+    def cancel(self) -> None:
+        self._handle.cancelled += 1
+
+
+def test_a_selector_that_hangs_or_dies_hides_no_other() -> None:
+    """Serve waits for all of them: no new selector was found until the hung one was killed."""
+    handle = SelectorHandle("a:1", None, ValueError("dead"), "b:2")
+    find = address_finder(Config(), handle, find_timeout_s=0.1)
+    assert sorted(asyncio.run(find())) == ["a:1", "b:2"]
+    assert handle.cancelled == 1, "its calls must not pile up"
+
+
+def test_serve_still_has_what_the_finder_uses() -> None:
+    """It is no public interface of Serve."""
+    assert hasattr(DeploymentBroadcastResponse, "_fetch_replica_results_async")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 
 import pytest
 
-from s2t_shared.config import SecurityConfig
+from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import PendingQuery, always
-from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
+from s2t_shared.errors import ConfigError, InvalidRequestError, SelectorUnavailableError
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply
 from services.serve.remote_selector import RemoteSelector
-from services.serve.selector_server import SelectorServer, SelectorThread
+from services.serve.selector_server import SelectorServer
+from services.serve.selector_thread import SelectorThread
+from tests.helpers.serving import becomes
 
 INFO = LLMInfo("llm", "tok", frozenset({2}), 99)
 
@@ -109,7 +112,8 @@ def test_a_selector_server_answers_a_proposer() -> None:
     llm.gate.set()
 
     async def main() -> None:
-        server = SelectorServer(SelectorThread(llm), SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
+        thread = SelectorThread(llm)  # type: ignore[arg-type]
+        server = SelectorServer(thread, SecurityConfig(), SelectorConfig(), quiet_s=0.0)
         await server.start()
         server.check_health()
 
@@ -126,6 +130,46 @@ def test_a_selector_server_answers_a_proposer() -> None:
         (refused,) = client.submit([query()])
         with pytest.raises(InvalidRequestError):
             await asyncio.wrap_future(refused)
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_waiting_queries_are_counted() -> None:
+    """Serve scales selectors by it: those that fail or are given up must not count for ever."""
+    llm = GatedLLM()
+
+    async def main() -> None:
+        server = SelectorServer(SelectorThread(llm), SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
+        await server.start()
+
+        async def find() -> list[str]:
+            return [f"127.0.0.1:{server.port}"]
+
+        client = RemoteSelector(find, SecurityConfig(), "tok", LLMInfo("", "", frozenset(), 9))
+        await client.wait_until_reachable(10.0)
+        futures = client.submit([query(1), query(2), query()])
+        assert await becomes(lambda: server.queries == 2)
+        llm.gate.set()
+        await asyncio.wait([asyncio.wrap_future(future) for future in futures])
+        assert await becomes(lambda: server.queries == 0)
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_a_fixed_port_is_the_one_that_is_taken() -> None:
+    """For a firewall's rule."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def main() -> None:
+        selector = SelectorThread(GatedLLM())  # type: ignore[arg-type]
+        server = SelectorServer(selector, SecurityConfig(), "127.0.0.1", port)
+        assert server.port == port
+        with pytest.raises(ConfigError, match=rf":{port}.*choose another selector.port"):
+            SelectorServer(selector, SecurityConfig(), "127.0.0.1", port)
         await server.stop()
 
     asyncio.run(main())

@@ -9,9 +9,9 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from s2t_shared.errors import InvalidRequestError, OverloadedError
-from s2t_shared.types import GenerateRequest, Prompt
-from services.serve.generation_servicer import ProposerLostError
+from s2t_shared.errors import InvalidRequestError, OverloadedError, ProposerLostError
+from s2t_shared.types import GenerateRequest, Prompt, ServiceDescription
+from services.serve import serve_proposers
 from services.serve.serve_proposers import ServeProposers
 
 REQUEST = GenerateRequest(request_id="r", prompt=Prompt(text="x"))
@@ -78,3 +78,32 @@ def test_errors_of_ray_end_here(name: str, call: str) -> None:
     with pytest.raises(expected) as caught:
         asyncio.run(main())
     assert type(caught.value) is expected
+
+
+class DescribingHandle(FailingHandle):
+    """Stands for Serve's handle: every call is answered with `description`."""
+
+    def __init__(self, description: ServiceDescription) -> None:
+        super().__init__(AssertionError())
+        self._description = description
+
+    def __await__(self) -> Any:
+        return self._description
+        yield
+
+
+def test_the_replicas_that_run_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harvest takes its concurrency from it; it used to be the configured number, whatever ran.
+    Any client may ask, so Serve's controller is not asked every time."""
+    counts = iter([2, 5])
+    description = ServiceDescription(
+        slm_digest="s", tokenizer_digest="t", template_digest="p", llm_digest="l", max_length=9
+    )
+    proposers = ServeProposers(DescribingHandle(description), lambda: next(counts))
+
+    async def main() -> list[int]:
+        first = [(await proposers.describe()).proposers for _ in range(5)]
+        monkeypatch.setattr(serve_proposers, "COUNT_EVERY_S", 0.0)
+        return [*first, (await proposers.describe()).proposers]
+
+    assert asyncio.run(main()) == [2, 2, 2, 2, 2, 5]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import openai
 import pytest
 import ray
 
@@ -342,3 +343,22 @@ def test_killed_selector_degrades_and_returns(service: RunningService, client: C
         time.sleep(0.5)
     own_answer = client.generate(PROBLEMS[0].prompt, mode="llm", fresh_selections=True)
     assert not own_answer.usage.degraded_steps
+
+
+def test_http_says_what_grpc_says(service: RunningService, client: Client) -> None:
+    """Through Serve too: the same text, and the divergence with what both models thought of it."""
+    problem = PROBLEMS[0]
+    settings = {"mode": "s2t", "budget": 0.05, "version": "none"}
+    answer = client.generate(problem.prompt, max_new_tokens=40, return_steps=True, **settings)
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as opened:
+        reply: Any = opened.completions.create(
+            model="bundled",
+            prompt=problem.prompt,
+            max_tokens=40,
+            extra_body={"s2t": {**settings, "steps": True}},
+        )
+    [choice] = reply.choices
+    assert choice.text == answer.text
+    indices = [step.index for step in answer.steps if step.triggered]
+    assert [d["index"] for d in choice.s2t["divergences"]] == indices != []
+    assert all(a["llm"] is not None for a in choice.s2t["divergences"][0]["alternatives"])

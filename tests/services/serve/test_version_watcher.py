@@ -148,8 +148,9 @@ def test_versions_in_use_stay_loaded(
     assert sum(is_loaded(watcher, name) for name in names) <= 7
     assert watcher.lookup(names[0]) is watcher.lookup(None)
     assert watcher.lookup(names[1]) is not None
-    with pytest.raises(VersionNotFoundError):
+    with pytest.raises(VersionNotFoundError, match="'v0099-x' is published") as unknown:
         asyncio.run(watcher.obtain("v0099-x"))
+    assert not any(name in str(unknown.value) for name in names), "clients learn no other names"
 
 
 def is_loaded(watcher: VersionWatcher, version: str) -> bool:

@@ -1,0 +1,126 @@
+"""The border of every server of ours: what a handler is given, and what of its failure is told.
+
+gRPC answers a message that cannot be decoded, and an error that nobody expected, with UNKNOWN and
+the class and text of the error. Here the one is the client's mistake, and of the other a client
+learns nothing: it is in the log.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from s2t_shared.errors import InvalidRequestError, S2TError
+from services.rpc import wire
+
+log = logging.getLogger(__name__)
+UNDECODABLE = object()  # in place of a request
+UNEXPECTED = "an unexpected error; it is in the service's log"
+
+MAKERS = {  # whether requests and whether responses are streams -> gRPC's maker of a handler
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+class BorderInterceptor(grpc.aio.ServerInterceptor):
+    """Ends calls that fail with a documented status, whatever their handler does."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        answer = (
+            handler.unary_unary
+            or handler.unary_stream
+            or handler.stream_unary
+            or handler.stream_stream
+        )
+        guard = _guarded_stream if inspect.isasyncgenfunction(answer) else _guarded
+        make = MAKERS[handler.request_streaming, handler.response_streaming]
+        return make(
+            guard(answer), _tolerant(handler.request_deserializer), handler.response_serializer
+        )
+
+
+def _tolerant(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if read is None:
+        return None
+
+    def read_or_mark(sent: bytes) -> Any:
+        try:
+            return read(sent)
+        except DecodeError:
+            return UNDECODABLE
+
+    return read_or_mark
+
+
+def _guarded(answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await answer(_decoded(request), context)
+        except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
+            await _end(context, error)
+
+    return guarded
+
+
+def _guarded_stream(answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            async for response in answer(_decoded(request), context):
+                yield response
+        except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
+            await _end(context, error)
+
+    return guarded
+
+
+def _decoded(request: Any) -> Any:
+    """The request, or the requests of a stream.
+
+    Raises:
+        InvalidRequestError: it cannot be decoded.
+    """
+    if isinstance(request, AsyncIterator):
+        return _each_decoded(request)
+    if request is UNDECODABLE:
+        raise InvalidRequestError(
+            "the request cannot be decoded; is the client built from this service's protos?"
+        )
+    return request
+
+
+async def _each_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
+
+
+async def _end(context: Any, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):  # ended already, by the handler
+        raise error
+    if isinstance(error, S2TError):
+        await wire.abort(context, error)
+    if isinstance(error, NotImplementedError):  # a method that only the generated code has
+        text = "this server does not implement the method"
+        await wire.abort_with(context, grpc.StatusCode.UNIMPLEMENTED, text, "UNIMPLEMENTED")
+    log_unexpected(error)
+    await wire.abort_with(context, grpc.StatusCode.INTERNAL, UNEXPECTED, wire.INTERNAL)
+
+
+def log_unexpected(error: BaseException) -> None:
+    """Log where an error that nobody expected came from; not its text, which may quote a prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    log.error("unexpected %s\n%s", type(error).__qualname__, frames)
