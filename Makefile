@@ -6,10 +6,12 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
+# Tests run in two processes; those that share a Ray cluster in one of them.
+PARALLEL := -n 2 --dist loadgroup
 # Everything but what starts Ray, kills processes or takes long.
-FAST := not service and not kill and not slow
+FAST := not service and not kill and not slow and not faults
 
-.PHONY: install demo test check lint protos baseline pair clean install-vllm test-vllm
+.PHONY: install demo test faults check lint protos baseline pair clean install-vllm test-vllm
 
 install: .venv/installed
 
@@ -24,13 +26,17 @@ demo: install
 	$(BIN)/s2t demo
 
 test: install
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest $(PARALLEL) --durations=20
+
+# The long forms of the fault suite, behind `make test`'s short ones; at the end stands a table of goals and figures.
+faults: install
+	$(BIN)/python -m pytest -m faults --durations=20
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "$(FAST)"
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(FAST)"
 
 lint: install
 	$(BIN)/ruff check .

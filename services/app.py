@@ -109,6 +109,8 @@ def _gateway(config: Config, proposers: serve.Application) -> serve.Application:
         config,
         config.gateway,
         max_ongoing_requests=CONTROL_CALLS,
+        # Its calls are not Serve's: to wait for them first would only let in more of them.
+        graceful_shutdown_wait_loop_s=0.1,
         **_one_per_node(config.gateway.port),
     ).bind(_read_by(Gateway, config), proposers)
 

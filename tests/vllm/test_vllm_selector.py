@@ -81,7 +81,7 @@ def random_query(rng: random.Random, rows: int) -> ScoreQuery:
 def test_scores_are_the_torch_selectors(
     torch_llm: LLMSelector, vllm_llm: VLLMSelectorClient
 ) -> None:
-    """Log-probabilities within 1e-4 (3e-4 where an id has less than 1e-4) and every best id,
+    """Log-probabilities within 1e-4 (5e-4 where an id has less than 1e-4) and every best id,
     with excluded ids and padding rows."""
     rng = random.Random(0)
     rows = torch_llm.runtime.vocab_rows
@@ -100,7 +100,7 @@ def test_scores_are_the_torch_selectors(
                 if token_id in barred:  # no mass: one says -10,000, the other about -100
                     assert a == IMPOSSIBLE and b < -60
                 else:
-                    assert b == pytest.approx(a, abs=1e-4 if a > -9 else 3e-4)
+                    assert b == pytest.approx(a, abs=1e-4 if a > -9 else 5e-4)
                     compared += 1
     assert compared > 500
 

@@ -228,6 +228,12 @@ def error_of(error: grpc.RpcError) -> errors.S2TError:
     )
 
 
+def is_connection_lost(error: grpc.RpcError) -> bool:
+    """Whether a call failed on its way: no server of ours has said so."""
+    trailing = dict(error.trailing_metadata() or ())
+    return error.code() is grpc.StatusCode.UNAVAILABLE and STATUS_DETAILS not in trailing
+
+
 class _Details:
     """The details of a failed call that we know."""
 

@@ -28,7 +28,7 @@ from services.serve.gateway_server import GatewayServer
 from services.serve.remote_selector import RemoteSelector
 from services.serve.selector_server import SERVICES, SelectorServer
 from services.serve.selector_thread import SelectorThread
-from tests.helpers.serving import gateway_config, proposer_service, slow_slm
+from tests.helpers.serving import becomes, gateway_config, proposer_service, slow_slm
 from tests.services.serve.test_selector_server import INFO, GatedLLM, query
 
 STATUS = health_pb2.HealthCheckResponse
@@ -239,6 +239,7 @@ def test_an_llm_that_hangs_is_unhealthy() -> None:
             server.check_health()
         llm.gate.set()
         await call
+        assert await becomes(lambda: thread.silent_s == 0)
         server.check_health()
         thread.shutdown()
         with pytest.raises(RuntimeError, match="died"):

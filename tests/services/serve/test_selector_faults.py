@@ -24,6 +24,7 @@ from s2t_shared.types import (
 )
 from services.rpc import channels
 from services.serve.remote_selector import RemoteSelector
+from tests.faults.proxy import FaultProxy
 from tests.helpers.selection_server import OPEN, FixedSelection, start_selection_server
 from tests.helpers.selectors import LONG_S, NEVER, NO_LLM, QUICK, selectors
 from tests.helpers.serving import becomes
@@ -181,6 +182,40 @@ def test_a_query_beyond_the_message_limit_is_not_sent() -> None:
             with pytest.raises(InvalidRequestError, match="bytes; selectors take"):
                 await asyncio.wrap_future(future)
             assert service.client.reachable
+
+    asyncio.run(main())
+
+
+def test_a_torn_connection_is_no_dead_selector() -> None:
+    """A query that was under way is sent once more over a new connection: nothing is degraded, and
+    the only selector stays in use. It was left out until a probe came back, for each reset."""
+
+    async def main() -> None:
+        fake = FixedSelection(delay_s=0.2)
+        server, address = await start_selection_server(OPEN, selection=fake)
+        proxy = FaultProxy(int(address.rpartition(":")[2]))
+
+        async def find() -> list[str]:
+            return [f"127.0.0.1:{proxy.port}"]
+
+        client = RemoteSelector(find, OPEN, "tok", NO_LLM, NEVER)
+        await client.refresh()
+        query = ScoreQuery(
+            token_ids=(1, 2),
+            positions=(1,),
+            candidate_ids=((4, 5),),
+            sequence_id="s",
+            patience_s=LONG_S,
+        )
+        (future,) = client.submit([query])
+        assert await becomes(lambda: fake.asked == ["s"])
+        proxy.reset()
+        reply = await asyncio.wait_for(asyncio.wrap_future(future), 30.0)
+        assert reply.positions[0].top_id == 7 and fake.asked == ["s", "s"]
+        assert client.reachable
+        await client.close()
+        await server.stop(None)
+        proxy.close()
 
     asyncio.run(main())
 
