@@ -132,7 +132,7 @@ class Api:
         return JSONResponse({"status": "alive"})
 
     async def _readiness(self, request: Request) -> Response:
-        if not self.ready:
+        if not self.ready or not self._door.serves:
             return JSONResponse({"status": "not serving"}, 503)
         return JSONResponse({"status": "serving"})
 

@@ -19,6 +19,10 @@ from services.rpc import wire
 class Door(Protocol):
     """The gateway below its transports. Methods raise S2TError, and whatever `refusal` knows."""
 
+    @property
+    def serves(self) -> bool:
+        """Whether requests can be answered now."""
+
     def check(self, authorization: str, *, admin: bool = False) -> None:
         """Raises UnauthenticatedError: not the header of one who may call (or administrate)."""
 

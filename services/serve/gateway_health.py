@@ -68,6 +68,11 @@ class GatewayHealth:
         self._servicer = EndingHealth()
         self._watching: asyncio.Task[None] | None = None
 
+    @property
+    def serves(self) -> bool:
+        """Whether a proposer has answered lately."""
+        return self._misses < MAX_MISSES
+
     def add_to(self, server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 

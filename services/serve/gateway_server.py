@@ -67,7 +67,8 @@ class GatewayServer:
         if gateway.http:
             token_file = config.security.token_file
             tokens = Tokens(token_file) if token_file is not None else None
-            self._http = HttpServer(config, HttpDoor(intake, proposers, admin, tokens))
+            door = HttpDoor(intake, proposers, admin, tokens, self._health)
+            self._http = HttpServer(config, door)
 
     @property
     def url(self) -> str:

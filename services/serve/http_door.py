@@ -18,6 +18,7 @@ from services.rpc import wire
 from services.rpc.tokens import Role, Tokens
 from services.serve.admin_servicer import AdminServicer
 from services.serve.client_quota import name_of
+from services.serve.gateway_health import GatewayHealth
 from services.serve.generation_servicer import Proposers
 from services.serve.intake import Intake
 
@@ -35,12 +36,18 @@ class HttpDoor:
         proposers: Proposers,
         admin: AdminServicer,
         tokens: Tokens | None,
+        health: GatewayHealth,
     ) -> None:
         """tokens: None where nobody needs one."""
         self._intake = intake
         self._proposers = proposers
         self._admin = admin
         self._tokens = tokens
+        self._health = health
+
+    @property
+    def serves(self) -> bool:
+        return self._health.serves
 
     def check(self, authorization: str, *, admin: bool = False) -> None:
         if self._tokens is not None:

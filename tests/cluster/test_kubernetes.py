@@ -207,14 +207,15 @@ def test_k2_pods_get_ready_without_serves_proxy(service: Manifest) -> None:
 
 
 def check_probe(name: str, probe: Manifest, container: Manifest) -> None:
-    if "httpGet" in probe:
+    if probe.get("httpGet", {}).get("path") == "/readyz":
+        assert name == "gateway" and probe["httpGet"]["port"] == ports(container)["http"]
+        assert probe["httpGet"]["scheme"] == "HTTPS"
+    else:
         assert probe["httpGet"] == (
             {"path": "/api/gcs_healthz", "port": DASHBOARD}
             if name == "head"
             else {"path": "/api/local_raylet_healthz", "port": AGENT}
         )
-    else:
-        assert name == "gateway" and probe["tcpSocket"]["port"] == ports(container)["grpc"]
 
 
 def test_k2b_the_gateway_has_a_service_of_its_own(

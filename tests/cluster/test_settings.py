@@ -234,20 +234,23 @@ def differences(one: object, other: object, name: str = "") -> set[str]:
         (
             "k8s/overlays/reference/s2t.yaml",
             "reference.yaml",
-            {"proposer.accelerator_type", "selector.accelerator_type"},
+            {"proposer.accelerator_type", "selector.accelerator_type", "gateway.drain_lag_s"},
         ),
         ("reference-h200.yaml", "reference.yaml", {"llm.kv_gib", "selector.accelerator_type"}),
         (
             "reference-h100-fp8.yaml",
             "reference.yaml",
-            {"llm.kv_gib", "llm.runtime", "llm.quantization", "llm.max_length"},
+            {
+                *("llm.kv_gib", "llm.device", "llm.runtime"),
+                *("llm.quantization", "llm.max_length"),
+            },
         ),
         (
             "reference-2xh100.yaml",
             "reference.yaml",
             {
-                *("llm.kv_gib", "llm.runtime", "llm.tensor_parallel", "llm.max_length"),
-                "selector.num_gpus",
+                *("llm.kv_gib", "llm.device", "llm.runtime"),
+                *("llm.tensor_parallel", "llm.max_length", "selector.num_gpus"),
             },
         ),
     ],

@@ -26,11 +26,11 @@ from services.bench.swap import _publish_two
 from services.client import Client
 from services.launch.local import RunningService, running_service
 from tests.faults import figures
-from tests.faults.certificates import secured, settings_of
 from tests.faults.checker import Request
 from tests.faults.clients import Clients, asking
 from tests.faults.history import History
 from tests.faults.stage import Stage, until
+from tests.helpers.certificates import Authority, secured, settings_of
 
 pytestmark = [pytest.mark.service, pytest.mark.kill, pytest.mark.faults]
 PROBLEMS = problems.problems("test", 12)
@@ -54,7 +54,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    security = secured(folder)
+    security = secured(Authority(folder))
     overrides = {
         "data_dir": str(folder / "data"),
         "gateway.port": 0,

@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from tests.faults import figures
-from tests.faults.certificates import secured, settings_of
 from tests.faults.clients import asking
 from tests.faults.proxy import NO_FAULT, Fault, FaultProxy
 from tests.faults.stage import Stage, until
 from tests.faults.test_redis import PATIENT
+from tests.helpers.certificates import Authority, secured, settings_of
 
 pytestmark = pytest.mark.kill
 CLIENTS = 6
@@ -124,7 +124,7 @@ def test_bytes_are_changed_on_the_way_to_the_only_selector(
     stage: Stage, proxies: list[FaultProxy], seconds: float
 ) -> None:
     """R12. With TLS a changed byte ends the connection: never does another token come of it."""
-    security = secured(stage.folder)
+    security = secured(Authority(stage.folder))
     assert security.authority is not None
     selector = stage.selector(security=security)
     proxy = FaultProxy(selector.settings.port)

@@ -41,3 +41,9 @@ def secured(authority: Authority, mutual: bool = False, **settings: object) -> S
         given |= {"client_certificate": own, "client_key": own_key}
         given["client_authority"] = authority.file
     return SecurityConfig.model_validate({**given, **settings})
+
+
+def settings_of(security: SecurityConfig) -> dict[str, str]:
+    """The same as overrides of the configuration."""
+    names = ("certificate", "key", "authority")
+    return {f"security.{name}": str(getattr(security, name)) for name in names}

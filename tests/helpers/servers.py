@@ -25,9 +25,13 @@ class FixedLLM:
     is_alive: bool = True
     open: asyncio.Event = field(default_factory=asyncio.Event)
     asked: int = 0
+    silent_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.open.set()
+
+    def shutdown(self) -> None:
+        pass
 
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
         check_query(query, self.info.max_length, VOCABULARY)

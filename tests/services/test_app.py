@@ -49,7 +49,7 @@ ALL = {"Gateway", "ProposerReplica", "SelectorReplica"}
         ({"selector__port": 7000}, {"ProposerReplica", "SelectorReplica"}),
         ({"security__insecure": True}, ALL),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) or "nothing",
 )
 def test_a_change_restarts_who_reads_it(changed: dict[str, object], restarted: set[str]) -> None:
     """Every `up` used to be a new version of everything, and the LLM was loaded again for a

@@ -20,6 +20,7 @@ from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from services.http.server import MAX_HEAD_BYTES
 from services.rpc import channels
+from services.serve.gateway_health import GatewayHealth
 from services.serve.proposer_service import ProposerService
 from tests.helpers.serving import (
     SLM_TEXT,
@@ -78,6 +79,18 @@ def test_without_the_token_only_health_and_the_empty_page(tmp_path: Path) -> Non
         assert ask(url, TOKEN) == SLM_TEXT
 
     with_http(tmp_path, proposer_service(), work, **{"security.token_file": str(file)})
+
+
+def test_readiness_follows_the_proposers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load balancer sent requests to a gateway that no proposer answered."""
+
+    def work(url: str) -> None:
+        assert get(url, "/readyz")[0] == 200
+        monkeypatch.setattr(GatewayHealth, "serves", False)
+        assert get(url, "/readyz")[0] == 503
+        assert get(url, "/healthz")[0] == 200
+
+    with_http(tmp_path, proposer_service(), work)
 
 
 def test_a_token_for_answers_does_not_administrate(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_tables_of_fields_and_errors_are_whole() -> None:
     statuses = {str(status) for status, _ in [*errors.STATUS.values(), errors.OTHERS]}
     assert statuses <= set(re.findall(r"^\| (\d{3})", fields, re.MULTILINE))
     others = ("TOKENIZER_MISMATCH", "MODEL_LOAD", "VERSION")  # 400, "..." there
-    for reason in {wire.PROPOSER_LOST, wire.INTERNAL, *wire.REASONS.values()} - {*others}:
+    for reason in {wire.INTERNAL, *wire.REASONS.values()} - {*others}:
         assert reason.lower() in named, reason
 
 

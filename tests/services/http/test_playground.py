@@ -195,7 +195,9 @@ def test_versions_with_the_gates_verdict(page: Page, tmp_path: Path, url: str) -
     live.record("gate", new, passed=False, reasons=["Agree@1 fell"], figures={})
     with http_gateway(tmp_path, proposer_service()) as found:
         page.goto(f"{found}/#versions")
-        first, second = page.locator("#versions-table .versions > li").all()
+        rows = page.locator("#versions-table .versions > li")
+        expect(rows).to_have_count(2)
+        first, second = rows.all()
         expect(first).to_contain_text(new)
         expect(first).to_contain_text("Agree@1 fell")
         expect(first.locator(".refused")).to_have_text("refused")

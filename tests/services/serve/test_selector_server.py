@@ -140,7 +140,7 @@ def test_waiting_queries_are_counted() -> None:
     llm = GatedLLM()
 
     async def main() -> None:
-        server = SelectorServer(SelectorThread(llm), SecurityConfig(), "127.0.0.1")  # type: ignore[arg-type]
+        server = SelectorServer(SelectorThread(llm), SecurityConfig(), SelectorConfig())  # type: ignore[arg-type]
         await server.start()
 
         async def find() -> list[str]:
@@ -166,10 +166,10 @@ def test_a_fixed_port_is_the_one_that_is_taken() -> None:
 
     async def main() -> None:
         selector = SelectorThread(GatedLLM())  # type: ignore[arg-type]
-        server = SelectorServer(selector, SecurityConfig(), "127.0.0.1", port)
+        server = SelectorServer(selector, SecurityConfig(), SelectorConfig(port=port))
         assert server.port == port
         with pytest.raises(ConfigError, match=rf":{port}.*choose another selector.port"):
-            SelectorServer(selector, SecurityConfig(), "127.0.0.1", port)
+            SelectorServer(selector, SecurityConfig(), SelectorConfig(port=port))
         await server.stop()
 
     asyncio.run(main())
