@@ -93,16 +93,20 @@ def _rows(rng: np.random.Generator, numbers: np.ndarray) -> Rows:
     def whole(high: int, n: int) -> pa.Array:
         return pa.array(rng.integers(0, high, n, dtype=np.int32))
 
+    strata = np.arange(K, dtype=np.int32) * (128_000 // K)  # so that no candidate is there twice
+    spread = rng.integers(0, 128_000 // K, (labels, K), dtype=np.int32)
+    candidates = rng.permuted(strata + spread, axis=1)
+    ranks = rng.integers(0, 12, labels, dtype=np.int32)
     of_label = {
         "label_id": pa.array(texts[count:]),
         "position": pa.array(
             np.sort(rng.integers(PROMPT, PROMPT + ANSWER, (count, LABELS)), 1).ravel(), pa.int32()
         ),
-        "candidate_ids": lists(whole(128_000, labels * K), K, labels),
+        "candidate_ids": lists(pa.array(candidates.ravel()), K, labels),
         "slm_log_probs": lists(pa.array(-np.abs(reals(labels * K).to_numpy())), K, labels),
         "llm_log_probs": lists(pa.array(-np.abs(reals(labels * K).to_numpy())), K, labels),
-        "llm_top_id": whole(128_000, labels),
-        "llm_top_rank": whole(12, labels),
+        "llm_top_id": pa.array(candidates[np.arange(labels), ranks]),
+        "llm_top_rank": pa.array(ranks),
         "mass": pa.array(rng.uniform(0.2, 1.0, labels).astype(np.float32)),
         "kl": reals(labels),
         "entropy": reals(labels),
