@@ -93,20 +93,17 @@ def _rows(rng: np.random.Generator, numbers: np.ndarray) -> Rows:
     def whole(high: int, n: int) -> pa.Array:
         return pa.array(rng.integers(0, high, n, dtype=np.int32))
 
-    strata = np.arange(K, dtype=np.int32) * (128_000 // K)  # so that no candidate is there twice
-    spread = rng.integers(0, 128_000 // K, (labels, K), dtype=np.int32)
-    candidates = rng.permuted(strata + spread, axis=1)
-    ranks = rng.integers(0, 12, labels, dtype=np.int32)
+    ids_of_labels, top_ids, ranks = _candidates(rng, labels)
     of_label = {
         "label_id": pa.array(texts[count:]),
         "position": pa.array(
             np.sort(rng.integers(PROMPT, PROMPT + ANSWER, (count, LABELS)), 1).ravel(), pa.int32()
         ),
-        "candidate_ids": lists(pa.array(candidates.ravel()), K, labels),
+        "candidate_ids": lists(ids_of_labels, K, labels),
         "slm_log_probs": lists(pa.array(-np.abs(reals(labels * K).to_numpy())), K, labels),
         "llm_log_probs": lists(pa.array(-np.abs(reals(labels * K).to_numpy())), K, labels),
-        "llm_top_id": pa.array(candidates[np.arange(labels), ranks]),
-        "llm_top_rank": pa.array(ranks),
+        "llm_top_id": top_ids,
+        "llm_top_rank": ranks,
         "mass": pa.array(rng.uniform(0.2, 1.0, labels).astype(np.float32)),
         "kl": reals(labels),
         "entropy": reals(labels),
@@ -130,6 +127,15 @@ def _rows(rng: np.random.Generator, numbers: np.ndarray) -> Rows:
         "schema_version": pa.repeat(pa.scalar(2, pa.int32()), count),
     }
     return Rows(pa.table({f.name: arrays[f.name] for f in ROLLOUT_SCHEMA}, schema=ROLLOUT_SCHEMA))
+
+
+def _candidates(rng: np.random.Generator, labels: int) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Of each label: K token ids, none of them twice; the LLM's first choice; its rank."""
+    size = 128_000 // K
+    ids = rng.integers(0, size, (labels, K), dtype=np.int32) + size * np.arange(K, dtype=np.int32)
+    ids = rng.permuted(ids, axis=1)
+    ranks = rng.integers(0, 12, labels, dtype=np.int32)
+    return pa.array(ids.ravel()), pa.array(ids[np.arange(labels), ranks]), pa.array(ranks)
 
 
 # -- reading --------------------------------------------------------------------------------------
