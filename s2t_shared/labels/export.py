@@ -12,29 +12,31 @@ models only the tokenizer, where text is wanted.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from s2t_shared.errors import ConfigError, TokenizerMismatchError
-from s2t_shared.files import new_folder
+from s2t_shared.labels.json_lines import json_lines
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.places import new_folder_at
+from s2t_shared.labels.rows import PART, Rows, arrow_fields, arrow_type
 from s2t_shared.labels.schema import Column, Kind, columns
-from s2t_shared.labels.shards import arrow_fields, arrow_type
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.splits import HELD_OUT_SHARE
 
 EXPORT_BYTES = 256 << 20  # of a shard, about
-BATCH_BYTES = 8 << 20  # of rows before they are written: one row group
+BATCH_TOKENS = 2 << 20  # of contexts: one row group
 SPLITS = ("train", "heldout")
 
 # -- the columns ----------------------------------------------------------------------------------
@@ -55,6 +57,11 @@ TEXT_COLUMNS = (
     Column("context", Kind.TEXT, "context_ids as text, special tokens shown", False),
     Column("candidates", Kind.TEXT, "each candidate as text", True),
 )
+
+
+DIGESTS = ("slm_digest", "llm_digest", "tokenizer_digest", "template_digest")
+# Values that repeat. Of the others a dictionary would be built and thrown away.
+DICTIONARIES = ["llm_top_rank", "step", "split", *(column.name for column in ROLLOUT_COLUMNS)]
 
 
 def _columns(with_text: bool) -> tuple[Column, ...]:
@@ -85,64 +92,56 @@ class Exported:
     rollouts: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
-    pairs: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+    pairs: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
         return self.labels.total()
 
-    def add(self, rollout: Rollout) -> None:
-        count = len(rollout.labels)
-        if not count:
-            return
-        digests = (
-            rollout.slm_digest,
-            rollout.llm_digest,
-            rollout.tokenizer_digest,
-            rollout.template_digest,
-        )
-        self.rollouts += 1
-        self.labels[_split(rollout)] += count
-        self.tasks[rollout.task] += count
-        self.sources[rollout.source] += count
-        self.pairs[digests] += count
+    def add(self, rows: Rows) -> None:
+        self.rollouts += int((rows.label_counts > 0).sum())
+        held_out = rows.numbers(PART) != 0
+        for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+            self.labels[split] += int(rows.label_counts[chosen].sum())
+        self.tasks += Counter({task: n for (task,), n in rows.labels_by("task").items()})
+        self.sources += Counter({source: n for (source,), n in rows.labels_by("source").items()})
+        self.pairs += rows.labels_by(*DIGESTS)
 
 
 def export_labels(
     lake: Lake,
-    folder: Path,
+    folder: Path | str,
     kind: ExportFormat = ExportFormat.HF,
     tokenizer: Tokenizer | None = None,
-    on_labels: Callable[[int], None] = lambda count: None,
+    on_rollouts: Callable[[int], None] = lambda count: None,
     shard_bytes: int = EXPORT_BYTES,
 ) -> Exported:
     """Write every label of the lake once, from a snapshot frozen now, to `folder`.
 
-    tokenizer: contexts and candidates are written as text too. on_labels: called with the number of
-    labels of each rollout.
+    tokenizer: contexts and candidates are written as text too. on_rollouts: called with the number
+    of rollouts that were written since the last call.
 
     Raises:
         ConfigError: the folder exists and is not empty, or cannot be written.
         TokenizerMismatchError: labels were made with another tokenizer.
         StoreError: the lake holds no labels, or a shard is damaged.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{str(folder)!r} exists and is not an empty folder; give another name, or remove it"
-        )
     snapshot = lake.freeze()
     exported = Exported(snapshot=snapshot.id)
     with_text = tokenizer is not None
     try:
-        with new_folder(folder.absolute()) as temporary:
+        with new_folder_at(folder) as temporary:
             data = temporary / "data"
             data.mkdir()
-            writers = {s: _writer(data, s, kind, with_text, shard_bytes) for s in SPLITS}
-            for rollout in snapshot.rollouts():
-                for row in _rows(rollout, tokenizer):
-                    writers[row["split"]].write(row)
-                exported.add(rollout)
-                on_labels(len(rollout.labels))
+            file = _JsonlFile if kind is ExportFormat.JSONL else _ParquetFile
+            writers = {split: _SplitWriter(data, split, file, shard_bytes) for split in SPLITS}
+            reader = snapshot.reader()
+            for shard in range(len(reader.shards)):
+                for rows in reader.tables(shard):
+                    for part in _bounded(rows):
+                        _write(part, tokenizer, writers)
+                    exported.add(rows)
+                    on_rollouts(len(rows))
             for writer in writers.values():
                 writer.close()
             if kind is ExportFormat.HF:
@@ -159,27 +158,63 @@ def export_labels(
 # -- rows -----------------------------------------------------------------------------------------
 
 
-def _split(rollout: Rollout) -> str:
-    return "heldout" if rollout.held_out else "train"
+def _bounded(rows: Rows) -> Iterator[Rows]:
+    """The rollouts in runs whose contexts have about BATCH_TOKENS tokens together."""
+    if not len(rows):
+        return
+    of_label = rows.of_labels("position")
+    ends = np.concatenate([[0], np.cumsum(of_label)])[np.cumsum(rows.label_counts)]
+    cuts = np.searchsorted(ends, np.arange(0, int(ends[-1]) + BATCH_TOKENS, BATCH_TOKENS), "right")
+    for start, end in pairwise(np.unique([0, *cuts, len(rows)]).tolist()):
+        yield rows.slice(start, end - start)
 
 
-def _rows(rollout: Rollout, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
-    if tokenizer is not None and rollout.labels and rollout.tokenizer_digest != tokenizer.digest:
-        raise TokenizerMismatchError(
-            f"labels were made with the tokenizer {rollout.tokenizer_digest}, --with-text "
-            f"names one with digest {tokenizer.digest}; give the SLM they were made with"
-        )
-    of_rollout = {column.name: getattr(rollout, column.name) for column in ROLLOUT_COLUMNS}
-    of_rollout["split"] = _split(rollout)
-    for label in rollout.labels:
-        of_label = {column.name: getattr(label, column.name) for column in LABEL_COLUMNS}
-        row = of_rollout | of_label
-        row["context_ids"] = rollout.token_ids[: label.position]
-        row["step"] = label.position - rollout.prompt_length
-        if tokenizer is not None:
-            row["context"] = _decode(tokenizer, row["context_ids"])
-            row["candidates"] = [_decode(tokenizer, (i,)) for i in label.candidate_ids]
-        yield row
+def _write(rows: Rows, tokenizer: Tokenizer | None, writers: dict[str, _SplitWriter]) -> None:
+    """Write the labels of rollouts, one a row."""
+    labelled = rows.where(rows.label_counts > 0)
+    if tokenizer is not None:
+        for digest in labelled.column("tokenizer_digest").unique().to_pylist():
+            if digest != tokenizer.digest:
+                raise TokenizerMismatchError(
+                    f"labels were made with the tokenizer {digest}, --with-text names one with "
+                    f"digest {tokenizer.digest}; give the SLM they were made with"
+                )
+    held_out = labelled.numbers(PART) != 0
+    for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+        of_split = labelled.where(chosen)
+        if len(of_split):
+            writers[split].write(_label_table(of_split, split, tokenizer))
+
+
+def _label_table(rows: Rows, split: str, tokenizer: Tokenizer | None) -> pa.Table:
+    of = np.repeat(np.arange(len(rows)), rows.label_counts)  # each label's rollout
+    positions = rows.of_labels("position")
+    contexts = _contexts(rows, of, positions)
+    arrays = {
+        "context_ids": contexts,
+        "step": pa.array(positions - rows.numbers("prompt_length")[of], pa.int32()),
+        "split": pa.repeat(pa.scalar(split), len(of)),
+    }
+    arrays |= {column.name: rows.labels.field(column.name) for column in LABEL_COLUMNS}
+    numbers = pa.array(of)
+    arrays |= {column.name: rows.column(column.name).take(numbers) for column in ROLLOUT_COLUMNS}
+    if tokenizer is not None:  # text by text: that is how tokenizers work
+        candidates = arrays["candidate_ids"].to_pylist()
+        arrays["context"] = pa.array([_decode(tokenizer, ids) for ids in contexts.to_pylist()])
+        arrays["candidates"] = pa.array([[_decode(tokenizer, [i]) for i in c] for c in candidates])
+    schema = pa.schema(arrow_fields(_columns(tokenizer is not None)))
+    return pa.table({name: arrays[name] for name in schema.names}, schema=schema)
+
+
+def _contexts(rows: Rows, of: np.ndarray, positions: np.ndarray) -> pa.ListArray:
+    """The first `positions[i]` tokens of rollout `of[i]`."""
+    lengths = rows.lengths("token_ids")
+    starts = (np.cumsum(lengths) - lengths)[of]
+    ends = np.cumsum(positions, dtype=np.int64)
+    within = np.arange(ends[-1]) - np.repeat(ends - positions, positions)
+    tokens = rows.values("token_ids")[np.repeat(starts, positions) + within]
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
 
 
 def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
@@ -187,12 +222,6 @@ def _decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
         list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return str(text)
-
-
-def _row_bytes(row: dict[str, Any]) -> int:
-    """Approximate size of a row in memory."""
-    ids = 4 * len(row["context_ids"]) + 12 * len(row["candidate_ids"])
-    return 300 + ids + len(row.get("context", ""))
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -203,14 +232,14 @@ class _ParquetFile:
 
     suffix = "parquet"
 
-    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
-        self._schema = pa.schema(arrow_fields(columns))
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._stream = path.open("wb")
-        self._writer = pq.ParquetWriter(self._stream, self._schema, compression="zstd")
+        options: dict[str, Any] = {"compression": "zstd", "use_dictionary": DICTIONARIES}
+        self._writer = pq.ParquetWriter(self._stream, schema, **options)
 
-    def write(self, rows: Sequence[dict[str, Any]]) -> int:
+    def write(self, rows: pa.Table) -> int:
         """Append rows; returns the size of the file in bytes."""
-        self._writer.write_table(pa.Table.from_pylist(list(rows), schema=self._schema))
+        self._writer.write_table(rows)
         return self._stream.tell()
 
     def close(self) -> None:
@@ -223,16 +252,12 @@ class _JsonlFile:
 
     suffix = "jsonl"
 
-    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
-        self._names = [column.name for column in columns]
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._stream = path.open("wb")
 
-    def write(self, rows: Sequence[dict[str, Any]]) -> int:
+    def write(self, rows: pa.Table) -> int:
         """Append rows; returns the size of the file in bytes."""
-        for row in rows:
-            ordered = {name: row[name] for name in self._names}
-            line = json.dumps(ordered, ensure_ascii=False) + "\n"
-            self._stream.write(line.encode())
+        self._stream.write(json_lines(rows))
         return self._stream.tell()
 
     def close(self) -> None:
@@ -240,64 +265,48 @@ class _JsonlFile:
 
 
 class _SplitWriter:
-    """Writes the rows of one split to numbered files. Holds one batch of rows in memory."""
+    """Writes the rows of one split to numbered files of about `shard_bytes`."""
 
     def __init__(
         self,
         folder: Path,
         split: str,
         kind: type[_ParquetFile] | type[_JsonlFile],
-        columns: Sequence[Column],
         shard_bytes: int,
     ) -> None:
         self._folder = folder
         self._split = split
         self._kind = kind
-        self._columns = columns
         self._shard_bytes = shard_bytes
-        self._rows: list[dict[str, Any]] = []
-        self._rows_bytes = 0
         self._paths: list[Path] = []
         self._file: _ParquetFile | _JsonlFile | None = None
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        self._rows_bytes += _row_bytes(row)
-        if self._rows_bytes >= min(BATCH_BYTES, self._shard_bytes):
-            self._flush()
+    def write(self, rows: pa.Table) -> None:
+        # So many rows at once that a file does not become much larger than it may.
+        step = max(1, rows.num_rows * self._shard_bytes // max(1, rows.nbytes))
+        for start in range(0, rows.num_rows, step):
+            self._append(rows.slice(start, step))
+
+    def _append(self, rows: pa.Table) -> None:
+        if self._file is None:
+            path = self._folder / f"{self._split}-{len(self._paths)}.part"
+            self._paths.append(path)
+            self._file = self._kind(path, rows.schema)
+        if self._file.write(rows) >= self._shard_bytes:
+            self._end_file()
 
     def close(self) -> None:
-        """Write the rest, and give the files their names, which say how many there are."""
-        if self._rows:
-            self._flush()
+        """Give the files their names, which say how many there are."""
         self._end_file()
         count = len(self._paths)
         for number, path in enumerate(self._paths):
             name = f"{self._split}-{number:05}-of-{count:05}.{self._kind.suffix}"
             path.rename(self._folder / name)
 
-    def _flush(self) -> None:
-        if self._file is None:
-            path = self._folder / f"{self._split}-{len(self._paths)}.part"
-            self._paths.append(path)
-            self._file = self._kind(path, self._columns)
-        size = self._file.write(self._rows)
-        self._rows = []
-        self._rows_bytes = 0
-        if size >= self._shard_bytes:
-            self._end_file()
-
     def _end_file(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file = None
-
-
-def _writer(
-    folder: Path, split: str, kind: ExportFormat, with_text: bool, shard_bytes: int
-) -> _SplitWriter:
-    file = _JsonlFile if kind is ExportFormat.JSONL else _ParquetFile
-    return _SplitWriter(folder, split, file, _columns(with_text), shard_bytes)
 
 
 # -- the card -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from s2t_shared import policy
@@ -108,10 +108,7 @@ class Rollout:
     @property
     def problem(self) -> str:
         """The problem's id, else a hash of the prompt."""
-        if self.problem_id:
-            return self.problem_id
-        prompt_ids = self.token_ids[: self.prompt_length]
-        return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
+        return self.problem_id or problem_of(self.token_ids[: self.prompt_length])
 
     @property
     def split_group(self) -> str:
@@ -127,7 +124,9 @@ class Rollout:
         return is_held_out(self.task, self.split_group)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        # Not `asdict`: it copies every number.
+        row = vars(self) | {"labels": [vars(label) for label in self.labels]}
+        return json.dumps(row, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Rollout:
@@ -154,6 +153,11 @@ class Rollout:
         """From a row of the lake or of JSON: the same names, lists for tuples."""
         labels = tuple(Label(**read_columns(Label, label)) for label in row["labels"])
         return cls(labels=labels, **read_columns(Rollout, row))
+
+
+def problem_of(prompt_ids: Sequence[int]) -> str:
+    """The id of a problem that was given none: a hash of its prompt."""
+    return hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()
 
 
 # -- checks ---------------------------------------------------------------------------------------

@@ -30,23 +30,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from s2t_shared.errors import S2TError, StoreError
 from s2t_shared.files import locked, new_folder, write_atomically
+from s2t_shared.labels.check import check_rows
 from s2t_shared.labels.deletions import Deletion, read_deletions
-from s2t_shared.labels.label import Rollout, check_rollout
+from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.places import Folder, Place
+from s2t_shared.labels.reader import Reader
+from s2t_shared.labels.rows import LABEL_KEY, LABELS, SCHEMA, Rows
 from s2t_shared.labels.shards import (
+    FORMAT,
     Shard,
-    Snapshot,
     content_digest,
-    distinct,
-    groups,
-    label_counts,
+    open_shard,
     present,
     read_manifest,
-    read_rollouts,
-    read_shard,
     write_shard,
 )
+from s2t_shared.labels.snapshots import FolderSnapshot, Snapshot
 
 SHARD_BYTES = 64 << 20  # of joined shards, at most, about
 SHARD_ROLLOUTS = 8192  # of written shards, at most
@@ -58,11 +61,25 @@ class Lake:
     """The lake in one folder. Every method raises StoreError where the folder cannot be used."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self._root = root
+        self.place: Place = Folder(root)
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return self._root
+
+    @property
+    def where(self) -> str:
+        """The folder's path, or the URL."""
+        return str(self._root)
+
+    def _exists(self) -> bool:
+        return self.root.is_dir()
 
     # -- writing and reading ----------------------------------------------------------------------
 
-    def write(self, rollouts: Sequence[Rollout], name: str = "") -> None:
+    def write(self, rollouts: Rows | Sequence[Rollout], name: str = "") -> None:
         """Write rollouts durably, in shards of bounded size.
 
         name: writing the same rollouts again under the same name changes nothing.
@@ -70,18 +87,20 @@ class Lake:
         Raises:
             StoreError: the folder cannot be written. Some shards may be there: write all again.
         """
+        rows = rollouts if isinstance(rollouts, Rows) else Rows.of(rollouts)
         with self._locked(shared=True):
-            deletions = self.deletions()
-            kept = [r for r in rollouts if not any(d.matches(r) for d in deletions)]
+            for deletion in self.deletions():
+                rows = rows.where(~deletion.matches(rows))
             stamp = name or f"{time.strftime('%Y%m%dT%H%M%S')}-{_random_name(8)}"
             replaced: set[str] = set()
             if name:
-                replaced.update(*(shard.replaces for shard in present(self.root)))
-            for number, rows in enumerate(groups(kept, SHARD_ROLLOUTS)):
+                replaced.update(*(shard.replaces for shard in present(self.place)))
+            for number, start in enumerate(range(0, len(rows), SHARD_ROLLOUTS)):
                 part = f"{stamp}-{number}"
                 if f"shard-{part}" in replaced:  # a replaced shard would not exist: another name
                     part = f"{part}-{_random_name(8)}"
-                write_shard(self.root, part, rows)
+                length = min(SHARD_ROLLOUTS, len(rows) - start)
+                write_shard(self.place, part, [rows.slice(start, length)])
 
     def shards(self) -> list[Shard]:
         """The shards that exist, in the order of their names.
@@ -89,10 +108,10 @@ class Lake:
         Raises:
             StoreError: a manifest is damaged or of another schema.
         """
-        if not self.root.is_dir():
+        if not self._exists():
             return []
         with self._locked(shared=True):  # a rewrite is seen before or after, not halfway
-            return present(self.root)
+            return present(self.place)
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every rollout once, each label in the first one that has it.
@@ -100,7 +119,29 @@ class Lake:
         Raises:
             StoreError: a shard is missing, damaged, or was removed meanwhile.
         """
-        return read_rollouts(self.root, self.shards())
+        yield from self.reader().rollouts()
+
+    def reader(self) -> Reader:
+        """Reads the lake by columns.
+
+        Raises:
+            StoreError: as `rollouts`.
+        """
+        return Reader(self.place, self.shards())
+
+    def rollouts_with(self, field: str, value: str) -> tuple[int, int]:
+        """Number of rollouts whose `field` is `value`, and of their labels; of copies one counts.
+
+        Raises:
+            StoreError: as `rollouts`.
+        """
+        found: dict[int, int] = {}
+        for shard in self.shards():
+            with open_shard(self.place, shard) as file:
+                rows = file.read([field, "rollout_id", f"{LABELS}.{LABEL_KEY}"])
+            rows = rows.where(rows.equal(field, value))
+            found |= zip(rows.keys("rollout_id").tolist(), rows.label_counts.tolist(), strict=True)
+        return len(found), sum(found.values())
 
     def labels_since(self, t: float) -> int:
         """Number of labels, duplicates included, of rollouts made after `t` (Unix seconds).
@@ -108,16 +149,17 @@ class Lake:
         Raises:
             StoreError: a manifest, or a shard with rollouts of both before and after, is damaged.
         """
-        if not self.root.is_dir():
+        if not self._exists():
             return 0
         count = 0
         with self._locked(shared=True):
-            for shard in present(self.root):
+            for shard in present(self.place):
                 if shard.first > t:
                     count += shard.labels
                 elif shard.last > t:
-                    for created_at, labels in label_counts(self.root, shard, ("created_at",)):
-                        count += labels if created_at > t else 0
+                    with open_shard(self.place, shard) as file:
+                        rows = file.read(["created_at", f"{LABELS}.{LABEL_KEY}"])
+                    count += int(rows.label_counts[rows.numbers("created_at") > t].sum())
         return count
 
     # -- snapshots --------------------------------------------------------------------------------
@@ -129,16 +171,19 @@ class Lake:
             StoreError: the lake holds no labels.
         """
         with self._locked(shared=True):
-            shards = present(self.root)
+            shards = present(self.place)
             if not any(shard.labels for shard in shards):
                 raise StoreError(
-                    f"no labels in the lake folder {self.root.name!r}; harvest first (s2t harvest)"
+                    f"no labels in the lake {self.where!r}; harvest first (s2t harvest)"
                 )
-            snapshot = self._snapshot(content_digest(shards))
-            if not snapshot.is_complete:
-                self._link(shards, snapshot)
-            os.utime(snapshot.folder)  # its time begins anew
-            return snapshot
+            return self._freeze(shards)
+
+    def _freeze(self, shards: Sequence[Shard]) -> Snapshot:
+        snapshot = FolderSnapshot(self.root / "snapshots" / content_digest(shards))
+        if not snapshot.is_complete:
+            self._link(shards, snapshot)
+        os.utime(snapshot.folder)  # its time begins anew
+        return snapshot
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
         """An existing snapshot.
@@ -151,9 +196,9 @@ class Lake:
         return snapshot
 
     def _snapshot(self, snapshot_id: str) -> Snapshot:
-        return Snapshot(self.root / "snapshots" / snapshot_id)
+        return FolderSnapshot(self.root / "snapshots" / snapshot_id)
 
-    def _link(self, shards: Sequence[Shard], snapshot: Snapshot) -> None:
+    def _link(self, shards: Sequence[Shard], snapshot: FolderSnapshot) -> None:
         if snapshot.folder.is_dir() and not snapshot.is_complete:
             snapshot.remove()
         # FileExistsError: another process froze the same content meanwhile.
@@ -167,37 +212,51 @@ class Lake:
 
     # -- damage -----------------------------------------------------------------------------------
 
-    def verify(self) -> dict[str, str]:
-        """Check hash, schema and values of every shard. Returns what is wrong by shard name."""
+    def verify(self, quick: bool = False) -> dict[str, str]:
+        """Check hash, schema and every value of every shard. Returns what is wrong by shard name.
+
+        quick: hash and schema only. The values were checked before the shard was written, and the
+        hash says that it still is what was written.
+        """
         wrong: dict[str, str] = {}
-        if not self.root.is_dir():
+        if not self._exists():
             return wrong
         with self._locked(shared=True):
-            for manifest in sorted(self.root.glob("shard-*.json")):
+            for name in self.place.names(".json"):
                 try:
-                    self._verify_shard(manifest)
+                    self._verify_shard(name, quick)
                 except S2TError as error:
-                    wrong[manifest.stem] = str(error)
+                    wrong[name] = str(error)
         return wrong
 
-    def _verify_shard(self, manifest: Path) -> None:
-        shard = read_manifest(manifest)
-        if shard.name != manifest.stem:
+    def _verify_shard(self, name: str, quick: bool) -> None:
+        shard = read_manifest(self.place, name)
+        if shard.name != name:
             raise StoreError(f"its manifest names {shard.name!r}")
-        for rollout in read_shard(self.root, shard):
-            check_rollout(rollout)
+        with open_shard(self.place, shard, whole=True) as file:
+            if not quick:
+                for group in range(len(file.group_rows)):
+                    check_rows(file.read(SCHEMA.names, [group]))
 
     def quarantine(self, names: Iterable[str]) -> None:
         """Move bad shards to `quarantine/`, so that the others can be used."""
         with self._locked():
             self._sweep()
-            quarantine = self.root / "quarantine"
-            quarantine.mkdir(exist_ok=True)
             for name in names:
                 # The manifest first: then the shard does not exist.
-                for path in (self.root / f"{name}.json", self.root / f"{name}.parquet"):
-                    if path.exists():
-                        path.rename(quarantine / path.name)
+                for file in (f"{name}.json", f"{name}.parquet"):
+                    self._put_aside(file)
+
+    def _put_aside(self, file: str) -> None:
+        quarantine = self.root / "quarantine"
+        quarantine.mkdir(exist_ok=True)
+        if (self.root / file).exists():
+            (self.root / file).rename(quarantine / file)
+
+    @property
+    def quarantined(self) -> Place:
+        """Where bad shards lie."""
+        return Folder(self.root / "quarantine")
 
     # -- deletion ---------------------------------------------------------------------------------
 
@@ -224,16 +283,19 @@ class Lake:
         with self._locked():
             self._sweep()
             deletion = Deletion.of(field, value)
-            lines = [json.dumps(asdict(d)) for d in (*self.deletions(), deletion)]
-            write_atomically(self.root / "deleted.jsonl", "\n".join(lines))
-            removed = 0
-            for shard in present(self.root):
-                removed += _delete_from(self.root, shard, deletion)
-            for manifest in sorted((self.root / "quarantine").glob("shard-*.json")):
+            self._record(deletion)
+            doomed = Doomed(deletion, value)
+            removed = sum(doomed.remove_from(self.place, s) for s in present(self.place))
+            quarantine = self.quarantined
+            for name in quarantine.names(".json"):
                 with suppress(StoreError):
-                    removed += _delete_from(manifest.parent, read_manifest(manifest), deletion)
-            self._keep_snapshots(lambda snapshot: not _holds_any(snapshot, deletion))
+                    removed += doomed.remove_from(quarantine, read_manifest(quarantine, name))
+            self._keep_snapshots(lambda snapshot: not doomed.is_in(snapshot))
             return removed
+
+    def _record(self, deletion: Deletion) -> None:
+        lines = [json.dumps(asdict(d)) for d in (*self.deletions(), deletion)]
+        write_atomically(self.root / "deleted.jsonl", "\n".join(lines))
 
     # -- retention --------------------------------------------------------------------------------
 
@@ -250,9 +312,9 @@ class Lake:
         """
         with self._locked():
             self._sweep()
-            shards = present(self.root)
+            shards = present(self.place)
             removed = _prunable(shards, max_age_s, max_bytes)
-            _remove(self.root, [shard.name for shard in removed])
+            self._retire(removed)
             remaining = {s.name for s in shards} - {s.name for s in removed}
             oldest = _oldest(max_age_s)
             was_too_much = any(shard.last >= oldest for shard in removed)
@@ -278,7 +340,7 @@ class Lake:
         with self._locked():
             self._sweep()
             days: dict[float, list[Shard]] = defaultdict(list)
-            for shard in present(self.root):
+            for shard in present(self.place):
                 if shard.bytes < SHARD_BYTES // 8:
                     days[shard.last // DAY_S].append(shard)
             joined = 0
@@ -296,12 +358,36 @@ class Lake:
             if size >= SHARD_BYTES:
                 break
             batch.append(shard)
-        rows = (rollout for shard in batch for rollout in read_shard(self.root, shard))
         # Copies of a rollout go, copies of a label stay: deleting one rollout must not take
         # another's label.
-        write_shard(self.root, f"{_random_name(12)}-0", distinct(rows), batch)
-        _remove(self.root, [shard.name for shard in batch])
+        self._rewrite(batch)
         return len(batch)
+
+    def _rewrite(self, shards: Sequence[Shard]) -> None:
+        """Replace shards by one that holds the same, each rollout once."""
+        reader = Reader(self.place, shards, copies=True)
+        tables = (rows for number in range(len(shards)) for rows in reader.tables(number))
+        write_shard(self.place, f"{_random_name(12)}-0", tables, shards)
+        self._retire(shards)
+
+    def _retire(self, shards: Iterable[Shard]) -> None:
+        """Remove shards from the lake; snapshots keep theirs."""
+        _remove(self.place, [shard.name for shard in shards])
+
+    def migrate(self) -> int:
+        """Rewrite the shards of an older format. Returns how many.
+
+        Nothing needs it: older shards are read as they are, but more slowly.
+
+        Raises:
+            StoreError: a shard is damaged: quarantine it, and migrate again.
+        """
+        with self._locked():
+            self._sweep()
+            older = [shard for shard in present(self.place) if shard.schema_version < FORMAT]
+            for shard in older:
+                self._rewrite([shard])
+            return len(older)
 
     # -- housekeeping -----------------------------------------------------------------------------
 
@@ -313,25 +399,25 @@ class Lake:
         does not stop the sweep, because `quarantine` sweeps too.
         """
         replaced: set[str] = set()
-        for manifest in self.root.glob("shard-*.json"):
+        for name in self.place.names(".json"):
             with suppress(StoreError):
-                replaced.update(read_manifest(manifest).replaces)
+                replaced.update(read_manifest(self.place, name).replaces)
         existing = {path.stem for path in self.root.glob("shard-*")}
-        _remove(self.root, replaced & existing)
+        _remove(self.place, replaced & existing)
         for path in [*self.root.glob("shard-*.parquet"), *self.root.glob(".shard-*")]:
             if not path.with_suffix(".json").exists():
                 path.unlink()
         for leftover in (self.root / "snapshots").glob(".*/"):
             shutil.rmtree(leftover)
         for snapshot in self._snapshots():
-            if time.time() - snapshot.folder.stat().st_mtime > SNAPSHOT_S:
+            if time.time() - snapshot.used_at > SNAPSHOT_S:
                 snapshot.remove()
 
-    def _snapshots(self) -> list[Snapshot]:
-        return [Snapshot(folder) for folder in (self.root / "snapshots").glob("[!.]*/")]
+    def _snapshots(self) -> Sequence[Snapshot]:
+        return [FolderSnapshot(folder) for folder in (self.root / "snapshots").glob("[!.]*/")]
 
     def _newest_snapshot(self) -> Snapshot | None:
-        return max(self._snapshots(), key=lambda s: s.folder.stat().st_mtime_ns, default=None)
+        return max(self._snapshots(), key=lambda s: s.used_at, default=None)
 
     def _keep_snapshots(self, keeps: Callable[[Snapshot], bool]) -> None:
         """Remove the snapshots that `keeps` denies, and unreadable ones: nobody can train on them,
@@ -379,25 +465,50 @@ def _prunable(shards: Iterable[Shard], max_age_s: float, max_bytes: int) -> list
     return found
 
 
-def _holds_any(snapshot: Snapshot, deletion: Deletion) -> bool:
-    for shard in snapshot.shards():
-        if any(deletion.matches(rollout) for rollout in read_shard(snapshot.folder, shard)):
-            return True
-    return False
+class Doomed:
+    """The rollouts that a deletion is about. Searches two columns of a shard, and rewrites only
+    those that hold one.
+
+    value: of the field, where it is known; it need not be hashed then.
+    """
+
+    def __init__(self, deletion: Deletion, value: str | None = None) -> None:
+        self._deletion = deletion
+        self._value = value
+        self._counts: dict[str, int] = {}  # by hash of a shard's file: snapshots hold the same ones
+
+    def _matches(self, rows: Rows) -> np.ndarray:
+        if self._value is None:
+            return self._deletion.matches(rows)
+        found: np.ndarray = rows.equal(self._deletion.field, self._value)
+        return found & (rows.numbers("created_at") <= self._deletion.at)
+
+    def _count(self, place: Place, shard: Shard) -> int:
+        if shard.sha256 not in self._counts:
+            with open_shard(place, shard) as file:
+                found = self._matches(file.read([self._deletion.field, "created_at"]))
+            self._counts[shard.sha256] = int(found.sum())
+        return self._counts[shard.sha256]
+
+    def remove_from(self, place: Place, shard: Shard) -> int:
+        """Replace a shard that holds any by one without them. Returns how many there were."""
+        count = self._count(place, shard)
+        if count:
+            write_shard(place, f"{_random_name(12)}-0", self._others(place, shard), [shard])
+            _remove(place, [shard.name])
+        return count
+
+    def _others(self, place: Place, shard: Shard) -> Iterator[Rows]:
+        with open_shard(place, shard, whole=True) as file:
+            for group in range(len(file.group_rows)):
+                rows = file.read(SCHEMA.names, [group])
+                yield rows.where(~self._matches(rows))
+
+    def is_in(self, snapshot: Snapshot) -> bool:
+        return any(self._count(snapshot.place, shard) for shard in snapshot.shards())
 
 
-def _delete_from(folder: Path, shard: Shard, deletion: Deletion) -> int:
-    """Replace a shard that holds deleted rollouts by one without them. Returns how many there
-    were."""
-    count = sum(deletion.matches(rollout) for rollout in read_shard(folder, shard))
-    if count:
-        kept = (r for r in read_shard(folder, shard) if not deletion.matches(r))
-        write_shard(folder, f"{_random_name(12)}-0", kept, [shard])
-        _remove(folder, [shard.name])
-    return count
-
-
-def _remove(folder: Path, names: Iterable[str]) -> None:
+def _remove(place: Place, names: Iterable[str]) -> None:
     for name in names:
-        (folder / f"{name}.json").unlink(missing_ok=True)  # first: then the shard does not exist
-        (folder / f"{name}.parquet").unlink(missing_ok=True)
+        place.remove(f"{name}.json")  # first: then the shard does not exist
+        place.remove(f"{name}.parquet")

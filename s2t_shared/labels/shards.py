@@ -1,75 +1,61 @@
 """Shard files: rollouts as Parquet, and beside each file the manifest that makes it exist.
 
 A shard is never changed. A rewritten one lists in its manifest the shards it `replaces`, and those
-that they had replaced. From then on these do not exist, even if a crash left their files. A
-snapshot is a folder of shards that no longer changes. Knows one folder at a time; the lake knows
-which shards there are, and does locks, deletion and retention.
+that they had replaced. From then on these do not exist, even if a crash left their files. Knows one
+place at a time; the lake knows which shards there are, and does locks, deletion and retention.
+
+Format 3, written now, has the keys of `rows` and a checksum in every page. Format 2 is read: its
+keys are computed. `Lake.migrate` rewrites it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import new_file, remove_folder, sha256_file, write_atomically
-from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
-from s2t_shared.labels.schema import Column, columns
+from s2t_shared.files import sha256_file
+from s2t_shared.labels.check import check_rows
+from s2t_shared.labels.places import Place
+from s2t_shared.labels.rows import (
+    LABEL_KEY,
+    LABELS,
+    OPTIONAL,
+    ROLLOUT_SCHEMA,
+    SCHEMA,
+    SOURCES,
+    Rows,
+)
 
-READ_ROWS = 256  # a row group; in memory at a time
+FORMAT = 3
+READABLE = (2, 3)
+READ_ROWS = 256  # a row group; what a reader of few rows holds in memory
+# Values that repeat. Of the others a dictionary would be built and thrown away.
+DICTIONARIES = [
+    "group",
+    "problem_id",
+    "task",
+    "split",
+    "source",
+    "prompt_length",
+    "llm_top_rank.list.element",
+    f"{LABELS}.list.element.llm_top_rank",
+    "slm_digest",
+    "llm_digest",
+    "tokenizer_digest",
+    "template_digest",
+    "schema_version",
+    "part",
+]
 
-# -- the schema -----------------------------------------------------------------------------------
-
-ARROW_TYPES: dict[str, pa.DataType] = {
-    "string": pa.string(),
-    "int16": pa.int16(),
-    "int32": pa.int32(),
-    "float32": pa.float32(),
-    "float64": pa.float64(),
-}
-
-
-def arrow_type(column: Column) -> pa.DataType:
-    """The Arrow type of a column."""
-    item = ARROW_TYPES[column.kind.arrow]
-    return pa.list_(item) if column.many else item
-
-
-def arrow_fields(columns: Iterable[Column]) -> list[tuple[str, pa.DataType]]:
-    """Names and Arrow types of columns, in order."""
-    return [(column.name, arrow_type(column)) for column in columns]
-
-
-def _arrow_schema() -> pa.Schema:
-    """A row is a rollout; its labels are a list of structs, at the place that `Rollout` gives
-    them."""
-    types = dict(arrow_fields(columns(Rollout)))
-    types["labels"] = pa.list_(pa.struct(arrow_fields(columns(Label))))
-    ordered = [(f.name, types[f.name]) for f in fields(Rollout)]
-    return pa.schema(ordered, metadata={"s2t_schema_version": str(SCHEMA_VERSION)})
-
-
-SCHEMA = _arrow_schema()
-
-
-def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
-    """Rollouts as rows. A value that does not fit raises an error of pyarrow's or Python's: then
-    `check_rollout` has a gap."""
-    return pa.Table.from_pylist([asdict(r) for r in rollouts], schema=SCHEMA)
-
-
-# -- one shard ------------------------------------------------------------------------------------
+# -- manifests ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +63,8 @@ class Shard:
     """The manifest of one shard.
 
     rollouts, labels: how many, duplicates included. bytes, sha256: of the Parquet file. first,
-    last: when the oldest and the newest rollout were made, in Unix seconds.
+    last: when the oldest and the newest rollout were made, in Unix seconds. schema_version: the
+    file's format.
     """
 
     name: str
@@ -88,52 +75,144 @@ class Shard:
     first: float
     last: float
     replaces: tuple[str, ...] = ()
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = FORMAT
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.parquet"
+
+
+def present(place: Place) -> list[Shard]:
+    """The shards that exist in a place, in the order of their names.
+
+    Raises:
+        StoreError: a manifest is damaged or of an unknown format.
+    """
+    shards = [read_manifest(place, name) for name in place.names(".json")]
+    replaced = {name for s in shards for name in s.replaces}
+    return [s for s in shards if s.name not in replaced]
+
+
+def read_manifest(place: Place, name: str) -> Shard:
+    """Read a manifest.
+
+    Raises:
+        StoreError: it is damaged or of an unknown format.
+    """
+    try:
+        content: dict[str, Any] = json.loads(place.read(f"{name}.json"))
+        version = content["schema_version"]
+        if version not in READABLE:
+            raise StoreError(
+                f"label shard {name} has schema {version}, this program reads "
+                f"{', '.join(map(str, READABLE))}; use the program that wrote it, or keep such "
+                "labels in a lake of their own"
+            )
+        content["replaces"] = tuple(content["replaces"])
+        return Shard(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"the manifest of label shard {name} is damaged ({type(error).__name__}); "
+            "s2t labels verify --quarantine moves such shards aside"
+        ) from error
+
+
+def content_digest(shards: Iterable[Shard]) -> str:
+    """The name of a snapshot of these shards."""
+    text = json.dumps([(shard.name, shard.sha256) for shard in shards])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# -- writing --------------------------------------------------------------------------------------
 
 
 def write_shard(
-    folder: Path, stamp: str, rollouts: Iterable[Rollout], replaced: Sequence[Shard] = ()
+    place: Place, stamp: str, parts: Iterable[Rows], replaced: Sequence[Shard] = ()
 ) -> None:
     """Write shard-`stamp` durably and atomically. One that exists already stays as it is.
 
     Raises:
-        OSError: the folder cannot be written; nothing is left behind.
+        OSError: the place cannot be written; nothing is left behind.
+        S2TError: a value is impossible.
     """
     name = f"shard-{stamp}"
-    path = folder / f"{name}.parquet"
-    manifest = folder / f"{name}.json"
-    if manifest.exists():  # written before, under this name
+    if name in place.names(".json"):  # written before, under this name
         return
     try:
-        with new_file(path) as temporary:
-            created, labels = _write_rows(temporary, rollouts)
+        with place.writing(f"{name}.parquet") as path:
+            count = _Count()
+            options: dict[str, Any] = {
+                "compression": "zstd",
+                "use_dictionary": DICTIONARIES,
+                "write_page_checksum": True,
+            }
+            with pq.ParquetWriter(path, SCHEMA, **options) as writer:
+                for rows in _grouped(parts):
+                    check_rows(rows)
+                    writer.write_table(rows.table, row_group_size=READ_ROWS)
+                    count.add(rows)
             shard = Shard(
                 name=name,
-                rollouts=len(created),
-                labels=labels,
-                bytes=temporary.stat().st_size,
-                sha256=sha256_file(temporary),
-                first=min(created, default=0.0),
-                last=max(created, default=0.0),
+                rollouts=count.rollouts,
+                labels=count.labels,
+                bytes=path.stat().st_size,
+                sha256=sha256_file(path),
+                first=count.first,
+                last=count.last,
                 replaces=_ancestors(replaced),
             )
-        write_atomically(manifest, json.dumps(asdict(shard), indent=2))
+        content = json.dumps(asdict(shard), indent=2).encode()
+        if replaced:
+            place.replace(f"{name}.json", content)
+        else:
+            _create(place, f"{name}.json", content)
     except BaseException:  # a full disk must not be filled by what it refused
-        if not manifest.exists():
-            path.unlink(missing_ok=True)
+        if name not in place.names(".json"):
+            place.remove(f"{name}.parquet")
         raise
 
 
-def _write_rows(path: Path, rollouts: Iterable[Rollout]) -> tuple[list[float], int]:
-    """Returns when the rollouts were made, and the number of their labels."""
-    created: list[float] = []
-    labels = 0
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for rows in groups(rollouts, READ_ROWS):
-            writer.write_table(to_table(rows))
-            created.extend(rollout.created_at for rollout in rows)
-            labels += sum(len(rollout.labels) for rollout in rows)
-    return created, labels
+def _create(place: Place, name: str, content: bytes) -> None:
+    with suppress(FileExistsError):  # the same, written meanwhile under this name
+        place.create(name, content)
+
+
+@dataclass
+class _Count:
+    """Of the rows that were written."""
+
+    rollouts: int = 0
+    labels: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    def add(self, rows: Rows) -> None:
+        created = rows.numbers("created_at")
+        oldest = float(created.min())
+        self.first = min(self.first, oldest) if self.rollouts else oldest
+        self.last = max(self.last, float(created.max())) if self.rollouts else float(created.max())
+        self.rollouts += len(rows)
+        self.labels += int(rows.label_counts.sum())
+
+
+def _grouped(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The same rows with all columns, joined to some row groups each."""
+    waiting: list[Rows] = []
+    for part in parts:
+        if len(part):
+            waiting.append(part.completed())
+        if sum(map(len, waiting)) >= 8 * READ_ROWS:
+            yield from _whole_groups(waiting)
+    if waiting:
+        yield Rows.joined(waiting)
+
+
+def _whole_groups(waiting: list[Rows]) -> Iterator[Rows]:
+    """Takes full row groups off `waiting`; the rest stays there."""
+    rows = Rows.joined(waiting)
+    full = len(rows) // READ_ROWS * READ_ROWS
+    waiting[:] = [rows.slice(full, len(rows) - full)] if full < len(rows) else []
+    yield rows.slice(0, full)
 
 
 def _ancestors(replaced: Sequence[Shard]) -> tuple[str, ...]:
@@ -145,212 +224,124 @@ def _ancestors(replaced: Sequence[Shard]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def present(folder: Path) -> list[Shard]:
-    """The shards that exist in a folder, in the order of their names.
+# -- reading --------------------------------------------------------------------------------------
+
+
+def verify_content(place: Place, shard: Shard) -> None:
+    """Check the hash of a shard's file.
 
     Raises:
-        StoreError: a manifest is damaged or of another schema.
+        StoreError: it is missing or changed.
     """
-    shards = [read_manifest(path) for path in sorted(folder.glob("shard-*.json"))]
-    replaced = {name for s in shards for name in s.replaces}
-    return [s for s in shards if s.name not in replaced]
+    with read_errors(shard):
+        if place.sha256(shard.file) != shard.sha256:
+            raise _changed(shard)
 
 
-def read_manifest(path: Path) -> Shard:
-    """Read a manifest.
+class ShardFile:
+    """An open shard. Columns are named as in `Rows.completed`.
 
-    Raises:
-        StoreError: it is damaged or of another schema.
+    group_rows: rows of each row group.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise StoreError(
-                f"label shard {path.stem} has schema {version}, this program reads "
-                f"{SCHEMA_VERSION}; keep old labels in a lake of their own"
-            )
-        content["replaces"] = tuple(content["replaces"])
-        return Shard(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"the manifest of label shard {path.stem} is damaged ({type(error).__name__}); "
-            "s2t labels verify --quarantine moves such shards aside"
-        ) from error
 
+    def __init__(self, shard: Shard, file: pq.ParquetFile) -> None:
+        self._shard = shard
+        self._file = file
+        self._names = _readable_names(shard, file.schema_arrow)
+        metadata = file.metadata
+        self.group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if metadata.num_rows != shard.rollouts:
+            raise _changed(shard)
 
-def read_shard(folder: Path, shard: Shard) -> Iterator[Rollout]:
-    """Every row, duplicates included.
+    def read(self, names: Sequence[str], groups: Sequence[int] | None = None) -> Rows:
+        """All rows, or those of some row groups, with duplicates.
 
-    Raises:
-        StoreError: the file is missing, changed, or of another schema.
-    """
-    path = folder / f"{shard.name}.parquet"
-    with _read_errors(shard):
-        if sha256_file(path) != shard.sha256:
-            raise StoreError(
-                f"label shard {shard.name} does not match its manifest: it was changed or is "
-                "damaged (s2t labels verify --quarantine moves such shards aside)"
-            )
-        with pq.ParquetFile(path) as file:
-            if not _is_readable(file.schema_arrow):
-                raise StoreError(
-                    f"label shard {shard.name} has another schema: {file.schema_arrow.names}"
-                )
-            for batch in file.iter_batches(batch_size=READ_ROWS):
-                for row in batch.to_pylist():
-                    yield Rollout.from_row(row)
+        Raises:
+            StoreError: the file is damaged.
+        """
+        wanted: dict[str, None] = {}
+        for name in names:
+            wanted.update(dict.fromkeys(self._sources(name)))
+        chosen = range(len(self.group_rows)) if groups is None else groups
+        with read_errors(self._shard):
+            table = self._file.read_row_groups(list(chosen), columns=list(wanted))
+            return Rows(table).completed(names)
 
-
-def _is_readable(schema: pa.Schema) -> bool:
-    """Whether a file has our columns. Optional ones may be missing."""
-    optional = {column.name for column in columns(Rollout) if column.optional}
-    needed = [f for f in SCHEMA if f.name in schema.names or f.name not in optional]
-    return bool(schema.equals(pa.schema(needed)))
+    def _sources(self, name: str) -> tuple[str, ...]:
+        """The columns of the file that give a column."""
+        top, _, inner = name.partition(".")
+        if inner:
+            known = inner in self._names[LABELS]
+            leaves = (inner,) if known else SOURCES[inner]
+            return tuple(f"{LABELS}.list.element.{leaf}" for leaf in leaves)
+        if name in self._names:
+            return (name,)
+        return tuple(n for n in SOURCES.get(name, ()) if n in self._names)
 
 
 @contextmanager
-def _read_errors(shard: Shard) -> Iterator[None]:
+def open_shard(place: Place, shard: Shard, whole: bool = False) -> Iterator[ShardFile]:
+    """whole: check the hash first, as everything will be read. Otherwise the checksums of the pages
+    that are read must do, which format 2 does not have.
+
+    Raises:
+        StoreError: the file is missing, changed, or of an unknown format.
+    """
+    if whole:
+        verify_content(place, shard)
+    with read_errors(shard):
+        if place.size(shard.file) != shard.bytes:
+            raise _changed(shard)
+        options: dict[str, Any] = {"memory_map": True, "pre_buffer": False}
+        if shard.schema_version >= FORMAT:
+            options["page_checksum_verification"] = True
+        with pq.ParquetFile(place.source(shard.file, whole), **options) as file:
+            yield ShardFile(shard, file)
+
+
+def _readable_names(shard: Shard, schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """The columns of a file, and those inside them.
+
+    Raises:
+        StoreError: they are not ours. Optional ones and keys may be missing.
+    """
+    names = {field.name: () for field in schema}
+    if all(f.name in names or f.name in OPTIONAL for f in ROLLOUT_SCHEMA) and LABELS in names:
+        inner = schema.field(LABELS).type
+        known = {f.name: f.type for f in SCHEMA.field(LABELS).type.value_type}
+        if pa.types.is_list(inner) and pa.types.is_struct(inner.value_type):
+            found = {f.name: f.type for f in inner.value_type}
+            known.update({LABEL_KEY: known[LABEL_KEY]} if LABEL_KEY in found else {})
+            if LABEL_KEY not in found:
+                known.pop(LABEL_KEY)
+            others = (f for f in schema if f.name != LABELS)
+            if found == known and all(_is_ours(f) for f in others):
+                return names | {LABELS: tuple(found)}
+    raise StoreError(f"label shard {shard.name} has another schema: {schema.names}")
+
+
+def _is_ours(field: pa.Field) -> bool:
+    return field.name in SCHEMA.names and SCHEMA.field(field.name).type.equals(field.type)
+
+
+@contextmanager
+def read_errors(shard: Shard) -> Iterator[None]:
     """The border: what files and pyarrow raise becomes a StoreError that names the shard."""
     try:
         yield
-    # TypeError: a null where a list belongs. KeyError: a column is missing.
-    except (OSError, TypeError, KeyError, pa.ArrowException) as error:
+    except OSError as error:
+        if error.errno is None:  # pyarrow's, of the content
+            raise _changed(shard) from error
         raise StoreError(
             f"label shard {shard.name} is missing or cannot be read ({type(error).__name__})"
         ) from error
+    # TypeError: a null where a list belongs. KeyError: a column is missing.
+    except (TypeError, KeyError, pa.ArrowException) as error:
+        raise _changed(shard) from error
 
 
-# -- several shards -------------------------------------------------------------------------------
-
-
-def read_rollouts(folder: Path, shards: Iterable[Shard]) -> Iterator[Rollout]:
-    """The rollouts of `shards`, each once; each label in the first rollout that has it.
-
-    Holds about 60 bytes for each rollout and each label seen: 1 GB at some 16 million labels.
-
-    Raises:
-        StoreError: a shard is missing, changed, or of another schema.
-    """
-    seen: set[int] = set()  # hashes of 64 bits, rather than the texts
-    rows = (rollout for shard in shards for rollout in read_shard(folder, shard))
-    for rollout in distinct(rows):
-        new: list[Label] = []
-        for label in rollout.labels:
-            key = hash(label.label_id)
-            if key not in seen:
-                seen.add(key)
-                new.append(label)
-        if len(new) < len(rollout.labels):
-            rollout = replace(rollout, labels=tuple(new))
-        yield rollout
-
-
-def distinct(rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
-    """Each rollout once, with all its labels."""
-    seen: set[int] = set()
-    for rollout in rollouts:
-        key = hash(rollout.rollout_id)
-        if key not in seen:
-            seen.add(key)
-            yield rollout
-
-
-def label_counts(folder: Path, shard: Shard, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Of every row the values of the columns `names`, then the number of its labels, duplicates
-    included.
-
-    Reads these columns only, so it does not notice a changed file as `read_shard` does.
-
-    Raises:
-        StoreError: the file is missing or cannot be read.
-    """
-    wanted = [*names, "labels.list.element.position"]  # of a label one leaf is enough
-    with _read_errors(shard):
-        with pq.ParquetFile(folder / f"{shard.name}.parquet") as file:
-            for batch in file.iter_batches(columns=wanted):
-                counts = pc.list_value_length(batch.column("labels"))
-                values = [batch.column(name).to_pylist() for name in names]
-                yield from zip(*values, counts.to_pylist(), strict=True)
-
-
-def groups(rollouts: Iterable[Rollout], size: int) -> Iterator[list[Rollout]]:
-    """Lists of at most `size` rollouts."""
-    remaining = iter(rollouts)
-    while group := list(islice(remaining, size)):
-        yield group
-
-
-# -- snapshots ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Frozen shards: what a training run reads, whatever becomes of the lake.
-
-    The folder's name is the digest of its content, so a missing part is noticed. Every method
-    raises StoreError then.
-    """
-
-    folder: Path
-
-    @property
-    def id(self) -> str:
-        return self.folder.name
-
-    @property
-    def labels(self) -> int:
-        """Number of labels, duplicates included."""
-        return sum(shard.labels for shard in self.shards())
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the snapshot exists and holds every shard."""
-        try:
-            return bool(self.shards())
-        except StoreError:
-            return False
-
-    def shards(self) -> list[Shard]:
-        """The shards in the order of their names."""
-        try:
-            shards = present(self.folder)
-            if content_digest(shards) == self.id and self._has_all_bytes(shards):
-                return shards
-            reason = "shards are missing"
-        except (OSError, StoreError) as error:
-            reason = str(error)
-        raise StoreError(
-            f"snapshot {self.id!r} is gone or incomplete (labels were deleted from it, or it grew "
-            f"old); train on a new one ({reason})"
-        )
-
-    def _has_all_bytes(self, shards: Sequence[Shard]) -> bool:
-        for shard in shards:
-            if (self.folder / f"{shard.name}.parquet").stat().st_size != shard.bytes:
-                return False
-        return True
-
-    def pairs(self) -> Counter[tuple[str, str]]:
-        """Labels, duplicates included, by the digests of the (SLM, LLM) they come from."""
-        found = Counter[tuple[str, str]]()
-        for shard in self.shards():
-            for slm, llm, labels in label_counts(self.folder, shard, ("slm_digest", "llm_digest")):
-                found[slm, llm] += labels
-        return +found  # a rollout without labels makes no pair
-
-    def rollouts(
-        self, order: Callable[[list[Shard]], list[Shard]] = lambda shards: shards
-    ) -> Iterator[Rollout]:
-        """As `read_rollouts`. order: may rearrange the shards."""
-        return read_rollouts(self.folder, order(self.shards()))
-
-    def remove(self) -> None:
-        """Remove the snapshot. After a crash it is complete or gone."""
-        remove_folder(self.folder)
-
-
-def content_digest(shards: Iterable[Shard]) -> str:
-    """The name of a snapshot of these shards."""
-    text = json.dumps([(shard.name, shard.sha256) for shard in shards])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _changed(shard: Shard) -> StoreError:
+    return StoreError(
+        f"label shard {shard.name} does not match its manifest: it was changed or is damaged "
+        "(s2t labels verify --quarantine moves such shards aside)"
+    )

@@ -1,48 +1,71 @@
 """Statistics of the label lake: how much, of what, and Hit@K.
 
 Hit@K is the share of positions where the LLM's choice is among the SLM's first K. It is given for
-all positions, for the labelled ones, and for those that a trigger would pick. Reads the lake once,
-in constant memory but for the problems' names.
+all positions, for the labelled ones, and for those that a trigger would pick. Reads some columns of
+the lake, each once, in bounded memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.keys import Keys, Repeats, mixed
 from s2t_shared.labels.lake import Lake
-from s2t_shared.statistics import HIT_AT, hits
-from s2t_shared.types import WARMUP_STEPS
+from s2t_shared.labels.rows import PART, PROMPT_KEY, Rows
+from s2t_shared.statistics import HIT_AT
+from s2t_shared.types import SUPPORT_SIZE, WARMUP_STEPS
 
 TOP_SHARES = (0.01, 0.05, 0.10)
 # Histogram of a signal in nats: bins of equal ratio, 0.3 % wide.
 BINS = 8192
 LOWEST = 1e-7
 HIGHEST = 1e3
+# By rank + 1: the place in HIT_AT of the first K that holds the rank, len(HIT_AT) for none.
+FIRST_HIT = np.searchsorted(HIT_AT, np.arange(-1, SUPPORT_SIZE), side="right")
+FIRST_HIT[0] = len(HIT_AT)
+NAMES = {"tasks": ("task",), "sources": ("source",), "pairs": ("slm_digest", "llm_digest")}
+COLUMNS = (
+    "task",
+    "group",
+    "problem_id",
+    PROMPT_KEY,
+    PART,
+    "source",
+    "slm_digest",
+    "llm_digest",
+    "token_ids",
+    "prompt_length",
+    "entropy",
+    "kl",
+    "llm_top_rank",
+    "labels.mass",
+    "labels.llm_top_rank",
+)
 
 
 class _Histogram:
-    """Scored positions by the strength of one signal: how many, and how many hits at each K."""
+    """Scored positions by the strength of one signal and by the first K that holds the LLM's
+    choice."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(BINS, dtype=np.int64)
-        self._hits = np.zeros((BINS, len(HIT_AT)), dtype=np.int64)
+        self._counts = np.zeros((BINS, len(HIT_AT) + 1), dtype=np.int64)
 
-    def add(self, values: np.ndarray, hits: np.ndarray) -> None:
-        """values: [n], nats; hits: [n, 4], bool."""
-        ratios = np.clip(values, LOWEST, HIGHEST) / LOWEST
-        scale = (BINS - 1) / math.log(HIGHEST / LOWEST)
+    def add(self, values: np.ndarray, first_hits: np.ndarray) -> None:
+        """values: [n], nats; first_hits: [n], as FIRST_HIT gives them."""
+        ratios = np.clip(values, LOWEST, HIGHEST) / np.float32(LOWEST)
+        scale = np.float32((BINS - 1) / math.log(HIGHEST / LOWEST))
         bins = (np.log(ratios) * scale).astype(np.int64)
-        np.add.at(self._counts, bins, 1)
-        np.add.at(self._hits, bins, hits)
+        cells = bins * self._counts.shape[1] + first_hits
+        self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
 
     def hit_at(self, positions: int) -> dict[int, float | None]:
         """Hit@K of the `positions` strongest. Of those in the last bin the mean counts."""
-        counts = self._counts[::-1]
-        hits = self._hits[::-1]
+        counts = self._counts[::-1].sum(1)
+        hits = self._counts[::-1].cumsum(1)[:, : len(HIT_AT)]
         above = np.minimum(np.cumsum(counts), positions)
         taken = np.diff(above, prepend=0)
         total = int(taken.sum())
@@ -90,51 +113,91 @@ class LabelStats:
 
 
 def measure_labels(lake: Lake) -> LabelStats:
-    """Read the whole lake once.
+    """Read what the figures need of the lake.
 
     Raises:
         StoreError: a shard is damaged.
     """
-    shards = lake.shards()
+    reader = lake.reader()
+    shards = reader.shards
     stats = LabelStats(
         shards=len(shards),
         bytes=sum(shard.bytes for shard in shards),
         oldest=min((shard.first for shard in shards), default=None),
         newest=max((shard.last for shard in shards), default=None),
     )
-    problems: set[int] = set()  # hashes of 64 bits, rather than the names
-    groups: dict[int, bool] = {}  # hash of a group -> whether it is held out
-    mass = 0.0
-    found = _Hits()
-    for rollout in lake.rollouts():
-        _count(stats, rollout)
-        problems.add(hash((rollout.task, rollout.problem)))
-        groups[hash((rollout.task, rollout.split_group))] = rollout.held_out
-        mass += sum(label.mass for label in rollout.labels)
-        found.add(rollout)
-    stats.problems = len(problems)
-    stats.groups = len(groups)
-    stats.held_out_groups = sum(groups.values())
-    stats.mass = mass / stats.labels if stats.labels else None
-    stats.hits = found.by_positions(stats.positions, stats.labels)
+    counted = _Counted()
+    for number in range(len(shards)):
+        counted.add(reader.read(number, COLUMNS))
+    counted.fill(stats)
     return stats
 
 
-def _count(stats: LabelStats, rollout: Rollout) -> None:
-    labels = len(rollout.labels)
-    stats.rollouts += 1
-    stats.labels += labels
-    stats.answer_tokens += len(rollout.token_ids) - rollout.prompt_length
-    stats.positions += len(rollout.llm_top_rank)
-    if rollout.held_out:
-        stats.held_out_labels += labels
-    _add(stats.tasks, rollout.task, labels)
-    _add(stats.sources, rollout.source, labels)
-    _add(stats.pairs, f"{rollout.slm_digest} / {rollout.llm_digest}", labels)
+class _Counted:
+    """What is counted while the lake is read, one shard after the other."""
+
+    def __init__(self) -> None:
+        self._figures = Counter[str]()
+        self._by_name = {name: Counter[tuple[str, ...]]() for name in NAMES}
+        self._problems = _Distinct()
+        self._groups = _Distinct()
+        self._held_out_groups = _Distinct()
+        self._mass = 0.0
+        self._hits = _Hits()
+
+    def add(self, rows: Rows) -> None:
+        held_out = rows.numbers(PART) != 0
+        figures = {
+            "rollouts": len(rows),
+            "labels": rows.label_counts.sum(),
+            "held_out_labels": rows.label_counts[held_out].sum(),
+            "answer_tokens": (rows.lengths("token_ids") - rows.numbers("prompt_length")).sum(),
+            "positions": rows.lengths("llm_top_rank").sum(),
+        }
+        self._figures.update({name: int(figure) for name, figure in figures.items()})
+        for name, of in NAMES.items():
+            self._by_name[name] += rows.labels_by(*of)
+        problems = _pick(rows, "problem_id", rows.numbers(PROMPT_KEY))
+        groups = _pick(rows, "group", problems)
+        self._problems.add(problems)
+        self._groups.add(groups)
+        self._held_out_groups.add(groups[held_out])
+        self._mass += float(rows.of_labels("mass").sum(dtype=np.float64))
+        self._hits.add(rows)
+
+    def fill(self, stats: LabelStats) -> None:
+        for name, figure in self._figures.items():
+            setattr(stats, name, figure)
+        for name, counts in self._by_name.items():
+            setattr(stats, name, {" / ".join(key): count for key, count in counts.items()})
+        stats.problems = self._problems.count()
+        stats.groups = self._groups.count()
+        stats.held_out_groups = self._held_out_groups.count()
+        stats.mass = self._mass / stats.labels if stats.labels else None
+        stats.hits = self._hits.by_positions(stats.positions, stats.labels)
 
 
-def _add(counts: dict[str, int], name: str, count: int) -> None:
-    counts[name] = counts.get(name, 0) + count
+def _pick(rows: Rows, name: str, others: Keys) -> Keys:
+    """Keys of a column of texts within their task; where a text is empty, of `others`."""
+    own = mixed(rows.keys(name) ^ mixed(rows.keys("task")))
+    return np.where(rows.equal(name, ""), others, own)
+
+
+class _Distinct:
+    """Counts distinct keys in bounded memory."""
+
+    def __init__(self) -> None:
+        self._repeats = Repeats()
+        self._seen = 0
+
+    def add(self, keys: Keys) -> None:
+        keys = np.unique(keys)
+        self._repeats.add(keys, self._seen + np.arange(len(keys)))
+        self._seen += len(keys)
+
+    def count(self) -> int:
+        self._repeats.repeats()
+        return self._repeats.distinct
 
 
 class _Hits:
@@ -145,14 +208,16 @@ class _Hits:
         self._labelled = _Histogram()
         self._signals = {"kl": _Histogram(), "entropy": _Histogram()}
 
-    def add(self, rollout: Rollout) -> None:
-        found = hits(rollout.llm_top_rank)
-        self._all.add(np.ones(len(found)), found)
+    def add(self, rows: Rows) -> None:
+        lengths = rows.lengths("llm_top_rank")
+        found = FIRST_HIT[rows.values("llm_top_rank") + 1]
+        self._all.add(np.ones(len(found), np.float32), found)
+        within = np.arange(len(found)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        is_warm = within >= WARMUP_STEPS
         for name, histogram in self._signals.items():
-            values = np.asarray(getattr(rollout, name))
-            histogram.add(values[WARMUP_STEPS:], found[WARMUP_STEPS:])
-        labelled = hits([label.llm_top_rank for label in rollout.labels])
-        self._labelled.add(np.ones(len(labelled)), labelled)
+            histogram.add(rows.values(name)[is_warm], found[is_warm])
+        labelled = FIRST_HIT[rows.of_labels("llm_top_rank") + 1]
+        self._labelled.add(np.ones(len(labelled), np.float32), labelled)
 
     def by_positions(self, positions: int, labels: int) -> dict[str, dict[int, float | None]]:
         found = {

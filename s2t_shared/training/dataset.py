@@ -1,7 +1,9 @@
 """Rollouts as training data: which of them train, validate and test, and in what order they stream.
 
-An epoch streams: shards in a seeded order, a shuffle buffer, then windows sorted by length, which
-limits padding. In memory stay two hashes per label, about 80 bytes in all.
+To begin, some short columns of the snapshot are read: keys of 64 bits, parts, digests. An epoch
+takes shards in a seeded order, two at a time, mixes their row groups, and of those some thousand
+rollouts; windows of these are sorted by length, which limits padding. Rollouts become objects when
+their batch is due. In memory stay the keys of what is held out, and what is being mixed.
 
 Knows labels; no models.
 """
@@ -9,45 +11,44 @@ Knows labels; no models.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import random
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from enum import Enum
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from s2t_shared.errors import ConfigError, StoreError
+from s2t_shared.labels.keys import Keys, is_among
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.shards import Shard, Snapshot
-from s2t_shared.splits import check_split
-from s2t_shared.training.losses import label_weight
+from s2t_shared.labels.reader import Reader
+from s2t_shared.labels.rows import LABEL_KEY, LABELS, PART, PROMPT_KEY, SCHEMA, Rows
+from s2t_shared.labels.snapshots import Snapshot
+from s2t_shared.splits import PARTS, Part, check_split, part_of_group
+from s2t_shared.training.losses import label_weights
 from s2t_shared.training.settings import TrainingSettings
 
 Source = Snapshot | Sequence[Rollout]
-BUFFER = 2048  # rollouts; of an epoch no more are in memory, beside one window
+BUFFER = 2048  # rollouts that are mixed with one another
+SHARDS_AT_ONCE = 2
 WINDOW = 16  # batches that are sorted by length together
 MIN_TRAINING_LABELS = 8
-
-
-class Part(str, Enum):
-    """What a rollout is for.
-
-    The held-out tenth of all groups of problems is halved. `VALIDATION` decides when to stop, the
-    best weights and lambda. `TEST` is what is reported and gated; it decides nothing before.
-    """
-
-    TRAINING = "training"
-    VALIDATION = "validation"
-    TEST = "test"
+KEY_COLUMNS = (
+    "rollout_id",
+    "split",
+    "slm_digest",
+    "llm_digest",
+    PROMPT_KEY,
+    PART,
+    f"{LABELS}.{LABEL_KEY}",
+)
+WEIGHT_COLUMNS = (f"{LABELS}.mass", f"{LABELS}.llm_log_probs")
 
 
 def part_of(rollout: Rollout) -> Part:
     """By a hash of the group: stable when the lake grows, and no group is in two parts."""
-    if not rollout.held_out:
-        return Part.TRAINING
-    digest = hashlib.sha256(f"half/{rollout.task}/{rollout.split_group}".encode()).digest()
-    return Part.VALIDATION if digest[0] < 128 else Part.TEST
+    return part_of_group(rollout.task, rollout.split_group)
 
 
 def context_length(rollout: Rollout) -> int:
@@ -78,129 +79,171 @@ class TrainingData:
     """
 
     def __init__(self, source: Source, slm_digest: str, settings: TrainingSettings) -> None:
-        self._source = source
         self._settings = settings
-        pairs = _labels_by_pair(source)
+        self._data: _Shards | _InMemory
+        self._data = _Shards(source) if isinstance(source, Snapshot) else _InMemory(source)
+        self.newest = self._data.newest
+        pairs = Counter[tuple[str, ...]]()
+        held_out: list[tuple[np.ndarray, Rows]] = []  # of each shard: their numbers, their keys
+        for shard in range(self._data.shards):
+            rows = self._data.read(shard, KEY_COLUMNS)
+            for split in rows.distinct("split"):
+                check_split(split)
+            pairs += rows.labels_by("slm_digest", "llm_digest")
+            chosen = (rows.numbers(PART) != 0) & (rows.label_counts > 0)
+            held_out.append((np.flatnonzero(chosen), rows.where(chosen)))
         self.llm_digest = _llm_of(pairs, slm_digest)
         self._pair = (slm_digest, self.llm_digest)
         self.skipped = pairs.total() - pairs[self._pair]
-        self.newest = 0.0
-        # Hashes of the label ids and prompts of all held-out rollouts, chosen or not.
-        self._held_out: set[int] = set()
-        self.labels = self._read_all()
-        if self.labels < MIN_TRAINING_LABELS or not self.validation or not self.test:
+        self._held_prompts, self._held_labels = self._find_held_out(held_out)
+        parts = (Part.VALIDATION, Part.TEST)
+        self._chosen = {part: self._choose(held_out, part) for part in parts}
+        if not all(self._chosen.values()) or not self._has_enough():
             raise StoreError(
-                f"{self.labels} training labels, {count_labels(self.validation)} to validate and "
-                f"{count_labels(self.test)} to test are too few to train on (at least "
-                f"{MIN_TRAINING_LABELS}, 1, 1, after the filters of teacher_margin and min_mass); "
-                "harvest more problems"
+                f"{self.labels} training labels, {self._chosen_labels(Part.VALIDATION)} to "
+                f"validate and {self._chosen_labels(Part.TEST)} to test are too few to train on "
+                f"(at least {MIN_TRAINING_LABELS}, 1, 1, after the filters of teacher_margin and "
+                "min_mass); harvest more problems"
             )
 
-    def _read_all(self) -> int:
-        """Read the source once: choose what is held out; returns how many labels train."""
-        limit = self._settings.held_out_labels
-        chosen = {Part.VALIDATION: _SmallestHashes(limit), Part.TEST: _SmallestHashes(limit)}
-        # Of every label that may train; what is held out is known only in the end.
-        prompts, labels = array("q"), array("q")
-        for rollout in _read(self._source):
-            check_split(rollout.split)
-            self.newest = max(self.newest, rollout.created_at)
-            if not self._is_of_pair(rollout) or not rollout.labels:
-                continue
-            prompt = _prompt_hash(rollout)
-            part = part_of(rollout)
-            if part is Part.TRAINING:
-                for label in rollout.labels:
-                    if label_weight(label, self._settings) > 0:
-                        prompts.append(prompt)
-                        labels.append(hash(label.label_id))
-                continue
-            chosen[part].add(rollout)
-            self._held_out.add(prompt)
-            self._held_out.update(hash(label.label_id) for label in rollout.labels)
-        self.validation = chosen[Part.VALIDATION].rollouts()
-        self.test = chosen[Part.TEST].rollouts()
-        held_out = self._held_out
-        training = zip(prompts, labels, strict=True)
-        return sum(p not in held_out and label not in held_out for p, label in training)
+    # -- what is held out -------------------------------------------------------------------------
 
-    def epoch(self, number: int) -> Iterator[list[Rollout]]:
-        """Batches of about `settings.batch_labels` labels.
+    def _find_held_out(self, held_out: Iterable[tuple[np.ndarray, Rows]]) -> tuple[Keys, Keys]:
+        """Keys of the prompts and of the labels of all held-out rollouts, ascending."""
+        prompts, labels = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        for _, rows in held_out:
+            of_pair = rows.where(self._is_of_pair(rows))
+            prompts.append(of_pair.numbers(PROMPT_KEY))
+            labels.append(of_pair.of_labels(LABEL_KEY))
+        return np.unique(np.concatenate(prompts)), np.unique(np.concatenate(labels))
+
+    def _choose(self, held_out: Iterable[tuple[np.ndarray, Rows]], part: Part) -> list[_Place]:
+        """The rollouts of a part with the smallest hashes that together have about
+        `settings.held_out_labels` labels at most."""
+        places = []
+        for shard, (numbers, rows) in enumerate(held_out):
+            wanted = (rows.numbers(PART) == PARTS.index(part)) & self._is_of_pair(rows)
+            numbers = numbers[wanted]
+            counts = rows.label_counts[wanted].tolist()
+            ids = rows.where(wanted).texts("rollout_id")
+            for name, number, count in zip(ids, numbers.tolist(), counts, strict=True):
+                digest = hashlib.sha256(f"chosen/{name}".encode()).digest()
+                places.append(_Place(digest[:8], name, shard, number, count))
+        chosen: list[_Place] = []
+        total = 0
+        for place in sorted(places, key=lambda place: (place.digest, place.name)):
+            total += place.labels
+            if chosen and total > self._settings.held_out_labels:
+                break
+            chosen.append(place)
+        return chosen
+
+    def _chosen_labels(self, part: Part) -> int:
+        return sum(place.labels for place in self._chosen[part])
+
+    @cached_property
+    def validation(self) -> tuple[Rollout, ...]:
+        return self._load(self._chosen[Part.VALIDATION])
+
+    @cached_property
+    def test(self) -> tuple[Rollout, ...]:
+        return self._load(self._chosen[Part.TEST])
+
+    def _load(self, places: Sequence[_Place]) -> tuple[Rollout, ...]:
+        """Rollouts sorted by length."""
+        rollouts: list[Rollout] = []
+        for shard in sorted({place.shard for place in places}):
+            numbers = np.array(sorted(p.number for p in places if p.shard == shard))
+            for rows in self._data.pick(shard, numbers):
+                rollouts += rows.rollouts()
+        return tuple(sorted(rollouts, key=lambda r: (context_length(r), r.rollout_id)))
+
+    # -- what trains ------------------------------------------------------------------------------
+
+    def _is_of_pair(self, rows: Rows) -> np.ndarray:
+        slm, llm = self._pair
+        found: np.ndarray = rows.equal("slm_digest", slm) & rows.equal("llm_digest", llm)
+        return found
+
+    def _training(self, rows: Rows) -> Rows:
+        """Those that train, each with its training labels only."""
+        trains = self._is_of_pair(rows) & (rows.numbers(PART) == 0)
+        trains &= ~is_among(rows.numbers(PROMPT_KEY), self._held_prompts)
+        rows = rows.where(trains)
+        weights = label_weights(
+            rows.of_labels("mass"),
+            rows.label_lengths("llm_log_probs"),
+            rows.label_values("llm_log_probs"),
+            self._settings,
+        )
+        held_out = is_among(rows.of_labels(LABEL_KEY), self._held_labels)
+        rows = rows.with_labels_where((weights > 0) & ~held_out)
+        return rows.where(rows.label_counts > 0)
+
+    def _counts(self) -> Iterator[int]:
+        """Numbers of training labels, shard by shard."""
+        for shard in range(self._data.shards):
+            rows = self._data.read(shard, [*KEY_COLUMNS, *WEIGHT_COLUMNS])
+            yield int(self._training(rows).label_counts.sum())
+
+    @cached_property
+    def labels(self) -> int:
+        return sum(self._counts())
+
+    def _has_enough(self) -> bool:
+        """Looks no further than it must: a large lake need not be read to be enough."""
+        count = 0
+        for more in self._counts():
+            count += more
+            if count >= MIN_TRAINING_LABELS:
+                return True
+        return False
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[list[Rollout]]:
+        """Batches of about `settings.batch_labels` labels, from the `start`-th on.
 
         The same for the same source, seed and number, whoever asks.
         """
         size = self._settings.batch_labels
         order = random.Random(f"{self._settings.seed}/{number}")
-        shuffled = _shuffle(self._training(_read(self._source, order)), order)
-        for window in _windows(shuffled, size * WINDOW):
-            window.sort(key=_by_length)
-            batches = list(_windows(iter(window), size))
+        done = 0
+        for window in _windows(self._mixed(order), size * WINDOW):
+            lengths = window.label_ends("position")
+            window = window.take(np.lexsort([window.keys("rollout_id"), lengths]))
+            cuts = _cuts(window.label_counts, size)
+            batches = list(zip(cuts, cuts[1:], strict=False))
             order.shuffle(batches)
-            yield from batches
+            for first, end in batches:
+                done += 1
+                if done > start:
+                    yield window.slice(first, end - first).rollouts()
 
-    def _training(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
-        """Those that train, each with its training labels only."""
-        for rollout in rollouts:
-            if not self._is_of_pair(rollout) or part_of(rollout) is not Part.TRAINING:
-                continue
-            if _prompt_hash(rollout) in self._held_out:
-                continue
-            labels = []
-            for label in rollout.labels:
-                held_out = hash(label.label_id) in self._held_out
-                if not held_out and label_weight(label, self._settings) > 0:
-                    labels.append(label)
-            if labels:
-                yield replace(rollout, labels=tuple(labels))
-
-    def _is_of_pair(self, rollout: Rollout) -> bool:
-        return (rollout.slm_digest, rollout.llm_digest) == self._pair
+    def _mixed(self, order: random.Random) -> Iterator[Rows]:
+        """All that trains, BUFFER rollouts at a time, in random order among themselves."""
+        waiting: list[Rows] = []
+        for rows in self._data.shuffled(order):
+            waiting.append(self._training(rows))
+            if sum(map(len, waiting)) >= BUFFER:
+                yield _shuffled(Rows.joined(waiting), order)
+                waiting = []
+        yield _shuffled(Rows.joined(waiting), order)
 
 
-class _SmallestHashes:
-    """The rollouts with the smallest hashes that together have about `limit` labels at most."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a held-out rollout lies; `digest` decides whether it is chosen."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._count = 0
-        self._heap: list[tuple[int, str, Rollout]] = []  # the largest hash first
-
-    def add(self, rollout: Rollout) -> None:
-        digest = hashlib.sha256(f"chosen/{rollout.rollout_id}".encode()).digest()
-        number = int.from_bytes(digest[:8], "big")
-        heapq.heappush(self._heap, (-number, rollout.rollout_id, rollout))
-        self._count += len(rollout.labels)
-        while self._count > self._limit and len(self._heap) > 1:
-            _, _, dropped = heapq.heappop(self._heap)
-            self._count -= len(dropped.labels)
-
-    def rollouts(self) -> tuple[Rollout, ...]:
-        """Sorted by length."""
-        return tuple(sorted((rollout for _, _, rollout in self._heap), key=_by_length))
-
-
-def _by_length(rollout: Rollout) -> tuple[int, str]:
-    return context_length(rollout), rollout.rollout_id
-
-
-def _prompt_hash(rollout: Rollout) -> int:
-    return hash(rollout.token_ids[: rollout.prompt_length])
+    digest: bytes
+    name: str
+    shard: int
+    number: int
+    labels: int
 
 
 # -- whose labels ---------------------------------------------------------------------------------
 
 
-def _labels_by_pair(source: Source) -> Counter[tuple[str, str]]:
-    """Number of labels by (SLM, LLM) digest."""
-    if isinstance(source, Snapshot):
-        return source.pairs()
-    pairs: Counter[tuple[str, str]] = Counter()
-    for rollout in source:
-        pairs[rollout.slm_digest, rollout.llm_digest] += len(rollout.labels)
-    return pairs
-
-
-def _llm_of(pairs: Counter[tuple[str, str]], slm_digest: str) -> str:
+def _llm_of(pairs: Counter[tuple[str, ...]], slm_digest: str) -> str:
     """The LLM that made most of this SLM's labels; the same for whoever asks."""
     labels_of = {llm: labels for (slm, llm), labels in pairs.items() if slm == slm_digest}
     if pairs and not labels_of:
@@ -212,46 +255,86 @@ def _llm_of(pairs: Counter[tuple[str, str]], slm_digest: str) -> str:
     return max(sorted(labels_of), key=lambda llm: labels_of[llm], default="")
 
 
+# -- where rollouts come from ---------------------------------------------------------------------
+
+
+class _Shards:
+    """A snapshot."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._reader: Reader = snapshot.reader()
+        self.shards = len(self._reader.shards)
+        self.newest = max((shard.last for shard in self._reader.shards), default=0.0)
+
+    def read(self, shard: int, names: Sequence[str]) -> Rows:
+        return self._reader.read(shard, names)
+
+    def pick(self, shard: int, numbers: np.ndarray) -> Iterator[Rows]:
+        """Whole rows of a shard by their numbers among the distinct ones."""
+        return self._reader.pick(shard, numbers)
+
+    def shuffled(self, order: random.Random) -> Iterator[Rows]:
+        """Runs of whole rows in random order."""
+        shards = list(range(self.shards))
+        order.shuffle(shards)
+        for start in range(0, len(shards), SHARDS_AT_ONCE):
+            groups = []
+            for shard in shards[start : start + SHARDS_AT_ONCE]:
+                self._reader.verify(shard)
+                groups += [(shard, group) for group in range(self._reader.groups(shard))]
+            order.shuffle(groups)
+            for shard, group in groups:
+                yield self._reader.read(shard, SCHEMA.names, [group])
+
+
+class _InMemory:
+    """Rollouts that a caller has."""
+
+    shards = 1
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self._rows = Rows.of(rollouts).completed()
+        self.newest = max((rollout.created_at for rollout in rollouts), default=0.0)
+
+    def read(self, shard: int, names: Sequence[str]) -> Rows:
+        return self._rows
+
+    def pick(self, shard: int, numbers: np.ndarray) -> Iterator[Rows]:
+        yield self._rows.take(numbers)
+
+    def shuffled(self, order: random.Random) -> Iterator[Rows]:
+        starts = list(range(0, len(self._rows), BUFFER // 8))
+        order.shuffle(starts)
+        for start in starts:
+            yield self._rows.slice(start, BUFFER // 8)
+
+
 # -- order ----------------------------------------------------------------------------------------
 
 
-def _read(source: Source, order: random.Random | None = None) -> Iterator[Rollout]:
-    """order: rearranges the shards of a snapshot."""
-    if not isinstance(source, Snapshot):
-        return iter(source)
-
-    def shuffled(shards: list[Shard]) -> list[Shard]:
-        if order is not None:
-            order.shuffle(shards)
-        return shards
-
-    return source.rollouts(shuffled)
+def _shuffled(rows: Rows, order: random.Random) -> Rows:
+    return rows.take(np.random.default_rng(order.getrandbits(64)).permutation(len(rows)))
 
 
-def _shuffle(rollouts: Iterator[Rollout], order: random.Random) -> Iterator[Rollout]:
-    """Random order within a buffer: each rollout that comes in pushes out one at random."""
-    buffer: list[Rollout] = []
-    for rollout in rollouts:
-        if len(buffer) < BUFFER:
-            buffer.append(rollout)
-            continue
-        index = order.randrange(BUFFER)
-        yield buffer[index]
-        buffer[index] = rollout
-    order.shuffle(buffer)
-    yield from buffer
-
-
-def _windows(rollouts: Iterator[Rollout], labels: int) -> Iterator[list[Rollout]]:
+def _windows(buffers: Iterable[Rows], labels: int) -> Iterator[Rows]:
     """Runs of rollouts with about `labels` labels, the last one smaller."""
-    window: list[Rollout] = []
-    size = 0
-    for rollout in rollouts:
-        window.append(rollout)
-        size += len(rollout.labels)
-        if size >= labels:
-            yield window
-            window = []
-            size = 0
-    if window:
-        yield window
+    rest = Rows.joined([])
+    for rows in buffers:
+        rows = Rows.joined([rest, rows])
+        cuts = _cuts(rows.label_counts, labels)
+        for start, end in zip(cuts, cuts[1:-1], strict=False):
+            yield rows.slice(start, end - start)
+        rest = rows.slice(cuts[-2], len(rows) - cuts[-2]) if len(cuts) > 1 else rows
+    if len(rest):
+        yield rest
+
+
+def _cuts(counts: np.ndarray, size: int) -> list[int]:
+    """Where runs of `size` items, or a few more, begin and end: [0, ..., len(counts)]."""
+    ends = np.cumsum(counts)
+    cuts = [0]
+    while cuts[-1] < len(counts):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cut = int(np.searchsorted(ends, before + size)) + 1
+        cuts.append(min(cut, len(counts)))
+    return cuts

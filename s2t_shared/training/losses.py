@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,37 @@ def label_weight(label: Label, settings: TrainingSettings) -> float:
     if settings.teacher_margin is MarginFilter.DROP:
         return 1.0
     return (margin + settings.margin_eps) ** settings.margin_power
+
+
+def label_weights(
+    mass: np.ndarray, counts: np.ndarray, log_probs: np.ndarray, settings: TrainingSettings
+) -> np.ndarray:
+    """`label_weight` of many labels, [n].
+
+    counts: [n], of the candidates; log_probs: the LLM's, of all candidates of all labels.
+    """
+    weights = np.ones(len(mass))
+    if settings.teacher_margin is not MarginFilter.NONE and len(counts):
+        margins = _teacher_margins(counts, log_probs)
+        if settings.teacher_margin is MarginFilter.WEIGHT:
+            weights = (margins + settings.margin_eps) ** settings.margin_power
+        weights = weights * (margins >= settings.min_margin)
+    alone = 1.0 if settings.objective is Objective.PLAIN else 0.0
+    weights = np.where(counts < 2, alone, weights)
+    found: np.ndarray = weights * (mass.astype(np.float64) >= settings.min_mass)
+    return found
+
+
+def _teacher_margins(counts: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+    """`teacher_margin` of many labels, [n]."""
+    valid = np.arange(counts.max())[None, :] < counts[:, None]
+    padded = np.full(valid.shape, -np.inf)
+    padded[valid] = log_probs
+    padded = np.sort(padded, axis=1)[:, ::-1]
+    shares = np.exp(padded - padded[:, :1])
+    second = shares[:, 1] if shares.shape[1] > 1 else 0.0
+    found: np.ndarray = (shares[:, 0] - second) / shares.sum(1)
+    return found
 
 
 def teacher_margin(label: Label) -> float:

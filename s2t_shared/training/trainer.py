@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.shards import Snapshot
+from s2t_shared.labels.snapshots import Snapshot
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -224,7 +223,7 @@ class _Run:
             StoreError: an epoch without a batch.
         """
         while True:
-            for batch in islice(self.data.epoch(self.epoch), self.batches_done, None):
+            for batch in self.data.epoch(self.epoch, self.batches_done):
                 self.batches_done += 1
                 yield batch
             if not self.batches_done:

@@ -30,8 +30,9 @@ from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import Calibration
+from s2t_shared.splits import Part
 from s2t_shared.statistics import clustered_difference
-from s2t_shared.training.dataset import Part, TrainingData, part_of
+from s2t_shared.training.dataset import TrainingData, part_of
 from s2t_shared.training.evaluate import Evaluation, evaluate_local_selector
 from s2t_shared.training.losses import label_weight
 from s2t_shared.training.settings import Objective, TrainingSettings

@@ -437,6 +437,28 @@ def harvest(
 
 
 @bench_app.command()
+def lake(
+    rollouts: Annotated[int, typer.Option(help="with 20 labels each")] = 50_000,
+    drained: Annotated[int, typer.Option(help="rollouts through Redis")] = 10_000,
+    repeats: Repeats = 3,
+    folder: Annotated[Path | None, typer.Option(help="keeps the lake for the next run")] = None,
+    json_out: Json = False,
+) -> None:
+    """Statistics, checks, export, deletion, training's first batch and drains, against plain
+    pyarrow."""
+    from services.bench.lake import Load, bench_lake
+
+    load = Load(
+        at_least_one(rollouts, "--rollouts"),
+        at_least_one(drained, "--drained"),
+        at_least_one(repeats, "--repeats"),
+    )
+    with ticks() as on_turn:
+        report = bench_lake(load, folder, on_turn)
+    show(report, json_out)
+
+
+@bench_app.command()
 def curve(
     slm: Slm,
     lake: Annotated[Path, typer.Option(help="folder with labels (s2t harvest)")],

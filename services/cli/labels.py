@@ -35,23 +35,28 @@ if TYPE_CHECKING:
 
 labels_app = typer.Typer(no_args_is_help=True, help="The lake of selection labels.")
 LakeFolder = Annotated[
-    Path | None, typer.Argument(help="the lake folder; default: that of the data folder")
+    str | None,
+    typer.Argument(help="the lake's folder or s3://... URL; default: that of the data folder"),
 ]
 GIB = 1 << 30
 DAY_S = 86_400.0
 BRING_IN_S = 10.0  # online traffic makes new labels all the time
 
 
-def _open(folder: Path | None, config: Path | None, data_dir: Path | None) -> tuple[Lake, Config]:
+def _open(folder: str | None, config: Path | None, data_dir: Path | None) -> tuple[Lake, Config]:
     """The lake and the configuration.
 
     Raises:
         ConfigError: there is no such folder (a verb must not make one).
     """
     from s2t_shared.labels.lake import Lake
+    from s2t_shared.labels.object_lake import open_lake
+    from s2t_shared.labels.places import is_url
 
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-    root = folder or resolved.lake
+    if folder is not None and is_url(folder):
+        return open_lake(folder), resolved
+    root = Path(folder) if folder else resolved.lake
     if not root.is_dir():
         raise ConfigError(
             f"there is no lake folder {str(root)!r}; name one, give --data-dir, or harvest first "
@@ -78,7 +83,7 @@ def stats(
     from services.launch.service_record import find_service
 
     opened, resolved = _open(lake, config, data_dir)
-    service = find_service(resolved.data_dir) if opened.root == resolved.lake else None
+    service = find_service(resolved.data_dir) if opened.where == str(resolved.lake) else None
     if flush and service is None:
         raise ConfigError(f"--flush: no service runs on {str(resolved.data_dir)!r}")
     queued = _queued(resolved, service, flush)
@@ -227,8 +232,8 @@ def date(seconds: float | None) -> str:
 
 @labels_app.command()
 def export(
-    lake: Annotated[Path, typer.Argument(help="the lake folder")],
-    folder: Annotated[Path, typer.Argument(help="new folder for the data set")],
+    lake: Annotated[str, typer.Argument(help="the lake's folder or s3://... URL")],
+    folder: Annotated[str, typer.Argument(help="new folder or URL for the data set")],
     format: Annotated[
         str, typer.Option("--format", help="hf (Parquet and a card), parquet or jsonl")
     ] = "hf",
@@ -251,7 +256,11 @@ def export(
         tokenizer = Tokenizer.load(resolve_model(with_text))
     rollouts = sum(shard.rollouts for shard in opened.shards())
     with progress("rollouts", rollouts, json_out) as shown:
-        exported = export_labels(opened, folder, kind, tokenizer, lambda labels: shown.advance())
+
+        def on_rollouts(count: int) -> None:
+            shown.update(shown.done + count)
+
+        exported = export_labels(opened, folder, kind, tokenizer, on_rollouts)
     result: dict[str, Any] = {"folder": str(folder), "labels": exported.total}
     for split in SPLITS:
         result[split] = exported.labels[split]
@@ -296,24 +305,20 @@ def delete(
         [(field, value)] = by_field
         removed = _delete_by_field(opened, field, value, yes)
         result = _delete_refused(opened, resolved, field, value)
-    quarantine = opened.root / "quarantine"
-    if any(quarantine.glob("shard-*")):
+    if opened.quarantined.names(".parquet"):
         print(
-            f"s2t: what cannot be read in {str(quarantine)!r} was not searched; remove that folder "
-            "when it is needed no more",
+            f"s2t: what cannot be read in {opened.where + '/quarantine'!r} was not searched; "
+            "remove that folder when it is needed no more",
             file=sys.stderr,
         )
     show({"deleted rollouts": removed} | result, json_out)
 
 
 def _delete_by_field(lake: Lake, field: str, value: str, yes: bool) -> int:
-    from s2t_shared.labels.deletions import Deletion
-
-    deletion = Deletion.of(field, value)
-    found = [len(rollout.labels) for rollout in lake.rollouts() if deletion.matches(rollout)]
+    rollouts, labels = lake.rollouts_with(field, value)
     confirm(
-        f"{len(found)} rollouts with {sum(found)} labels of {field} {value!r}, and what of it is "
-        f"on its way, in {str(lake.root)!r}",
+        f"{rollouts} rollouts with {labels} labels of {field} {value!r}, and what of it is "
+        f"on its way, in {lake.where!r}",
         yes,
     )
     return lake.delete(field, value)
@@ -323,7 +328,7 @@ def _delete_refused(lake: Lake, config: Config, field: str, value: str) -> dict[
     """Delete from the dead letters of the Redis that belongs to the lake, if there is one."""
     from services.cli.dead_letters import delete_from_dead_letters, with_redis
 
-    if lake.root != config.lake:
+    if lake.where != str(config.lake):
         return {}
     return delete_from_dead_letters(with_redis(config), field, value)
 
@@ -342,7 +347,7 @@ def _delete_by_retention(
         f"{len(shards)} of {len(lake.shards())} shards: "
         f"{sum(shard.rollouts for shard in shards)} rollouts with "
         f"{sum(shard.labels for shard in shards)} labels, made until {date(newest)}, "
-        f"in {str(lake.root)!r}",
+        f"in {lake.where!r}",
         yes,
     )
     return lake.prune(max_age_s, max_bytes)
@@ -374,13 +379,16 @@ def _on_terminal() -> bool:
 def verify(
     lake: LakeFolder = None,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="move bad shards aside")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="check hash and schema only, not every value")
+    ] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     json_out: Json = False,
 ) -> None:
     """Check hash, schema and values of every shard; exit status 1 where one is bad."""
     opened, _ = _open(lake, config, data_dir)
-    bad = opened.verify()
+    bad = opened.verify(quick)
     quarantined = quarantine and bool(bad)
     if quarantined:
         opened.quarantine(bad)
@@ -392,10 +400,25 @@ def verify(
             wide_console().print(f"[red]BAD[/red] {escape(name)}: {escape(reason)}", soft_wrap=True)
         if quarantined:
             print(
-                f"moved to {opened.root / 'quarantine'}; {good_shards} good shards remain; "
+                f"moved to {opened.where}/quarantine; {good_shards} good shards remain; "
                 "run the harvest again with --again to make them anew"
             )
         elif not bad:
             print(f"{good_shards} shards, all well")
     if bad:
         raise typer.Exit(1)
+
+
+# -- migrate --------------------------------------------------------------------------------------
+
+
+@labels_app.command()
+def migrate(
+    lake: LakeFolder = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
+    """Rewrite the shards of an older format. They are read without it too, but more slowly."""
+    opened, _ = _open(lake, config, data_dir)
+    show({"rewritten shards": opened.migrate()}, json_out)

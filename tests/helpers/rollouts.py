@@ -34,7 +34,7 @@ def make_rollout(
     number: int, positions: tuple[int, ...] = (5, 9, 14), slm: str = "slm", **changes: object
 ) -> Rollout:
     rng = random.Random(number)
-    tokens = tuple(rng.randrange(20, 45) for _ in range(max(positions) + number % 3))
+    tokens = tuple(rng.randrange(20, 45) for _ in range(max(4, *positions) + number % 3))
     labels = tuple(
         make_label(f"l{number}-{n}", n, 100 * number + n, k=3 + n % 3) for n in positions
     )

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -91,7 +90,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     before = {p.name for p in lake.root.iterdir()}
-    for target in ("s2t_shared.labels.lake.os.fsync", "s2t_shared.labels.shards.write_atomically"):
+    for target in ("s2t_shared.labels.lake.os.fsync", "s2t_shared.labels.places.Folder.create"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(StoreError, match="No space left on device; free"):
@@ -149,23 +148,11 @@ def test_damage_is_found_named_and_can_be_put_aside(lake: Lake) -> None:
         lake.shards()
 
 
-def test_a_shard_written_before_groups_is_read(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column that came later is optional: labels that exist stay usable, and are compacted."""
-    older = pa.schema([field for field in shards_module.SCHEMA if field.name != "group"])
-    with monkeypatch.context() as patch:
-        patch.setattr(shards_module, "SCHEMA", older)
-        lake.write([rollout(1), rollout(2), rollout(3)], "a")
-    lake.write([replace(rollout(4), group="g")], "b")
-    assert [r.group for r in lake.rollouts()] == ["", "", "", "g"]
-    lake.compact()
-    assert sorted(r.group for r in lake.rollouts()) == ["", "", "", "g"]
-
-
 def test_another_schema_is_refused_with_the_way_out(lake: Lake) -> None:
     lake.write([rollout(1)])
     manifest = lake.root / f"{lake.shards()[0].name}.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 1}))
-    with pytest.raises(StoreError, match="has schema 1, this program reads 2"):
+    with pytest.raises(StoreError, match="has schema 1, this program reads 2, 3"):
         ids(lake)
 
 

@@ -14,7 +14,7 @@ import pytest
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import DAY_S, Lake
-from s2t_shared.labels.shards import Snapshot
+from s2t_shared.labels.snapshots import Snapshot
 from s2t_shared.labels.stream import LabelStream
 from services.launch.redis_server import open_redis
 from tests.helpers.lake import ids, label, names, rollout

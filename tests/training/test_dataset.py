@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from s2t_shared.errors import ConfigError, EvaluationSplitError, StoreError
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.splits import Part
 from s2t_shared.training.dataset import (
     BUFFER,
-    Part,
     TrainingData,
     context_length,
     count_labels,
@@ -135,9 +135,9 @@ def test_labels_of_other_models_are_skipped(tmp_path: Path, rests: bool) -> None
     disk as in memory, and nothing of the others is trained or measured on."""
     ours = make_rollouts(60)
     others = [
-        make_rollout(100 + i, (3,), **{field: "other"})
+        make_rollout(100 + 2 * i + n, (3,), **{field: "other"})
         for i in range(40)
-        for field in ("slm_digest", "llm_digest")
+        for n, field in enumerate(("slm_digest", "llm_digest"))
     ]
     source = [*others[:40], *ours, *others[40:]]
     Lake(tmp_path).write(source)

@@ -19,12 +19,13 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.llm_selector import InProcessSelector
 from s2t_shared.decode.proposer import PREFILL_CHUNK_TOKENS
 from s2t_shared.errors import ConfigError
-from s2t_shared.labels.label import check_rollout
+from s2t_shared.labels.label import check_rollout, check_sense
 from s2t_shared.labels.lake import Lake
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.pair import Pair
+from s2t_shared.splits import Part
 from s2t_shared.statistics import clustered_difference
-from s2t_shared.training.dataset import Part, part_of
+from s2t_shared.training.dataset import part_of
 from s2t_shared.training.loss import training_loss
 from s2t_shared.types import Prompt, Trigger
 from services.bench import train as bench_training
@@ -45,6 +46,7 @@ from services.bench.curve_report import tables as curve_tables
 from services.bench.decode import CONFIGURATIONS, bench_decode
 from services.bench.harvest import Load, bench_harvest
 from services.bench.kl import bench_kl
+from services.bench.lake import made_up
 from services.bench.measure import figure, ratios, take_turns
 from services.bench.plot import draw
 from services.bench.score import bench_score
@@ -206,6 +208,14 @@ def test_a_wrong_loss_is_seen(small: Settings, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench_training, "training_loss", lambda *work: 1.001 * training_loss(*work))
     report = bench_train(Work(replace(small, prefix=10, new=20), rollouts=1), [], False)
     assert min(f.median for f in report.figures if f.name.endswith("relative difference")) > 9e-4
+
+
+def test_rollouts_of_a_made_up_lake_pass_the_drain() -> None:
+    """The drain refused them all, and the bench called them lost."""
+    [rows] = made_up(20)
+    for rollout in rows.rollouts():
+        check_rollout(rollout)
+        check_sense(rollout)
 
 
 def test_synthetic_rollouts_are_what_they_say(small: Settings) -> None:
