@@ -6,8 +6,8 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
-# Tests run in two processes; those that share a Ray cluster in one of them.
-PARALLEL := -n 2 --dist loadgroup
+# In two processes; a file's tests stay together. What starts Ray runs alone: two clusters on one machine are in each other's way.
+PARALLEL := -n 2 --dist loadfile
 # Everything but what starts Ray, kills processes or takes long.
 FAST := not service and not kill and not slow and not faults
 
@@ -26,7 +26,8 @@ demo: install
 	$(BIN)/s2t demo
 
 test: install
-	$(BIN)/python -m pytest $(PARALLEL) --durations=20
+	$(BIN)/python -m pytest $(PARALLEL) --durations=20 -m "not service and not faults"
+	$(BIN)/python -m pytest --durations=20 -m "service and not faults"
 
 # The long forms of the fault suite, behind `make test`'s short ones; at the end stands a table of goals and figures.
 faults: install

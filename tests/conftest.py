@@ -29,19 +29,6 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, all that need Ray share one, and so one cluster; and
-    those that kill processes another, for they measure how others go on."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        for marker in ("service", "kill"):
-            if item.get_closest_marker(marker) is not None:
-                item.add_marker(pytest.mark.xdist_group(marker))
-                break
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny random models, by their name in `tests.helpers.models.SPECS`."""
