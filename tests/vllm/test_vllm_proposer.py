@@ -120,7 +120,7 @@ def decoded(
 
 
 def check_same(found: Sequence[LiveSequence], expected: Sequence[LiveSequence]) -> None:
-    """Every Step: ids and choices equal, numbers within 1e-4."""
+    """Every Step: ids and choices equal, numbers within 1e-3: kernels of CPUs differ."""
     for here, there in zip(found, expected, strict=True):
         assert here.output_ids == there.output_ids
         assert here.finish_reason is there.finish_reason
@@ -146,11 +146,11 @@ def check_same_step(step: Step, other: Step) -> None:
         here, there = getattr(step, name), getattr(other, name)
         assert (here is None) == (there is None)
         if there is not None:
-            assert here == pytest.approx(there, abs=1e-4, rel=1e-4), (name, step, other)
+            assert here == pytest.approx(there, abs=1e-3, rel=1e-3), (name, step, other)
     assert (step.support is None) == (other.support is None)
     if step.support is not None and other.support is not None:
         best = other.support.log_probs[:8]
-        assert step.support.log_probs[:8] == pytest.approx(best, abs=1e-4)
+        assert step.support.log_probs[:8] == pytest.approx(best, abs=1e-3)
 
 
 @pytest.mark.parametrize("case", WITHOUT_VERSION, ids=lambda case: case.name)
