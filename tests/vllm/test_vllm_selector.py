@@ -81,9 +81,9 @@ def random_query(rng: random.Random, rows: int) -> ScoreQuery:
 def test_scores_are_the_torch_selectors(
     torch_llm: LLMSelector, vllm_llm: VLLMSelectorClient
 ) -> None:
-    """Every best id, and log-probabilities as near as two sets of kernels are: 1e-4 on an Intel CPU,
-    2e-4 on an AMD one, 4e-4 there for ids that have next to no mass. With excluded ids and padding
-    rows."""
+    """Every best id, and log-probabilities as near as two sets of kernels are: 1e-4 on an Intel
+    CPU, 2e-4 on an AMD one, 4e-4 there for ids that have next to no mass. With excluded ids and
+    padding rows."""
     rng = random.Random(0)
     rows = torch_llm.runtime.vocab_rows
     queries = [random_query(rng, rows) for _ in range(40)]
