@@ -34,6 +34,8 @@ from services.launch.redis_server import RedisServer, open_redis
 from services.launch.status import status
 from services.launch.up import up
 from services.roles import APPLICATION
+from services.rpc.channels import read_token
+from services.rpc.tokens import Role
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 FILES = Path(__file__).parent.parent.parent / "cluster"
@@ -84,7 +86,7 @@ class Stage:
         self.said.append((time.monotonic(), line))
 
     def ask(self, address: str, prompt: str) -> Answer:
-        token = (self.secrets / "token").read_text().strip()
+        token = read_token(self.secrets / "token", Role.GENERATE)
         with Client(address, token, self.secrets / "ca.crt", timeout_s=60) as client:
             return client.generate(prompt, mode="s2t", budget=0.2, max_new_tokens=40)
 
