@@ -39,6 +39,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # a trailer of a chunked body: nobody reads them, nothing bounds them
+            self.transport.close()
+            return
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._in_head = False
@@ -70,6 +76,7 @@ class HttpServer:
             ws="none",
             lifespan="off",
             loop="none",
+            proxy_headers=False,  # a client could name itself as any other
             log_config=None,
             access_log=False,
             server_header=False,

@@ -26,7 +26,9 @@ def client_of(context: grpc.aio.ServicerContext) -> str:
 
 def name_of(host: str, authorization: bytes) -> str:
     """The name of who calls from `host` ("ipv4:127.0.0.1") with this authorization."""
-    digest = hashlib.sha256(authorization).hexdigest()[:8] if authorization else "no token"
+    # The token alone: of its scheme's case and spaces there are as many spellings as one likes.
+    token = authorization.partition(b" ")[2].strip()
+    digest = hashlib.sha256(token).hexdigest()[:8] if token else "no token"
     return f"{host}, {digest}"
 
 
