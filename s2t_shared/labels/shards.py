@@ -305,19 +305,26 @@ def _readable_names(shard: Shard, schema: pa.Schema) -> dict[str, tuple[str, ...
     Raises:
         StoreError: they are not ours. Optional ones and keys may be missing.
     """
-    names = {field.name: () for field in schema}
-    if all(f.name in names or f.name in OPTIONAL for f in ROLLOUT_SCHEMA) and LABELS in names:
-        inner = schema.field(LABELS).type
-        known = {f.name: f.type for f in SCHEMA.field(LABELS).type.value_type}
-        if pa.types.is_list(inner) and pa.types.is_struct(inner.value_type):
-            found = {f.name: f.type for f in inner.value_type}
-            known.update({LABEL_KEY: known[LABEL_KEY]} if LABEL_KEY in found else {})
-            if LABEL_KEY not in found:
-                known.pop(LABEL_KEY)
-            others = (f for f in schema if f.name != LABELS)
-            if found == known and all(_is_ours(f) for f in others):
-                return names | {LABELS: tuple(found)}
-    raise StoreError(f"label shard {shard.name} has another schema: {schema.names}")
+    if not _has_our_columns(schema):
+        raise StoreError(f"label shard {shard.name} has another schema: {schema.names}")
+    names: dict[str, tuple[str, ...]] = {field.name: () for field in schema}
+    return names | {LABELS: tuple(field.name for field in schema.field(LABELS).type.value_type)}
+
+
+def _has_our_columns(schema: pa.Schema) -> bool:
+    needed = {field.name for field in ROLLOUT_SCHEMA} - set(OPTIONAL) | {LABELS}
+    if not needed <= set(schema.names):
+        return False
+    if not all(_is_ours(field) for field in schema if field.name != LABELS):
+        return False
+    labels = schema.field(LABELS).type
+    if not pa.types.is_list(labels) or not pa.types.is_struct(labels.value_type):
+        return False
+    known = {field.name: field.type for field in SCHEMA.field(LABELS).type.value_type}
+    found = {field.name: field.type for field in labels.value_type}
+    if LABEL_KEY not in found:
+        del known[LABEL_KEY]
+    return found == known
 
 
 def _is_ours(field: pa.Field) -> bool:

@@ -195,6 +195,21 @@ def test_endless_headers_end_the_connection(url: str) -> None:
         assert sent < 100 * MAX_HEAD_BYTES
 
 
+def test_trailers_end_the_connection(url: str) -> None:
+    """They were kept without a limit, also of a call that had been refused: 40 MB took 800."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n0\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head)  # and an empty body: what follows are trailers
+        sent = 0
+        with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe, as it comes
+            while sent < 100 * MAX_HEAD_BYTES:
+                sent += connection.send(b"a: b\r\n" * 8192)
+                time.sleep(0.001)
+        assert sent < 100 * MAX_HEAD_BYTES
+
+
 def test_a_long_body_is_no_long_head(url: str) -> None:
     """The head's limit must not count the body behind it."""
     connection = HTTPConnection(url.removeprefix("http://"), timeout=30)

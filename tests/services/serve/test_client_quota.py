@@ -14,7 +14,7 @@ import pytest
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from services.rpc import wire
-from services.serve.client_quota import client_of
+from services.serve.client_quota import client_of, name_of
 from tests.helpers.serving import becomes, gateway, gateway_config, proposer_service, slow_slm
 
 PARAMETERS = pb.GenerationParameters(text="a prompt", mode=pb.MODE_GREEDY)
@@ -134,6 +134,12 @@ def test_a_client_is_a_token_from_a_host() -> None:
         client_of(Call("unix:/run/s2t.sock", "secret")),
     ]
     assert len({one, *others}) == 6
+
+
+def test_a_token_is_one_client_however_its_header_is_spelt() -> None:
+    """Each spelling that is accepted was a client with a quota of its own."""
+    spelt = [b"Bearer secret", b"bearer secret", b"BEARER   secret ", b"Bearer  secret"]
+    assert len({name_of("ipv4:10.0.0.1", header) for header in spelt}) == 1
 
 
 def test_the_proposer_is_told_who_asks(tmp_path: Path) -> None:
