@@ -20,6 +20,7 @@ from services.rpc import wire
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
+MAX_ERRORS = 100  # of one request, that are looked at to say which is wrong
 MAX_TOP_LOGPROBS = 20
 DRAWING = (Mode.SAMPLE, Mode.MAJORITY)  # modes in which the seed counts
 SEEDS = 1 << 63
@@ -78,7 +79,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates know it: the developer of today is the system of yesterday."""
@@ -89,6 +90,9 @@ class ChatMessage(BaseModel):
         return {"role": role, "content": content}
 
 
+# The first wrong element ends it: a client could have millions of them described.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 NoEffect = Annotated[Any, Field(default=None, exclude=True)]
 TokenLimit = Annotated[int | None, Field(default=None, ge=1, lt=1 << 31)]
 Zero = Annotated[float | None, Field(default=None, ge=0, le=0)]
@@ -103,7 +107,7 @@ class OpenAIRequest(_Model):
     top_p: float | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     s2t: Settings = Settings()
@@ -134,7 +138,7 @@ class OpenAIRequest(_Model):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -159,7 +163,7 @@ class ChatRequest(OpenAIRequest):
 
 
 class CompletionRequest(OpenAIRequest):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=1)
@@ -211,6 +215,8 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:  # to describe a million of them takes many seconds
+            raise InvalidRequestError(f"{error.error_count()} values are wrong") from None
         found = error.errors(include_url=False, include_input=False, include_context=False)
         first = max(found, key=lambda item: len(item["loc"]))  # of a union, what got furthest
         place = ".".join(str(part) for part in first["loc"] if _is_a_name(part))

@@ -15,6 +15,7 @@ from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.rpc import wire
+from services.rpc.border import log_unexpected
 from services.rpc.tokens import Role, Tokens
 from services.serve.admin_servicer import AdminServicer
 from services.serve.client_quota import name_of
@@ -81,7 +82,7 @@ class HttpDoor:
             if refusal.text != str(error):
                 log.warning("told a client less than this: %s", error)
             return refusal
-        log.error("unexpected error", exc_info=error)
+        log_unexpected(error)
         return wire.Refusal(
             code=grpc.StatusCode.INTERNAL,
             text="an unexpected error; it is in the service's log",
