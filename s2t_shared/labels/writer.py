@@ -29,7 +29,7 @@ from pathlib import Path
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.spool import Spool
+from s2t_shared.labels.spool import Spool, SpoolUsage
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,10 @@ class LabelWriter:
     def writes_to_redis(self) -> bool:
         """Whether Redis confirmed the last write; otherwise the spool is used first."""
         return self._redis_confirms.is_set()
+
+    def spool_usage(self) -> SpoolUsage:
+        """How much waits in the spool. Raises StoreError: the disk refuses."""
+        return self._spool.usage()
 
     def write(self, rollouts: Sequence[Rollout]) -> Future[None]:
         """Queue rollouts. Never blocks, never raises.

@@ -33,6 +33,20 @@ def find_url() -> str:
     return str(gateway.url.remote().result(timeout_s=ADDRESS_TIMEOUT_S))
 
 
+def find_metrics() -> dict[str, list[str]]:
+    """Where Prometheus reads each replica's metrics, by the name of its deployment.
+
+    Raises:
+        Exception: of any kind, from Serve; they do not say.
+    """
+    found = {}
+    for name in serve.status().applications[APPLICATION].deployments:
+        asked = serve.get_deployment_handle(name, APPLICATION).broadcast("metrics_url")
+        urls = asked.results(timeout_s=ADDRESS_TIMEOUT_S)
+        found[name] = sorted(str(url) for url in urls if url)
+    return found
+
+
 def waits(config: Config) -> dict[str, str]:
     """What replicas that have no node wait for, in words, by the name of their deployment."""
     unplaced = _unplaced()

@@ -22,13 +22,18 @@ ALLOWED = {  # service -> roles
     "s2t.v1.AdminService": frozenset({Role.ADMIN}),
     "grpc.reflection.v1alpha.ServerReflection": frozenset({Role.GENERATE, Role.ADMIN}),
 }
+OnRefusal = Callable[[Exception], None]
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls whose token has no role that may make them; health checks excepted."""
+    """Refuses calls whose token has no role that may make them; health checks excepted.
 
-    def __init__(self, tokens: Tokens) -> None:
+    on_refusal: called with the error of each call that is refused.
+    """
+
+    def __init__(self, tokens: Tokens, on_refusal: OnRefusal = lambda error: None) -> None:
         self._tokens = tokens
+        self._on_refusal = on_refusal
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -40,6 +45,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._tokens.check(given, ALLOWED.get(service, frozenset()))
         except (UnauthenticatedError, PermissionDeniedError) as error:
+            self._on_refusal(error)
             return _refusal(error)
         return await continuation(details)
 

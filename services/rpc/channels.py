@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from s2t_shared.errors import ConfigError
-from services.rpc.authorization import TokenInterceptor
+from services.rpc.authorization import OnRefusal, TokenInterceptor
 from services.rpc.border import BorderInterceptor
 from services.rpc.tls import ClientTLS, FollowedTLS, server_credentials
 from services.rpc.tokens import Role, Tokens
@@ -61,14 +61,17 @@ def new_server(
     security: SecurityConfig,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     connections: ConnectionLimits = NO_LIMITS,
+    on_refusal: OnRefusal = lambda error: None,
 ) -> grpc.aio.Server:
     """A server with our limits; it demands a token if, and only if, a token file is configured.
+
+    on_refusal: called with the error of each call that its token does not allow.
 
     Raises:
         ConfigError: the token file cannot be used.
     """
     file = security.token_file
-    authorization = [] if file is None else [TokenInterceptor(Tokens(file))]
+    authorization = [] if file is None else [TokenInterceptor(Tokens(file), on_refusal)]
     return grpc.aio.server(
         interceptors=[*authorization, BorderInterceptor()],
         options=[

@@ -68,6 +68,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             async for piece in pieces:
                 yield wire.write_piece(request.request_id, piece)
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
+            self._intake.refused(error)
             await refuse(context, error)
 
     async def Generate(
@@ -80,6 +81,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 request_id=request.request_id, answer=wire.write_answer(answer)
             )
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
+            self._intake.refused(error)
             await refuse(context, error)
             raise AssertionError("abort raises") from error
 
@@ -89,6 +91,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         try:
             return wire.write_description(await self._proposers.describe())
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
+            self._intake.refused(error)
             await refuse(context, error)
             raise AssertionError("abort raises") from error
 
