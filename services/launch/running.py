@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import ray
 from ray import serve
 
@@ -9,6 +11,7 @@ from s2t_shared.config import Config
 from services.nodes import awaited, find_nodes, needs_of
 from services.roles import APPLICATION, SECTIONS, placements
 
+logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 ADDRESS_TIMEOUT_S = 30.0
 
 

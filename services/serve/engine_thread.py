@@ -36,8 +36,9 @@ class OngoingAnswer:
     """Carries the pieces of one answer from the engine's thread to the running asyncio loop."""
 
     def __init__(self, arrived_at: float | None = None) -> None:
-        """arrived_at: when its request came, `time.monotonic()`; None: now."""
-        self.arrived_at = time.monotonic() if arrived_at is None else arrived_at
+        """arrived_at: when its request came, `time.monotonic()`; None: it is nobody's, and not
+        counted."""
+        self.arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
         self._pieces: list[AnswerPiece] = []
         self._is_last = False
@@ -244,7 +245,7 @@ class EngineThread:
         if sequence not in self._ongoing:  # its answer has failed
             return
         builder, answer = self._ongoing[sequence]
-        if self.meter is not None:
+        if self.meter is not None and answer.arrived_at is not None:
             self.meter.count(sequence, steps, answer.arrived_at, time.monotonic())
         try:
             piece = builder.push(sequence, steps)

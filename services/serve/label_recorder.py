@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from s2t_shared.errors import ConfigError, SelectorUnavailableError, StoreError
 from s2t_shared.labels.label import Digests, Rollout, rollout_of
-from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.labels.writer import DROP_REASONS, LabelWriter
 from s2t_shared.splits import check_split
 from s2t_shared.types import Answer, GenerateRequest, LabelOptions, Mode
 from services.metrics.registry import Reading
@@ -46,7 +46,8 @@ class LabelRecorder:
         if self._writer is None:
             return
         yield Reading("s2t_labels_written_total", self._writer.written)
-        for reason, labels in list(self._writer.dropped.items()):
+        for reason in DROP_REASONS:  # those at 0 too, or no query would see the first one rise
+            labels = self._writer.dropped[reason]
             yield Reading("s2t_labels_dropped_total", labels, (reason.replace(" ", "_"),))
         with suppress(StoreError):  # the disk refuses: then dropped labels tell of it
             usage = self._writer.spool_usage()

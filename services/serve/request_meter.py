@@ -25,6 +25,11 @@ class RequestMeter:
         self._finished = registry.counter("s2t_finished_answers_total")
         self._seconds = registry.histogram("s2t_request_duration_seconds")
         self._in_progress = registry.gauge("s2t_requests_in_progress")
+        for reason in (
+            *wire.REASONS.values(),
+            wire.INTERNAL,
+        ):  # at 0: else no query would see the first rise
+            self._refusals.labels(reason)
 
     def refused(self, error: Exception) -> None:
         """A call has ended with an error that its client is told."""

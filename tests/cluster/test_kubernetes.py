@@ -22,7 +22,8 @@ from tests.cluster.kustomize import Manifest, render
 
 K8S = Path(__file__).parent.parent.parent / "cluster/k8s"
 OVERLAYS = ["reference", "one-gpu"]
-OTHERS_KINDS = {
+# Custom resources, of which no schema is at hand.
+OTHERS_KINDS = {"RayService", "PodMonitor", "PrometheusRule"}
     "RayService",
     "PodMonitor",
     "PrometheusRule",
