@@ -13,6 +13,7 @@ import grpc.aio
 
 from s2t_shared.errors import PermissionDeniedError, UnauthenticatedError
 from services.rpc import wire
+from services.rpc.border import OnRefusal
 from services.rpc.tokens import Role, Tokens
 
 OPEN_METHODS = ("/grpc.health.v1.Health/",)  # what a load balancer may ask without a token
@@ -22,7 +23,6 @@ ALLOWED = {  # service -> roles
     "s2t.v1.AdminService": frozenset({Role.ADMIN}),
     "grpc.reflection.v1alpha.ServerReflection": frozenset({Role.GENERATE, Role.ADMIN}),
 }
-OnRefusal = Callable[[Exception], None]
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):

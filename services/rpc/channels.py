@@ -14,8 +14,8 @@ import grpc
 import grpc.aio
 
 from s2t_shared.errors import ConfigError
-from services.rpc.authorization import OnRefusal, TokenInterceptor
-from services.rpc.border import BorderInterceptor
+from services.rpc.authorization import TokenInterceptor
+from services.rpc.border import BorderInterceptor, OnRefusal
 from services.rpc.tls import ClientTLS, FollowedTLS, server_credentials
 from services.rpc.tokens import Role, Tokens
 
@@ -65,7 +65,8 @@ def new_server(
 ) -> grpc.aio.Server:
     """A server with our limits; it demands a token if, and only if, a token file is configured.
 
-    on_refusal: called with the error of each call that its token does not allow.
+    on_refusal: called with each error that no handler has seen: a token that does not do, a message
+    that cannot be decoded, a bug.
 
     Raises:
         ConfigError: the token file cannot be used.
@@ -73,7 +74,7 @@ def new_server(
     file = security.token_file
     authorization = [] if file is None else [TokenInterceptor(Tokens(file), on_refusal)]
     return grpc.aio.server(
-        interceptors=[*authorization, BorderInterceptor()],
+        interceptors=[*authorization, BorderInterceptor(on_refusal)],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),

@@ -113,6 +113,21 @@ def test_refusals_by_reason(tmp_path: Path) -> None:
     assert found.sum("s2t_requests_total") == 1, "the others reached no proposer"
 
 
+def test_a_message_that_cannot_be_read(tmp_path: Path) -> None:
+    """No handler ever sees it."""
+
+    async def work(gateway: GatewayServer) -> None:
+        method = f"/{pb.DESCRIPTOR.services_by_name['GenerationService'].full_name}/Generate"
+        async with channels.open_channel(f"127.0.0.1:{gateway.port}", None) as channel:
+            call = channel.unary_unary(method, request_serializer=bytes)
+            with pytest.raises(grpc.RpcError):
+                await call(b"\xff\xff")
+
+    found = with_gateway(tmp_path, work)
+    assert found.sum("s2t_refusals_total", reason="INVALID_REQUEST") == 1
+    assert found.sum("s2t_refusals_total") == 1
+
+
 def test_a_client_that_goes_away(tmp_path: Path) -> None:
     async def work(gateway: GatewayServer) -> None:
         task = asyncio.create_task(generate(gateway, parameters(max_new_tokens=4000)))
