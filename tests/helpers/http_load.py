@@ -70,7 +70,7 @@ def scripted_service(step_s: float, tokens: int) -> ProposerService:
     return proposer_service(scripted_slm(["word"] * (2 * tokens), step_s=step_s))
 
 
-def bundled_service() -> ProposerService:
+def bundled_service(counts: bool = True) -> ProposerService:
     pair = Pair.open("bundled", batch_size=64, threads=1)
 
     class NoSelector:
@@ -78,7 +78,7 @@ def bundled_service() -> ProposerService:
         reachable = False
 
     return ProposerService(
-        engine=EngineThread(pair.engine, pair.tokenizer, meter=DecodeMeter()),
+        engine=EngineThread(pair.engine, pair.tokenizer, meter=DecodeMeter() if counts else None),
         tokenizer=pair.tokenizer,
         selector=NoSelector(),  # type: ignore[arg-type]
         versions=FixedVersions(),
