@@ -81,7 +81,8 @@ def main() -> None:
     given = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    spawn.Process(target=serve, args=(theirs,), daemon=True).start()
+    process = spawn.Process(target=serve, args=(theirs,), daemon=True)
+    process.start()
     addresses: dict[str, str] = ours.recv()
 
     def cpu(side: str) -> float:
@@ -106,6 +107,7 @@ def main() -> None:
         low, median, high = statistics.quantiles(ratios, n=4)
         print(f"{name}, on / off: {median:.3f} (quartiles {low:.3f} - {high:.3f})")
     ours.send(None)
+    process.join()
 
 
 if __name__ == "__main__":
