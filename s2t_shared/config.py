@@ -387,6 +387,13 @@ class RedisConfig(_Section):
 
 
 class LabelsConfig(_Section):
+    lake: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9]+://.+",
+        description="URL of the lake in object storage (s3://bucket/lake, gs://, az://, hf://); "
+        "credentials come from the store's usual environment variables on every node; None: a "
+        "folder in data_dir",
+    )
     shard_rows: int = Field(2000, ge=1, description="rollouts that make a shard at once")
     shard_age_s: float = Field(
         60.0, gt=0, description="a shard is written at the latest after this long"
@@ -455,7 +462,13 @@ class Config(_Section):
         return self.gateway.served_model_name or self.slm.model.rstrip("/").rpartition("/")[2]
 
     @property
-    def lake(self) -> Path:
+    def lake(self) -> Path | str:
+        """The lake's folder, or its URL."""
+        return self.labels.lake or self.lake_folder
+
+    @property
+    def lake_folder(self) -> Path:
+        """The lake, unless it is in object storage; there harvests keep their progress."""
         return self.data_dir / "labels"
 
     @property

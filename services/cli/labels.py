@@ -54,9 +54,10 @@ def _open(folder: str | None, config: Path | None, data_dir: Path | None) -> tup
     from s2t_shared.labels.places import is_url
 
     resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-    if folder is not None and is_url(folder):
-        return open_lake(folder), resolved
-    root = Path(folder) if folder else resolved.lake
+    where = folder or resolved.lake
+    if is_url(where):
+        return open_lake(where), resolved
+    root = Path(where)
     if not root.is_dir():
         raise ConfigError(
             f"there is no lake folder {str(root)!r}; name one, give --data-dir, or harvest first "

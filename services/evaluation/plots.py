@@ -23,6 +23,15 @@ class Point:
     high: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A value with its interval."""
+
+    y: float
+    low: float
+    high: float
+
+
 class _Frame:
     """Maps data to pixels, and draws the axes."""
 
@@ -98,9 +107,43 @@ def bars(
     return _svg(parts, caption)
 
 
+def lines(
+    groups: Sequence[str],
+    series: Sequence[tuple[str, Sequence[Mark | None]]],
+    x_title: str,
+    y_title: str,
+    caption: str,
+) -> str:
+    """Lines with intervals, one mark per group; None where there is none. With a legend above."""
+    marks = [mark for _, of in series for mark in of if mark is not None]
+    y_range = _rates([mark.low for mark in marks], [mark.high for mark in marks])
+    frame = _Frame((0.0, float(len(groups))), y_range)
+    parts = frame.axes(x_title, y_title, [])
+    for number, (name, of) in enumerate(series):
+        shift = 0.5 + 0.06 * (number - (len(series) - 1) / 2)  # intervals side by side
+        points = []
+        for place, mark in enumerate(of):
+            if mark is None:
+                continue
+            x, y = frame.x(place + shift), frame.y(mark.y)
+            points.append(f"{x:.1f},{y:.1f}")
+            parts.append(_interval(x, frame.y(mark.low), frame.y(mark.high), number))
+            parts.append(
+                f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
+                f"<title>{escape(name)}, {escape(groups[place])}: {mark.y:.3f}</title></circle>"
+            )
+        parts.append(f'<polyline class="i{number % 8}" points="{" ".join(points)}"/>')
+        legend_x = LEFT + 60 + number * 140
+        parts.append(f'<rect class="c{number % 8}" x="{legend_x}" y="5" width="10" height="10"/>')
+        parts.append(_text(legend_x + 15, 14, name, "start"))
+    for place, group in enumerate(groups):
+        parts.append(_text(frame.x(place + 0.5), HEIGHT - BOTTOM + 16, group, "middle"))
+    return _svg(parts, caption)
+
+
 def _rates(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
     """A range of whole tenths around all intervals."""
-    low = int(min(lows) * 10) / 10
+    low = max(0.0, int(min(lows) * 10) / 10)
     high = min(1.0, int(max(highs) * 10 + 1) / 10)
     return low, max(high, low + 0.1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,26 +17,6 @@ from s2t_shared.labels.object_lake import ObjectLake, open_lake
 from s2t_shared.labels.stats import measure_labels
 from tests.helpers.lake import ids, names, rollout
 from tests.helpers.scored_rollouts import SCORED_ROLLOUTS
-
-pytest.importorskip("s3fs")
-moto_server = pytest.importorskip("moto.server")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    import s3fs
-
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem().mkdir("lakes")
-        yield "s3://lakes"
-    server.stop()
 
 
 @pytest.fixture
