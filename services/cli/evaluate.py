@@ -195,6 +195,7 @@ def run_grid(
 
     where: of the service, if the grid names no SLM: address, configuration, file of its token.
     """
+    from s2t_shared.types import Mode
     from services.evaluation.journal import Journal
     from services.evaluation.report import Evaluated
     from services.evaluation.run import EvaluationSettings, run_all
@@ -207,6 +208,8 @@ def run_grid(
         answerer = _service(*where, resolved)
     else:
         _refuse_without_llm(grid.llm, specs)
+        if not grid.selectors and any(spec.mode is Mode.S2T_LOCAL for spec in specs):
+            _say("s2t_local selects with an untrained local selector; name a version (selector)")
         answerer = in_process = _pair(grid, resolved.versions)
         if len(grid.selectors) > 1:  # by the versions' own names: a folder may have another
             names = list(in_process.pair.others)
@@ -255,7 +258,7 @@ def _show(evaluated: Evaluated, out: Path | None, json_out: bool) -> None:
     found = evaluated.rows
     if out is not None:
         for file in write_report(evaluated, out):
-            print(f"s2t: wrote {file}", file=sys.stderr)
+            _say(f"wrote {file}")
     if json_out:
         print(json.dumps({row.label: row_figures(row, found[0]) for row in found}))
         return
@@ -326,9 +329,11 @@ def _pair(grid: Grid, versions: Path) -> PairAnswerer:
         device=grid.device,
         threads=grid.threads,
     )
-    return PairAnswerer(
-        pair, grid.calibration_prompts, lambda line: print(f"s2t: {line}", file=sys.stderr)
-    )
+    return PairAnswerer(pair, grid.calibration_prompts, _say)
+
+
+def _say(line: str) -> None:
+    print(f"s2t: {line}", file=sys.stderr)
 
 
 def _watch(quiet: bool) -> Callable[[str, int], AbstractContextManager[Progress]]:

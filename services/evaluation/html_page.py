@@ -9,6 +9,7 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from s2t_shared.types import Mode
 from services.evaluation import plots, sensitivity
 from services.evaluation.figures import HIT_AT, Row, Sufficiency, order_agreement, positions
 from services.evaluation.problems import Problem
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from services.evaluation.report import Evaluated
 
 SHOWN_PROBLEMS = 40  # in the answer viewer
+NAMED_POINTS = 10  # more rows than these hide one another's names
 
 
 def page(evaluated: Evaluated) -> str:
@@ -72,14 +74,32 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _pareto(rows: Sequence[Row]) -> str:
+    named = _front(rows) if len(rows) > NAMED_POINTS else {row.label for row in rows}
     points = []
     for row in rows:
         low, high = row.interval
-        points.append(plots.Point(row.label, row.llm_read_per_token, row.accuracy, low, high))
+        cost = row.llm_read_per_token
+        points.append(plots.Point(row.label, cost, row.accuracy, low, high, row.label in named))
     caption = "Right answers against the share of the answers' tokens that the LLM reads"
     x_title = "share of the answers' tokens that the LLM reads"
-    drawn = plots.scatter(points, x_title, "right", caption)
-    return _scrolling(drawn)
+    drawn = _scrolling(plots.scatter(points, x_title, "right", caption))
+    if len(named) < len(rows):
+        drawn += (
+            '<p class="note">Named: the first row, the LLM, and the rows that are right more often '
+            "than all that read less. The others are named when pointed at.</p>"
+        )
+    return drawn
+
+
+def _front(rows: Sequence[Row]) -> set[str]:
+    """The rows that are right more often than all that cost less, the first one and the LLM."""
+    found = {rows[0].label, *(row.label for row in rows if row.spec.mode is Mode.LLM)}
+    best = -1.0
+    for row in sorted(rows, key=lambda row: (row.llm_read_per_token, -row.accuracy)):
+        if row.accuracy > best:
+            found.add(row.label)
+            best = row.accuracy
+    return found
 
 
 def _sufficiency_section(hits: Sufficiency | None) -> str:

@@ -111,7 +111,9 @@ def rows(
             found.append(spec)
             continue
         of_mode = versions if spec.mode is Mode.S2T_LOCAL else (None,)
-        for version, trigger, k, budget in product(of_mode, triggers, candidates, budgets):
+        # A takeover takes the LLM's first choice of all tokens, whatever K is.
+        ks = (spec.candidates,) if spec.mode is Mode.TAKEOVER else candidates
+        for version, trigger, k, budget in product(of_mode, triggers, ks, budgets):
             known = by_name(Trigger, trigger, "--trigger").value
             row = replace(spec, trigger=known, budget=budget, candidates=k, version=version)
             found.append(row)

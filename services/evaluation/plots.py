@@ -14,13 +14,14 @@ LABEL_HEIGHT = 15  # pixels between two labels that would cover each other
 
 @dataclass(frozen=True)
 class Point:
-    """A mark with a name and an interval. x: place among `ticks` of the plot, or a number."""
+    """A mark with a name and an interval. is_named: its name stands beside it."""
 
     name: str
     x: float
     y: float
     low: float
     high: float
+    is_named: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -
     for number, point in enumerate(points):
         x, y = frame.x(point.x), frame.y(point.y)
         parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
-        parts.append(f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        parts.append(
+            f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f"<title>{escape(point.name)}: {point.y:.3f}</title></circle>"
+        )
+        if not point.is_named:
+            continue
         side = "end" if x > WIDTH * 0.7 else "start"
         label_x = x - 9 if side == "end" else x + 9
         label_y = _free(label_x, y + 4, taken)

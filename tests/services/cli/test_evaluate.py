@@ -10,6 +10,7 @@ import pytest
 
 from s2t_shared.bundled import problems
 from services.cli import app
+from services.evaluation.grid import read_grid
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +140,11 @@ def test_a_wrong_sweep_is_refused_with_its_line(
     assert s2t_eval(monkeypatch, "grid.yaml", verb="sweep") == 2
     error = capsys.readouterr().err
     assert says in error and "grid.yaml" in error
+
+
+def test_the_sweep_of_the_page_is_read() -> None:
+    """The documented file must work as it stands."""
+    page = (Path(__file__).parents[3] / "services/evaluation/README.md").read_text(encoding="utf-8")
+    Path("sweep.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    grid = read_grid(Path("sweep.yaml"))
+    assert len(grid.rows(8)) == 2 + 2 * 3 * (4 + 1) and grid.sources == "bundled"

@@ -162,6 +162,16 @@ def test_the_page_needs_nothing_else_and_escapes_all(folder: Path) -> None:
     assert not re.search(r"url\(|@import|https?://", text)
 
 
+def test_of_many_rows_only_the_best_are_named_in_the_plot(tmp_path: Path) -> None:
+    """The names of forty rows covered one another and the marks."""
+    worse = [row("takeover", 90 + n, llm_read=6, budget=n / 100) for n in range(1, 10)]
+    write_report(evaluated([GREEDY, S2T, *worse, LLM]), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    names = re.findall(r"<text [^>]*>(\w+(?: entropy [^<]*)?)</text>", page)
+    assert {"greedy", "s2t entropy 5%", "llm"} <= set(names)
+    assert "takeover entropy 3%" not in names and "<title>takeover entropy 3%: 0.465" in page
+
+
 @pytest.mark.slow
 def test_the_answer_viewer_in_a_browser(folder: Path) -> None:
     """A click on a marked token shows its candidates; hostile text stays text."""

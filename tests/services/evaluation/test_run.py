@@ -112,6 +112,16 @@ def test_rows_are_the_product_where_the_mode_has_it() -> None:
         "s2t kl 2.5%",
     ]
     assert found[1].mode is Mode.SAMPLE and found[1].samples == 2
+    several = rows(["takeover", "s2t", "s2t_local"], ["kl"], [0.01], [4, 8], ["v1", "v2"])
+    assert [spec.label for spec in several] == [
+        "takeover kl 1%",  # whose tokens do not depend on K
+        "s2t kl 1% K=4",
+        "s2t kl 1%",
+        "s2t_local kl 1% K=4 v1",
+        "s2t_local kl 1% v1",
+        "s2t_local kl 1% K=4 v2",
+        "s2t_local kl 1% v2",
+    ]
 
 
 @pytest.mark.parametrize(
