@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,6 +67,33 @@ def _open(folder: str | None, config: Path | None, data_dir: Path | None) -> tup
     return Lake(root), resolved
 
 
+RayAddress = Annotated[
+    str | None, typer.Option(help="host:port of a Ray cluster's head: its nodes read the shards")
+]
+
+
+@contextmanager
+def _workers(address: str | None) -> Iterator[Any]:
+    """What applies a function to the parts of a lake: here, or on a Ray cluster.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
+    if address is None:
+        yield map
+        return
+    from services.lake_on_ray import map_on_ray
+    from services.launch.ray_connection import existing_ray, listens
+
+    if not listens(address):
+        raise ConfigError(
+            f"--address={address}: no Ray cluster is there; give host:port of its head, start one "
+            "(ray start --head), or leave --address out"
+        )
+    with existing_ray(address):
+        yield map_on_ray
+
+
 # -- stats ----------------------------------------------------------------------------------------
 
 
@@ -77,6 +105,7 @@ def stats(
     flush: Annotated[
         bool, typer.Option("--flush", help="first let a running service write what it has")
     ] = False,
+    address: RayAddress = None,
     json_out: Json = False,
 ) -> None:
     """How much there is, of what, and how often the LLM's choice is among the SLM's first K."""
@@ -88,7 +117,8 @@ def stats(
     if flush and service is None:
         raise ConfigError(f"--flush: no service runs on {str(resolved.data_dir)!r}")
     queued = _queued(resolved, service, flush)
-    measured = measure_labels(opened)
+    with _workers(address) as run:
+        measured = measure_labels(opened, run)
     if json_out:
         figures = asdict(measured) | {"label_share": measured.label_share} | queued
         print(json.dumps(figures))

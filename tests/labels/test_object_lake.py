@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,8 @@ from s2t_shared.labels.deletions import Deletion
 from s2t_shared.labels.export import export_labels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.object_lake import ObjectLake, open_lake
-from s2t_shared.labels.stats import measure_labels
+from s2t_shared.labels.reader import Reader
+from s2t_shared.labels.stats import Counts, measure_labels
 from tests.helpers.lake import ids, names, rollout
 from tests.helpers.scored_rollouts import SCORED_ROLLOUTS
 
@@ -22,6 +26,16 @@ from tests.helpers.scored_rollouts import SCORED_ROLLOUTS
 @pytest.fixture
 def lake(bucket: str, request: pytest.FixtureRequest) -> ObjectLake:
     return ObjectLake(f"{bucket}/{request.node.name}")
+
+
+def there(one: Any) -> Any:
+    return pickle.loads(pickle.dumps(one))  # noqa: S301 - our own
+
+
+def elsewhere(work: Callable[[Reader], Counts], parts: Iterable[Reader]) -> Iterator[Counts]:
+    """As on other machines: parts and counts are sent there and back, and come in any order."""
+    for part in reversed(list(parts)):
+        yield there(work(there(part)))
 
 
 def test_it_reads_as_a_folder_does(lake: ObjectLake, tmp_path: Path) -> None:
@@ -33,6 +47,7 @@ def test_it_reads_as_a_folder_does(lake: ObjectLake, tmp_path: Path) -> None:
     assert list(lake.rollouts()) == list(folder.rollouts())
     found, expected = measure_labels(lake), measure_labels(folder)
     assert replace(found, bytes=0) == replace(expected, bytes=0)
+    assert measure_labels(lake, elsewhere) == found
     assert lake.verify() == {}
     snapshot = lake.freeze()
     assert list(lake.snapshot(snapshot.id).rollouts()) == list(folder.rollouts())
