@@ -234,7 +234,15 @@ def run_grid(
         **_about(identity),
     }
     title = f"{len(items)} problems of {grid.sources}"
-    _show(Evaluated(title=title, rows=found, problems=items, hits=hits, about=about), out, json_out)
+    evaluated = Evaluated(
+        title=title,
+        rows=found,
+        problems=items,
+        hits=hits,
+        about=about,
+        tokenizer=answerer.tokenizer,
+    )
+    _show(evaluated, out, json_out)
 
 
 def _about(identity: Mapping[str, Any]) -> dict[str, str]:

@@ -9,10 +9,12 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.types import Mode
 from services.evaluation import plots, sensitivity
 from services.evaluation.figures import HIT_AT, Row, Sufficiency, order_agreement, positions
 from services.evaluation.problems import Problem
+from services.evaluation.records import token_pieces
 from services.evaluation.tables import (
     DEPTH,
     DEPTH_HEADER,
@@ -213,7 +215,7 @@ def viewer_data(evaluated: Evaluated) -> dict[str, Any]:
     shown = []
     for place in order[:SHOWN_PROBLEMS]:
         problem = evaluated.problems[place]
-        answers = [_answer_data(row, place) for row in evaluated.rows]
+        answers = [_answer_data(row, place, evaluated.tokenizer) for row in evaluated.rows]
         shown.append(
             {
                 "id": problem.id,
@@ -234,9 +236,10 @@ def _prompt_text(problem: Problem) -> str:
     return f"{len(prompt.token_ids)} token ids"
 
 
-def _answer_data(row: Row, place: int) -> dict[str, Any]:
+def _answer_data(row: Row, place: int, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     samples = row.records[place]
     record = next((record for record in samples if record.correct), samples[0])
+    pieces = [] if tokenizer is None else list(token_pieces(tokenizer, record.token_ids))
     decisions = []
     for decision in record.decisions:
         candidates = [[c.text, c.slm, c.llm, c.score] for c in decision.candidates]
@@ -256,6 +259,6 @@ def _answer_data(row: Row, place: int) -> dict[str, Any]:
         "right": row.correct[place],
         "cut": record.truncated,
         "error": record.error,
-        "pieces": list(record.pieces) or [record.text],
-        "decisions": decisions if record.pieces else [],
+        "pieces": pieces or [record.text],
+        "decisions": decisions if pieces else [],
     }

@@ -82,7 +82,7 @@ class Journal:
         """Keep an answer. A failed one is asked again by the next run."""
         self.records[record.key] = record
         if not record.error:
-            self._write({"answer": json.loads(record.to_json())})
+            self._write({"answer": record.to_row()})
 
     def add_rollout(self, rollout: ScoredRollout) -> None:
         self.rollouts[rollout.problem_id] = rollout
@@ -130,7 +130,7 @@ class Journal:
 
     def _take(self, line: dict[str, Any]) -> None:
         if "answer" in line:
-            record = Record.from_json(line["answer"])
+            record = Record.from_row(line["answer"])
             self.records[record.key] = record
         elif "rollout" in line:
             row = line["rollout"]

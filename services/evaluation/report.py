@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2t_shared.errors import ConfigError
+from s2t_shared.model.tokenizer import TextTokenizer
 from services.evaluation import sensitivity
 from services.evaluation.figures import (
     HIT_AT,
@@ -42,7 +43,7 @@ from services.evaluation.verdict import Verdict, verdict
 class Evaluated:
     """A finished evaluation. rows: the first one is what the others are compared with.
 
-    about: what was asked, of what, where; shown as it is.
+    about: what was asked, of what, where; shown as it is. tokenizer: tells the text of each token.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Evaluated:
     problems: Sequence[Problem]
     hits: Sufficiency | None
     about: dict[str, Any]
+    tokenizer: TextTokenizer | None = None
 
     @property
     def has_tasks(self) -> bool:

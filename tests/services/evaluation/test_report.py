@@ -36,6 +36,13 @@ DECISION = Decision(
 )
 
 
+class Words:
+    """A tokenizer of three words."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(("So ", "<4>", HOSTILE)[i] for i in token_ids)
+
+
 def row(
     name: str, right: int, of: int = 200, llm_read: int = 0, budget: float | None = None
 ) -> Row:
@@ -49,7 +56,7 @@ def row(
             correct=place < right,
             usage=Usage(completion_tokens=10, llm_forwards=min(1, llm_read), triggers=1),
             llm_read=llm_read,
-            pieces=("So ", "<4>", HOSTILE),
+            token_ids=(0, 1, 2),
             decisions=(DECISION,) if budget else (),
         )
         records.append((record,))
@@ -115,7 +122,14 @@ def test_too_few_problems_are_said() -> None:
 def evaluated(rows: Sequence[Row] = (GREEDY, S2T, LOCAL, LLM)) -> Evaluated:
     problems = [Problem(str(i), Prompt(text=HOSTILE), bool, expected="4") for i in range(200)]
     about = {"SLM": HOSTILE, "command": "s2t eval"}
-    return Evaluated(title="A <title>", rows=rows, problems=problems, hits=HITS, about=about)
+    return Evaluated(
+        title="A <title>",
+        rows=rows,
+        problems=problems,
+        hits=HITS,
+        about=about,
+        tokenizer=Words(),
+    )
 
 
 @pytest.fixture(scope="module")

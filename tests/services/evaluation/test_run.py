@@ -37,7 +37,7 @@ from services.evaluation.figures import (
 from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import ModeSpec, rows
 from services.evaluation.problems import Problem, Reading, problems_of
-from services.evaluation.records import Record, record_of
+from services.evaluation.records import Record, record_of, token_pieces
 from services.evaluation.run import EvaluationSettings, run_row, score_choices, score_rollouts
 from services.rpc.ask_many import Outcome, Target
 from tests.helpers.serving import LLM_TEXT, SLM_TEXT, proposer_service, with_gateway
@@ -203,7 +203,7 @@ def test_records_survive_the_file() -> None:
         support=Support((5, 7, 9), (-0.4, -1.2, -5.0)),
     )
     record = record_of(S2T, "a", 0, answer("yes", step), True, None)
-    again = Record.from_json(json.loads(record.to_json()))
+    again = Record.from_row(json.loads(json.dumps(record.to_row())))
     assert again == record
     (decision,) = again.decisions
     assert decision.flipped and decision.chosen == 1 and decision.slm_first == 0
@@ -373,7 +373,8 @@ def test_a_pair_in_this_process_keeps_both_models_views() -> None:
     for decision in found.decisions():
         assert all(c.slm is not None and c.llm is not None for c in decision.candidates)
     record = found.records[0][0]
-    assert "".join(record.pieces).strip() == record.text.strip()
+    pieces = token_pieces(pair.tokenizer, record.token_ids)
+    assert "".join(pieces).strip() == record.text.strip()
     assert answerer.identity()["llm"] and len(journal.rollouts) == 1
 
 
