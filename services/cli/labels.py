@@ -272,6 +272,7 @@ def export(
         str | None,
         typer.Option(help="folder or hub id of the SLM: contexts and candidates also as text"),
     ] = None,
+    address: RayAddress = None,
     json_out: Json = False,
 ) -> None:
     """Write the labels, one a row, as a data set that datasets.load_dataset(FOLDER) reads."""
@@ -291,7 +292,10 @@ def export(
         def on_rollouts(count: int) -> None:
             shown.update(shown.done + count)
 
-        exported = export_labels(opened, folder, kind, tokenizer, on_rollouts)
+        with _workers(address) as run:
+            exported = export_labels(
+                opened, folder, kind, tokenizer, on_rollouts, run=None if run is map else run
+            )
     result: dict[str, Any] = {"folder": str(folder), "labels": exported.total}
     for split in SPLITS:
         result[split] = exported.labels[split]

@@ -17,8 +17,9 @@ from s2t_shared.labels.deletions import Deletion
 from s2t_shared.labels.export import export_labels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.object_lake import ObjectLake, open_lake
+from s2t_shared.labels.objects import Objects
 from s2t_shared.labels.reader import Reader
-from s2t_shared.labels.stats import Counts, measure_labels
+from s2t_shared.labels.stats import measure_labels
 from tests.helpers.lake import ids, names, rollout
 from tests.helpers.scored_rollouts import SCORED_ROLLOUTS
 
@@ -32,10 +33,10 @@ def there(one: Any) -> Any:
     return pickle.loads(pickle.dumps(one))  # noqa: S301 - our own
 
 
-def elsewhere(work: Callable[[Reader], Counts], parts: Iterable[Reader]) -> Iterator[Counts]:
+def elsewhere(work: Callable[[Reader], Any], parts: Iterable[Reader]) -> Iterator[Any]:
     """As on other machines: parts and counts are sent there and back, and come in any order."""
     for part in reversed(list(parts)):
-        yield there(work(there(part)))
+        yield there(there(work)(there(part)))
 
 
 def test_it_reads_as_a_folder_does(lake: ObjectLake, tmp_path: Path) -> None:
@@ -141,3 +142,24 @@ def test_a_harvest_is_told_that_it_needs_a_folder(lake: ObjectLake) -> None:
         _ = lake.root
     with pytest.raises(ConfigError, match="install the fsspec file system"):
         open_lake("nowhere://x")
+
+
+def test_an_export_by_parts_holds_the_same(lake: ObjectLake, tmp_path: Path) -> None:
+    """Each part is written by itself, to a folder or a URL; nothing twice, and the card last."""
+    import datasets
+
+    lake.write(SCORED_ROLLOUTS[:25], "a")
+    lake.write(SCORED_ROLLOUTS[20:], "b")
+    expected = export_labels(lake, tmp_path / "one")
+    exported = export_labels(lake, tmp_path / "parts", run=elsewhere)
+    assert replace(exported, snapshot="") == replace(expected, snapshot="")
+    rows = []
+    for folder in ("one", "parts"):
+        found = datasets.load_dataset(str(tmp_path / folder), cache_dir=str(tmp_path / "cache"))
+        rows.append({split: sorted(data["label_id"]) for split, data in found.items()})
+    assert rows[0] == rows[1] and len(rows[0]["train"]) == expected.labels["train"]
+    url = f"{lake.where}-export"
+    export_labels(lake, url, run=elsewhere)
+    sent = [file.rpartition("/")[2] for file in Objects(url).listed("data")]
+    files = sorted(path.name for path in (tmp_path / "parts/data").iterdir())
+    assert sent == files and b"Select-to-Think" in Objects(url).fetch("README.md")

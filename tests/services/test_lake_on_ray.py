@@ -1,4 +1,4 @@
-"""Statistics of a lake on a Ray cluster: the same as here."""
+"""Statistics and exports of a lake on a Ray cluster: the same as here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2t_shared.errors import StoreError
+from s2t_shared.labels.export import export_labels
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.reader import Reader
 from s2t_shared.labels.stats import measure_labels
@@ -30,6 +31,9 @@ def test_counted_on_ray_as_here(tmp_path: Path) -> None:
     expected = measure_labels(lake)
     with local_ray(2):
         assert measure_labels(lake, map_on_ray) == expected
+        exported = export_labels(lake, tmp_path / "out", run=map_on_ray)
+        assert exported.total == expected.labels
+        assert (tmp_path / "out/README.md").is_file()
         reader = lake.reader()
         with pytest.raises(StoreError, match="every node must see"):
             list(map_on_ray(fail, map(reader.part, range(3))))
