@@ -158,8 +158,13 @@ def export_labels(
                             on_rollouts(len(rows))
             else:
                 target = f"{folder}/data" if is_url(folder) else data
-                options = {"kind": kind, "tokenizer": tokenizer, "shard_bytes": shard_bytes}
-                work = partial(export_part, data=target, **options)
+                work = partial(
+                    export_part,
+                    data=target,
+                    kind=kind,
+                    tokenizer=tokenizer,
+                    shard_bytes=shard_bytes,
+                )
                 for part in run(work, map(reader.part, range(len(reader.shards)))):
                     exported.join(part)
                     on_rollouts(part.rollouts)

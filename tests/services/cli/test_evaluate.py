@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from s2t_shared.bundled import problems
+from s2t_shared.bundled import SLM_DIR, problems
+from s2t_shared.model.local_selector import SelectorKind
+from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.tokenizer import Tokenizer
+from s2t_shared.versions.registry import Registry
 from services.cli import app
 from services.evaluation.grid import read_grid
+from tests.helpers.versions import publish
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +153,24 @@ def test_the_sweep_of_the_page_is_read() -> None:
     Path("sweep.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     grid = read_grid(Path("sweep.yaml"))
     assert len(grid.rows(8)) == 2 + 2 * 3 * (4 + 1) and grid.sources == "bundled"
+
+
+def test_local_selectors_are_compared_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each row asks for its own version; the other modes are asked once."""
+    runtime = ModelRuntime.load(str(SLM_DIR))
+    tokenizer = Tokenizer.load(SLM_DIR)
+    registry = Registry(Path("s2t-data/versions"))
+    names = []
+    for seed in (0, 1):
+        values = {"tokenizer_digest": tokenizer.digest}
+        names.append(publish(registry, runtime, SelectorKind.PREFIX, seed, **values))
+    arguments = ["--slm", "bundled", "--llm", "bundled", "--modes", "greedy,s2t_local"]
+    arguments += ["--budget", "0.1", "--count", "2", "--max-new-tokens", "30", "--threads", "1"]
+    arguments += ["--selector", ",".join(names), "--out", "out", "--scored", "1"]
+    assert s2t_eval(monkeypatch, *arguments) == 0
+    assert "untrained" not in capsys.readouterr().err
+    found = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
+    assert [row["version"] for row in found["rows"]] == [None, *names]
+    assert [level["value"] for level in found["sensitivity"]["local selector"]] == names
