@@ -164,7 +164,7 @@ def test_local_selectors_are_compared_in_one_process(
     registry = Registry(Path("s2t-data/versions"))
     names = []
     for seed in (0, 1):
-        values = {"tokenizer_digest": tokenizer.digest}
+        values = {"tokenizer_digest": tokenizer.digest, "thresholds": {}}
         names.append(publish(registry, runtime, SelectorKind.PREFIX, seed, **values))
     arguments = ["--slm", "bundled", "--llm", "bundled", "--modes", "greedy,s2t_local"]
     arguments += ["--budget", "0.1", "--count", "2", "--max-new-tokens", "30", "--threads", "1"]
