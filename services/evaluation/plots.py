@@ -67,6 +67,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -
     frame = _Frame((-0.02, 1.1), _rates([p.low for p in points], [p.high for p in points]))
     parts = frame.axes(x_title, y_title, [0.0, 0.25, 0.5, 0.75, 1.0])
     taken: list[tuple[float, float]] = []
+    names = []  # drawn last: no mark covers one
     for number, point in enumerate(points):
         x, y = frame.x(point.x), frame.y(point.y)
         parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
@@ -79,8 +80,8 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -
         side = "end" if x > WIDTH * 0.7 else "start"
         label_x = x - 9 if side == "end" else x + 9
         label_y = _free(label_x, y + 4, taken)
-        parts.append(_text(label_x, label_y, point.name, side))
-    return _svg(parts, caption)
+        names.append(_text(label_x, label_y, point.name, side))
+    return _svg([*parts, *names], caption)
 
 
 def bars(

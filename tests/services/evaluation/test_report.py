@@ -111,6 +111,13 @@ def test_pass_at_n_is_never_recommended() -> None:
     assert says(GREEDY, row("pass@8", 190)).startswith("Stay with greedy")
 
 
+def test_the_best_of_many_is_told_to_be_just_that() -> None:
+    """A sweep chooses among dozens of rows on the problems that it reports."""
+    many = [row("s2t", 100 + n, llm_read=4, budget=n / 100) for n in range(1, 12)]
+    assert "The best of 12 rows looks better than it is" in says(GREEDY, *many)
+    assert "looks better" not in says(GREEDY, S2T, LLM)
+
+
 def test_too_few_problems_are_said() -> None:
     few = says(row("greedy", 5, 10), row("s2t", 7, 10, 4, 0.05))
     assert "a difference below" in few and "ask more" in few
