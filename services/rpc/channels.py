@@ -70,7 +70,7 @@ def new_server(
     file = security.token_file
     authorization = [] if file is None else [TokenInterceptor(Tokens(file))]
     return grpc.aio.server(
-        interceptors=[*authorization, BorderInterceptor()],
+        interceptors=[BorderInterceptor(), *authorization],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),

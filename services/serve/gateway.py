@@ -8,6 +8,7 @@ import ray
 from ray import serve
 
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
+from services.rpc import logs
 from services.serve import build
 from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
@@ -19,6 +20,7 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """proposers: Serve's handle of the proposer deployment."""
         check_exposure(config)
+        logs.begin(config.log, "gateway")
         self._config = config
         counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
         self._server = build.gateway_server(config, counted)

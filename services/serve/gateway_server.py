@@ -23,6 +23,7 @@ from services.serve.gateway_health import ADMIN, GENERATION, GatewayHealth
 from services.serve.generation_servicer import GenerationServicer, Proposers
 from services.serve.http_door import HttpDoor
 from services.serve.intake import Intake
+from services.serve.recorded_proposers import RecordedProposers
 from services.serve.resuming_proposers import ResumingProposers
 
 
@@ -37,7 +38,8 @@ class GatewayServer:
         Raises:
             ConfigError: the port is taken, or a security file cannot be used.
         """
-        proposers = ResumingProposers(proposers, config.gateway.max_resumes)
+        resuming = ResumingProposers(proposers, config.gateway.max_resumes)
+        proposers = RecordedProposers(resuming)
         self._proposers = proposers
         self._drain = drain
         self._health = GatewayHealth(proposers)

@@ -45,6 +45,7 @@ from s2t_shared.types import (
     ServiceDescription,
     Step,
 )
+from services.rpc import logs
 from services.serve.admission import Admission, Ticket
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
@@ -138,6 +139,7 @@ class ProposerService:
             OverloadedError: it cannot begin, or not be finished, in time.
             S2TError: the request cannot be answered.
         """
+        logs.about(request.request_id)
         check_request(request)
         with self._admission.admit(request) as ticket:
             request, local_selector = await self._prepare(request)
