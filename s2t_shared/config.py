@@ -436,6 +436,20 @@ class LogConfig(_Section):
     )
 
 
+class TracesConfig(_Section):
+    """OpenTelemetry (`pip install 's2t[traces]'`). What is not set here, OTEL_* variables say."""
+
+    enabled: bool = False
+    endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="of an OTLP collector, for example http://collector:4317",
+    )
+    sample_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of the requests whose caller has not decided it"
+    )
+
+
 class Config(_Section):
     """The whole configuration; `s2t config` prints the resolved one."""
 
@@ -451,6 +465,7 @@ class Config(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingSettings = TrainingSettings()
     log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )

@@ -8,10 +8,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.http.answering import CLIENT_CLOSED
-from services.rpc import call_record
+from services.rpc import call_record, tracing
 
 MAX_PATH_LENGTH = 64
-RECORDED = "/v1/"  # others, pages and probes, at level debug
+CALLS = "/v1/"  # others are pages and probes: logged at level debug, and not traced
 
 
 class Recorded:
@@ -21,12 +21,14 @@ class Recorded:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = str(scope["path"])
+        is_call = str(scope["path"]).startswith(CALLS)
+        headers = Headers(scope=scope)
         shown = scope.get("raw_path", b"").decode("ascii", "replace")[:MAX_PATH_LENGTH]
         record = call_record.begin(
             f"{scope['method']} {shown}",
-            call_record.sane_id(Headers(scope=scope)),
-            logging.INFO if path.startswith(RECORDED) else logging.DEBUG,
+            call_record.sane_id(headers),
+            logging.INFO if is_call else logging.DEBUG,
+            tracing.given(headers) if is_call else None,
         )
         status = CLIENT_CLOSED
         is_whole = False

@@ -19,7 +19,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from s2t_shared.errors import InvalidRequestError, S2TError
-from services.rpc import call_record, wire
+from services.rpc import call_record, tracing, wire
 
 log = logging.getLogger(__name__)
 UNDECODABLE = object()  # in place of a request
@@ -105,7 +105,9 @@ def _record(method: str, request: Any, context: Any) -> None:
     named = getattr(request, "request_id", "") or getattr(request, "sequence_id", "")
     given_id = named or call_record.sane_id(metadata)
     level = logging.INFO if method.startswith(RECORDED) else logging.DEBUG
-    record = call_record.begin(method, given_id, level)
+    trace = tracing.given(metadata)
+    is_traced = trace or method.startswith(RECORDED)  # who only helps to answer begins no trace
+    record = call_record.begin(method, given_id, level, trace if is_traced else None)
     context.set_trailing_metadata(((call_record.REQUEST_ID, record.request_id),))
     context.add_done_callback(lambda _: record.end(_status_of(context)))
 

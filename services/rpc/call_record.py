@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2t_shared.types import Answer, AnswerPiece
-from services.rpc import logs
+from services.rpc import logs, tracing
 
 access = logging.getLogger(logs.ACCESS)
 REQUEST_ID = "x-request-id"  # in HTTP headers and gRPC metadata
@@ -45,6 +45,7 @@ class CallRecord:
     triggers: int = 0
     degraded_steps: int = 0
     first_token_s: float | None = None
+    span: tracing.Span = tracing.NOTHING
     _began: float = field(default_factory=time.monotonic)
 
     @property
@@ -69,11 +70,13 @@ class CallRecord:
         self.degraded_steps += usage.degraded_steps
 
     def end(self, status: str) -> None:
-        """The call is over: write its line."""
+        """The call is over: write its line, and end its span."""
+        fields = self._line(status)
+        self.span.set(fields)
+        is_good = status == "OK" or status[0] in "123"
+        self.span.end(self.error or ("" if is_good else status))
         if access.isEnabledFor(self.level):
-            access.log(
-                self.level, "%s %s", self.method, status, extra={"fields": self._line(status)}
-            )
+            access.log(self.level, "%s %s", self.method, status, extra={"fields": fields})
 
     def _line(self, status: str) -> dict[str, str | int | float]:
         line: dict[str, str | int | float] = {
@@ -102,12 +105,17 @@ def sane_id(headers: Mapping[str, Any]) -> str:
     return given if isinstance(given, str) and SANE_ID.fullmatch(given) else ""
 
 
-def begin(method: str, given_id: str, level: int) -> CallRecord:
+def begin(
+    method: str, given_id: str, level: int, trace: tracing.Headers | None = None
+) -> CallRecord:
     """The record of a call that has come, for the running task and those it starts.
 
     given_id: how its caller names it; "": it has a new id. level: of its line in the log.
+    trace: what it belongs to; None: it is not traced.
     """
     record = CallRecord(method=method, level=level)
+    if trace is not None:
+        record.span = tracing.start(method.lstrip("/"), trace, "server")
     if given_id:
         record.request_id = NOT_IN_AN_ID.sub("?", given_id[:MAX_ID_LENGTH])
     _current.set(record)

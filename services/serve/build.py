@@ -47,6 +47,7 @@ from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
 from services.serve.selector_server import SelectorServer
 from services.serve.selector_thread import AsyncSelector, SelectorThread
+from services.serve.traced_selector import traced
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     settings = config.proposer
     engine = Engine(
         slm.proposer,
-        _cached(config, remote),
+        traced(_cached(config, remote)),
         versions.lookup,
         max_num_seqs=settings.max_num_seqs,
         selection_timeout_s=settings.selection_timeout_s,

@@ -45,4 +45,9 @@ class Intake:
         request = wire.read_request(message, self._defaults, time_left_s)
         check_request(request)
         call.mode = request.options.policy.mode.value
-        return replace(request, client=client, request_id=message.request_id or call.request_id)
+        return replace(
+            request,
+            client=client,
+            request_id=message.request_id or call.request_id,
+            trace=call.span.headers,
+        )

@@ -8,7 +8,7 @@ import logging
 import ray
 
 from s2t_shared.config import LOOPBACK, Config
-from services.rpc import logs
+from services.rpc import logs, tracing
 from services.serve import build, scaling
 from services.serve.selector_server import SelectorServer
 
@@ -20,6 +20,7 @@ class SelectorReplica:
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.begin(config.log, "selector")
+        tracing.begin(config.traces, "selector")
         self._server = build.selector_server(config)
         await self._server.start()
         host = config.selector.host
