@@ -107,7 +107,7 @@ def evaluate(
     from services.evaluation.report import Evaluated
     from services.evaluation.run import EvaluationSettings, run_all
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     specs = rows(
         _names(modes),
         _names(trigger),

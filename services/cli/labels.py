@@ -53,7 +53,7 @@ def _open(folder: str | None, config: Path | None, data_dir: Path | None) -> tup
     from s2t_shared.labels.object_lake import open_lake
     from s2t_shared.labels.places import is_url
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     if folder is not None and is_url(folder):
         return open_lake(folder), resolved
     root = Path(folder) if folder else resolved.lake
