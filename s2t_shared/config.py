@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
@@ -387,6 +387,13 @@ class RedisConfig(_Section):
 
 
 class LabelsConfig(_Section):
+    lake: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9]+://.+",
+        description="URL of the lake in object storage (s3://bucket/lake, gs://, az://, hf://); "
+        "credentials come from the store's usual environment variables on every node; None: a "
+        "folder in data_dir",
+    )
     shard_rows: int = Field(2000, ge=1, description="rollouts that make a shard at once")
     shard_age_s: float = Field(
         60.0, gt=0, description="a shard is written at the latest after this long"
@@ -457,6 +464,16 @@ class Config(_Section):
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
 
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _is_a_folder(cls, value: Any) -> Any:
+        if "://" in str(value):
+            raise ValueError(
+                "must be a folder with locks that all nodes see; only the lake may be in object "
+                "storage (labels.lake)"
+            )
+        return value
+
     @property
     def http_port(self) -> int:
         """The gateway's, 0 for any free one."""
@@ -471,7 +488,13 @@ class Config(_Section):
         return self.gateway.served_model_name or self.slm.model.rstrip("/").rpartition("/")[2]
 
     @property
-    def lake(self) -> Path:
+    def lake(self) -> Path | str:
+        """The lake's folder, or its URL."""
+        return self.labels.lake or self.lake_folder
+
+    @property
+    def lake_folder(self) -> Path:
+        """The lake, unless it is in object storage; there harvests keep their progress."""
         return self.data_dir / "labels"
 
     @property

@@ -49,6 +49,7 @@ SHARED = {  # package or module of s2t_shared -> what else of s2t_shared it may 
 SERVICES = {  # package or module of services -> what else of services it may import
     "rpc": "",
     "nodes": "",
+    "lake_on_ray": "",
     "roles": "",
     "client": "rpc",
     "evaluation": "rpc",
@@ -62,7 +63,7 @@ SERVICES = {  # package or module of services -> what else of services it may im
     "train": "evaluation launch roles serve",
     "bench": "client evaluation harvest launch metrics rpc serve train",
     "demo": "client evaluation harvest launch rpc train",
-    "cli": "bench client demo evaluation harvest launch rpc train",
+    "cli": "bench client demo evaluation harvest lake_on_ray launch rpc train",
     "main": "cli",
 }
 

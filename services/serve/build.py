@@ -26,6 +26,7 @@ from s2t_shared.decode.vllm_selector import VLLMSelector
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.loading import resolve_model
@@ -260,9 +261,9 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
     Raises:
         ConfigError: its address cannot be used.
     """
-    lake = Lake(config.lake)
+    lake = open_lake(config.lake)
     stream = _stream(config)
-    drain = _drain(config, stream, lake) if stream is not None else None
+    drain = label_drain(config, stream, lake) if stream is not None else None
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
         lake=lake,
@@ -282,7 +283,7 @@ def _stream(config: Config) -> LabelStream | None:
     return LabelStream(url_of(RedisRole.CONSUMER, config.redis.url, config.redis.password_dir))
 
 
-def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
+def label_drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
     labels = config.labels
     return Drain(
         stream,

@@ -19,7 +19,7 @@ from s2t_shared.config import Config, load_config
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.scripted import ScriptedSelector, ScriptedSLM
 from s2t_shared.errors import VersionNotFoundError
-from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
@@ -159,7 +159,7 @@ async def gateway_server(
     """The real gateway server before `proposers`, answering."""
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
-        lake=Lake(config.lake),
+        lake=open_lake(config.lake),
         proposers=proposers,
         stream=stream,
     )
