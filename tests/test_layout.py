@@ -59,9 +59,10 @@ SERVICES = {  # package or module of services -> what else of services it may im
     "harness": "",
     "harvest": "rpc",
     "train": "evaluation launch roles serve",
-    "bench": "client evaluation harvest launch rpc serve train",
+    "plan": "",
+    "bench": "client evaluation harvest launch plan rpc serve train",
     "demo": "client evaluation harvest launch rpc train",
-    "cli": "bench client demo evaluation harvest launch rpc train",
+    "cli": "bench client demo evaluation harvest launch plan rpc train",
     "main": "cli",
 }
 
@@ -153,7 +154,8 @@ HOMES = {  # dependency -> packages or modules that may import it
     "psutil": "services.bench",
     "vllm": "s2t_shared.decode.vllm_selector s2t_shared.decode.vllm_proposer "
     "s2t_shared.decode.vllm_reader",
-    "matplotlib": "services.bench services.train",
+    "matplotlib": "services.bench services.plan services.train",
+    "simpy": "services.plan",
     "fcntl": "s2t_shared.files",
 }
 

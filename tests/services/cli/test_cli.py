@@ -31,7 +31,9 @@ VERBS = {
     "doctor",
     "config",
     "bench",
+    "plan",
     "labels",
+    "plan",
     "redis-acl",
 }
 
