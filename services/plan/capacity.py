@@ -8,8 +8,9 @@ asked. Little's law gives how many stand still, bisection the rate at which ever
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from services.plan.costs import Step
 from services.plan.demand import Demand, Traffic, demand_of
 from services.plan.deployment import Deployment, RolePlan
 
@@ -104,8 +105,8 @@ class Load:
 
     # -- proposers --------------------------------------------------------------------------------
 
-    def proposer_step(self, running: float) -> float:
-        """Seconds of a step in which so many sequences decode.
+    def proposer_step(self, running: float) -> Step:
+        """A step in which so many sequences decode.
 
         Prompts that are read and candidates that are scored are spread evenly over the steps. A
         step is a mixed one unless every sequence only decodes: 1 - (1 - q)^S.
@@ -113,18 +114,20 @@ class Load:
         demand, traffic = self.demand, self.traffic
         chunks = max(1.0, traffic.prompt / traffic.chunk)
         q = min(1.0, (demand.scorings + chunks) / demand.slm_steps)
-        cost = self.deployment.proposer.cost
-        seconds = cost.seconds(
+        return Step(
             sequences=running,
             tokens=running * demand.slm_tokens / demand.slm_steps,
             context=traffic.context,
             mixed=1.0 - (1.0 - q) ** running,
+            requests=running / demand.slm_steps,
         )
-        return seconds + cost.per_request * running / demand.slm_steps
+
+    def step_seconds(self, running: float) -> float:
+        return self.deployment.proposer.cost.seconds(self.proposer_step(running))
 
     def proposer_seconds(self) -> float:
         """Of one replica for one answer, with all its sequences decoding."""
-        return self.proposer_step(self.slots) * self.demand.slm_steps / self.slots
+        return self.step_seconds(self.slots) * self.demand.slm_steps / self.slots
 
     # -- selectors ----------------------------------------------------------------------------
 
@@ -149,12 +152,20 @@ class Load:
         read = self.demand.llm_tokens / self.demand.queries
         return self.kept * read + (1.0 - self.kept) * max(read, self.traffic.context)
 
+    def selector_step(self, queries: float) -> Step:
+        """The forwards that answer so many queries together. In mode llm each request is the LLM's
+        own."""
+        demand, tokens = self.demand, queries * self.tokens_per_query
+        return Step(
+            sequences=queries,
+            tokens=tokens,
+            context=self.traffic.context,
+            requests=0.0 if demand.slm_steps else queries / demand.queries,
+            forwards=max(1.0, tokens / self.deployment.step_tokens),
+        )
+
     def selector_seconds(self, queries: float) -> float:
-        """Of the forwards that answer so many queries together."""
-        tokens = queries * self.tokens_per_query
-        forwards = max(1.0, tokens / self.deployment.step_tokens)
-        cost = self._selector.cost
-        return cost.seconds(queries, tokens, self.traffic.context, forwards=forwards)
+        return self._selector.cost.seconds(self.selector_step(queries))
 
     def most_queries(self) -> float:
         """A second, of one selector."""
@@ -208,19 +219,19 @@ class Load:
             return False
         if not demand.slm_steps:
             return True
-        needed = answers * demand.slm_steps * self.proposer_step(running) / running / replicas
+        needed = answers * demand.slm_steps * self.step_seconds(running) / running / replicas
         return needed <= 1.0 and (not self.deployment.shared or needed + busy <= 1.0)
 
     def seconds_alone(self) -> float:
-        """Of one answer on an idle deployment."""
-        demand = self.demand
-        seconds = self.deployment.proposer.cost.per_request
+        """Of one answer on an idle deployment. The LLM keeps what it has read."""
+        demand, seconds = self.demand, 0.0
         if demand.slm_steps:
-            seconds = demand.slm_steps * self.proposer_step(1.0)
+            seconds = demand.slm_steps * self.step_seconds(1.0)
         if demand.queries:
-            cost, tokens = self._selector.cost, demand.llm_tokens / demand.queries
-            query = cost.seconds(1.0, tokens, self.traffic.context) + self.deployment.hop
-            seconds += demand.queries * demand.waits * query
+            tokens = demand.llm_tokens / demand.queries
+            query = replace(self.selector_step(1.0), tokens=tokens, forwards=1.0)
+            waited = self._selector.cost.seconds(query) + self.deployment.hop
+            seconds += demand.queries * demand.waits * waited
         return seconds
 
 

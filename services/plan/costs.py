@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,23 +23,38 @@ VLLM_SEQUENCE_S = 0.03e-3
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a role does at once, on average.
+
+    sequences: in the forward. tokens: of all of them that it reads. context: mean tokens that each
+    sequence attends to. mixed: probability that the forward is more than one token of each sequence
+    with the base model. requests: that begin meanwhile. forwards: into which it is cut.
+    """
+
+    sequences: float
+    tokens: float
+    context: float = 0.0
+    mixed: float = 0.0
+    requests: float = 0.0
+    forwards: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForwardCost:
-    """Seconds of one forward over the packed tokens of several sequences:
+    """Seconds of a Step:
 
-        per_step + mixed * per_mixed_step + per_sequence * S
-            + max(weights, per_token * T) + per_context_token * S * C
-
-    S: sequences. T: tokens of all of them that are read in this forward. C: mean tokens of context
-    that each attends to. mixed: probability that the forward is more than one token of each
-    sequence with the base model.
+        forwards * per_step + mixed * per_mixed_step + sequences * per_sequence
+            + max(forwards * weights, tokens * per_token)
+            + sequences * context * per_context_token + requests * per_request
 
     per_step, per_sequence: the host's work, launches included [s]. per_mixed_step: what a forward
     costs more that reads a prompt or scores candidates [s]. weights: reading all weights once [s].
     per_token: arithmetic of one token [s]. per_context_token: reading one token's keys and values
-    [s]. per_request: the host's work for a request, once, in no forward [s].
+    [s]. per_request: the host's work for a request, once [s].
 
-    `weights` against `per_token * T` is the roofline: a forward of few tokens is bound by memory,
-    one of many by arithmetic. A measured cost has `weights` and attention within the other numbers.
+    `weights` against `tokens * per_token` is the roofline: a forward of few tokens is bound by
+    memory, one of many by arithmetic. A measured cost has `weights` and attention within the other
+    numbers.
     """
 
     per_step: float
@@ -50,19 +65,12 @@ class ForwardCost:
     per_mixed_step: float = 0.0
     per_request: float = 0.0
 
-    def seconds(
-        self,
-        sequences: float,
-        tokens: float,
-        context: float = 0.0,
-        mixed: float = 0.0,
-        forwards: float = 1.0,
-    ) -> float:
-        """Of so many forwards over these sequences and tokens in all."""
-        host = forwards * self.per_step + mixed * self.per_mixed_step
-        host += self.per_sequence * sequences
-        device = max(forwards * self.weights, self.per_token * tokens)
-        return host + device + self.per_context_token * sequences * context
+    def seconds(self, step: Step) -> float:
+        """Of one Step."""
+        host = step.forwards * self.per_step + step.mixed * self.per_mixed_step
+        host += step.sequences * self.per_sequence + step.requests * self.per_request
+        device = max(step.forwards * self.weights, step.tokens * self.per_token)
+        return host + device + step.sequences * step.context * self.per_context_token
 
 
 def assumed_cost(
@@ -106,27 +114,20 @@ def assumed_cost(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Point:
-    """A measured mean step of one role.
+    """A Step and the seconds that were measured for it."""
 
-    seconds: of one step of `sequences` sequences that reads `tokens` tokens in all. requests: that
-    begin per step. mixed: share of the steps that read a prompt or scored candidates.
-    """
-
+    step: Step
     seconds: float
-    sequences: float
-    tokens: float
-    requests: float
-    mixed: float = 0.0
 
 
-COLUMNS = {  # number of the formula -> what it is multiplied with
-    "per_step": lambda p: 1.0,
-    "per_sequence": lambda p: p.sequences,
-    "per_token": lambda p: p.tokens,
-    "per_request": lambda p: p.requests,
-    "per_mixed_step": lambda p: p.mixed,
+COLUMNS = {  # number of the formula -> what of a Step it is multiplied with
+    "per_step": lambda step: 1.0,
+    "per_sequence": lambda step: step.sequences,
+    "per_token": lambda step: step.tokens,
+    "per_request": lambda step: step.requests,
+    "per_mixed_step": lambda step: step.mixed,
 }
 
 
@@ -136,7 +137,7 @@ def fitted_cost(points: Sequence[Point]) -> ForwardCost:
     Fewer points than numbers give the numbers that explain most.
     """
     seconds = np.array([p.seconds for p in points])
-    matrix = np.array([[column(p) for column in COLUMNS.values()] for p in points])
+    matrix = np.array([[column(p.step) for column in COLUMNS.values()] for p in points])
     found = _non_negative(matrix / seconds[:, None], np.ones(len(points)))
     return ForwardCost(**dict(zip(COLUMNS, map(float, found), strict=True)))
 
@@ -154,6 +155,3 @@ def _non_negative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
             best, least = np.zeros(width), error
             best[columns] = found
     return best
-
-
-FIELDS = tuple(field.name for field in fields(ForwardCost))

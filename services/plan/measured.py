@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2t_shared.errors import ConfigError
-from services.plan.costs import ForwardCost, Point, fitted_cost
+from services.plan.costs import ForwardCost, Point, Step, fitted_cost
 
 FORMAT = 1
 
@@ -43,9 +43,11 @@ def read_measured(file: Path) -> Measured:
     try:
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
-        points = {
-            role: [Point(**point) for point in found] for role, found in content["points"].items()
-        }
+        points = {role: _points(found) for role, found in content["points"].items()}
         return Measured(**{**content, "points": points})
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(f"--measured={str(file)!r}: {error}; {hint}") from error
+
+
+def _points(found: list[dict[str, Any]]) -> list[Point]:
+    return [Point(Step(**point["step"]), float(point["seconds"])) for point in found]

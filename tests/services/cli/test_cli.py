@@ -33,7 +33,6 @@ VERBS = {
     "bench",
     "plan",
     "labels",
-    "plan",
     "redis-acl",
 }
 

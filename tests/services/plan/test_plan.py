@@ -14,7 +14,7 @@ from s2t_shared.config import load_config
 from s2t_shared.errors import ConfigError
 from services.cli import app
 from services.plan.capacity import ModePlan, plan_mode
-from services.plan.costs import ForwardCost, Point, fitted_cost
+from services.plan.costs import ForwardCost, Point, Step, fitted_cost
 from services.plan.demand import Traffic, demand_of, read_to_last_trigger
 from services.plan.deployment import Assumptions, Deployment, deployment_of
 from services.plan.devices import parse_prices
@@ -44,12 +44,12 @@ def planned(mode: str, made: Deployment, traffic: Traffic = TRAFFIC) -> ModePlan
 def test_tokens_read_are_those_of_random_triggers() -> None:
     """The closed form against the triggers that the service itself would draw."""
     traffic = Traffic(prompt=40, new=63, budget=0.03)
-    answers, read = 4000, 0.0
+    answers, read = 1000, 0.0
     for seed in range(answers):
         signals = [policy.random_signal(seed, step) > 1 - traffic.budget for step in range(3, 63)]
         last = max((i for i, fired in enumerate(signals) if fired), default=None)
         read += 0 if last is None else traffic.prompt + 3 + last + 1
-    assert read_to_last_trigger(traffic) == pytest.approx(read / answers, rel=0.03)
+    assert read_to_last_trigger(traffic) == pytest.approx(read / answers, rel=0.05)
 
 
 def test_demand_at_the_limits() -> None:
@@ -80,13 +80,13 @@ def test_measured_steps_give_back_their_cost() -> None:
         (32, 20, 4, 0.0),
         (32, 50, 40, 0.8),
     ]:
-        tokens, requests = sequences * (1 + prompt / new), sequences / new
-        seconds = true.seconds(sequences, tokens, mixed=mixed) + true.per_request * requests
-        points.append(
-            Point(
-                seconds=seconds, sequences=sequences, tokens=tokens, requests=requests, mixed=mixed
-            )
+        step = Step(
+            sequences=sequences,
+            tokens=sequences * (1 + prompt / new),
+            requests=sequences / new,
+            mixed=mixed,
         )
+        points.append(Point(step, true.seconds(step)))
     found = fitted_cost(points)
     for name in ("per_step", "per_sequence", "per_token", "per_request", "per_mixed_step"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6), name
@@ -94,15 +94,19 @@ def test_measured_steps_give_back_their_cost() -> None:
 
 def test_a_fit_has_no_negative_numbers() -> None:
     """Noise must not plan a batch that pays for itself."""
-    points = [Point(seconds=s, sequences=n, tokens=n, requests=0) for s, n in [(5, 1), (4, 32)]]
+    points = [Point(Step(sequences=n, tokens=n), s) for s, n in [(5, 1), (4, 32)]]
     found = fitted_cost(points)
     assert min(found.per_step, found.per_sequence, found.per_token) >= 0
 
 
 def test_roofline_has_its_knee() -> None:
     cost = ForwardCost(per_step=0, per_sequence=0, per_token=1e-4, weights=1e-2)
-    assert cost.seconds(1, 1) == cost.seconds(1, 99) == 1e-2
-    assert cost.seconds(1, 200) == pytest.approx(2e-2)
+
+    def of(tokens: float) -> float:
+        return cost.seconds(Step(sequences=1, tokens=tokens))
+
+    assert of(1) == of(99) == 1e-2
+    assert of(200) == pytest.approx(2e-2)
 
 
 # -- capacity -------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def test_wrong_prices_are_refused(text: str) -> None:
 
 
 def test_measured_file_survives_the_way_through_a_file(tmp_path: Path) -> None:
-    points = [Point(seconds=1e-3, sequences=1, tokens=1.5, requests=0.1)]
+    points = [Point(Step(sequences=1, tokens=1.5, requests=0.1), 1e-3)]
     found = Measured(
         machine="m", conditions="c", slm="bundled", llm=None, points={"slm": points, "llm": []}
     )
