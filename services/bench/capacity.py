@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from s2t_shared.bundled import BUNDLED, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, S2TError
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.requests import new_request
-from s2t_shared.types import GenerateRequest, Sampling, Usage
+from s2t_shared.types import GenerateRequest, Prompt, Sampling, Usage
 from s2t_shared.versions.live import LiveVersions
 from services.bench import workload
 from services.bench.measure import Figure, Report, figure, machine
@@ -40,7 +41,10 @@ from services.rpc.ask_many import AsyncCaller, Target
 
 SHORT = 4  # new tokens of the answers that tell what a prompt and a request cost
 MODES = {"greedy": "greedy", "s2t_local": "s2t_local entropy", "llm": "llm", "s2t": "s2t entropy"}
-WARM_UP_S = 0.5
+WARM_UP_S = 0.8
+MOST_S = 60.0  # of one measurement
+BUNDLED_PROMPTS = 4000
+LONGEST = 4096  # tokens of a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Windows:
 
     calibrate: Sequence[int]
     validate: Sequence[int]
-    seconds: float = 4.0
+    seconds: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -140,48 +144,50 @@ class Clients:
     def __init__(self, settings: Settings, address: str) -> None:
         self._settings = settings
         self._target = Target(address)
-        self._tokenizer = Tokenizer.load(resolve_model(settings.slm))
+        self._prompts = _prompts(settings.slm, Tokenizer.load(resolve_model(settings.slm)))
         self._count = itertools.count()
 
     async def load(self, work: Work, seconds: float) -> Seen:
-        """So many clients for so long. Counted are answers that end behind the warm-up.
+        """So many clients for so long, or longer, until some answers have come behind the warm-up.
 
         Raises:
-            ConfigError: there was none.
+            ConfigError: too few came.
         """
         usages: list[Usage] = []
-        (prompt,) = workload.prompts(self._tokenizer, [work.prompt])
         begin = time.perf_counter() + WARM_UP_S
-        end = begin + seconds
+        wanted = 1 + work.concurrency // 4
+        ended = 0.0  # when enough was seen
 
         async with self._target.open_channel() as channel:
             caller = AsyncCaller(self._target, channel)
 
             async def client() -> None:
-                while time.perf_counter() < end:
-                    usage = await _ask(caller, self._request(work, prompt))
-                    if begin <= time.perf_counter() < end:
+                nonlocal ended
+                while not ended:
+                    usage = await _ask(caller, self._request(work))
+                    now = time.perf_counter()
+                    if begin <= now and not ended:
                         usages.append(usage)
+                        if now >= begin + seconds and len(usages) >= wanted:
+                            ended = now
+                    if now > begin + MOST_S:
+                        raise ConfigError(
+                            f"{len(usages)} answers of mode {work.mode} in {MOST_S:g} s are too "
+                            "few to learn from; give a smaller --new"
+                        )
 
             await asyncio.gather(*(client() for _ in range(work.concurrency)))
-        if not usages:
-            raise ConfigError(
-                f"no answer of mode {work.mode} ended within {seconds:g} s; give a larger "
-                "--seconds or a smaller --new"
-            )
         return Seen(
             work,
-            len(usages) / seconds,
+            len(usages) / (ended - begin),
             statistics.mean(usage.prompt_tokens for usage in usages),
             statistics.mean(usage.completion_tokens for usage in usages),
         )
 
-    def _request(self, work: Work, prompt: tuple[int, ...]) -> GenerateRequest:
-        """A context that nobody has read before: two ids at its front count requests."""
+    def _request(self, work: Work) -> GenerateRequest:
         number = next(self._count)
-        ids = [20 + number % 80, 20 + number // 80 % 80, *prompt[2:]]
         request = new_request(
-            ids,
+            self._prompts(number, work.prompt),
             work.mode,
             trigger="random",
             budget=self._settings.budget,
@@ -190,6 +196,34 @@ class Clients:
             request_id=f"capacity-{number}",
         )
         return replace(request, options=replace(request.options, fresh_selections=True))
+
+
+def _prompts(slm: str, tokenizer: Tokenizer) -> Callable[[int, int], tuple[int, ...]]:
+    """Number and length -> a prompt that begins as no other does, so that nobody has read it.
+
+    The bundled pair gets its own problems, whole, behind as many others as it takes: it stops
+    early on anything else.
+    """
+    if slm != BUNDLED:
+        (long,) = workload.prompts(tokenizer, [LONGEST])
+        return lambda number, length: (
+            20 + number % 80,
+            20 + number // 80 % 80,
+            *long[2 - length :],
+        )
+    own = [
+        tokenizer.encode(Prompt(text=problem.prompt))
+        for problem in problems.problems("train", BUNDLED_PROMPTS)
+    ]
+
+    def of(number: int, length: int) -> tuple[int, ...]:
+        ids = tuple(own[number % len(own)])
+        while len(ids) < length:
+            number += 1
+            ids = (*own[number % len(own)], *ids)
+        return ids
+
+    return of
 
 
 async def _ask(caller: AsyncCaller, request: GenerateRequest) -> Usage:

@@ -327,12 +327,12 @@ def capacity(
     validate: Annotated[
         str, typer.Option(help="clients at once at which the plan is checked")
     ] = "8,16",
-    seconds: Annotated[float, typer.Option(help="of one measurement")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="of one measurement")] = 2.0,
     out: Annotated[Path | None, typer.Option(help="file for s2t plan --measured")] = None,
     prefix: Prefix = 256,
     new: New = 64,
     budget: Budget = 0.05,
-    repeats: Repeats = 2,
+    repeats: Repeats = 5,
     threads: Threads = 1,
     dtype: Dtype = "float32",
     device: Device = "cpu",

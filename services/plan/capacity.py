@@ -82,14 +82,14 @@ def plan_mode(mode: str, deployment: Deployment, traffic: Traffic) -> ModePlan |
     )
 
 
-def _most_slots(proposer: RolePlan) -> int:
+def most_slots(proposer: RolePlan) -> int:
     """Sequences that one proposer may have at once."""
     return max(1, min(proposer.slots, proposer.memory.contexts))
 
 
 def _slot_choices(deployment: Deployment) -> Iterator[float]:
     """Numbers of sequences to try, all of them first."""
-    most = _most_slots(deployment.proposer)
+    most = most_slots(deployment.proposer)
     for i in range(SLOT_CHOICES):
         yield max(1.0, float(round(most ** (1 - i / SLOT_CHOICES))))
 
@@ -109,16 +109,20 @@ class Load:
         """A step in which so many sequences decode.
 
         Prompts that are read and candidates that are scored are spread evenly over the steps. A
-        step is a mixed one unless every sequence only decodes: 1 - (1 - q)^S.
+        step is a mixed one unless no sequence reads its prompt or scores candidates:
+        1 - (1 - q)^S. That matters on a GPU, where only steps of single tokens are recorded.
         """
         demand, traffic = self.demand, self.traffic
         chunks = max(1.0, traffic.prompt / traffic.chunk)
         q = min(1.0, (demand.scorings + chunks) / demand.slm_steps)
+        if not self.deployment.proposer.device.is_gpu:
+            q = 0.0
         return Step(
             sequences=running,
             tokens=running * demand.slm_tokens / demand.slm_steps,
             context=traffic.context,
             mixed=1.0 - (1.0 - q) ** running,
+            watched=running * demand.watched,
             requests=running / demand.slm_steps,
         )
 
@@ -238,7 +242,7 @@ class Load:
 def _saturates(load: Load, selector_busy: float | None) -> str:
     """What gives out first."""
     proposer, selector = load.deployment.proposer, load.deployment.selector
-    most = _most_slots(proposer)
+    most = most_slots(proposer)
     if selector is not None and selector_busy is not None:
         if load.slots < most:  # with more, the LLM would read contexts anew
             return "selector KV"

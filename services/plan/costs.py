@@ -16,10 +16,14 @@ from services.plan.devices import BANDWIDTH_SHARE, FLOPS_SHARE, Device
 TORCH_GPU_LAYER_S = 1.0e-3  # launches of one layer of a step that is not recorded
 TORCH_GPU_RECORDED_S = 4.0e-3  # a whole step that is replayed as a CUDA graph
 TORCH_GPU_SEQUENCE_S = 0.14e-3
+TORCH_GPU_WATCHED_STEP_S = 2.5e-3  # from `s2t_local` beside greedy, at batch 1 and 64
+TORCH_GPU_WATCHED_S = 0.12e-3
 TORCH_CPU_LAYER_S = 0.3e-3
 TORCH_CPU_SEQUENCE_S = 0.1e-3
+TORCH_CPU_WATCHED_S = 0.1e-3
 VLLM_STEP_S = 3.0e-3
 VLLM_SEQUENCE_S = 0.03e-3
+VLLM_WATCHED_S = 0.05e-3  # log-probabilities of the first 64 ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +32,15 @@ class Step:
 
     sequences: in the forward. tokens: of all of them that it reads. context: mean tokens that each
     sequence attends to. mixed: probability that the forward is more than one token of each sequence
-    with the base model. requests: that begin meanwhile. forwards: into which it is cut.
+    with the base model. watched: of the sequences, those whose trigger is watched. requests: that
+    begin meanwhile. forwards: into which it is cut.
     """
 
     sequences: float
     tokens: float
     context: float = 0.0
     mixed: float = 0.0
+    watched: float = 0.0
     requests: float = 0.0
     forwards: float = 1.0
 
@@ -44,13 +50,15 @@ class ForwardCost:
     """Seconds of a Step:
 
         forwards * per_step + mixed * per_mixed_step + sequences * per_sequence
+            + any watched * per_watched_step + watched * per_watched
             + max(forwards * weights, tokens * per_token)
             + sequences * context * per_context_token + requests * per_request
 
     per_step, per_sequence: the host's work, launches included [s]. per_mixed_step: what a forward
-    costs more that reads a prompt or scores candidates [s]. weights: reading all weights once [s].
-    per_token: arithmetic of one token [s]. per_context_token: reading one token's keys and values
-    [s]. per_request: the host's work for a request, once [s].
+    costs more that scores candidates or, on a GPU, reads a prompt [s]. per_watched_step,
+    per_watched: the first candidates and the signal of sequences that may trigger [s]. weights:
+    reading all weights once [s]. per_token: arithmetic of one token [s]. per_context_token: reading
+    one token's keys and values [s]. per_request: the host's work for a request, once [s].
 
     `weights` against `tokens * per_token` is the roofline: a forward of few tokens is bound by
     memory, one of many by arithmetic. A measured cost has `weights` and attention within the other
@@ -63,12 +71,15 @@ class ForwardCost:
     weights: float = 0.0
     per_context_token: float = 0.0
     per_mixed_step: float = 0.0
+    per_watched_step: float = 0.0
+    per_watched: float = 0.0
     per_request: float = 0.0
 
     def seconds(self, step: Step) -> float:
         """Of one Step."""
         host = step.forwards * self.per_step + step.mixed * self.per_mixed_step
         host += step.sequences * self.per_sequence + step.requests * self.per_request
+        host += min(1.0, step.watched) * self.per_watched_step + step.watched * self.per_watched
         device = max(step.forwards * self.weights, step.tokens * self.per_token)
         return host + device + step.sequences * step.context * self.per_context_token
 
@@ -99,8 +110,11 @@ def assumed_cost(
     launches = shape.layers * (TORCH_GPU_LAYER_S if device.is_gpu else TORCH_CPU_LAYER_S)
     per_step, per_mixed_step = launches, 0.0
     per_sequence = TORCH_GPU_SEQUENCE_S if device.is_gpu else TORCH_CPU_SEQUENCE_S
+    per_watched_step = TORCH_GPU_WATCHED_STEP_S if device.is_gpu else 0.0
+    per_watched = TORCH_GPU_WATCHED_S if device.is_gpu else TORCH_CPU_WATCHED_S
     if runtime == "vllm":
         per_step, per_sequence = VLLM_STEP_S, VLLM_SEQUENCE_S
+        per_watched_step, per_watched = 0.0, VLLM_WATCHED_S
     elif recorded and device.is_gpu:
         per_step = min(launches, TORCH_GPU_RECORDED_S)
         per_mixed_step = launches - per_step
@@ -111,6 +125,8 @@ def assumed_cost(
         weights=read / bandwidth,
         per_context_token=shape.kv_bytes_per_token / bandwidth,
         per_mixed_step=per_mixed_step,
+        per_watched_step=per_watched_step,
+        per_watched=per_watched,
     )
 
 
@@ -128,6 +144,8 @@ COLUMNS = {  # number of the formula -> what of a Step it is multiplied with
     "per_token": lambda step: step.tokens,
     "per_request": lambda step: step.requests,
     "per_mixed_step": lambda step: step.mixed,
+    "per_watched_step": lambda step: min(1.0, step.watched),
+    "per_watched": lambda step: step.watched,
 }
 
 
@@ -144,7 +162,7 @@ def fitted_cost(points: Sequence[Point]) -> ForwardCost:
 
 def _non_negative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Least squares without negative numbers: the best of all choices of columns that have none.
-    Five columns are 31 choices."""
+    Seven columns are 127 choices."""
     width = matrix.shape[1]
     best, least = np.zeros(width), float(wanted @ wanted)
     for choice in range(1, 1 << width):

@@ -36,13 +36,14 @@ class Demand:
     """Of one answer, on average.
 
     slm_steps: forwards of the SLM that hold a token of it. slm_tokens: tokens that the SLM reads.
-    scorings: forwards that score candidates locally. queries: to the LLM. llm_tokens: that the LLM
-    reads, if it keeps the context between queries. waits: share of the time of a query in which the
-    answer stands still.
+    watched: whether its steps may trigger. scorings: forwards that score candidates locally.
+    queries: to the LLM. llm_tokens: that the LLM reads, if it keeps the context between queries.
+    waits: share of the time of a query in which the answer stands still.
     """
 
     slm_steps: float
     slm_tokens: float
+    watched: bool = False
     scorings: float = 0.0
     queries: float = 0.0
     llm_tokens: float = 0.0
@@ -73,12 +74,13 @@ def demand_of(mode: str, traffic: Traffic) -> Demand:
     triggers = traffic.budget * max(0.0, new - WARMUP_STEPS)
     if kind == "s2t_local":
         steps = new + triggers
-        return Demand(slm_steps=steps, slm_tokens=prompt + steps, scorings=triggers)
+        return Demand(slm_steps=steps, slm_tokens=prompt + steps, watched=True, scorings=triggers)
     if trigger == "kl":
         return _drafting(traffic)
     return Demand(
         slm_steps=new,
         slm_tokens=prompt + new,
+        watched=True,
         queries=triggers,
         llm_tokens=read_to_last_trigger(traffic),
     )
@@ -103,6 +105,7 @@ def _drafting(traffic: Traffic) -> Demand:
     return Demand(
         slm_steps=tokens,
         slm_tokens=traffic.prompt + tokens,
+        watched=True,
         queries=calls,
         llm_tokens=traffic.prompt + tokens,
         waits=0.5 if drafts_on else 1.0,

@@ -93,9 +93,7 @@ def deployment_of(config: Config, traffic: Traffic, given: Assumptions) -> Deplo
     """Raises ConfigError, ModelLoadError: an unknown device, or a model that cannot be told."""
     proposer = _role("slm", config, traffic, given)
     selector = _role("llm", config, traffic, given) if _knows_llm(config) else None
-    gpus = config.proposer.num_gpus + config.selector.num_gpus
-    shared = selector is not None and proposer.device.is_gpu and 0 < gpus <= 1
-    shared = shared and config.proposer.num_gpus < 1 and config.selector.num_gpus < 1
+    shared = selector is not None and _share(config, proposer.device, selector.device)
     if shared:
         assert selector is not None
         proposer, selector = _beside(proposer, selector)
@@ -107,6 +105,15 @@ def deployment_of(config: Config, traffic: Traffic, given: Assumptions) -> Deplo
         hop=0.0 if "llm" in given.measured else HOP_S,
         step_tokens=STEP_TOKENS[kind],
     )
+
+
+def _share(config: Config, one: Device, other: Device) -> bool:
+    """Whether both roles are one device's: fractions that are one at most, as Ray counts them."""
+    if one != other or config.selector.addresses:
+        return False
+    roles = (config.proposer, config.selector)
+    parts = [role.num_gpus if one.is_gpu else role.num_cpus for role in roles]
+    return all(0 < part < 1 for part in parts) and sum(parts) <= 1
 
 
 def _knows_llm(config: Config) -> bool:
