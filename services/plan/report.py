@@ -14,6 +14,7 @@ from services.plan.demand import MODES, Traffic
 from services.plan.deployment import Assumptions, Deployment, RolePlan, deployment_of
 from services.plan.devices import BANDWIDTH_SHARE, FLOPS_SHARE
 from services.plan.measured import Measured
+from services.plan.queues import QueuePoint
 
 Input = tuple[str, str, str]  # what, value, whether measured, published, assumed or given
 
@@ -26,6 +27,7 @@ class Plan:
     deployment: Deployment
     modes: tuple[ModePlan, ...]
     inputs: tuple[Input, ...]
+    queues: tuple[QueuePoint, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         inputs = [dict(zip(("what", "value", "source"), row, strict=True)) for row in self.inputs]
@@ -46,6 +48,8 @@ class Plan:
     def tables(self) -> Iterator[Table]:
         yield _memory_table(self.deployment)
         yield _mode_table(self.modes)
+        if self.queues:
+            yield _queue_table(self.queues)
         yield _input_table(self.inputs)
 
 
@@ -155,6 +159,33 @@ def _mode_table(modes: tuple[ModePlan, ...]) -> Table:
             f"{mode.cost:.3g}",
             f"{mode.balanced:.3g}",
             mode.saturates,
+        )
+    return table
+
+
+QUEUE_LEGEND = (
+    "Seconds more than on an idle deployment, in mode s2t by entropy, of a query to the LLM and of "
+    "a whole answer; taken: share of the proposers' places; busy: of the selectors' time. Where "
+    "answers stay unfinished, the queues grow without bound."
+)
+
+
+def _queue_table(queues: tuple[QueuePoint, ...]) -> Table:
+    right = ["selectors", "query p50", "p99", "answer p50", "p99", "taken", "busy", "unfinished"]
+    title = f"Queues, simulated: {queues[0].proposers} proposers, requests at random"
+    table = _table(title, [], ["proposers per selector", *right])
+    table.caption, table.caption_justify = QUEUE_LEGEND, "left"
+    for point in queues:
+        table.add_row(
+            f"{point.proposers_per_selector:.3g}",
+            f"{point.selectors}",
+            f"{point.query_p50:.3f}",
+            f"{point.query_p99:.3f}",
+            f"{point.answer_p50:.2f}",
+            f"{point.answer_p99:.2f}",
+            f"{point.proposer_utilisation:.0%}",
+            f"{point.selector_utilisation:.0%}",
+            f"{point.unfinished:.0%}",
         )
     return table
 
