@@ -61,9 +61,10 @@ SERVICES = {  # package or module of services -> what else of services it may im
     "harness": "",
     "harvest": "rpc",
     "train": "evaluation launch roles serve",
-    "bench": "client evaluation harvest launch metrics rpc serve train",
+    "plan": "",
+    "bench": "client evaluation harvest launch metrics plan rpc serve train",
     "demo": "client evaluation harvest launch rpc train",
-    "cli": "bench client demo evaluation harvest lake_on_ray launch rpc train",
+    "cli": "bench client demo evaluation harvest lake_on_ray launch plan rpc train",
     "main": "cli",
 }
 
@@ -157,7 +158,8 @@ HOMES = {  # dependency -> packages or modules that may import it
     "psutil": "services.bench",
     "vllm": "s2t_shared.decode.vllm_selector s2t_shared.decode.vllm_proposer "
     "s2t_shared.decode.vllm_reader",
-    "matplotlib": "services.bench services.train",
+    "matplotlib": "services.bench services.plan services.train",
+    "simpy": "services.plan",
     "fcntl": "s2t_shared.files",
 }
 

@@ -160,6 +160,12 @@ class KVPool:
         slabs = -(-slots // self._slots_per_slab(size))
         return slabs * self._slab_bytes(size) <= self.max_bytes
 
+    def capacity(self, columns: int) -> int:
+        """How many slots of so many columns an empty pool has room for."""
+        size = _size_class(columns)
+        slabs = self.max_bytes // self._slab_bytes(size)
+        return slabs * self._slots_per_slab(size)
+
     def _slots_per_slab(self, size: int) -> int:
         wanted = max(self.layout.slab_slots, self._slab_tokens // size)
         return max(1, min(wanted, int(self.max_tokens * LARGEST_SLAB) // size))

@@ -10,22 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from s2t_shared.bundled import SLM_DIR
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.llm_selector import LLMSelector
 from s2t_shared.decode.proposer import Proposer
-from s2t_shared.errors import ConfigError
 from s2t_shared.model import attention
 from s2t_shared.model.device_memory import GIB, check_fits
 from s2t_shared.model.kv_pool import BatchLayout
 from s2t_shared.model.loading import DTYPES
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
+from s2t_shared.model.shape import published_config
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import (
     CandidateRule,
@@ -41,49 +40,12 @@ from services.bench.workload import Models, Settings
 
 RESERVED_IDS = tuple(range(64))
 GREEDY = "greedy"
-# Qwen2.5's shapes, from the published configurations.
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.5B": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "vocab_size": 151936,
-    },
-    "1.5B": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "vocab_size": 151936,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "32B": {
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSettings:
-    """slm, llm: of SHAPES. kv_gib: of each model's KV pool. max_hf_batch: larger batches are not
-    compared with `generate`. graphs: decode steps are recorded."""
+    """slm, llm: sizes as in `shape.SHAPES`. kv_gib: of each model's KV pool. max_hf_batch: larger
+    batches are not compared with `generate`. graphs: decode steps are recorded."""
 
     slm: str
     llm: str | None
@@ -99,11 +61,8 @@ def dummy_model(size: str, dtype: torch.dtype, implementation: str) -> PreTraine
     Raises:
         ConfigError: no shape of this name.
     """
-    if size not in SHAPES:
-        raise ConfigError(f"{size!r} is no size that is known here; choose from {list(SHAPES)}")
-    config = Qwen2Config(**SHAPES[size], max_position_embeddings=32768, dtype=dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=implementation
+        published_config(size, dtype), dtype=dtype, attn_implementation=implementation
     )
     return model.eval()
 

@@ -118,7 +118,8 @@ def bench_swap(
         )
     with tempfile.TemporaryDirectory(prefix="s2t-swap-") as folder:
         config = _config(folder, slm, threads, concurrency)
-        versions = _publish_two(config)
+        one, other = publish_untrained(config, SIDES)
+        versions = (one, other)
         say(f"published {' and '.join(versions)}")
         with running_service(config) as service, Client(service.address) as client:
             _swap_to(client, versions[0])
@@ -154,12 +155,13 @@ def _config(folder: str, slm: str, threads: int, concurrency: int) -> Config:
     )
 
 
-def _publish_two(config: Config) -> tuple[str, str]:
+def publish_untrained(config: Config, sides: Sequence[tuple[SelectorKind, Reading]]) -> list[str]:
+    """Publish a random version of each kind; returns their names."""
     runtime = ModelRuntime.load(config.slm.model, config.slm.dtype)
     tokenizer = Tokenizer.load(resolve_model(config.slm.model), config.slm.chat_template)
     reserved, registry = reserved_ids(tokenizer, runtime.vocab_rows), Registry(config.versions)
     names = []
-    for seed, (kind, reads) in enumerate(SIDES):
+    for seed, (kind, reads) in enumerate(sides):
         selector = random_selector(runtime, reserved, kind, reads, seed)
         names.append(
             registry.publish(
@@ -184,7 +186,7 @@ def _publish_two(config: Config) -> tuple[str, str]:
                 ),
             ).version
         )
-    return names[0], names[1]
+    return names
 
 
 def random_selector(

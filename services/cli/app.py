@@ -53,6 +53,7 @@ from services.cli.options import (  # noqa: E402
     settings_beside_service,
     show,
 )
+from services.cli.plan import plan  # noqa: E402
 from services.cli.train import train  # noqa: E402
 from services.cli.versions import versions_app  # noqa: E402
 
@@ -129,6 +130,9 @@ app.command()(down)
 
 
 app.command()(status)
+
+
+app.command()(plan)
 
 
 app.command()(generate)

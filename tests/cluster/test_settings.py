@@ -4,7 +4,7 @@ names, by arithmetic over the models' published shapes. No weights are needed fo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from s2t_shared.config import Config, ModelConfig, load_config
 from s2t_shared.errors import ModelLoadError
 from s2t_shared.model.device_memory import GIB, WORKING_BYTES, check_fits
+from s2t_shared.model.shape import model_shape
 from services.app import build
 from services.launch.cluster_files import CLUSTER_FILES, write_cluster_files
 
@@ -38,65 +39,21 @@ def load(file: Path) -> Config:
 # -- memory ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Numbers of a model's config.json, as published."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.hidden // self.heads
-
-    @property
-    def linear_parameters(self) -> int:
-        """Of all layers: attention with its biases, gated MLP, two norms."""
-        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width
-        biases = self.hidden + 2 * self.kv_width
-        mlp = 3 * self.hidden * self.intermediate
-        return self.layers * (attention + biases + mlp + 2 * self.hidden) + self.hidden
-
-    @property
-    def embedding_parameters(self) -> int:
-        return (1 if self.tied else 2) * self.vocabulary * self.hidden
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.layers * self.kv_width * 2 * BF16
-
-    def weight_bytes(self, bytes_per_weight: int = BF16) -> int:
-        """Quantised are the layers; embeddings and head stay as they are."""
-        return self.linear_parameters * bytes_per_weight + self.embedding_parameters * BF16
-
-
-SHAPES = {
-    "Qwen/Qwen2.5-0.5B-Instruct": Shape(896, 24, 14, 2, 4864, 151936, True),
-    "Qwen/Qwen2.5-1.5B-Instruct": Shape(1536, 28, 12, 2, 8960, 151936, True),
-    "Qwen/Qwen2.5-7B-Instruct": Shape(3584, 28, 28, 4, 18944, 152064, False),
-    "Qwen/Qwen2.5-32B-Instruct": Shape(5120, 64, 40, 8, 27648, 152064, False),
-}
 # What is free on a card in GiB, before anything is loaded: less than its label says.
 FREE_GIB = {"L4": 22.0, "H100": 78.0, "H200": 139.0}
 
 
-def test_the_shapes_are_the_published_models() -> None:
-    """A wrong number here would let a file pass that fits no card."""
-    billions = {"0.5B": 0.494, "1.5B": 1.544, "7B": 7.616, "32B": 32.764}  # as their cards say
-    for name, shape in SHAPES.items():
-        size = name.split("-")[1]
-        parameters = (shape.linear_parameters + shape.embedding_parameters) / 1e9
-        assert parameters == pytest.approx(billions[size], abs=0.001), name
+shape = cache(model_shape)
+
+
+def weight_bytes(model: str, bytes_of_layers: int = BF16) -> int:
+    """By the model's published shape."""
+    return int(shape(model).weight_bytes(bytes_of_layers, BF16))
 
 
 def needed_bytes(model: ModelConfig) -> int:
     """What a model takes of its card beside the working memory."""
-    return SHAPES[model.model].weight_bytes() + model.kv_bytes
+    return weight_bytes(model.model) + model.kv_bytes
 
 
 @pytest.mark.parametrize("file", SETTINGS, ids=name_of)
@@ -113,31 +70,29 @@ def test_models_fit_their_cards(file: Path) -> None:
         assert proposes.num_gpus + selects.num_gpus <= 1
         return
     if proposes.replicas:
-        shape = SHAPES[config.slm.model]
         free = int(FREE_GIB[proposes.accelerator_type or "L4"] * GIB)
-        check_fits(config.slm.model, shape.weight_bytes(), config.slm.kv_bytes, free)
+        check_fits(config.slm.model, weight_bytes(config.slm.model), config.slm.kv_bytes, free)
     if selects.replicas and not selects.addresses:
         check_llm(config.llm, int(FREE_GIB[selects.accelerator_type or "H100"] * GIB))
         assert selects.num_gpus == config.llm.tensor_parallel * config.llm.pipeline_parallel
 
 
 def check_llm(llm: ModelConfig, free: int) -> None:
-    shape = SHAPES[llm.model]
     if llm.runtime == "torch":
-        check_fits(llm.model, shape.weight_bytes(), llm.kv_bytes, free)
+        check_fits(llm.model, weight_bytes(llm.model), llm.kv_bytes, free)
         return
-    weights = shape.weight_bytes(FP8 if llm.quantization == "fp8" else BF16) // llm.tensor_parallel
+    quantised = FP8 if llm.quantization == "fp8" else BF16
+    weights = weight_bytes(llm.model, quantised) // llm.tensor_parallel
     cache = free * llm.gpu_memory_utilization - weights - WORKING_BYTES
-    tokens = int(cache * llm.tensor_parallel / shape.kv_bytes_per_token)
+    tokens = int(cache * llm.tensor_parallel / shape(llm.model).kv_bytes_per_token)
     assert llm.max_length is not None
     assert tokens > 4 * llm.max_length, f"room for {tokens} tokens only"
 
 
 def test_the_old_reference_does_not_fit() -> None:
     """The arithmetic sees what it is there for."""
-    shape = SHAPES["Qwen/Qwen2.5-32B-Instruct"]
     with pytest.raises(ModelLoadError, match="lower kv_gib to 1[45]"):
-        check_fits("32B", shape.weight_bytes(), 40 * GIB, int(FREE_GIB["H100"] * GIB))
+        check_fits("32B", weight_bytes("32B"), 40 * GIB, int(FREE_GIB["H100"] * GIB))
 
 
 @pytest.mark.parametrize("file", SETTINGS, ids=name_of)
@@ -149,7 +104,7 @@ def test_tokens_in_comments_are_right(file: Path) -> None:
             section = found[1]
         if said := re.match(r"  kv_gib: ([\d.]+) +# ([\d,]+) tokens", line):
             model: ModelConfig = getattr(load(file), section)
-            tokens = model.kv_bytes / SHAPES[model.model].kv_bytes_per_token
+            tokens = model.kv_bytes / shape(model.model).kv_bytes_per_token
             assert int(said[2].replace(",", "")) == pytest.approx(tokens, rel=0.03), line
 
 

@@ -22,7 +22,7 @@ from ray import serve
 
 from s2t_shared.bundled import problems
 from s2t_shared.config import load_config
-from services.bench.swap import _publish_two
+from services.bench.swap import SIDES, publish_untrained
 from services.client import Client
 from services.launch.local import RunningService, running_service
 from tests.faults import figures
@@ -149,7 +149,7 @@ def test_replicas_are_killed(cluster: Cluster, stage: Stage, role: str, kills: i
 
 def test_a_version_is_seen_everywhere(cluster: Cluster, stage: Stage) -> None:
     """R8. Both proposers serve it, as their answers say."""
-    versions = _publish_two(cluster.service.config)
+    versions = publish_untrained(cluster.service.config, SIDES)
     seen_s: list[float] = []
 
     async def main() -> None:

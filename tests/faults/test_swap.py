@@ -11,7 +11,7 @@ import pytest
 
 from s2t_shared.bundled import problems
 from s2t_shared.versions.live import LiveVersions
-from services.bench.swap import _publish_two
+from services.bench.swap import SIDES, publish_untrained
 from tests.faults import figures
 from tests.faults.clients import Clients, asking
 from tests.faults.stage import Stage, until
@@ -33,7 +33,7 @@ def test_versions_are_swapped_under_streams(stage: Stage, swaps: int) -> None:
         for i in range(2)
     ]
     config = proposers[0].settings.config
-    versions = _publish_two(config)
+    versions = publish_untrained(config, SIDES)
     live = LiveVersions(config.versions)
     turns = itertools.count()
     seen_s: list[float] = []

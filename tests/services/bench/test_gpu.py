@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from s2t_shared.errors import ConfigError
-from services.bench import gpu
+from s2t_shared.model import shape
 from services.bench.gpu import GpuSettings, bench_gpu
 from services.bench.workload import Settings
 
@@ -21,7 +21,7 @@ SETTINGS = Settings(slm="tiny", prefix=20, new=40, budget=0.1, repeats=2, thread
 
 
 def test_every_mode_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(shape.SHAPES, "tiny", TINY)
     wanted = GpuSettings(slm="tiny", llm="tiny", batches=[1, 3], kv_gib=0.05, max_hf_batch=1)
     report = bench_gpu(SETTINGS, wanted)
     found = [(f.name, f.conditions.partition(",")[0]) for f in report.figures]

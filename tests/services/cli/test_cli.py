@@ -32,6 +32,7 @@ VERBS = {
     "doctor",
     "config",
     "bench",
+    "plan",
     "labels",
     "redis-acl",
 }
