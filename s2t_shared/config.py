@@ -420,6 +420,21 @@ class LabelsConfig(_Section):
     )
 
 
+class MetricsConfig(_Section):
+    """Where each process shows its metrics to Prometheus."""
+
+    enabled: bool = True
+    host: str = Field("127.0.0.1", description="where the endpoints listen")
+    port: int | None = Field(
+        9464,
+        ge=0,
+        le=65000,
+        description="the gateway's; selectors have the next one, proposers those behind it: on a "
+        "node each process takes the first free one. 0: any free ones; None: no endpoints",
+    )
+    ray: bool = Field(True, description="also through the metrics port of Ray on each node")
+
+
 class CalibrationConfig(_Section):
     prompts: Path | None = Field(
         None,
@@ -442,6 +457,7 @@ class Config(_Section):
     security: SecurityConfig = SecurityConfig()
     redis: RedisConfig = RedisConfig()
     labels: LabelsConfig = LabelsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingSettings = TrainingSettings()
     data_dir: Path = Field(
@@ -569,7 +585,7 @@ def check_exposure(config: Config) -> None:
     their selectors.
 
     Raises:
-        ConfigError: `gateway.host` or `selector.host` is such a server, or settings of both ends
+        ConfigError: there is such a server, or settings of both ends
             of a connection contradict one another.
     """
     security = config.security
@@ -578,6 +594,8 @@ def check_exposure(config: Config) -> None:
         return
     secured = security.certificate and security.key and security.token_file
     hosts = {"gateway.host": config.gateway.host, "selector.host": config.selector.host}
+    if config.metrics.enabled and config.metrics.port is not None:
+        hosts["metrics.host"] = config.metrics.host
     for name, host in hosts.items():
         if host not in LOOPBACK and not secured:
             raise ConfigError(

@@ -6,8 +6,9 @@ The only place that knows all of them. Each function is called in its replica's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.registry import SLM
+from services.metrics.decode_meter import DecodeMeter
+from services.metrics.registry import Reading
 from services.rpc import channels
 from services.rpc.tokens import Role
 from services.serve.admin_servicer import AdminServicer
@@ -46,6 +49,7 @@ from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
+from services.serve.request_meter import label_store_readings
 from services.serve.selector_server import SelectorServer
 from services.serve.selector_thread import AsyncSelector, SelectorThread
 from services.serve.version_watcher import VersionWatcher
@@ -76,15 +80,21 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     labels = LabelRecorder(_label_writer(config, models))
     versions = VersionWatcher(LiveVersions(config.versions), slm.weights, tokenizer.digest)
     settings = config.proposer
+    selector = _cached(config, remote)
     engine = Engine(
         slm.proposer,
-        _cached(config, remote),
+        selector,
         versions.lookup,
         max_num_seqs=settings.max_num_seqs,
         selection_timeout_s=settings.selection_timeout_s,
         max_draft_tokens=settings.max_draft_tokens,
     )
-    thread = EngineThread(engine, tokenizer, check_when_idle=slm.check_when_idle)
+    thread = EngineThread(
+        engine,
+        tokenizer,
+        check_when_idle=slm.check_when_idle,
+        meter=DecodeMeter() if config.metrics.enabled else None,
+    )
     calibrator = Calibrator(
         engine=thread,
         tokenizer=tokenizer,
@@ -96,7 +106,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     await calibrator.start()
     live = versions.live_version or "none"
     log.info("proposer ready: slm %s, live local selector %s", slm.proposer.info.digest, live)
-    return ProposerService(
+    service = ProposerService(
         engine=thread,
         tokenizer=tokenizer,
         selector=remote,
@@ -107,6 +117,16 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         max_queue_s=settings.max_queue_s,
         stall_timeout_s=settings.stall_timeout_s,
     )
+    service.registry.add(remote.readings)
+    if isinstance(selector, CachedSelector):
+        service.registry.add(partial(cache_readings, selector))
+    return service
+
+
+def cache_readings(cache: CachedSelector) -> Iterator[Reading]:
+    """For the metrics; from any thread."""
+    yield Reading("s2t_selection_cache_lookups_total", cache.hits, ("hit",))
+    yield Reading("s2t_selection_cache_lookups_total", cache.misses, ("miss",))
 
 
 @dataclass(frozen=True)
@@ -251,7 +271,10 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
         stream=stream,
         drain=drain,
     )
-    return GatewayServer(config, proposers, admin, drain)
+    server = GatewayServer(config, proposers, admin, drain)
+    if stream is not None:
+        server.registry.add(partial(label_store_readings, stream))
+    return server
 
 
 def _stream(config: Config) -> LabelStream | None:
