@@ -77,7 +77,7 @@ def is_among(keys: Keys, ascending: Keys) -> np.ndarray:
 
 # -- repeated keys --------------------------------------------------------------------------------
 
-IN_MEMORY = 4 << 20  # keys; what is more goes to disk
+IN_MEMORY = 1 << 20  # keys; what is more goes to disk
 PARTITIONS = 64
 
 
