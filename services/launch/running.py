@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import ray
 from ray import serve
 
@@ -9,6 +11,7 @@ from s2t_shared.config import Config
 from services.nodes import awaited, find_nodes, needs_of
 from services.roles import APPLICATION, SECTIONS, placements
 
+logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 ADDRESS_TIMEOUT_S = 30.0
 
 
@@ -31,6 +34,20 @@ def find_url() -> str:
     """
     gateway = serve.get_deployment_handle("Gateway", APPLICATION)
     return str(gateway.url.remote().result(timeout_s=ADDRESS_TIMEOUT_S))
+
+
+def find_metrics() -> dict[str, list[str]]:
+    """Where Prometheus reads each replica's metrics, by the name of its deployment.
+
+    Raises:
+        Exception: of any kind, from Serve; they do not say.
+    """
+    found = {}
+    for name in serve.status().applications[APPLICATION].deployments:
+        asked = serve.get_deployment_handle(name, APPLICATION).broadcast("metrics_url")
+        urls = asked.results(timeout_s=ADDRESS_TIMEOUT_S)
+        found[name] = sorted(str(url) for url in urls if url)
+    return found
 
 
 def waits(config: Config) -> dict[str, str]:

@@ -35,9 +35,18 @@ MAKERS = {  # whether requests and whether responses are streams -> gRPC's maker
 }
 
 
+OnRefusal = Callable[[Exception], None]
+
+
 class BorderInterceptor(grpc.aio.ServerInterceptor):
     """Ends calls that fail with a documented status, whatever their handler does. The outermost
-    interceptor, so that it hears of each call."""
+    interceptor, so that it hears of each call.
+
+    on_refusal: called with each error that a handler has not ended its call with itself.
+    """
+
+    def __init__(self, on_refusal: OnRefusal = lambda error: None) -> None:
+        self._on_refusal = on_refusal
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -54,7 +63,7 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):
         guard = _guarded_stream if inspect.isasyncgenfunction(answer) else _guarded
         make = MAKERS[handler.request_streaming, handler.response_streaming]
         return make(
-            guard(details.method, answer),
+            guard(details.method, answer, self._on_refusal),
             _tolerant(handler.request_deserializer),
             handler.response_serializer,
         )
@@ -74,26 +83,28 @@ def _tolerant(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | N
 
 
 def _guarded(
-    method: str, answer: Callable[[Any, Any], Awaitable[Any]]
+    method: str, answer: Callable[[Any, Any], Awaitable[Any]], on_refusal: OnRefusal
 ) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         _record(method, request, context)
         try:
             return await answer(_decoded(request), context)
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await _end(context, error)
+            await _end(context, error, on_refusal)
 
     return guarded
 
 
-def _guarded_stream(method: str, answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _guarded_stream(
+    method: str, answer: Callable[[Any, Any], Any], on_refusal: OnRefusal
+) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: Any) -> Any:
         _record(method, request, context)
         try:
             async for response in answer(_decoded(request), context):
                 yield response
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await _end(context, error)
+            await _end(context, error, on_refusal)
 
     return guarded
 
@@ -143,9 +154,10 @@ async def _each_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _decoded(request)
 
 
-async def _end(context: Any, error: Exception) -> None:
+async def _end(context: Any, error: Exception, on_refusal: OnRefusal) -> None:
     if isinstance(error, grpc.aio.AbortError):  # ended already, by the handler
         raise error
+    on_refusal(error)
     if isinstance(error, S2TError):
         await wire.abort(context, error)
     if isinstance(error, NotImplementedError):  # a method that only the generated code has
