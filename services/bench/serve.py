@@ -25,6 +25,7 @@ from s2t_shared.requests import new_request
 from s2t_shared.types import GenerateRequest, Policy, Sampling
 from services.bench import workload
 from services.bench.measure import Figure, Report, figure, ratios, take_turns
+from services.bench.streams import Streamed, by_grpc, by_http, compared
 from services.bench.workload import Settings
 from services.launch.local import RunningService, running_service
 from services.rpc.ask_many import AsyncCaller, Target, bounded
@@ -37,16 +38,17 @@ SOAK_KV_GIB = 0.05
 def bench_serve(
     settings: Settings, batch: int, on_turn: Callable[[], None] = lambda: None
 ) -> Report:
-    """Greedy answers, streamed through gateway, gRPC and Serve, against the same engine in this
-    process; with an LLM also requests of every mode at once against one after another."""
+    """Greedy answers, streamed through gateway, gRPC or HTTP, and Serve, against the same engine in
+    this process; with an LLM also requests of every mode at once against one after another."""
     models = workload.load(settings)
     prompts = workload.prompts(models.tokenizer, workload.ragged_lengths(batch, settings.prefix))
-    turns = {"in process": iter(range(10_000)), "served": iter(range(10_000))}
+    turns = {side: iter(range(10_000)) for side in ("in process", "gRPC", "HTTP")}
+    seen: dict[str, list[Streamed]] = {"gRPC": [], "HTTP": []}
 
     def fresh(side: str) -> list[tuple[int, ...]]:
         """Another first token each turn, so that the service cannot reuse what it read in an
-        earlier one; the same on both sides."""
-        n = next(turns[side])
+        earlier one, nor by the other transport."""
+        n = 2 * next(turns[side]) + (side == "HTTP")
         return [(20 + n, *ids[1:]) for ids in prompts]
 
     def in_process() -> float:
@@ -58,28 +60,39 @@ def bench_serve(
     figures: list[Figure] = []
     with _service(settings, batch) as service:
 
-        def served() -> float:
-            return _stream_all(
-                service, [_greedy(ids, settings.new) for ids in fresh("served")], batch
-            )
+        def served(side: str) -> float:
+            requests = [_greedy(ids, settings.new) for ids in fresh(side)]
+            if side == "gRPC":
+                turn = by_grpc(service.address, requests)
+            else:
+                turn = by_http(service.url, service.config.served_model_name, requests)
+            seen[side].append(turn)
+            return turn.seconds / turn.tokens
 
         seconds = take_turns(
-            {"in process": in_process, "served": served}, settings.repeats, on_turn
+            {
+                "in process": in_process,
+                "gRPC": lambda: served("gRPC"),
+                "HTTP": lambda: served("HTTP"),
+            },
+            settings.repeats,
+            on_turn,
         )
         conditions = f"batch {batch}, prefix {settings.prefix} ragged, up to {settings.new} new"
         figures.append(
             figure("in process", [1 / s for s in seconds["in process"]], "tokens/s", conditions)
         )
         figures.append(
-            figure("streamed through the service", [1 / s for s in seconds["served"]], "tokens/s")
+            figure("streamed through the service", [1 / s for s in seconds["gRPC"]], "tokens/s")
         )
         figures.append(
             figure(
                 "service / in process, tokens per second",
-                ratios(seconds["in process"], seconds["served"]),
+                ratios(seconds["in process"], seconds["gRPC"]),
                 "x",
             )
         )
+        figures += compared(seen["HTTP"], seen["gRPC"])
         if settings.llm:
             turn = iter(range(1000, 10_000))
 
