@@ -267,6 +267,14 @@ class GatewayConfig(Placement):
     max_concurrent_streams: int = Field(
         256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
     )
+    max_http_connections: int = Field(
+        1000, ge=0, description="HTTP connections that are open at once; 0: any number"
+    )
+    max_http_connections_per_host: int = Field(
+        250,
+        ge=0,
+        description="of one host; behind a proxy all clients are one host; 0: any number",
+    )
     max_connection_idle_s: float = Field(
         600.0, ge=0, description="a connection without calls is closed after this long; 0: never"
     )
