@@ -216,7 +216,7 @@ class SelectorConfig(ScaledPlacement):
     max_queries_per_client: int = Field(
         512,
         ge=0,
-        description="of them, those of one proposer (a token from a host); 0: any number",
+        description="of them, those of one proposer (a token from a host; without tokens, its host); 0: any number",
     )
     start_wait_s: float = Field(
         120.0,
@@ -255,8 +255,8 @@ class GatewayConfig(Placement):
     max_requests_per_client: int = Field(
         128,
         ge=0,
-        description="requests of one client (a token from a host) that are answered at once; 0: "
-        "any number",
+        description="requests of one client (a token from a host; without security.token_file, a "
+        "host) that are answered at once; 0: any number",
     )
     max_resumes: int = Field(
         5,

@@ -35,11 +35,18 @@ STOP_GRACE_S = 1.0
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
     """`SelectionService` over an `AsyncSelector`. queries: that wait for their reply now."""
 
-    def __init__(self, selector: AsyncSelector, settings: SelectorConfig) -> None:
+    def __init__(
+        self, selector: AsyncSelector, settings: SelectorConfig, *, tokens_are_checked: bool = False
+    ) -> None:
+        """tokens_are_checked: as `ClientQuota`."""
         self._selector = selector
         self._info = selector.info
         self.queries = 0
-        self._quota = ClientQuota(settings.max_queries_per_client, settings.max_queries)
+        self._quota = ClientQuota(
+            settings.max_queries_per_client,
+            settings.max_queries,
+            tokens_are_checked=tokens_are_checked,
+        )
         self._last_asked = -math.inf
 
     @property
@@ -104,7 +111,9 @@ class SelectorServer:
         # More than are answered: one that waits in gRPC would not hear that there is no room.
         limits = channels.ConnectionLimits(max_streams=2 * settings.max_queries)
         self._server = channels.new_server(security, connections=limits)
-        self._servicer = SelectionServicer(selector, settings)
+        self._servicer = SelectionServicer(
+            selector, settings, tokens_are_checked=security.token_file is not None
+        )
         self._servicer.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.port = channels.bind(

@@ -157,21 +157,24 @@ def test_mode_llm_without_an_llm_is_unavailable(tmp_path: Path) -> None:
 
 def test_a_clients_quota_counts_its_http_requests(tmp_path: Path) -> None:
     """The second of one client is refused with the time to come again, and the first goes on."""
+    one, another = "one-" + 16 * "x", "another-" + 16 * "x"
+    file = tmp_path / "tokens"
+    file.write_text(f"generate: {one}\ngenerate: {another}\n", encoding="utf-8")
 
     def work(url: str) -> None:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="a", max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=one, max_retries=0) as client:
             given: Any = {"model": "bundled:greedy", "messages": [{"role": "user", "content": "a"}]}
             stream = client.chat.completions.create(**given, stream=True)
             next(iter(stream))
             with pytest.raises(openai.RateLimitError, match="at once") as refused:
                 client.chat.completions.create(**given)
             assert refused.value.response.headers["retry-after"] == "1"
-            with client.with_options(api_key="another") as other:
+            with client.with_options(api_key=another) as other:
                 assert next(iter(other.chat.completions.create(**given, stream=True))).choices
             stream.close()
 
-    limit = {"gateway.max_requests_per_client": 1}
-    with_http(tmp_path, proposer_service(slow_slm()), work, **limit)
+    settings = {"gateway.max_requests_per_client": 1, "security.token_file": str(file)}
+    with_http(tmp_path, proposer_service(slow_slm()), work, **settings)
 
 
 class Broken:
