@@ -187,11 +187,34 @@ def test_certificates_are_for_the_names_given(tmp_path: Path) -> None:
     subprocess.run(["sh", script, str(folder), "s2t.internal", "10.0.0.5"], check=True)
     assert kept == {name: (folder / name).read_bytes() for name in kept}
     assert len(kept["token"].strip()) >= 16
+    assert (tmp_path / "secrets-authority/ca.key").stat().st_mode & 0o077 == 0
+    assert {file.name for file in folder.iterdir()} == {*kept, "tls.crt", "tls.key"}
     assert (folder / "tls.key").stat().st_mode & 0o077 == 0
     for name in ("s2t.internal", "10.0.0.5", "localhost", "127.0.0.1"):
         handshake(folder, name)
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(folder, "elsewhere.internal")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+def test_a_key_of_the_authority_from_before_is_moved_away(tmp_path: Path) -> None:
+    """It lay among the files that every node gets. A new one instead would part old from new."""
+    script = str(CLUSTER / "certificates.sh")
+    folder = tmp_path / "secrets"
+    subprocess.run(["sh", script, str(folder)], check=True, capture_output=True)
+    kept = (folder / "ca.crt").read_bytes()
+    (tmp_path / "secrets-authority/ca.key").rename(folder / "ca.key")
+    subprocess.run(["sh", script, f"{folder}/", "s2t.internal"], check=True, capture_output=True)
+    assert not (folder / "ca.key").exists() and (folder / "ca.crt").read_bytes() == kept
+    handshake(folder, "s2t.internal")
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_nodes_get_no_key_of_the_authority(name: str) -> None:
+    """Whoever broke into one node could be every server. A whole folder brought along what lies
+    in it."""
+    for source in read(CLUSTER / f"vm/{name}.yaml")["file_mounts"].values():
+        assert source == "./secrets" or (CLUSTER / source).is_file(), source
 
 
 def handshake(folder: Path, name: str) -> None:
