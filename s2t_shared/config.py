@@ -216,7 +216,8 @@ class SelectorConfig(ScaledPlacement):
     max_queries_per_client: int = Field(
         512,
         ge=0,
-        description="of them, those of one proposer (a token from a host; without tokens, its host); 0: any number",
+        description="of them, those of one proposer (a token from a host; without "
+        "security.token_file, a host); 0: any number",
     )
     start_wait_s: float = Field(
         120.0,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import write_atomically
+from s2t_shared.files import private_folder, write_atomically
 from s2t_shared.labels.label import Rollout
 
 
@@ -49,7 +49,7 @@ class KnownModels:
         file = self._file(models)
         try:
             if not file.exists():
-                self._folder.mkdir(parents=True, exist_ok=True)
+                private_folder(self._folder)
                 write_atomically(file, json.dumps(models._asdict()))
         except OSError as error:
             raise StoreError(

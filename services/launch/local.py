@@ -18,6 +18,7 @@ from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure
 from s2t_shared.errors import ConfigError
+from s2t_shared.files import private_folder
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import check_same_tokenizer
@@ -124,7 +125,7 @@ def running_service(
     check_security(config)
     check_models(config)
     check_port(config)
-    config.data_dir.mkdir(parents=True, exist_ok=True)
+    private_folder(config.data_dir)
     redis = open_redis(
         config.redis.url,
         config.data_dir / "redis",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from s2t_shared.decode.selection_cache import CACHE_PREFIX
 from s2t_shared.errors import ConfigError
-from s2t_shared.files import write_atomically
+from s2t_shared.files import private_folder, write_atomically
 from s2t_shared.labels.stream import DEAD_LETTERS, LABELS
 from s2t_shared.redis_url import RedisRole
 
@@ -49,7 +49,7 @@ def write_acl(folder: Path) -> Path:
         ConfigError: a file cannot be written, or a password file is empty.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         lines = [_user(EVERYTHING, _password(folder / EVERYTHING), ["~*", "&*", "+@all"])]
         for role, (common, *selectors) in RULES.items():
             rules = [common, *(f"({selector})" for selector in selectors)]

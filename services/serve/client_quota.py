@@ -1,8 +1,8 @@
 """How many requests of one client, and of all, a server answers at once.
 
-A client is a token from a host: two of them differ where either does. Where no tokens are demanded a
-client is its host: whoever may send any would be as many clients as it likes. The same one calls by
-gRPC and by HTTP. Knows gRPC's call contexts only.
+A client is a token from a host: two of them differ where either does. Where no tokens are demanded
+a client is its host: whoever may send any would be as many clients as it likes. The same one calls
+by gRPC and by HTTP. Knows gRPC's call contexts only.
 """
 
 from __future__ import annotations
