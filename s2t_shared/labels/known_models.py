@@ -2,9 +2,15 @@
 
     known-models/<hash>.json     {"slm": digest, "llm": digest, "tokenizer": digest}
 
-Redis is not to be trusted: whoever can append to the stream there can say that a label is of any
-LLM. The folder lies beside the lake, where only the service writes. Rollouts from the stream whose
-models nobody wrote down become dead letters.
+It guards against mistakes: another deployment on the same Redis, a proposer with another LLM, an
+old spool. The folder lies beside the lake, where only the service writes. Rollouts from the stream
+whose models nobody wrote down become dead letters.
+
+It does not guard against malice. Digests are no secrets: `DescribeService` tells them. Whoever can
+append to the stream can name known models, and write labels of any content: well formed, they come
+into the lake and into training. What protects the stream is Redis's password for the producer
+(`s2t redis-acl`), and what is trained on such labels has to pass the gate on held-out problems,
+whose answers the running LLM judges.
 """
 
 from __future__ import annotations
