@@ -25,7 +25,7 @@ from s2t_shared.model.vocabulary import check_same_tokenizer
 from services.launch.deploy import Say, deploy, start_serve
 from services.launch.ray_connection import PROBE_TIMEOUT_S, local_ray
 from services.launch.redis_server import open_redis
-from services.launch.running import find_url
+from services.launch.running import end_application, find_url
 from services.launch.service_record import recorded
 from services.roles import APPLICATION, runs_proposers, runs_selectors
 from services.rpc.tls import ClientTLS, server_credentials
@@ -214,4 +214,4 @@ def _application(config: Config, say: Say) -> Iterator[str]:
         finally:
             # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve
             # may be in use.
-            serve.delete(APPLICATION)
+            end_application(say)
