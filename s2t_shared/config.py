@@ -245,7 +245,11 @@ class GatewayConfig(Placement):
     served_model_name: str | None = Field(
         None, description="as HTTP clients name the model; default: the last part of slm.model"
     )
-    max_message_bytes: int = Field(4 << 20, ge=1024, description="of one request")
+    max_message_bytes: int = Field(
+        2 << 20,
+        ge=1024,
+        description="of one request; while one is parsed, 25 ms for a MiB, all others wait",
+    )
     max_prompt_bytes: int = Field(
         1 << 20, ge=1, description="of a prompt's text or messages; a token id counts 4"
     )

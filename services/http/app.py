@@ -6,6 +6,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from services.http.requests import (
 )
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+LONG_BYTES = 64 << 10  # a shorter body is read on the loop, in less time than a thread takes
 BODY_S = 30.0  # a slower body is given up
 OWNER = "s2t"
 Handler = Callable[[Request, str], Awaitable[Response]]
@@ -60,6 +62,8 @@ class Api:
         tokenless = config.security.token_file is None
         self._only_loopback = tokenless and gateway.host in LOOPBACK
         self.ready = False  # whether calls are taken
+        # One at a time, so that many of them leave the loop its turns.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="http-reading")
 
     def routes(self) -> list[Route]:
         """All but the playground's."""
@@ -167,17 +171,24 @@ class Api:
     async def _answer(
         self, request: Request, request_id: str, kind: type[OpenAIRequest]
     ) -> Response:
-        asked = parse(kind, await self._body(request))
-        call = Call(
-            self._door,
-            asked,
-            self._names,
-            self._default_mode,
-            request_id=request_id,
-            host=_host(request),
-            authorization=request.headers.get("authorization", ""),
-        )
-        if not asked.stream:
+        body = await self._body(request)
+
+        def read() -> Call:
+            return Call(
+                self._door,
+                parse(kind, body),
+                self._names,
+                self._default_mode,
+                request_id=request_id,
+                host=_host(request),
+                authorization=request.headers.get("authorization", ""),
+            )
+
+        if len(body) < LONG_BYTES:
+            call = read()
+        else:
+            call = await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        if not call.is_streamed:
             return JSONResponse(await unless_gone(request.receive, call.whole()))
         events = call.events()
         first = await unless_gone(request.receive, anext(events))

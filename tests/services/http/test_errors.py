@@ -221,6 +221,34 @@ def test_each_failure_has_its_status(tmp_path: Path, case: str, streamed: bool) 
     assert "secret" not in json.dumps(reply)
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+def test_a_bug_is_logged_without_its_text(
+    tmp_path: Path, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of a library may quote the prompt; where it came from must be in the log."""
+    broken = Broken(ZeroDivisionError(f"cannot divide {PROMPT}"))
+    status, _, _ = with_http(tmp_path, broken, lambda url: ask(url, stream=streamed))
+    assert status == 500 and PROMPT not in caplog.text
+    assert "unexpected ZeroDivisionError" in caplog.text and "raise self.error" in caplog.text
+
+
+def test_a_client_does_not_choose_its_host(tmp_path: Path) -> None:
+    """A header named another one, with a quota of its own, whatever proxies the server believes."""
+
+    def work(url: str) -> None:
+        given = json.dumps({"model": "bundled:greedy", "prompt": "a", "stream": True}).encode()
+        held = HTTPConnection(url.removeprefix("http://"), timeout=30)
+        held.request("POST", "/v1/completions", given, {**JSON, "x-forwarded-for": "10.0.0.1"})
+        held.getresponse().read(10)
+        headers = {"x-forwarded-for": "10.0.0.2", "forwarded": "for=10.0.0.2"}
+        status, _, reply = post(url, "/v1/completions", given, {**JSON, **headers})
+        assert status == 429 and "at once" in reply["error"]["message"]
+        held.close()
+
+    limit = {"gateway.max_requests_per_client": 1}
+    with_http(tmp_path, proposer_service(slow_slm()), work, **limit)
+
+
 def test_a_stream_that_breaks_says_so(tmp_path: Path) -> None:
     """The status was sent: the last event is the error, and no end is pretended."""
 
