@@ -9,6 +9,7 @@ from ray import serve
 
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
 from services.serve import build
+from services.serve.garbage import spare_what_is_loaded
 from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
 
@@ -22,6 +23,7 @@ class Gateway:
         self._config = config
         counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
         self._server = build.gateway_server(config, counted)
+        spare_what_is_loaded()
         await self._server.start()
 
     async def port(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from s2t_shared.config import Config
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.serve import build
+from services.serve.garbage import spare_what_is_loaded
 from services.serve.proposer_service import ProposerService
 
 
@@ -21,6 +22,7 @@ class ProposerReplica:
     async def __init__(self, config: Config, selectors: Any = None) -> None:  # type: ignore[misc]
         """selectors: Serve's handle of the selector deployment, None where there is none."""
         self._service = await build.proposer_service(config, selectors)
+        spare_what_is_loaded()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
         async with aclosing(self._service.stream(request)) as pieces:

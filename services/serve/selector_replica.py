@@ -9,6 +9,7 @@ import ray
 
 from s2t_shared.config import LOOPBACK, Config
 from services.serve import build, scaling
+from services.serve.garbage import spare_what_is_loaded
 from services.serve.selector_server import SelectorServer
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ class SelectorReplica:
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         self._server = build.selector_server(config)
+        spare_what_is_loaded()
         await self._server.start()
         host = config.selector.host
         if host not in LOOPBACK:
