@@ -32,7 +32,7 @@ printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" > tls.ext
 openssl x509 -req -in tls.csr -CA ca.crt -CAkey "$authority/ca.key" \
   -set_serial "0x$(openssl rand -hex 16)" -days 365 -extfile tls.ext -out tls.crt 2>/dev/null
 rm -f tls.csr tls.ext ca.srl
-[ -f token ] || for role in generate score admin; do echo "$role: $(openssl rand -hex 32)"; done > token
+[ -f token ] || for role in generate score admin metrics; do echo "$role: $(openssl rand -hex 32)"; done > token
 [ -f ray-token ] || openssl rand -hex 32 > ray-token
 echo "in $folder: ca.crt tls.crt tls.key token ray-token, for $names"
 echo "in $authority: ca.key; keep it where no node is"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
@@ -400,6 +400,13 @@ class RedisConfig(_Section):
 
 
 class LabelsConfig(_Section):
+    lake: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9]+://.+",
+        description="URL of the lake in object storage (s3://bucket/lake, gs://, az://, hf://); "
+        "credentials come from the store's usual environment variables on every node; None: a "
+        "folder in data_dir",
+    )
     shard_rows: int = Field(2000, ge=1, description="rollouts that make a shard at once")
     shard_age_s: float = Field(
         60.0, gt=0, description="a shard is written at the latest after this long"
@@ -426,6 +433,21 @@ class LabelsConfig(_Section):
     )
 
 
+class MetricsConfig(_Section):
+    """Where each process shows its metrics to Prometheus."""
+
+    enabled: bool = True
+    host: str = Field("127.0.0.1", description="where the endpoints listen")
+    port: int | None = Field(
+        9464,
+        ge=0,
+        le=65000,
+        description="the gateway's; selectors have the next one, proposers those behind it: on a "
+        "node each process takes the first free one. 0: any free ones; None: no endpoints",
+    )
+    ray: bool = Field(True, description="also through the metrics port of Ray on each node")
+
+
 class CalibrationConfig(_Section):
     prompts: Path | None = Field(
         None,
@@ -448,11 +470,22 @@ class Config(_Section):
     security: SecurityConfig = SecurityConfig()
     redis: RedisConfig = RedisConfig()
     labels: LabelsConfig = LabelsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingSettings = TrainingSettings()
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _is_a_folder(cls, value: Any) -> Any:
+        if "://" in str(value):
+            raise ValueError(
+                "must be a folder with locks that all nodes see; only the lake may be in object "
+                "storage (labels.lake)"
+            )
+        return value
 
     @property
     def http_port(self) -> int:
@@ -468,7 +501,13 @@ class Config(_Section):
         return self.gateway.served_model_name or self.slm.model.rstrip("/").rpartition("/")[2]
 
     @property
-    def lake(self) -> Path:
+    def lake(self) -> Path | str:
+        """The lake's folder, or its URL."""
+        return self.labels.lake or self.lake_folder
+
+    @property
+    def lake_folder(self) -> Path:
+        """The lake, unless it is in object storage; there harvests keep their progress."""
         return self.data_dir / "labels"
 
     @property
@@ -559,7 +598,7 @@ def check_exposure(config: Config) -> None:
     their selectors.
 
     Raises:
-        ConfigError: `gateway.host` or `selector.host` is such a server, or settings of both ends
+        ConfigError: there is such a server, or settings of both ends
             of a connection contradict one another.
     """
     security = config.security
@@ -568,6 +607,8 @@ def check_exposure(config: Config) -> None:
         return
     secured = security.certificate and security.key and security.token_file
     hosts = {"gateway.host": config.gateway.host, "selector.host": config.selector.host}
+    if config.metrics.enabled and config.metrics.port is not None:
+        hosts["metrics.host"] = config.metrics.host
     for name, host in hosts.items():
         if host not in LOOPBACK and not secured:
             raise ConfigError(

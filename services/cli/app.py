@@ -32,7 +32,7 @@ from s2t_shared.errors import (  # noqa: E402
 from s2t_shared.redis_url import without_password  # noqa: E402
 from services.cli.bench import bench_app  # noqa: E402
 from services.cli.cluster import down, init_app, status, up  # noqa: E402
-from services.cli.evaluate import evaluate  # noqa: E402
+from services.cli.evaluate import evaluate, sweep  # noqa: E402
 from services.cli.generate import generate  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
@@ -148,6 +148,7 @@ app.command()(train)
 
 
 app.command("eval")(evaluate)
+app.command()(sweep)
 
 
 @app.command()

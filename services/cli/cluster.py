@@ -84,6 +84,8 @@ def show_status(found: ServiceStatus) -> None:
         print(f"  {name}: {states or 'none'}")
         if role.awaits:
             print(f"    {role.awaits}")
+        for url in role.metrics:
+            print(f"    metrics: {url}")
     for name, value in {**found.description, **found.labels}.items():
         print(f"  {name}: {value}")
     if found.error:

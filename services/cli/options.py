@@ -114,7 +114,7 @@ def target(address: str | None, config: Path | None, token_file: Path | None) ->
 
 def wide_console() -> Console:
     """For tables: a figure that is cut off is worse than a line that wraps."""
-    return Console(width=max(110, Console().width), highlight=False)
+    return Console(width=max(150, Console().width), highlight=False)
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from s2t_shared.errors import S2TError
 from services.nodes import awaited, find_nodes, needs_of
 from services.roles import APPLICATION, SECTIONS, placements
 
+logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 ADDRESS_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 600.0  # gateways let answers end (gateway.drain_grace_s), then go those behind them
 SAY_EVERY_S = 10.0
@@ -76,6 +78,20 @@ def _left() -> str:
     }
     found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return found or "the application"
+
+
+def find_metrics() -> dict[str, list[str]]:
+    """Where Prometheus reads each replica's metrics, by the name of its deployment.
+
+    Raises:
+        Exception: of any kind, from Serve; they do not say.
+    """
+    found = {}
+    for name in serve.status().applications[APPLICATION].deployments:
+        asked = serve.get_deployment_handle(name, APPLICATION).broadcast("metrics_url")
+        urls = asked.results(timeout_s=ADDRESS_TIMEOUT_S)
+        found[name] = sorted(str(url) for url in urls if url)
+    return found
 
 
 def waits(config: Config) -> dict[str, str]:

@@ -32,8 +32,17 @@ MAKERS = {  # whether requests and whether responses are streams -> gRPC's maker
 }
 
 
+OnRefusal = Callable[[Exception], None]
+
+
 class BorderInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls that fail with a documented status, whatever their handler does."""
+    """Ends calls that fail with a documented status, whatever their handler does.
+
+    on_refusal: called with each error that a handler has not ended its call with itself.
+    """
+
+    def __init__(self, on_refusal: OnRefusal = lambda error: None) -> None:
+        self._on_refusal = on_refusal
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -50,7 +59,9 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):
         guard = _guarded_stream if inspect.isasyncgenfunction(answer) else _guarded
         make = MAKERS[handler.request_streaming, handler.response_streaming]
         return make(
-            guard(answer), _tolerant(handler.request_deserializer), handler.response_serializer
+            guard(answer, self._on_refusal),
+            _tolerant(handler.request_deserializer),
+            handler.response_serializer,
         )
 
 
@@ -67,23 +78,27 @@ def _tolerant(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | N
     return read_or_mark
 
 
-def _guarded(answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _guarded(
+    answer: Callable[[Any, Any], Awaitable[Any]], on_refusal: OnRefusal
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
             return await answer(_decoded(request), context)
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await _end(context, error)
+            await _end(context, error, on_refusal)
 
     return guarded
 
 
-def _guarded_stream(answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _guarded_stream(
+    answer: Callable[[Any, Any], Any], on_refusal: OnRefusal
+) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
             async for response in answer(_decoded(request), context):
                 yield response
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await _end(context, error)
+            await _end(context, error, on_refusal)
 
     return guarded
 
@@ -108,9 +123,10 @@ async def _each_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _decoded(request)
 
 
-async def _end(context: Any, error: Exception) -> None:
+async def _end(context: Any, error: Exception, on_refusal: OnRefusal) -> None:
     if isinstance(error, grpc.aio.AbortError):  # ended already, by the handler
         raise error
+    on_refusal(error)
     if isinstance(error, S2TError):
         await wire.abort(context, error)
     if isinstance(error, NotImplementedError):  # a method that only the generated code has

@@ -8,6 +8,7 @@ import ray
 from ray import serve
 
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
+from services.metrics.exports import MetricsExports
 from services.serve import build
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.gateway_server import GatewayServer
@@ -25,6 +26,7 @@ class Gateway:
         self._server = build.gateway_server(config, counted)
         spare_what_is_loaded()
         await self._server.start()
+        self._exports = MetricsExports(self._server.registry, config)
 
     async def port(self) -> int:
         return self._server.port
@@ -40,10 +42,17 @@ class Gateway:
         """Where HTTP is served, as people are told; "" for nowhere."""
         return self._server.url
 
+    async def metrics_url(self) -> str:
+        """Where Prometheus reads its metrics; "" for nowhere."""
+        return self._exports.url
+
     async def __del__(self) -> None:
         server: GatewayServer | None = getattr(self, "_server", None)
         if server is not None:  # None after a failed start
             await server.stop()
+        exports: MetricsExports | None = getattr(self, "_exports", None)
+        if exports is not None:  # last: that it drains can be seen
+            exports.close()
 
 
 def running_replicas(deployment: Any) -> int:

@@ -3,6 +3,7 @@ client's quota, the limits, the deployment's defaults. Knows the wire and the se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from s2t_shared.config import Config
@@ -16,9 +17,15 @@ from services.serve.request_limits import RequestLimits
 
 
 class Intake:
-    """One for a gateway, so that a client's requests count together on all its transports."""
+    """One for a gateway, so that a client's requests count together on all its transports.
 
-    def __init__(self, config: Config) -> None:
+    refused: called with each error that a client is told.
+    """
+
+    def __init__(
+        self, config: Config, refused: Callable[[Exception], None] = lambda error: None
+    ) -> None:
+        self.refused = refused
         self._defaults = config.defaults
         self._limits = RequestLimits(config.gateway)
         self.quota = ClientQuota(

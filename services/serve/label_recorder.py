@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from s2t_shared.errors import ConfigError, SelectorUnavailableError, StoreError
 from s2t_shared.labels.label import Digests, Rollout, rollout_of
-from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.labels.writer import DROP_REASONS, LabelWriter
 from s2t_shared.splits import check_split
 from s2t_shared.types import Answer, GenerateRequest, LabelOptions, Mode
+from services.metrics.registry import Reading
 
 log = logging.getLogger(__name__)
 DURABLE_TIMEOUT_S = 30.0
@@ -37,6 +40,19 @@ class LabelRecorder:
     def dropped(self) -> int:
         """Labels that were lost since the start, for whatever reason."""
         return sum(self._writer.dropped.values()) if self._writer is not None else 0
+
+    def readings(self) -> Iterator[Reading]:
+        """For the metrics; from any thread."""
+        if self._writer is None:
+            return
+        yield Reading("s2t_labels_written_total", self._writer.written)
+        for reason in DROP_REASONS:  # those at 0 too, or no query would see the first one rise
+            labels = self._writer.dropped[reason]
+            yield Reading("s2t_labels_dropped_total", labels, (reason.replace(" ", "_"),))
+        with suppress(StoreError):  # the disk refuses: then dropped labels tell of it
+            usage = self._writer.spool_usage()
+            yield Reading("s2t_spool_bytes", usage.bytes)
+            yield Reading("s2t_spool_rollouts", usage.entries)
 
     def check(self, options: LabelOptions) -> None:
         """Check what a request wants of its labels, before it is decoded.

@@ -8,6 +8,7 @@ from typing import Any
 
 from s2t_shared.config import Config
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
+from services.metrics.exports import MetricsExports
 from services.serve import build
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.proposer_service import ProposerService
@@ -22,6 +23,7 @@ class ProposerReplica:
     async def __init__(self, config: Config, selectors: Any = None) -> None:  # type: ignore[misc]
         """selectors: Serve's handle of the selector deployment, None where there is none."""
         self._service = await build.proposer_service(config, selectors)
+        self._exports = MetricsExports(self._service.registry, config)
         spare_what_is_loaded()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
@@ -38,10 +40,17 @@ class ProposerReplica:
     async def count_dropped_labels(self) -> int:
         return await self._service.count_dropped_labels()
 
+    async def metrics_url(self) -> str:
+        """Where Prometheus reads its metrics; "" for nowhere."""
+        return self._exports.url
+
     def check_health(self) -> None:
         self._service.check_health()
 
     def __del__(self) -> None:
+        exports: MetricsExports | None = getattr(self, "_exports", None)
+        if exports is not None:
+            exports.close()
         service: ProposerService | None = getattr(self, "_service", None)
         if service is not None:  # None after a failed start
             service.close()

@@ -29,7 +29,7 @@ from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import wire
-from services.serve.breaker import CircuitBreaker
+from services.serve.breaker import BreakerState, CircuitBreaker
 
 log = logging.getLogger(__name__)
 DESCRIBE_TIMEOUT_S = 5.0
@@ -78,6 +78,11 @@ class SelectorLink:
     def is_closed(self) -> bool:
         """Whether queries may be sent, as an electrical circuit is closed."""
         return self._breaker.is_closed
+
+    @property
+    def state(self) -> BreakerState:
+        """Of its circuit breaker."""
+        return self._breaker.state
 
     async def close(self) -> None:
         """End probes and connection. Queries under way fail."""

@@ -8,6 +8,7 @@ import logging
 import ray
 
 from s2t_shared.config import LOOPBACK, Config
+from services.metrics.exports import MetricsExports
 from services.serve import build, scaling
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.selector_server import SelectorServer
@@ -22,6 +23,7 @@ class SelectorReplica:
         self._server = build.selector_server(config)
         spare_what_is_loaded()
         await self._server.start()
+        self._exports = MetricsExports(self._server.registry, config)
         host = config.selector.host
         if host not in LOOPBACK:
             host = ray.util.get_node_ip_address()
@@ -31,6 +33,10 @@ class SelectorReplica:
     async def address(self) -> str:
         """host:port for proposers."""
         return self._address
+
+    async def metrics_url(self) -> str:
+        """Where Prometheus reads its metrics; "" for nowhere."""
+        return self._exports.url
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve scales by."""
@@ -43,3 +49,6 @@ class SelectorReplica:
         server: SelectorServer | None = getattr(self, "_server", None)
         if server is not None:  # None after a failed start
             await server.stop()
+        exports: MetricsExports | None = getattr(self, "_exports", None)
+        if exports is not None:  # last: that it drains can be seen
+            exports.close()

@@ -38,6 +38,12 @@ class AsyncSelector(Protocol):
         """Seconds since the LLM has moved on; 0 while nobody asks."""
         ...
 
+    @property
+    def kv_usage(self) -> float | None:
+        """Share of the LLM's KV memory in use, 0..1; None: the runtime does not say. From any
+        thread."""
+        ...
+
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
         """The reply to a query. time_left_s: how long its caller waits; None for no limit.
 
@@ -116,6 +122,10 @@ class SelectorThread:
     def silent_s(self) -> float:
         """Seconds since the thread's loop has turned; 0 while there is nothing to do."""
         return self._heartbeat.silent_s
+
+    @property
+    def kv_usage(self) -> float:
+        return self._llm.runtime.pool.usage
 
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
         """The reply to a query. time_left_s: how long its caller waits; None for no limit.

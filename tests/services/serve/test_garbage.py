@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ def test_what_a_replica_loads_is_not_looked_through_again(
     async def service(*_: Any) -> Any:
         return server
 
+    server.registry = None
+    monkeypatch.setattr(sys.modules[kind.__module__], "MetricsExports", lambda *_: None)
     monkeypatch.setattr(build, "gateway_server", lambda *_: server)
     monkeypatch.setattr(build, "selector_server", lambda *_: server)
     monkeypatch.setattr(build, "proposer_service", service)
