@@ -49,6 +49,7 @@ def found(
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr(module, "existing_ray", existing_ray)
     monkeypatch.setattr(module, "find_addresses", find_addresses)
+    monkeypatch.setattr(module, "find_metrics", dict)  # asks a Ray of this machine, if there is one
     monkeypatch.setattr(module, "waits", lambda config: {"SelectorReplica": WAIT})
     return module.status(load_config(None, {"data_dir": str(folder)}, environment={}))
 
