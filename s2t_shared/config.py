@@ -458,6 +458,33 @@ class CalibrationConfig(_Section):
     max_new_tokens: int = Field(128, ge=8)
 
 
+class LogConfig(_Section):
+    """What gateways, proposers and selectors log. Prompts, answers and tokens never are."""
+
+    format: Literal["text", "json"] = Field("text", description="json: an object a line")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    access: bool = Field(True, description="a line for each request, at its end")
+    folder: Path | None = Field(
+        None,
+        description="where each process keeps a file; None: its standard error, which Ray keeps in "
+        "/tmp/ray/session_latest/logs/worker-*.err of its node",
+    )
+
+
+class TracesConfig(_Section):
+    """OpenTelemetry (`pip install 's2t[traces]'`). What is not set here, OTEL_* variables say."""
+
+    enabled: bool = False
+    endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="of an OTLP collector, for example http://collector:4317",
+    )
+    sample_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of the requests whose caller has not decided it"
+    )
+
+
 class Config(_Section):
     """The whole configuration; `s2t config` prints the resolved one."""
 
@@ -473,6 +500,8 @@ class Config(_Section):
     metrics: MetricsConfig = MetricsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingSettings = TrainingSettings()
+    log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
@@ -560,13 +589,15 @@ def load_config(
 
 def _with_absolute_paths(config: Config) -> Config:
     """Replicas have other working folders."""
-    labels, redis = config.labels, config.redis
+    labels, redis, log = config.labels, config.redis, config.log
+    if log.folder is not None:
+        log = log.model_copy(update={"folder": _absolute(log.folder)})
     if labels.spool_dir is not None:
         labels = labels.model_copy(update={"spool_dir": _absolute(labels.spool_dir)})
     if redis.password_dir is not None:
         redis = redis.model_copy(update={"password_dir": _absolute(redis.password_dir)})
-    absolute = {"data_dir": _absolute(config.data_dir), "labels": labels, "redis": redis}
-    return config.model_copy(update=absolute)
+    absolute = {"labels": labels, "redis": redis, "log": log}
+    return config.model_copy(update={"data_dir": _absolute(config.data_dir), **absolute})
 
 
 def _absolute(path: Path) -> Path:

@@ -146,6 +146,7 @@ HOMES = {  # dependency -> packages or modules that may import it
     "starlette": "services.http",
     "uvicorn": "services.http",
     "prometheus_client": "services.metrics",
+    "opentelemetry": "services.rpc.tracing",
     "grpc_health": "services.serve",
     "grpc_reflection": "services.serve",
     "redis": "s2t_shared.redis_connection s2t_shared.labels.stream services.launch.redis_server",

@@ -307,6 +307,7 @@ class LiveSequence:
             vocab_size=self.slm.vocab_rows,
             sequence_id=self.request.request_id,
             fresh=self.request.options.fresh_selections,
+            trace=self.request.trace,
         )
 
     def on_call(self, call: LLMCall) -> None:

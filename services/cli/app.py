@@ -48,6 +48,7 @@ from services.cli.options import (  # noqa: E402
     Port,
     TokenFile,
     as_typed,
+    service_settings,
     settings,
     settings_beside_service,
     show,
@@ -105,15 +106,7 @@ def serve(
 
     from services.launch.local import running_service
 
-    resolved = settings(
-        config,
-        data_dir=str(data_dir) if data_dir else None,
-        gateway__host=host,
-        gateway__port=port,
-        gateway__http_port=http_port,
-        slm__model=slm,
-        llm__model=llm,
-    )
+    resolved = service_settings(config, data_dir, host, port, http_port, slm, llm)
     try:
         with running_service(
             resolved, say=lambda line: print(line, flush=True), reuse_ray=True
@@ -165,9 +158,7 @@ def doctor(
     from services.launch.doctor import examine
     from services.launch.findings import Level
 
-    resolved = settings_beside_service(
-        config, lambda line: None, data_dir=str(data_dir) if data_dir else None
-    )
+    resolved = settings_beside_service(config, lambda line: None, data_dir=data_dir)
     findings = examine(resolved, address, token_file)
     if json_out:
         found = list(findings)

@@ -134,7 +134,7 @@ def evaluate(
         threads=threads,
         calibration_prompts=calibration_prompts,
     )
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     where = (address, config, token_file)
     run_grid(grid, where, resolved, out, json_out)
 
@@ -163,7 +163,7 @@ def sweep(
     folder = out or Path(file.stem)
     if folder == file:
         raise ConfigError(f"{str(file)!r} has no ending, so its report has no name; give --out")
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     run_grid(grid, (address, config, token_file), resolved, folder, json_out)
 
 

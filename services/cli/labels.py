@@ -54,7 +54,7 @@ def _open(folder: str | None, config: Path | None, data_dir: Path | None) -> tup
     from s2t_shared.labels.object_lake import open_lake
     from s2t_shared.labels.places import is_url
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     where = folder or resolved.lake
     if is_url(where):
         return open_lake(where), resolved

@@ -65,11 +65,8 @@ def deploy(config: Config, say: Say) -> list[str]:
 
 
 def _metrics_in_words() -> str:
-    try:
-        found = find_metrics()
-    except Exception as error:  # noqa: BLE001 - the border to Serve: it may raise anything here
-        return f"not known where ({type(error).__name__})"
-    return ", ".join(f"{url} ({SECTIONS[name]})" for name, urls in found.items() for url in urls)
+    found = find_metrics().items()
+    return ", ".join(f"{url} ({SECTIONS[name]})" for name, urls in found for url in urls)
 
 
 # -- before and after -----------------------------------------------------------------------------

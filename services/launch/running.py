@@ -19,6 +19,7 @@ ADDRESS_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 600.0  # gateways let answers end (gateway.drain_grace_s), then go those behind them
 SAY_EVERY_S = 10.0
 POLL_S = 0.2
+METRICS_TIMEOUT_S = 5.0
 
 
 def find_addresses() -> list[str]:
@@ -81,15 +82,17 @@ def _left() -> str:
 
 
 def find_metrics() -> dict[str, list[str]]:
-    """Where Prometheus reads each replica's metrics, by the name of its deployment.
-
-    Raises:
-        Exception: of any kind, from Serve; they do not say.
-    """
+    """Where Prometheus reads each replica's metrics, by the name of its deployment; without those
+    that do not run or do not say."""
     found = {}
-    for name in serve.status().applications[APPLICATION].deployments:
-        asked = serve.get_deployment_handle(name, APPLICATION).broadcast("metrics_url")
-        urls = asked.results(timeout_s=ADDRESS_TIMEOUT_S)
+    for name, role in serve.status().applications[APPLICATION].deployments.items():
+        if not role.replica_states.get("RUNNING"):
+            continue
+        try:
+            asked = serve.get_deployment_handle(name, APPLICATION).broadcast("metrics_url")
+            urls = asked.results(timeout_s=METRICS_TIMEOUT_S)
+        except Exception:  # noqa: BLE001 - the border to Serve: it may raise anything here
+            continue
         found[name] = sorted(str(url) for url in urls if url)
     return found
 

@@ -54,10 +54,7 @@ def status(config: Config) -> ServiceStatus:
         if application is None:
             return ServiceStatus("DOWN")
         waiting = waits(config)
-        try:
-            metrics = find_metrics()
-        except Exception:  # noqa: BLE001 - the border to Serve: it may raise anything here
-            metrics = {}
+        metrics = find_metrics()
         roles = {
             name: RoleStatus(
                 {str(state): count for state, count in role.replica_states.items()},

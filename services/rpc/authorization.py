@@ -22,6 +22,8 @@ ALLOWED = {  # service -> roles
     "s2t.v1.SelectionService": frozenset({Role.SCORE}),
     "s2t.v1.AdminService": frozenset({Role.ADMIN}),
     "grpc.reflection.v1alpha.ServerReflection": frozenset({Role.GENERATE, Role.ADMIN}),
+    # Not served: clients ask for it first, and take v1alpha only where it is UNIMPLEMENTED.
+    "grpc.reflection.v1.ServerReflection": frozenset({Role.GENERATE, Role.ADMIN}),
 }
 
 

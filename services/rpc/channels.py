@@ -75,7 +75,7 @@ def new_server(
     file = security.token_file
     authorization = [] if file is None else [TokenInterceptor(Tokens(file), on_refusal)]
     return grpc.aio.server(
-        interceptors=[*authorization, BorderInterceptor(on_refusal)],
+        interceptors=[BorderInterceptor(on_refusal), *authorization],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),

@@ -52,6 +52,7 @@ from services.serve.remote_selector import RemoteSelector, address_finder
 from services.serve.request_meter import label_store_readings
 from services.serve.selector_server import SelectorServer
 from services.serve.selector_thread import AsyncSelector, SelectorThread
+from services.serve.traced_selector import traced
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     selector = _cached(config, remote)
     engine = Engine(
         slm.proposer,
-        selector,
+        traced(selector),
         versions.lookup,
         max_num_seqs=settings.max_num_seqs,
         selection_timeout_s=settings.selection_timeout_s,

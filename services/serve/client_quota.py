@@ -17,6 +17,13 @@ import grpc.aio
 
 from s2t_shared.errors import OverloadedError
 
+NO_TOKEN = "no token"
+
+
+def digest_of(client: str) -> str:
+    """Of a client's name, the digest of its token; "" where it has none that was checked."""
+    return client.partition(", ")[2].replace(NO_TOKEN, "")
+
 
 def _host(peer: str) -> str:
     """ "ipv4:127.0.0.1:54321" -> "ipv4:127.0.0.1": each connection has another port."""
@@ -49,7 +56,8 @@ class ClientQuota:
             return host
         # The token alone: of its scheme's case and spaces there are as many spellings as one likes.
         token = authorization.partition(b" ")[2].strip()
-        return f"{host}, {hashlib.sha256(token).hexdigest()[:8]}"
+        digest = hashlib.sha256(token).hexdigest()[:8] if token else NO_TOKEN
+        return f"{host}, {digest}"
 
     def count(self, context: grpc.aio.ServicerContext) -> str:
         """Count a call of its client, until the call ends in whatever way. Returns the client.

@@ -9,6 +9,7 @@ from ray import serve
 
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
 from services.metrics.exports import MetricsExports
+from services.rpc import logs, tracing
 from services.serve import build
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.gateway_server import GatewayServer
@@ -21,6 +22,8 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """proposers: Serve's handle of the proposer deployment."""
         check_exposure(config)
+        logs.begin(config.log, "gateway")
+        tracing.begin(config.traces, "gateway")
         self._config = config
         counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
         self._server = build.gateway_server(config, counted)

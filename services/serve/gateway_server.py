@@ -26,6 +26,7 @@ from services.serve.gateway_health import ADMIN, GENERATION, GatewayHealth
 from services.serve.generation_servicer import GenerationServicer, Proposers
 from services.serve.http_door import HttpDoor
 from services.serve.intake import Intake
+from services.serve.recorded_proposers import RecordedProposers
 from services.serve.request_meter import MeteredProposers, RequestMeter
 from services.serve.resuming_proposers import ResumingProposers
 
@@ -47,7 +48,7 @@ class GatewayServer:
         meter = RequestMeter(self.registry)
         resuming = ResumingProposers(proposers, config.gateway.max_resumes)
         self._resuming = resuming
-        proposers = MeteredProposers(resuming, meter)
+        proposers = RecordedProposers(MeteredProposers(resuming, meter))
         self._proposers = proposers
         self._drain = drain
         self._health = GatewayHealth(proposers)

@@ -11,8 +11,8 @@ from s2t_shared.decode.generate import check_request
 from s2t_shared.errors import DeadlineExceededError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.types import GenerateRequest
-from services.rpc import wire
-from services.serve.client_quota import ClientQuota
+from services.rpc import call_record, wire
+from services.serve.client_quota import ClientQuota, digest_of
 from services.serve.request_limits import RequestLimits
 
 
@@ -47,9 +47,17 @@ class Intake:
             InvalidRequestError: a field is wrong, too long or too large.
             DeadlineExceededError: it waits no longer.
         """
+        call = call_record.current()
+        call.client = digest_of(client)
         if time_left_s is not None and time_left_s <= 0:
             raise DeadlineExceededError("the call's deadline had passed when it arrived")
         self._limits.check(message)
         request = wire.read_request(message, self._defaults, time_left_s)
         check_request(request)
-        return replace(request, client=client)
+        call.mode = request.options.policy.mode.value
+        return replace(
+            request,
+            client=client,
+            request_id=message.request_id or call.request_id,
+            trace=call.span.headers,
+        )

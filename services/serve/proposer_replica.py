@@ -9,6 +9,7 @@ from typing import Any
 from s2t_shared.config import Config
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.metrics.exports import MetricsExports
+from services.rpc import logs, tracing
 from services.serve import build
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.proposer_service import ProposerService
@@ -22,6 +23,8 @@ class ProposerReplica:
 
     async def __init__(self, config: Config, selectors: Any = None) -> None:  # type: ignore[misc]
         """selectors: Serve's handle of the selector deployment, None where there is none."""
+        logs.begin(config.log, "proposer")
+        tracing.begin(config.traces, "proposer")
         self._service = await build.proposer_service(config, selectors)
         self._exports = MetricsExports(self._service.registry, config)
         spare_what_is_loaded()

@@ -48,7 +48,9 @@ from s2t_shared.types import (
 )
 from services.metrics.registry import Reading, Registry
 from services.metrics.table import Role
+from services.rpc import logs
 from services.serve.admission import Admission, Ticket
+from services.serve.answer_trace import traced
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
 
@@ -150,9 +152,10 @@ class ProposerService:
             S2TError: the request cannot be answered.
         """
         arrived_at = time.monotonic()
+        logs.about(request.request_id)
         check_request(request)
-        with self._admission.admit(request) as ticket:
-            request, local_selector = await self._prepare(request)
+        with traced(request) as trace, self._admission.admit(request) as ticket:
+            request, local_selector = await self._prepare(trace.request)
             encoded = await self._encode(request, ticket)
             builder, ongoing = await self._engine.submit(encoded, local_selector, arrived_at)
             ticket.sequences = builder.sequences
@@ -160,11 +163,13 @@ class ProposerService:
                 is_last = False
                 while not is_last:
                     piece, is_last = await ongoing.next_piece()
+                    trace.sees(piece)
                     piece = self._travelling_piece(request, builder, piece)
                     if not is_last and (piece.text or piece.progress):
                         yield piece
                 yield replace(piece, answer=await self._finish(request, builder))
             finally:
+                trace.ends(builder.sequences[0])
                 if not builder.done:
                     self._engine.cancel(builder)
 

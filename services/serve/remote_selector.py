@@ -282,6 +282,7 @@ class RemoteSelector:
             positions=query.positions[-1:],
             candidate_ids=query.candidate_ids[-1:],
             sequence_id="probe",
+            trace=(),
         )
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@ import ray
 
 from s2t_shared.config import LOOPBACK, Config
 from services.metrics.exports import MetricsExports
+from services.rpc import logs, tracing
 from services.serve import build, scaling
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.selector_server import SelectorServer
@@ -20,6 +21,8 @@ class SelectorReplica:
     """A `SelectorServer` that Serve runs."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.begin(config.log, "selector")
+        tracing.begin(config.traces, "selector")
         self._server = build.selector_server(config)
         spare_what_is_loaded()
         await self._server.start()

@@ -17,6 +17,7 @@ from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
 from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.types import ScoreQuery, ScoreReply
+from services.rpc import call_record, tracing
 
 log = logging.getLogger(__name__)
 JOIN_S = 1.0
@@ -62,13 +63,15 @@ class AsyncSelector(Protocol):
 class QueuedQuery:
     """A query on its way to the LLM's thread, and the future of its reply.
 
-    deadline: a `time.monotonic()` value in seconds, None for none.
+    deadline: a `time.monotonic()` value in seconds, None for none. span: of the call that brought
+    it.
     """
 
     query: ScoreQuery
     future: asyncio.Future[ScoreReply]
     loop: asyncio.AbstractEventLoop
     deadline: float | None
+    span: tracing.Span = tracing.NOTHING
 
     def is_wanted(self) -> bool:
         """Whether its caller still waits."""
@@ -138,7 +141,8 @@ class SelectorThread:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ScoreReply] = loop.create_future()
         deadline = time.monotonic() + time_left_s if time_left_s is not None else None
-        self._inbox.put(QueuedQuery(query, future, loop, deadline))
+        span = call_record.current().span
+        self._inbox.put(QueuedQuery(query, future, loop, deadline, span))
         if self._ended:
             self._fail_all()
         return await future
@@ -170,10 +174,24 @@ class SelectorThread:
             self._add(self._inbox.get())
         if self._ended:
             return
-        for pending, reply in self._llm.step():
+        span = self._batch_span()
+        answered = self._llm.step()
+        span.end()
+        for pending, reply in answered:
             late = SelectorUnavailableError("the deadline passed before the LLM came to it")
             self._in_progress.pop(pending).complete(reply or late)
         self._heartbeat.beat()
+
+    def _batch_span(self) -> tracing.Span:
+        """Of one forward: a child of one query that it serves, linked with the others."""
+        if not tracing.is_on():
+            return tracing.NOTHING
+        spans = [queued.span for queued in self._in_progress.values() if queued.span.is_recorded]
+        if not spans:
+            return tracing.NOTHING
+        first, *others = spans
+        queries = len(self._in_progress)
+        return tracing.start("llm.forward", first.headers, links=others, queries=queries)
 
     def _add(self, queued: QueuedQuery | None) -> None:
         if queued is None:
