@@ -1,14 +1,19 @@
 #!/bin/sh
 # Makes what a secured service needs, in a folder: sh cluster/certificates.sh secrets NAME_OR_IP...
-#   ca.crt ca.key   an authority of your own; ca.key stays here
+#   ca.crt          an authority of your own
 #   tls.crt tls.key the servers' certificate, for the names and addresses given and for loopback
 #   token           what callers send, one line per role: give clients the line of "generate" only
 #   ray-token       what Ray's own processes send each other
+# The authority's key, with which anybody could make a certificate that is trusted, goes beside the folder, for the folder is
+# what nodes get: secrets-authority/ca.key. Keep it where no node is.
 # What is there already is kept, so that a second run with more names makes only the certificate again.
 set -eu
 folder="$1"; shift
 umask 077
-mkdir -p "$folder"; cd "$folder"
+mkdir -p "$folder" "${folder%/}-authority"
+authority="$(cd "${folder%/}-authority" && pwd)"
+cd "$folder"
+[ ! -f ca.key ] || mv ca.key "$authority/ca.key"  # as an earlier version of this script left it
 
 # s2t.internal is security.server_name of the files here: one certificate for servers of any address.
 names="DNS:localhost,DNS:s2t.internal,IP:127.0.0.1"
@@ -19,13 +24,15 @@ for name in "$@"; do
   esac
 done
 
-[ -f ca.key ] || openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 \
-  -keyout ca.key -out ca.crt -subj "/CN=s2t authority" \
+[ -f "$authority/ca.key" ] || openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 \
+  -keyout "$authority/ca.key" -out ca.crt -subj "/CN=s2t authority" \
   -addext "basicConstraints=critical,CA:TRUE" -addext "keyUsage=critical,keyCertSign,cRLSign" 2>/dev/null
 openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout tls.key -out tls.csr -subj "/CN=s2t" 2>/dev/null
 printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" > tls.ext
-openssl x509 -req -in tls.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile tls.ext -out tls.crt 2>/dev/null
-rm -f tls.csr tls.ext
+openssl x509 -req -in tls.csr -CA ca.crt -CAkey "$authority/ca.key" \
+  -set_serial "0x$(openssl rand -hex 16)" -days 365 -extfile tls.ext -out tls.crt 2>/dev/null
+rm -f tls.csr tls.ext ca.srl
 [ -f token ] || for role in generate score admin metrics; do echo "$role: $(openssl rand -hex 32)"; done > token
 [ -f ray-token ] || openssl rand -hex 32 > ray-token
 echo "in $folder: ca.crt tls.crt tls.key token ray-token, for $names"
+echo "in $authority: ca.key; keep it where no node is"

@@ -216,7 +216,8 @@ class SelectorConfig(ScaledPlacement):
     max_queries_per_client: int = Field(
         512,
         ge=0,
-        description="of them, those of one proposer (a token from a host); 0: any number",
+        description="of them, those of one proposer (a token from a host; without "
+        "security.token_file, a host); 0: any number",
     )
     start_wait_s: float = Field(
         120.0,
@@ -244,7 +245,11 @@ class GatewayConfig(Placement):
     served_model_name: str | None = Field(
         None, description="as HTTP clients name the model; default: the last part of slm.model"
     )
-    max_message_bytes: int = Field(4 << 20, ge=1024, description="of one request")
+    max_message_bytes: int = Field(
+        2 << 20,
+        ge=1024,
+        description="of one request; while one is parsed, 25 ms for a MiB, all others wait",
+    )
     max_prompt_bytes: int = Field(
         1 << 20, ge=1, description="of a prompt's text or messages; a token id counts 4"
     )
@@ -255,8 +260,8 @@ class GatewayConfig(Placement):
     max_requests_per_client: int = Field(
         128,
         ge=0,
-        description="requests of one client (a token from a host) that are answered at once; 0: "
-        "any number",
+        description="requests of one client (a token from a host; without security.token_file, a "
+        "host) that are answered at once; 0: any number",
     )
     max_resumes: int = Field(
         5,
@@ -266,6 +271,14 @@ class GatewayConfig(Placement):
     )
     max_concurrent_streams: int = Field(
         256, ge=0, description="calls of one connection at once, more wait there; 0: any number"
+    )
+    max_http_connections: int = Field(
+        1000, ge=0, description="HTTP connections that are open at once; 0: any number"
+    )
+    max_http_connections_per_host: int = Field(
+        250,
+        ge=0,
+        description="of one host; behind a proxy all clients are one host; 0: any number",
     )
     max_connection_idle_s: float = Field(
         600.0, ge=0, description="a connection without calls is closed after this long; 0: never"

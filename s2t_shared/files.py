@@ -90,6 +90,14 @@ def new_file(target: Path) -> Iterator[Path]:
 # -- folders --------------------------------------------------------------------------------------
 
 
+def private_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for their owner alone: what is in them
+    quotes users. Folders that are there keep their mode."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextmanager
 def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill. It becomes `target`, durably, when the block ends without an error;

@@ -14,11 +14,55 @@ from typing import IO
 import pytest
 
 from s2t_shared import files
-from s2t_shared.files import locked, new_file, new_folder, publish_folder, write_atomically
+from s2t_shared.decode.calibrate import store_calibration
+from s2t_shared.files import (
+    locked,
+    new_file,
+    new_folder,
+    private_folder,
+    publish_folder,
+    write_atomically,
+)
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.spool import Spool
+from s2t_shared.policy import Calibration
 from s2t_shared.versions.registry import LEFTOVERS, writer_lock
 from tests.helpers.rollouts import make_rollout
+
+# -- who reads them -------------------------------------------------------------------------------
+
+
+def modes(folder: Path, top: Path) -> set[int]:
+    """Of a folder and those above it, below `top`."""
+    return {f.stat().st_mode & 0o777 for f in (folder, *folder.parents) if top in f.parents}
+
+
+def test_what_quotes_users_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    """Lake, versions and known models had the umask's mode: everybody on the machine could read
+    prompts and answers. So had data_dir where the spool was made first."""
+    before = os.umask(0o022)
+    try:
+        Lake(tmp_path / "a/data/labels").write([make_rollout(1)])
+        Spool(tmp_path / "b/data/spool", 1 << 20).append([b"entry"])
+        with writer_lock(tmp_path / "c/data/versions", LEFTOVERS):
+            pass
+        KnownModels(tmp_path / "d/data/known-models").add(Models("slm", "llm", "tokenizer"))
+        store_calibration(tmp_path / "e/data/calibration", "slm", "llm", Calibration({}))
+    finally:
+        os.umask(before)
+    for name in ("a/data/labels", "b/data/spool", "c/data/versions", "d/data/known-models"):
+        assert modes(tmp_path / name, tmp_path) == {0o700}, name
+    assert modes(tmp_path / "e/data/calibration", tmp_path) == {0o700}
+
+
+def test_a_folder_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    """Somebody who shares it with a group meant it."""
+    shared = tmp_path / "data"
+    shared.mkdir(mode=0o750)
+    private_folder(shared / "labels")
+    assert shared.stat().st_mode & 0o777 == 0o750
+
 
 # -- locks ----------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from s2t_shared.bundled import problems as bundled_problems
 from s2t_shared.data.prompts import PromptSource, read
 from s2t_shared.decode.generate import Generator
 from s2t_shared.errors import ConfigError, S2TError
-from s2t_shared.files import write_atomically
+from s2t_shared.files import private_folder, write_atomically
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.policy import Calibration
 from s2t_shared.types import Answer, DecodeOptions, GenerateRequest, Message, Prompt
@@ -114,7 +114,7 @@ def store_calibration(
     folder: Path, slm_digest: str, llm_digest: str, calibration: Calibration
 ) -> None:
     """Keep a calibration for the next start."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     write_atomically(_file(folder, slm_digest, llm_digest), calibration.to_json())
 
 

@@ -2,9 +2,15 @@
 
     known-models/<hash>.json     {"slm": digest, "llm": digest, "tokenizer": digest}
 
-Redis is not to be trusted: whoever can append to the stream there can say that a label is of any
-LLM. The folder lies beside the lake, where only the service writes. Rollouts from the stream whose
-models nobody wrote down become dead letters.
+It guards against mistakes: another deployment on the same Redis, a proposer with another LLM, an
+old spool. The folder lies beside the lake, where only the service writes. Rollouts from the stream
+whose models nobody wrote down become dead letters.
+
+It does not guard against malice. Digests are no secrets: `DescribeService` tells them. Whoever can
+append to the stream can name known models, and write labels of any content: well formed, they come
+into the lake and into training. What protects the stream is Redis's password for the producer
+(`s2t redis-acl`), and what is trained on such labels has to pass the gate on held-out problems,
+whose answers the running LLM judges.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import write_atomically
+from s2t_shared.files import private_folder, write_atomically
 from s2t_shared.labels.label import Rollout
 
 
@@ -49,7 +55,7 @@ class KnownModels:
         file = self._file(models)
         try:
             if not file.exists():
-                self._folder.mkdir(parents=True, exist_ok=True)
+                private_folder(self._folder)
                 write_atomically(file, json.dumps(models._asdict()))
         except OSError as error:
             raise StoreError(

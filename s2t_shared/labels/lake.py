@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.files import locked, new_folder, write_atomically
+from s2t_shared.files import locked, new_folder, private_folder, write_atomically
 from s2t_shared.labels.check import check_rows
 from s2t_shared.labels.deletions import Deletion, read_deletions
 from s2t_shared.labels.label import Rollout
@@ -433,7 +433,7 @@ class Lake:
     @contextmanager
     def _locked(self, shared: bool = False) -> Iterator[None]:
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            private_folder(self.root)
             with locked(self.root / ".lock", shared):
                 yield
         except OSError as error:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO
 
 from s2t_shared.errors import StoreError
-from s2t_shared.files import locked, sync
+from s2t_shared.files import locked, private_folder, sync
 
 HEADER = struct.Struct("<II")  # length in bytes, CRC-32
 SEGMENT_BYTES = 4 << 20  # about; one is read whole
@@ -223,7 +223,7 @@ class Spool:
     @contextmanager
     def _folders_locked(self) -> Iterator[None]:
         """No other process makes, adopts or removes a folder meanwhile."""
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # labels hold users' text
+        private_folder(self._root)
         with locked(self._root / ".lock"):
             yield
 

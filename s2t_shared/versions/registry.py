@@ -30,7 +30,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
-from s2t_shared.files import locked, publish_folder, sha256_file, sync, temporary_name
+from s2t_shared.files import (
+    locked,
+    private_folder,
+    publish_folder,
+    sha256_file,
+    sync,
+    temporary_name,
+)
 from s2t_shared.model.local_selector import AdapterHost, LocalSelector
 from s2t_shared.model.lora import load_adapter, read_rank, save_adapter
 from s2t_shared.model.runtime import ModelRuntime
@@ -198,7 +205,7 @@ def writer_lock(root: Path, leftovers: str) -> Iterator[None]:
     and is deleted.
     """
     if not root.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
+        private_folder(root)
         sync(root.parent)
     with locked(root / ".lock"):
         for path in root.glob(leftovers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -37,6 +38,9 @@ from services.evaluation.tables import (
     task_table,
 )
 from services.evaluation.verdict import Verdict, verdict
+
+# Of Markdown and HTML: anywhere; around words, not in them; at a line's start.
+MARKS = re.compile(r"[\\`*\[\]&|~]|<(?! )|(?<!\w)_|_(?!\w)|^[#>]|^[+-](?= )")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +166,9 @@ def _hit_figures(hits: Sufficiency) -> dict[str, Any]:
 def markdown(evaluated: Evaluated) -> str:
     """The report as Markdown."""
     base = evaluated.rows[0]
-    lines = [f"# {evaluated.title}", "", f"**{evaluated.verdict.headline}**", ""]
-    lines += [f"- {reason}" for reason in evaluated.verdict.reasons]
+    said = evaluated.verdict
+    lines = [f"# {_literal(evaluated.title)}", "", f"**{_literal(said.headline)}**", ""]
+    lines += [f"- {_literal(reason)}" for reason in said.reasons]
     lines += ["", *_markdown_table(*main_table(evaluated.rows)), ""]
     lines += [explained(base), ""]
     if evaluated.has_tasks:
@@ -186,10 +191,15 @@ def markdown(evaluated: Evaluated) -> str:
             lines += [f"## Sensitivity to the {setting}", ""]
             lines += [*_markdown_table(*sensitivity.table(setting, found)), ""]
     lines += ["## Asked", ""]
-    lines += [f"- {name}: {value}" for name, value in evaluated.about.items()]
+    lines += [f"- {_literal(name)}: {_literal(str(v))}" for name, v in evaluated.about.items()]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return lines + ["| " + " | ".join(map(_literal, row)) + " |" for row in rows]
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is: names of models, modes and files are their users'."""
+    return MARKS.sub(r"\\\g<0>", " ".join(text.split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from services.http.requests import (
 )
 from services.rpc import call_record
 
+LONG_BYTES = 64 << 10  # a shorter body is read on the loop, in less time than a thread takes
 BODY_S = 30.0  # a slower body is given up
 OWNER = "s2t"
 Handler = Callable[[Request], Awaitable[Response]]
@@ -60,6 +62,8 @@ class Api:
         tokenless = config.security.token_file is None
         self._only_loopback = tokenless and gateway.host in LOOPBACK
         self.ready = False  # whether calls are taken
+        # One at a time, so that many of them leave the loop its turns.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="http-reading")
 
     def routes(self) -> list[Route]:
         """All but the playground's."""
@@ -163,17 +167,25 @@ class Api:
         return await self._answer(request, CompletionRequest)
 
     async def _answer(self, request: Request, kind: type[OpenAIRequest]) -> Response:
-        asked = parse(kind, await self._body(request))
-        call = Call(
-            self._door,
-            asked,
-            self._names,
-            self._default_mode,
-            request_id=call_record.current().request_id,
-            host=_host(request),
-            authorization=request.headers.get("authorization", ""),
-        )
-        if not asked.stream:
+        body = await self._body(request)
+        request_id = call_record.current().request_id  # a thread knows no record
+
+        def read() -> Call:
+            return Call(
+                self._door,
+                parse(kind, body),
+                self._names,
+                self._default_mode,
+                request_id=request_id,
+                host=_host(request),
+                authorization=request.headers.get("authorization", ""),
+            )
+
+        if len(body) < LONG_BYTES:
+            call = read()
+        else:
+            call = await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        if not call.is_streamed:
             return JSONResponse(await unless_gone(request.receive, call.whole()))
         events = call.events()
         first = await unless_gone(request.receive, anext(events))

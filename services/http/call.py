@@ -54,6 +54,11 @@ class Call:
         self._host = host
         self._authorization = authorization
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the client wants events."""
+        return bool(self._asked.stream)
+
     async def whole(self) -> dict[str, Any]:
         """The reply. Raises what the door raises."""
         with self._requests() as requests:

@@ -20,6 +20,8 @@ from services.rpc import wire
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
+MAX_FIELDS = 20_000  # of a body, and lists, objects, strings
+MAX_VALUES = 300_000  # more than a prompt of `gateway.max_prompt_bytes` has token ids
 MAX_ERRORS = 100  # of one request, that are looked at to say which is wrong
 MAX_TOP_LOGPROBS = 20
 DRAWING = (Mode.SAMPLE, Mode.MAJORITY)  # modes in which the seed counts
@@ -206,12 +208,32 @@ class CompletionRequest(OpenAIRequest):
 Asked = TypeVar("Asked", bound=OpenAIRequest)
 
 
+def check_body(body: bytes) -> None:
+    """Check that a body has no more values than a request may have, without making any of them.
+
+    To parse a list of a million lists takes two seconds, in which nothing else moves: threads do
+    not help against one call of a library that holds the interpreter.
+
+    Raises:
+        InvalidRequestError: it has more.
+    """
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if unescaped.count(b'"') > 2 * MAX_FIELDS:
+        raise InvalidRequestError(f"the body has more than {MAX_FIELDS} strings")
+    outside = b"".join(unescaped.split(b'"')[::2])  # of the strings
+    if sum(map(outside.count, (b":", b"[", b"{"))) > MAX_FIELDS:
+        raise InvalidRequestError(f"the body has more than {MAX_FIELDS} fields, lists and objects")
+    if outside.count(b",") > MAX_VALUES:
+        raise InvalidRequestError(f"the body has more than {MAX_VALUES} values")
+
+
 def parse(kind: type[Asked], body: bytes) -> Asked:
     """A request from its JSON.
 
     Raises:
         InvalidRequestError: it is none; the text and `field` say what is wrong.
     """
+    check_body(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

@@ -10,49 +10,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError
 from services.http.app import Api, new_app
 from services.http.door import Door
+from services.http.protocol import KEEP_ALIVE_S, BoundedProtocol, Connections
+from services.rpc.tls import server_context
 
-MAX_HEAD_BYTES = 64 << 10  # of one request: its line and its headers
 BACKLOG = 512
-KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """httptools takes any number of headers: a client that never ends them would fill memory."""
-
-    _in_head = True
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.close()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:  # a trailer of a chunked body: nobody reads them, nothing bounds them
-            self.transport.close()
-            return
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self._in_head = False
-        self._head_bytes = 0
+HANDSHAKE_S = 10.0  # for TLS, before a connection is one
 
 
 class _Server(uvicorn.Server):
-    """Signals are for the process that it is in, not for it."""
+    """On one socket. Signals are for the process that it is in, not for it."""
+
+    def __init__(
+        self, settings: uvicorn.Config, tls: ssl.SSLContext | None, connections: Connections
+    ) -> None:
+        super().__init__(settings)
+        self._tls = tls
+        self._open = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None
+        self.servers = [
+            await asyncio.get_running_loop().create_server(
+                self._protocol,
+                sock=own,
+                ssl=self._tls,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=HANDSHAKE_S if self._tls is not None else None,
+            )
+            for own in sockets
+        ]
+        self.started = True
+
+    def _protocol(self) -> BoundedProtocol:
+        return BoundedProtocol(self.config, self.server_state, {}, self._open)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -69,10 +64,9 @@ class HttpServer:
             ConfigError: the port is taken, or a security file cannot be used.
         """
         self._api = Api(config, door)
-        security = config.security
         settings = uvicorn.Config(
             new_app(config, self._api),
-            http=BoundedProtocol,
+            http="httptools",
             ws="none",
             lifespan="off",
             loop="none",
@@ -82,22 +76,18 @@ class HttpServer:
             server_header=False,
             date_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            ssl_certfile=security.certificate if security.key else None,
-            ssl_keyfile=security.key if security.certificate else None,
-            ssl_ca_certs=security.client_authority,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if security.client_authority else ssl.CERT_NONE,
         )
-        try:
-            settings.load()
-        except OSError as error:
-            raise ConfigError(f"security.certificate or security.key: {error}") from error
+        settings.load()
+        gateway = config.gateway
+        tls = server_context(config.security)
+        limits = (gateway.max_http_connections, gateway.max_http_connections_per_host)
         self._settings = settings
-        self._server = _Server(settings)
-        self._socket = _listening(config.gateway.host, config.http_port)
+        self._server = _Server(settings, tls, Connections(*limits))
+        self._socket = _listening(gateway.host, config.http_port)
         self._serving: asyncio.Task[None] | None = None
-        scheme = "https" if settings.is_ssl else "http"
+        scheme = "http" if tls is None else "https"
         self.port: int = self._socket.getsockname()[1]
-        self.url = f"{scheme}://{config.gateway.host}:{self.port}"
+        self.url = f"{scheme}://{gateway.host}:{self.port}"
 
     async def start(self) -> None:
         """Answer calls."""

@@ -10,6 +10,7 @@ from s2t_shared.errors import ConfigError
 
 # A link to the repository's `cluster/`; in a wheel, the files themselves.
 CLUSTER_FILES = Path(__file__).parent / "cluster"
+PRIVATE = {"secrets", "secrets-authority"}  # what `certificates.sh` makes in a checkout
 
 
 def write_cluster_files(folder: Path) -> Iterator[Path]:
@@ -19,8 +20,9 @@ def write_cluster_files(folder: Path) -> Iterator[Path]:
         ConfigError: the folder cannot be written.
     """
     for source in sorted(CLUSTER_FILES.rglob("*")):
-        target = folder / source.relative_to(CLUSTER_FILES)
-        if source.is_dir() or target.exists():
+        name = source.relative_to(CLUSTER_FILES)
+        target = folder / name
+        if source.is_dir() or target.exists() or not PRIVATE.isdisjoint(name.parts):
             continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from s2t_shared.bundled import BUNDLED
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError, S2TError
+from s2t_shared.files import private_folder
 from services.app import build_application
 from services.launch.running import find_addresses, find_metrics, waits
 from services.nodes import Node, check_gateway_host, check_spread, find_nodes, room_for
@@ -110,7 +111,7 @@ def check_folder(folder: Path, nodes: Sequence[Node]) -> None:
     """
     if len(nodes) < 2:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     marker = folder / f".seen-{uuid4().hex}"
     marker.touch()
     path = str(marker)  # the function below travels by value: nodes need nothing of ours for it

@@ -13,11 +13,11 @@ from ray import serve
 
 from s2t_shared.errors import S2TError
 from services.launch.ray_connection import existing_ray
+from services.launch.running import END_TIMEOUT_S, SAY_EVERY_S, end_application
 from services.launch.service_record import ServiceRecord, read_record, remove_record
 from services.roles import APPLICATION
 
 POLL_S = 0.1
-END_TIMEOUT_S = 60.0
 
 
 def down(data_dir: Path, say: Callable[[str], None]) -> None:
@@ -29,7 +29,7 @@ def down(data_dir: Path, say: Callable[[str], None]) -> None:
     """
     record = read_record(data_dir)
     if record is not None and _holds(record):
-        _end_holder(record)
+        _end_holder(record, say)
         say(f"ended the service at {record.address}")
         return
     with existing_ray(record.ray if record else "") as found:
@@ -37,7 +37,7 @@ def down(data_dir: Path, say: Callable[[str], None]) -> None:
         if application is None:
             say("no service runs")
         else:
-            serve.delete(APPLICATION)
+            end_application(say)
             say("ended the service in the Ray cluster; Ray itself still runs")
     remove_record(data_dir)
 
@@ -53,11 +53,16 @@ def _holds(record: ServiceRecord) -> bool:
     return b"serve" in command
 
 
-def _end_holder(record: ServiceRecord) -> None:
+def _end_holder(record: ServiceRecord, say: Callable[[str], None]) -> None:
     os.kill(record.pid, signal.SIGTERM)
-    give_up = time.monotonic() + END_TIMEOUT_S
+    began = time.monotonic()
+    say_at = began + SAY_EVERY_S
     while _holds(record):
-        if time.monotonic() > give_up:
+        now = time.monotonic()
+        if now >= say_at:
+            say(f"waiting for process {record.pid} to end; its log is serve.log in data_dir")
+            say_at = now + SAY_EVERY_S
+        if now - began > END_TIMEOUT_S:
             raise S2TError(
                 f"process {record.pid} was told to end the service {END_TIMEOUT_S:.0f} s ago, and "
                 f"still runs; look at it, or end it: kill -KILL {record.pid}"

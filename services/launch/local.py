@@ -17,13 +17,14 @@ from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import LOOPBACK, Config, check_exposure
 from s2t_shared.errors import ConfigError
+from s2t_shared.files import private_folder
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import check_same_tokenizer
 from services.launch.deploy import Say, deploy, start_serve
 from services.launch.ray_connection import PROBE_TIMEOUT_S, local_ray
 from services.launch.redis_server import open_redis
-from services.launch.running import find_url
+from services.launch.running import end_application, find_url
 from services.launch.service_record import recorded
 from services.roles import APPLICATION, runs_proposers, runs_selectors
 from services.rpc.tls import ClientTLS, server_credentials
@@ -122,7 +123,7 @@ def running_service(
     check_security(config)
     check_models(config)
     check_port(config)
-    config.data_dir.mkdir(parents=True, exist_ok=True)
+    private_folder(config.data_dir)
     redis = open_redis(
         config.redis.url,
         config.data_dir / "redis",
@@ -211,4 +212,4 @@ def _application(config: Config, say: Say) -> Iterator[str]:
         finally:
             # Not serve.shutdown(): in a cluster of ours Ray's own end follows, in another's Serve
             # may be in use.
-            serve.delete(APPLICATION)
+            end_application(say)

@@ -4,7 +4,8 @@
     FOLDER/producer, consumer, admin       passwords, one a file, for redis.password_dir
     FOLDER/default                         password of the user who may do all, for people
 
-The passwords are for their owner alone (0600); the ACL file holds hashes only. Needs Redis 7 or
+The passwords are for their owner alone (0600), and a file there that is another's, or that others
+may read, is refused; the ACL file holds hashes only. Needs Redis 7 or
 Valkey: older servers know no selectors (in parentheses: commands with their own keys).
 """
 
@@ -13,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from s2t_shared.decode.selection_cache import CACHE_PREFIX
 from s2t_shared.errors import ConfigError
-from s2t_shared.files import write_atomically
+from s2t_shared.files import private_folder, write_atomically
 from s2t_shared.labels.stream import DEAD_LETTERS, LABELS
 from s2t_shared.redis_url import RedisRole
 
@@ -46,10 +48,10 @@ def write_acl(folder: Path) -> Path:
     """Write the ACL file, and a password for each user that has none yet. Returns the ACL file.
 
     Raises:
-        ConfigError: a file cannot be written, or a password file is empty.
+        ConfigError: a file cannot be written, or a password file is empty or not its owner's alone.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         lines = [_user(EVERYTHING, _password(folder / EVERYTHING), ["~*", "&*", "+@all"])]
         for role, (common, *selectors) in RULES.items():
             rules = [common, *(f"({selector})" for selector in selectors)]
@@ -68,11 +70,28 @@ def _user(name: str, password: str, rules: list[str]) -> str:
     return f"user {name} reset on #{digest} {' '.join(rules)}"
 
 
+def _check_own(file: Path) -> None:
+    """Raises ConfigError: others know the password in a file, or could change it."""
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(
+            f"{str(file)!r} is not a file of this user's own: another may know the password in it; "
+            "remove it and try again"
+        )
+    if found.st_mode & 0o077:
+        raise ConfigError(
+            f"{str(file)!r}: others may read the password in it; remove it and try again, and "
+            "restart Redis and the service with the new one (if nobody has read it: chmod 600 "
+            f"{file})"
+        )
+
+
 def _password(file: Path) -> str:
     """The password in a file, which is made with a new one where there is none."""
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
+        _check_own(file)
         password = file.read_text(encoding="utf-8").strip()
         if not password:
             raise ConfigError(f"{str(file)!r} is empty; remove it and try again") from None

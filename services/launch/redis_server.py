@@ -37,7 +37,7 @@ from urllib.parse import quote
 import redis
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.files import lock_stream
+from s2t_shared.files import lock_stream, private_folder
 from s2t_shared.redis_connection import open_client, redis_errors
 from s2t_shared.redis_url import RedisRole, place_of, url_of, without_password
 from services.launch.redis_acl import EVERYTHING, write_acl
@@ -339,7 +339,7 @@ class _Keeper:
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # labels hold users' text
+        private_folder(folder)
     except OSError as error:
         raise _folder_error(folder, error) from error
 

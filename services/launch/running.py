@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 
 import ray
 from ray import serve
 
 from s2t_shared.config import Config
+from s2t_shared.errors import S2TError
 from services.nodes import awaited, find_nodes, needs_of
 from services.roles import APPLICATION, SECTIONS, placements
 
 logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 ADDRESS_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 600.0  # gateways let answers end (gateway.drain_grace_s), then go those behind them
+SAY_EVERY_S = 10.0
+POLL_S = 0.2
 METRICS_TIMEOUT_S = 5.0
 
 
@@ -35,6 +41,44 @@ def find_url() -> str:
     """
     gateway = serve.get_deployment_handle("Gateway", APPLICATION)
     return str(gateway.url.remote().result(timeout_s=ADDRESS_TIMEOUT_S))
+
+
+def end_application(say: Callable[[str], None]) -> None:
+    """End the service in the cluster and wait until it has; says now and then what is still there.
+
+    Raises:
+        S2TError: it has not in time. It goes on ending: asking again waits for the rest.
+    """
+    serve.delete(APPLICATION, _blocking=False)
+    began = time.monotonic()
+    say_at = began + SAY_EVERY_S
+    while left := _left():
+        now = time.monotonic()
+        if now - began > END_TIMEOUT_S:
+            cluster = ray.get_runtime_context().gcs_address
+            raise S2TError(
+                f"the service was told to end {END_TIMEOUT_S:.0f} s ago, and {left} is still "
+                f"there. It goes on ending: RAY_ADDRESS={cluster} s2t down waits for the rest. A "
+                "replica that hangs is ended on its node: `ray list actors --filter state=ALIVE` "
+                "names its pid, kill -KILL it"
+            )
+        if now >= say_at:
+            say(f"waiting for {left} to end")
+            say_at = now + SAY_EVERY_S
+        time.sleep(POLL_S)
+
+
+def _left() -> str:
+    """Replicas of the application that there are, in words; "" for none."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None:
+        return ""
+    counts = {
+        name: sum(deployment.replica_states.values())
+        for name, deployment in application.deployments.items()
+    }
+    found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return found or "the application"
 
 
 def find_metrics() -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ GIB = 1 << 30
 LEAST_FREE_GIB = 1.0
 LOCK_TIMEOUT_S = 10.0
 SLOW_SYNC_S = 0.5
+OTHERS_READ = stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH
 NETWORK = ("nfs", "cifs", "smb", "ceph", "gluster", "lustre", "beegfs", "gpfs", "afs", "9p", "fuse")
 FLEETING = ("tmpfs", "ramfs")
 # Holds a lock on a file until its standard input ends.
@@ -50,11 +52,27 @@ class Mount:
 
 def check_storage(config: Config) -> Iterator[Finding]:
     yield _data_folder(config.data_dir)
+    yield _privacy(config)
     yield _room("disk", config.data_dir, LEAST_FREE_GIB)
     if config.labels.lake is not None:
         yield _object_lake(config.labels.lake)
     yield _spool(config.spool)
     yield _room("spool disk", config.spool, config.labels.spool_mib / 1024)
+
+
+# -- privacy --------------------------------------------------------------------------------------
+
+
+def _privacy(config: Config) -> Finding:
+    """Whether prompts, answers and versions are for their owner alone."""
+    folders = [config.data_dir]
+    if config.data_dir not in config.spool.parents:
+        folders.append(config.spool)
+    readable = [str(f) for f in folders if f.is_dir() and f.stat().st_mode & OTHERS_READ]
+    if not readable:
+        return ok("privacy", "only their owner reads labels and versions")
+    names = " ".join(readable)
+    return warn("privacy", f"others can read prompts and answers in {names}", f"chmod go= {names}")
 
 
 # -- room -----------------------------------------------------------------------------------------

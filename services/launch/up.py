@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError
+from s2t_shared.files import private_folder
 from services.launch.deploy import Say, deploy, start_serve
 from services.launch.local import check_models, check_port, check_security, claimed
 from services.launch.ray_connection import existing_ray
@@ -95,7 +96,7 @@ def _deployed(config: Config, say: Say, pid: int) -> list[str]:
 
 def _start_holder(config: Config, say: Say) -> list[str]:
     folder = config.data_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     settings, log = folder / SETTINGS, folder / LOG
     _write_private(settings, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with log.open("ab") as output:

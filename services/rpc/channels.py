@@ -27,6 +27,7 @@ MAX_MESSAGE_BYTES = 4 << 20
 # at gRPC's own minimum of five minutes it would end our clients' connections (too_many_pings).
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0
+HANDSHAKE_S = 10.0  # of a new connection, TLS and HTTP/2's settings together; gRPC's own: 2 minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ def new_server(
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),
             ("grpc.max_metadata_size", 8 << 10),
+            ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_S)),
             *_keepalive(),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", _ms(KEEPALIVE_S / 2)),

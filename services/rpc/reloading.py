@@ -15,6 +15,7 @@ from s2t_shared.errors import ConfigError
 
 log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
+GONE_S = 10.0  # a file that is replaced, by an editor or by Kubernetes, is there again much sooner
 T = TypeVar("T")
 Signature = tuple[tuple[int, int, int] | None, ...]
 
@@ -25,6 +26,9 @@ class Reloaded(Generic[T]):
     A change that cannot be used (a file half written, a key without its certificate) leaves the
     last good value in force, is logged, and is looked at again. A mounted Kubernetes secret changes
     by a symbolic link: it is followed.
+
+    without: the value when a file has been gone for `GONE_S`, until it is there again. None: the
+    last good value stays then too.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class Reloaded(Generic[T]):
         files: Sequence[Path],
         read: Callable[[], T],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        without: T | None = None,
     ) -> None:
         """Raises ConfigError: as `read`."""
         self._files = tuple(files)
@@ -41,6 +47,8 @@ class Reloaded(Generic[T]):
         self._signature = self._look()  # before the reading: what changes meanwhile is read again
         self._refused = ""
         self._value = read()
+        self._without = without
+        self._gone_since: float | None = None
 
     @property
     def value(self) -> T:
@@ -48,12 +56,37 @@ class Reloaded(Generic[T]):
         if self._clock() >= self._look_at:
             self._look_at = self._clock() + LOOK_EVERY_S
             signature = self._look()
-            if signature != self._signature:
+            if self._is_gone(signature):
+                self._forget()
+            elif signature != self._signature:
                 self._read_again(signature)
         return self._value
 
+    def _is_gone(self, signature: Signature) -> bool:
+        """Whether a file is gone, and has been for so long that somebody means it."""
+        now = self._clock()
+        if None not in signature:
+            self._gone_since = None
+        elif self._gone_since is None:
+            self._gone_since = now
+        return self._gone_since is not None and now - self._gone_since >= GONE_S
+
+    def _forget(self) -> None:
+        if self._without is None or self._value == self._without:
+            return
+        self._value = self._without
+        log.critical(
+            "%s is gone since %.0f s: what was read from it is no longer in force; write it again",
+            self._names,
+            GONE_S,
+        )
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(file.name for file in self._files)
+
     def _read_again(self, signature: Signature) -> None:
-        names = ", ".join(file.name for file in self._files)
+        names = self._names
         try:
             self._value = self._read()
         except ConfigError as error:

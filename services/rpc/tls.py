@@ -120,6 +120,37 @@ def server_credentials(security: SecurityConfig) -> Any:
     )
 
 
+def server_context(security: SecurityConfig) -> ssl.SSLContext | None:
+    """The same for servers that do TLS with Python's `ssl`.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    certificate, key, clients = security.certificate, security.key, security.client_authority
+    if certificate is None or key is None:
+        return None
+
+    def read() -> ssl.SSLContext:
+        _read_pair(certificate, key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        if clients is not None:
+            context.load_verify_locations(cadata=_read_authority(clients).decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    files = [certificate, key] if clients is None else [certificate, key, clients]
+    current = Reloaded(files, read)
+
+    def follow(handshake: ssl.SSLObject, server_name: str | None, _: ssl.SSLContext) -> None:
+        """At each handshake, with a name or without: the files as they are now."""
+        handshake.context = current.value
+
+    context = read()
+    context.sni_callback = follow
+    return context
+
+
 def _configuration(pems: Pems) -> Any:
     chain, key, *clients = pems
     return grpc.ssl_server_certificate_configuration(

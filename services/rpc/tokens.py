@@ -9,7 +9,8 @@ Knows nothing of gRPC or HTTP: whoever takes calls asks `Tokens.role_of`.
 
 The file is read again when it changes. To rotate a token, add the new one below the old one, and
 remove the old one when every process and client has the new one. A file that is one token, without
-a role, gives it every role.
+a role, gives it every role. While a file cannot be used, as when it is half written, the tokens
+read before are valid. When it has been gone for ten seconds none is: who removes it means it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Tokens:
     def __init__(self, file: Path) -> None:
         """Raises ConfigError: the file cannot be read, or has no token or a wrong line."""
         self._file = file
-        self._entries = Reloaded([file], lambda: read_tokens(file))
+        nobody: tuple[Entry, ...] = ()
+        self._entries = Reloaded([file], lambda: read_tokens(file), without=nobody)
 
     def role_of(self, authorization: str | bytes) -> frozenset[Role]:
         """The roles of who sends `Authorization: Bearer TOKEN`; none: no valid token.

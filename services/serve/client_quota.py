@@ -1,7 +1,8 @@
 """How many requests of one client, and of all, a server answers at once.
 
-A client is a token from a host: two of them differ where either does. The same one calls by gRPC
-and by HTTP. Knows gRPC's call contexts only.
+A client is a token from a host: two of them differ where either does. Where no tokens are demanded
+a client is its host: whoever may send any would be as many clients as it likes. The same one calls
+by gRPC and by HTTP. Knows gRPC's call contexts only.
 """
 
 from __future__ import annotations
@@ -19,24 +20,9 @@ from s2t_shared.errors import OverloadedError
 NO_TOKEN = "no token"
 
 
-def client_of(context: grpc.aio.ServicerContext) -> str:
-    """A name of who calls: of its host and its token, without telling either's token."""
-    token = dict(context.invocation_metadata() or ()).get("authorization", "")
-    token = token if isinstance(token, bytes) else str(token).encode()
-    return name_of(_host(context.peer()), token)
-
-
-def name_of(host: str, authorization: bytes) -> str:
-    """The name of who calls from `host` ("ipv4:127.0.0.1") with this authorization."""
-    # The token alone: of its scheme's case and spaces there are as many spellings as one likes.
-    token = authorization.partition(b" ")[2].strip()
-    digest = hashlib.sha256(token).hexdigest()[:8] if token else NO_TOKEN
-    return f"{host}, {digest}"
-
-
 def digest_of(client: str) -> str:
-    """Of a client's name, the digest of its token; "" where it has none."""
-    return client.rpartition(", ")[2].replace(NO_TOKEN, "")
+    """Of a client's name, the digest of its token; "" where it has none that was checked."""
+    return client.partition(", ")[2].replace(NO_TOKEN, "")
 
 
 def _host(peer: str) -> str:
@@ -49,12 +35,29 @@ class ClientQuota:
     """Used on one asyncio loop.
 
     limit: requests of one client in progress. total: of all together. 0: any number.
+    tokens_are_checked: whether a call without a valid token comes this far.
     """
 
-    def __init__(self, limit: int, total: int = 0) -> None:
+    def __init__(self, limit: int, total: int = 0, *, tokens_are_checked: bool = False) -> None:
         self._limit = limit
         self._total = total
+        self._tokens_are_checked = tokens_are_checked
         self._ongoing: Counter[str] = Counter()
+
+    def client_of(self, context: grpc.aio.ServicerContext) -> str:
+        """A name of who calls: of its host and its token, without telling either's token."""
+        token = dict(context.invocation_metadata() or ()).get("authorization", "")
+        token = token if isinstance(token, bytes) else str(token).encode()
+        return self.name_of(_host(context.peer()), token)
+
+    def name_of(self, host: str, authorization: bytes) -> str:
+        """The name of who calls from `host` ("ipv4:127.0.0.1") with this authorization."""
+        if not self._tokens_are_checked:
+            return host
+        # The token alone: of its scheme's case and spaces there are as many spellings as one likes.
+        token = authorization.partition(b" ")[2].strip()
+        digest = hashlib.sha256(token).hexdigest()[:8] if token else NO_TOKEN
+        return f"{host}, {digest}"
 
     def count(self, context: grpc.aio.ServicerContext) -> str:
         """Count a call of its client, until the call ends in whatever way. Returns the client.
@@ -62,7 +65,7 @@ class ClientQuota:
         Raises:
             OverloadedError: the client, or all of them, have as many in progress as they may have.
         """
-        client = client_of(context)
+        client = self.client_of(context)
         self._take(client)
         # A `finally` of the handler would not do: a stream that is cancelled between two messages
         # is closed only when it is collected.

@@ -18,7 +18,6 @@ from services.rpc import wire
 from services.rpc.border import log_unexpected
 from services.rpc.tokens import Role, Tokens
 from services.serve.admin_servicer import AdminServicer
-from services.serve.client_quota import name_of
 from services.serve.gateway_health import GatewayHealth
 from services.serve.generation_servicer import Proposers
 from services.serve.intake import Intake
@@ -56,7 +55,7 @@ class HttpDoor:
 
     @contextmanager
     def hold(self, host: str, authorization: str) -> Iterator[str]:
-        client = name_of(host, authorization.encode())
+        client = self._intake.quota.name_of(host, authorization.encode())
         with self._intake.quota.hold(client):
             yield client
 

@@ -28,7 +28,10 @@ class Intake:
         self.refused = refused
         self._defaults = config.defaults
         self._limits = RequestLimits(config.gateway)
-        self.quota = ClientQuota(config.gateway.max_requests_per_client)
+        self.quota = ClientQuota(
+            config.gateway.max_requests_per_client,
+            tokens_are_checked=config.security.token_file is not None,
+        )
 
     def read(
         self,

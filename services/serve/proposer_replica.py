@@ -11,6 +11,7 @@ from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescri
 from services.metrics.exports import MetricsExports
 from services.rpc import logs, tracing
 from services.serve import build
+from services.serve.garbage import spare_what_is_loaded
 from services.serve.proposer_service import ProposerService
 
 
@@ -26,6 +27,7 @@ class ProposerReplica:
         tracing.begin(config.traces, "proposer")
         self._service = await build.proposer_service(config, selectors)
         self._exports = MetricsExports(self._service.registry, config)
+        spare_what_is_loaded()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
         async with aclosing(self._service.stream(request)) as pieces:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 from s2t_shared.config import GatewayConfig
+from s2t_shared.decode.generate import MAX_STOP_STRINGS
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2
@@ -32,17 +33,18 @@ class RequestLimits:
         """Raises InvalidRequestError: a field is too long, too large or no number; the text names
         it, and what is accepted."""
         parameters = message.parameters
-        for field, name in _names(message):
-            if len(name) > MAX_NAME_LENGTH:
-                raise _too_many(field, len(name), "characters", MAX_NAME_LENGTH)
         labels = parameters.labels
-        for field, items, limit in (
+        for field, items, limit in (  # first: nothing below looks at more than these
+            ("stop", len(parameters.stop), MAX_STOP_STRINGS),
             ("messages", len(parameters.messages.messages), MAX_MESSAGES),
             ("labels.rules", len(labels.rules), MAX_RULES),
             ("labels.triggers", len(labels.triggers), MAX_RULES),
         ):
             if items > limit:
                 raise _too_many(field, items, "given", limit)
+        for field, name in _names(message):
+            if len(name) > MAX_NAME_LENGTH:
+                raise _too_many(field, len(name), "characters", MAX_NAME_LENGTH)
         self._check_prompt(parameters)
         self._check_numbers(parameters)
 

@@ -11,6 +11,7 @@ from s2t_shared.config import LOOPBACK, Config
 from services.metrics.exports import MetricsExports
 from services.rpc import logs, tracing
 from services.serve import build, scaling
+from services.serve.garbage import spare_what_is_loaded
 from services.serve.selector_server import SelectorServer
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ class SelectorReplica:
         logs.begin(config.log, "selector")
         tracing.begin(config.traces, "selector")
         self._server = build.selector_server(config)
+        spare_what_is_loaded()
         await self._server.start()
         self._exports = MetricsExports(self._server.registry, config)
         host = config.selector.host

@@ -45,11 +45,18 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
         selector: AsyncSelector,
         settings: SelectorConfig,
         registry: Registry | None = None,
+        *,
+        tokens_are_checked: bool = False,
     ) -> None:
+        """tokens_are_checked: as `ClientQuota`."""
         self._selector = selector
         self._info = selector.info
         self.queries = 0
-        self._quota = ClientQuota(settings.max_queries_per_client, settings.max_queries)
+        self._quota = ClientQuota(
+            settings.max_queries_per_client,
+            settings.max_queries,
+            tokens_are_checked=tokens_are_checked,
+        )
         self._last_asked = -math.inf
         registry = registry or Registry(Role.SELECTOR)
         self._ended = registry.counter("s2t_selector_queries_total")
@@ -141,7 +148,12 @@ class SelectorServer:
         # More than are answered: one that waits in gRPC would not hear that there is no room.
         limits = channels.ConnectionLimits(max_streams=2 * settings.max_queries)
         self._server = channels.new_server(security, connections=limits)
-        self._servicer = SelectionServicer(selector, settings, self.registry)
+        self._servicer = SelectionServicer(
+            selector,
+            settings,
+            self.registry,
+            tokens_are_checked=security.token_file is not None,
+        )
         self._servicer.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.port = channels.bind(

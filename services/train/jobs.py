@@ -21,7 +21,7 @@ from pathlib import Path
 
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
-from s2t_shared.files import locked, write_atomically
+from s2t_shared.files import locked, private_folder, write_atomically
 from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.model.loading import model_digest, resolve_model
 from s2t_shared.training.checkpoints import load_checkpoint
@@ -91,7 +91,7 @@ def open_job(config: Config, say: Callable[[str], None]) -> Job:
         return job
     snapshot = open_lake(config.lake).freeze().id
     job = job_of(config, snapshot, model_digest(resolve_model(config.slm.model)))
-    job.folder(config).mkdir(parents=True, exist_ok=True)
+    private_folder(job.folder(config))
     write_atomically(job.folder(config) / NOTE, json.dumps(asdict(job)))
     return job
 

@@ -16,7 +16,7 @@ import torch
 from s2t_shared.config import Config
 from s2t_shared.decode.calibrate import load_calibration
 from s2t_shared.errors import S2TError
-from s2t_shared.files import locked
+from s2t_shared.files import locked, private_folder
 from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
@@ -84,7 +84,7 @@ def train_and_publish(config: Config, job: Job, publishes: bool) -> Manifest | N
     if not publishes:
         train(lambda step, loss, point: None)
         return None
-    job.folder(config).mkdir(parents=True, exist_ok=True)
+    private_folder(job.folder(config))
     # Waits for a writer that a killed command left behind and that has not died yet.
     with locked(job.folder(config) / LOCK):
         reports = _Reports(job.folder(config), settings.steps)

@@ -18,6 +18,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from s2t_shared.config import Config, Placement, load_config
+from s2t_shared.redis_url import RedisRole
 from tests.cluster.kustomize import Manifest, render
 
 K8S = Path(__file__).parent.parent.parent / "cluster/k8s"
@@ -259,6 +260,8 @@ def test_k5_k14_keys_only_where_a_server_runs(service: Manifest, config: Config)
         (security,) = (v for v in pod_of(group)["volumes"] if v["name"] == "client-security")
         mounted: set[str] = set()
         for source in security["projected"]["sources"]:
+            if source["secret"]["name"] == "s2t-redis-users":
+                continue
             items = source["secret"].get("items")
             named = {item["path"] for item in items} if items else {"tls.crt", "tls.key", "ca.crt"}
             mounted |= named
@@ -331,27 +334,51 @@ def test_k7_training_has_room(service: Manifest, config: Config, overlay: str) -
 def test_k8_redis_is_there_with_a_password_that_shows_nowhere(
     objects: list[Manifest], service: Manifest
 ) -> None:
-    """The URL comes by the environment, which `args` would go before."""
+    """The URL comes by the environment, which `args` would go before. No pod but Redis's own and,
+    by KubeRay, Ray's head has the password of the user who may do all."""
     (redis,) = of_kind(objects, "StatefulSet")
     (container,) = redis["spec"]["template"]["spec"]["containers"]
     assert container["env"][0]["valueFrom"]["secretKeyRef"] == {
         "name": "s2t-redis",
         "key": "password",
     }
-    assert "requirepass $REDIS_PASSWORD" in container["command"][-1]
+    assert not any("PASSWORD" in part for part in container["command"])
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert redis["spec"]["volumeClaimTemplates"][0]["spec"]["accessModes"] == ["ReadWriteOnce"]
     (settings,) = (o for o in of_kind(objects, "ConfigMap") if "redis.conf" in o["data"])
+    assert f"aclfile {mounts['users']}/users.acl" in settings["data"]["redis.conf"]
     assert "appendonly yes" in settings["data"]["redis.conf"]
     assert "maxmemory-policy volatile-lru" in settings["data"]["redis.conf"]
     application = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]
     assert set(application["args"]) == {"config"}
     for group in groups(service).values():
         env = {entry["name"]: entry for entry in container_of(group)["env"]}
-        names = list(env)
-        assert "$(LABELS_REDIS_PASSWORD)@s2t-redis:6379" in env["S2T_REDIS__URL"]["value"]
-        assert names.index("LABELS_REDIS_PASSWORD") < names.index("S2T_REDIS__URL")
+        assert env["S2T_REDIS__URL"]["value"] == "redis://s2t-redis:6379/0"
+        assert "s2t-redis" not in [
+            e.get("valueFrom", {}).get("secretKeyRef", {}).get("name") for e in env.values()
+        ]
         # Nothing else of ours is taken for a setting.
-        assert [name for name in names if name.startswith("S2T_")] == ["S2T_REDIS__URL"]
+        own = {name for name in env if name.startswith("S2T_")}
+        assert own == {"S2T_REDIS__URL", "S2T_REDIS__PASSWORD_DIR"}
+
+
+def test_each_process_finds_the_password_of_its_role(service: Manifest, config: Config) -> None:
+    """Which is mounted where it runs: a proposer writes labels, a gateway drains them."""
+    for name, group in groups(service).items():
+        (security,) = (v for v in pod_of(group)["volumes"] if v["name"] == "client-security")
+        (users,) = (
+            source["secret"]
+            for source in security["projected"]["sources"]
+            if source["secret"]["name"] == "s2t-redis-users"
+        )
+        env = {entry["name"]: entry.get("value") for entry in container_of(group)["env"]}
+        folder = str(env["S2T_REDIS__PASSWORD_DIR"]).removeprefix("/etc/s2t/")
+        found = {item["path"] for item in users["items"]}
+        assert found == {f"{folder}/{item['key']}" for item in users["items"]}
+        roles = {item["key"] for item in users["items"]}
+        assert roles <= {role.value for role in RedisRole}
+        needed = {"gateway": "consumer", "head": "admin"}.get(name, "producer")
+        assert needed in roles, name
 
 
 def test_k9_images_are_those_of_our_dockerfiles(service: Manifest) -> None:
@@ -438,7 +465,11 @@ def test_k14_network_policies_name_who_may_come(
     opened = [port["port"] for port in policies["s2t-gateway"]["ingress"][0]["ports"]]
     assert opened == [config.gateway.port, 8080]
     for rule in policies["s2t"]["ingress"][1:]:  # strangers: the operator, Prometheus
-        assert rule["from"] and rule["ports"][0]["port"] in (DASHBOARD, METRICS)
+        # Labels of pods are anybody's who may start one in any namespace.
+        (who,) = rule["from"]
+        assert who["podSelector"]["matchLabels"]
+        assert set(who["namespaceSelector"]["matchLabels"]) == {"kubernetes.io/metadata.name"}
+        assert rule["ports"][0]["port"] in (DASHBOARD, METRICS)
     assert policies["s2t-redis"]["ingress"][0]["from"] == [
         {"podSelector": {"matchLabels": covered}}
     ]

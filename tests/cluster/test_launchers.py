@@ -18,6 +18,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
 from s2t_shared.config import ENVIRONMENT_PREFIX, load_config
+from s2t_shared.redis_url import RedisRole
+from services.launch.redis_acl import write_acl
 
 ROOT = Path(__file__).parent.parent.parent
 CLUSTER = ROOT / "cluster"
@@ -161,6 +163,19 @@ def test_compose_hangs_together() -> None:
         assert service["healthcheck"]["test"]
 
 
+def test_compose_starts_redis_with_its_users(tmp_path: Path) -> None:
+    """Everything had the password of the user who may do all."""
+    compose = read(CLUSTER / "docker/compose.yaml")
+    redis = compose["services"]["redis"]
+    command = redis["command"]
+    assert command[command.index("--aclfile") + 1] == f"/run/secrets/{redis['secrets'][0]}"
+    made = write_acl(tmp_path / "redis").parent
+    for name, secret in compose["secrets"].items():
+        if secret["file"].startswith("./secrets/redis/"):
+            assert (made / Path(secret["file"]).name).is_file(), name
+    assert "default" not in compose["secrets"], "for people, not for the service"
+
+
 def test_compose_settings_are_settings() -> None:
     """The service's S2T_ variables load, on top of the settings file that it mounts."""
     service = read(CLUSTER / "docker/compose.yaml")["services"]["s2t"]
@@ -168,7 +183,9 @@ def test_compose_settings_are_settings() -> None:
     config = load_config(CLUSTER / "laptop.yaml", environment=environment)
     secrets = {f"/run/secrets/{name}" for name in service["secrets"]}
     security = config.security
-    named = (security.certificate, security.key, security.authority, security.token_file)
+    named = {security.certificate, security.key, security.authority, security.token_file}
+    assert config.redis.password_dir is not None
+    named |= {config.redis.password_dir / role.value for role in RedisRole}
     assert {str(file) for file in named} == secrets
     assert service["ports"][0] == f"{config.gateway.port}:{config.gateway.port}"
 
@@ -187,11 +204,34 @@ def test_certificates_are_for_the_names_given(tmp_path: Path) -> None:
     subprocess.run(["sh", script, str(folder), "s2t.internal", "10.0.0.5"], check=True)
     assert kept == {name: (folder / name).read_bytes() for name in kept}
     assert len(kept["token"].strip()) >= 16
+    assert (tmp_path / "secrets-authority/ca.key").stat().st_mode & 0o077 == 0
+    assert {file.name for file in folder.iterdir()} == {*kept, "tls.crt", "tls.key"}
     assert (folder / "tls.key").stat().st_mode & 0o077 == 0
     for name in ("s2t.internal", "10.0.0.5", "localhost", "127.0.0.1"):
         handshake(folder, name)
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(folder, "elsewhere.internal")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+def test_a_key_of_the_authority_from_before_is_moved_away(tmp_path: Path) -> None:
+    """It lay among the files that every node gets. A new one instead would part old from new."""
+    script = str(CLUSTER / "certificates.sh")
+    folder = tmp_path / "secrets"
+    subprocess.run(["sh", script, str(folder)], check=True, capture_output=True)
+    kept = (folder / "ca.crt").read_bytes()
+    (tmp_path / "secrets-authority/ca.key").rename(folder / "ca.key")
+    subprocess.run(["sh", script, f"{folder}/", "s2t.internal"], check=True, capture_output=True)
+    assert not (folder / "ca.key").exists() and (folder / "ca.crt").read_bytes() == kept
+    handshake(folder, "s2t.internal")
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_nodes_get_no_key_of_the_authority(name: str) -> None:
+    """Whoever broke into one node could be every server. A whole folder brought along what lies
+    in it."""
+    for source in read(CLUSTER / f"vm/{name}.yaml")["file_mounts"].values():
+        assert source == "./secrets" or (CLUSTER / source).is_file(), source
 
 
 def handshake(folder: Path, name: str) -> None:

@@ -21,8 +21,8 @@ def test_verbs_and_options_exist() -> None:
     verbs = {
         c.name or c.callback.__name__: c.callback for c in app.registered_commands if c.callback
     }
-    spoken = re.findall(r"(?<!-n )\bs2t (\w+)((?: (?:--[\w-]+|[^\s`]+))*)", "\n".join(COMMANDS))
-    spoken += re.findall(r"`s2t (\w+)([^`]*)`", README)
+    spoken = re.findall(r"(?<!-n )\bs2t ([a-z-]+)((?: (?:--[\w-]+|[^\s`]+))*)", "\n".join(COMMANDS))
+    spoken += re.findall(r"`s2t ([a-z-]+)([^`]*)`", README)
     assert {verb for verb, _ in spoken} >= {"up", "down", "status", "init", "serve"}
     groups = {group.name for group in app.registered_groups}
     for verb, rest in spoken:

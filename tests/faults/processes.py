@@ -29,13 +29,13 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.labels.known_models import Models
 from s2t_shared.types import ScoreQuery, ScoreReply
-from services.rpc import channels
 from services.serve import build
 from services.serve.engine_thread import EngineThread
+from services.serve.garbage import spare_what_is_loaded
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
-from services.serve.selector_server import SelectionServicer
+from services.serve.selector_server import SelectorServer
 from tests.faults import script
 from tests.helpers.serving import CALIBRATION, FixedVersions
 
@@ -43,6 +43,7 @@ HOST = "127.0.0.1"
 OPEN = SecurityConfig()
 START_S = 120.0  # forking the first process waits for the imports
 ANSWER_S = 30.0
+DRAIN_S = 20.0  # for what is under way when a part is told to end
 
 Vitals = dict[str, Any]
 
@@ -75,6 +76,7 @@ class Control:
 
         loop.add_signal_handler(signal.SIGTERM, ended.set)
         loop.add_reader(self._pipe.fileno(), answer)
+        spare_what_is_loaded()
         self.started_at = time.monotonic()
         self._pipe.send("ready")
         await ended.wait()
@@ -108,6 +110,13 @@ class CountedLLM:
     def is_alive(self) -> bool:
         return True
 
+    @property
+    def silent_s(self) -> float:
+        return 0.0
+
+    def shutdown(self) -> None:
+        """Nothing runs that would have to end."""
+
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
         self.open += 1
         try:
@@ -125,14 +134,18 @@ class CountedLLM:
 async def selector(settings: SelectorSettings, control: Control) -> None:
     """A selector."""
     llm = CountedLLM(settings)
-    server = channels.new_server(settings.security)
-    SelectionServicer(llm, SelectorConfig()).add_to(server)
-    channels.bind(server, HOST, settings.port, settings.security, "test.port")
+    server = SelectorServer(
+        llm,
+        settings.security,
+        SelectorConfig(host=HOST, port=settings.port),
+        drain_grace_s=1.0,  # proposers here know its address, and never stop asking
+        quiet_s=0.5,
+    )
     await server.start()
     await control.serve(
         lambda: {"scored": llm.scored, "first_scored_at": llm.first_scored_at, "open": llm.open}
     )
-    await server.stop(None)
+    await server.stop()
 
 
 @dataclass(frozen=True)

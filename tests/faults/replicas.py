@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from s2t_shared.errors import ProposerLostError, S2TError
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 from services.serve import build
 from services.serve.proposer_service import ProposerService
-from tests.faults.processes import Control, ProposerSettings, scripted_service, vitals_of
+from tests.faults.processes import DRAIN_S, Control, ProposerSettings, scripted_service, vitals_of
 
 SIZE_BYTES = 8
 LOST = "the proposer that answered was lost; send the request again"
@@ -44,8 +45,12 @@ async def replica(settings: ReplicaSettings, control: Control) -> None:
         writer.close()
 
     Path(settings.socket).unlink(missing_ok=True)
-    await asyncio.start_unix_server(serve, settings.socket)
+    server = await asyncio.start_unix_server(serve, settings.socket)
     await control.serve(lambda: vitals_of(service))
+    server.close()  # as Serve does: no new calls, and those under way are finished
+    give_up_at = time.monotonic() + DRAIN_S
+    while service.ongoing_requests and time.monotonic() < give_up_at:
+        await asyncio.sleep(0.02)
     service.close()
 
 

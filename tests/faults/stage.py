@@ -81,11 +81,11 @@ class Stage:
         settings = ReplicaSettings(self._overrides(selectors), socket=socket)
         return self._started(Part(name, replica, settings, self.folder))
 
-    def gateway(self, replicas: Collection[Part]) -> Part:
+    def gateway(self, replicas: Collection[Part], name: str = "gateway") -> Part:
         """A gateway before replicas."""
         sockets = tuple(part.settings.socket for part in replicas)
         settings = GatewaySettings(self._overrides(), sockets=sockets)
-        return self._started(Part("gateway", gateway, settings, self.folder))
+        return self._started(Part(name, gateway, settings, self.folder))
 
     def _overrides(
         self, selectors: Collection[int] = (), redis_port: int | None = None

@@ -10,6 +10,9 @@ import asyncio
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +21,17 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from s2t_shared.bundled import problems
 from s2t_shared.config import load_config
+from s2t_shared.errors import S2TError
 from services.bench.swap import SIDES, publish_untrained
 from services.client import Client
 from services.launch.local import RunningService, running_service
+from services.launch.redis_server import free_port
 from tests.faults import figures
 from tests.faults.checker import Request
 from tests.faults.clients import Clients, asking
@@ -35,6 +42,8 @@ from tests.helpers.certificates import Authority, secured, settings_of
 pytestmark = [pytest.mark.service, pytest.mark.kill, pytest.mark.faults]
 PROBLEMS = problems.problems("test", 12)
 CLIENTS = 4
+CONTROLLERS = 5
+DASHBOARD = 8265
 BACK_S = 90.0  # a replica is there again by then
 
 
@@ -57,7 +66,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     security = secured(Authority(folder))
     overrides = {
         "data_dir": str(folder / "data"),
-        "gateway.port": 0,
+        "gateway.port": free_port(),  # the same when it is started again
         "proposer.replicas": 2,
         "proposer.num_cpus": 0.3,
         "selector.replicas": 2,
@@ -145,6 +154,101 @@ def test_replicas_are_killed(cluster: Cluster, stage: Stage, role: str, kills: i
     degraded = sum(r.is_degraded for r in stage.requests)
     figures.report(goal, f"{what}answers with degraded steps", f"{degraded}", "", None)
     stage.check()
+
+
+def test_what_is_not_ours_is_killed(cluster: Cluster, stage: Stage) -> None:
+    """R14. Answers do not go through Serve's controller; and a gateway that dies, the only one
+    here, is there again."""
+
+    async def main() -> float:
+        clients = cluster.clients(stage.history)
+        await undisturbed(clients, stage)
+
+        async def ask() -> None:
+            await clients.ask("s2t", prompt=PROBLEMS[0].prompt, is_scripted=False)
+
+        async with asking(ask, CLIENTS):
+            for _ in range(CONTROLLERS):
+                before = pids("ServeController")
+                stage.fault("SIGKILL controller")
+                os.kill(before[0], signal.SIGKILL)
+                assert await until(lambda: has_another("ServeController", before), BACK_S)  # noqa: B023
+                await asyncio.sleep(2.0)
+        await clients.close()
+        assert await until(lambda: is_told_running("Gateway", 1), BACK_S, pause_s=0.2)
+        before = pids("Gateway")
+        os.kill(before[0], signal.SIGKILL)
+        begun = time.monotonic()
+        assert await until(lambda: answers(cluster), BACK_S, pause_s=0.1)
+        return time.monotonic() - begun
+
+    back_s = asyncio.run(main())
+    count = len(stage.requests)
+    what = f"Ray: controller SIGKILL x{CONTROLLERS}: failed of {count}"
+    figures.at_most("R14", what, stage.failed(), 0)
+    figures.at_most("R14", "Ray: the only gateway SIGKILL: answers again", back_s, 10.0, " s")
+    stage.check()
+
+
+def has_another(name: str, before: list[int]) -> bool:
+    return bool(set(pids(name)) - set(before))
+
+
+def is_told_running(deployment: str, count: int) -> bool:
+    """As `are_running`, also by a controller that has just come back."""
+    try:
+        return are_running(deployment, count)
+    except (RayError, KeyError, StopIteration):
+        return False
+
+
+def answers(cluster: Cluster) -> bool:
+    try:
+        with cluster.open() as client:
+            client.describe()
+    except S2TError:
+        return False
+    return True
+
+
+JOIN = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("joined")
+"""
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+def test_ray_takes_no_job_without_its_token(
+    cluster: Cluster, tmp_path: Path, with_token: bool
+) -> None:
+    """S9. Whoever reaches Ray's ports runs what he likes, on every node; and nothing of it listens
+    for browsers."""
+    address = ray.get_runtime_context().gcs_address
+    environment = dict(os.environ)
+    if not with_token:
+        for name in [name for name in environment if name.startswith("RAY_AUTH")]:
+            del environment[name]
+        environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    else:
+        environment |= {"RAY_AUTH_MODE": "token"}
+    command = [sys.executable, "-c", JOIN, address]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=90, check=False
+        )
+        has_joined = "joined" in done.stdout
+    except subprocess.TimeoutExpired:
+        has_joined = False
+    assert has_joined is with_token
+    if not with_token:
+        figures.at_most("S9", "Ray: drivers without a token that were let in", has_joined, 0)
+        assert not pids("DashboardHead") and not listens("127.0.0.1", DASHBOARD)
+
+
+def listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def test_a_version_is_seen_everywhere(cluster: Cluster, stage: Stage) -> None:

@@ -51,6 +51,42 @@ def test_one_of_two_proposers_is_killed(stage: Stage, kills: int) -> None:
     stage.check()
 
 
+@pytest.mark.parametrize("rounds", figures.sizes([1], [5]))
+def test_every_part_is_restarted_in_its_turn(stage: Stage, rounds: int) -> None:
+    """R13. As an update does it: one part after the other is told to end, ends, and is there again.
+    No stream fails, whoever it was that answered it."""
+    selectors = [stage.selector(f"selector{i}") for i in range(2)]
+    ports = [part.settings.port for part in selectors]
+    replicas = [stage.replica(f"proposer{i}", ports) for i in range(2)]
+    gateways = [stage.gateway(replicas, f"gateway{i}") for i in range(2)]
+    parts = [*selectors, *replicas, *gateways]
+    codes: list[int | None] = []
+
+    async def main() -> None:
+        clients = stage.clients(*gateways)
+        await clients.ask()
+
+        async with asking(lambda: clients.ask(max_new_tokens=TOKENS), CLIENTS // 2):
+            for part in parts * rounds:
+                await asyncio.sleep(0.3)
+                stage.fault(f"SIGTERM {part.name}")
+                part.terminate()
+                codes.append(await asyncio.to_thread(part.wait))
+                await asyncio.to_thread(part.start)
+                await asyncio.sleep(1.2)  # until it is connected to again, a second at most
+        await stage.calm(*parts)
+        await clients.close()
+
+    asyncio.run(main())
+    what = f"rolling restart of selectors, proposers, gateways, x{rounds}, {CLIENTS // 2} streams: "
+    figures.at_most("R13", f"{what}failed of {len(stage.requests)}", stage.failed(), 0)
+    figures.at_most("R13", f"{what}tokens lost or doubled", stage.wrong_tokens(), 0)
+    degraded = sum(request.is_degraded for request in stage.requests)
+    figures.report("R13", f"{what}answers with a degraded step", f"{degraded}", "", None)
+    assert codes == [0] * len(codes)
+    stage.check()
+
+
 @pytest.mark.parametrize("ends", figures.sizes([1], [20]))
 def test_one_of_two_gateways_is_terminated(stage: Stage, ends: int) -> None:
     """R13. SIGTERM: streams under way are finished, new ones go to the other gateway."""

@@ -12,6 +12,7 @@ import sys
 
 from s2t_shared.config import load_config
 from services.serve import build
+from services.serve.garbage import spare_what_is_loaded
 
 
 async def main(folder: str, token_file: str) -> None:
@@ -32,6 +33,7 @@ async def main(folder: str, token_file: str) -> None:
     config = load_config(overrides={**settings, "selector.addresses": [address]}, environment={})
     proposers = await build.proposer_service(config)
     gateway = build.gateway_server(config, proposers)
+    spare_what_is_loaded()
     await gateway.start()
     print(f"127.0.0.1:{gateway.port} {address}", flush=True)
     await asyncio.to_thread(sys.stdin.read)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from s2t_shared.config import SecurityConfig
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2
+from tests.faults import figures
 from tests.fuzz.malformed import CANARY, GATEWAY, SELECTOR, Call, calls, raw
 from tests.fuzz.sending import Sender
 from tests.helpers.servers import selector_address
@@ -181,6 +182,12 @@ def test_ten_thousand_malformed_requests(
     sent = sum(sum(sender.ends.values()) for sender in senders)
     print("ends:", dict(senders[0].ends), dict(senders[1].ends))
     print("gaps of streams, ms: alone", before, "beside", during)
+    what = "10,000 malformed requests: "
+    wrong = len(senders[0].wrong + senders[1].wrong)
+    figures.at_most("S5", f"{what}without a documented status", wrong, 0)
+    figures.at_most("S5", f"{what}longest gap of 2 streams beside", during["max"], 100.0, " ms")
+    alone_ms = f"{before['max']:.3g} ms"
+    figures.report("S5", f"{what}longest gap of 2 streams alone", alone_ms, "", None)
     assert sent == 10_000 and process.poll() is None
     assert during["failed"] == []
     assert during["max"] < 20 * max(100.0, before["max"])

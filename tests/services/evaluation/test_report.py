@@ -6,11 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from s2t_shared.types import Prompt, Usage
 from services.evaluation.figures import Row, sufficiency
@@ -18,7 +21,7 @@ from services.evaluation.journal import ScoredRollout
 from services.evaluation.modes import ModeSpec
 from services.evaluation.problems import Problem
 from services.evaluation.records import Candidate, Decision, Record
-from services.evaluation.report import Evaluated, write_report
+from services.evaluation.report import Evaluated, markdown, write_report
 from services.evaluation.verdict import verdict
 
 HOSTILE = '</script><img src=x onerror="document.title=1"> & "quotes"'
@@ -172,6 +175,21 @@ class _Outside(HTMLParser):
         for name, value in attrs:
             if name in ("src", "href", "action") or name.startswith("on"):
                 self.found.append(f"{tag} {name}={value}")
+
+
+def test_names_do_not_become_markup_in_the_markdown(folder: Path) -> None:
+    """A folder or a model that is named like a tag was one in whatever shows the report."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    parser = _Outside()
+    shown = MarkdownIt("commonmark").enable("table").render(text)
+    parser.feed(shown)
+    assert parser.found == [] and "A &lt;title&gt;" in shown
+    assert "<td>s2t_local entropy 5%</td>" in shown
+    assert escape(HOSTILE) in shown
+    hostile = ModeSpec(name="s2t", trigger="a | `x` *y*", budget=0.05)
+    rows = (GREEDY, replace(S2T, spec=hostile))
+    shown = MarkdownIt("commonmark").enable("table").render(markdown(evaluated(rows)))
+    assert "<td>s2t a | `x` *y* 5%</td>" in shown
 
 
 def test_the_page_needs_nothing_else_and_escapes_all(folder: Path) -> None:

@@ -18,7 +18,7 @@ import trustme
 
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
-from services.http.server import MAX_HEAD_BYTES
+from services.http.protocol import MAX_HEAD_BYTES
 from services.rpc import channels
 from services.serve.gateway_health import GatewayHealth
 from services.serve.proposer_service import ProposerService

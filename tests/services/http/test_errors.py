@@ -157,21 +157,24 @@ def test_mode_llm_without_an_llm_is_unavailable(tmp_path: Path) -> None:
 
 def test_a_clients_quota_counts_its_http_requests(tmp_path: Path) -> None:
     """The second of one client is refused with the time to come again, and the first goes on."""
+    one, another = "one-" + 16 * "x", "another-" + 16 * "x"
+    file = tmp_path / "tokens"
+    file.write_text(f"generate: {one}\ngenerate: {another}\n", encoding="utf-8")
 
     def work(url: str) -> None:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="a", max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=one, max_retries=0) as client:
             given: Any = {"model": "bundled:greedy", "messages": [{"role": "user", "content": "a"}]}
             stream = client.chat.completions.create(**given, stream=True)
             next(iter(stream))
             with pytest.raises(openai.RateLimitError, match="at once") as refused:
                 client.chat.completions.create(**given)
             assert refused.value.response.headers["retry-after"] == "1"
-            with client.with_options(api_key="another") as other:
+            with client.with_options(api_key=another) as other:
                 assert next(iter(other.chat.completions.create(**given, stream=True))).choices
             stream.close()
 
-    limit = {"gateway.max_requests_per_client": 1}
-    with_http(tmp_path, proposer_service(slow_slm()), work, **limit)
+    settings = {"gateway.max_requests_per_client": 1, "security.token_file": str(file)}
+    with_http(tmp_path, proposer_service(slow_slm()), work, **settings)
 
 
 class Broken:
@@ -216,6 +219,34 @@ def test_each_failure_has_its_status(tmp_path: Path, case: str, streamed: bool) 
     )
     assert (found, reply["error"]["code"], headers["retry-after"]) == (status, code, wait)
     assert "secret" not in json.dumps(reply)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+def test_a_bug_is_logged_without_its_text(
+    tmp_path: Path, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of a library may quote the prompt; where it came from must be in the log."""
+    broken = Broken(ZeroDivisionError(f"cannot divide {PROMPT}"))
+    status, _, _ = with_http(tmp_path, broken, lambda url: ask(url, stream=streamed))
+    assert status == 500 and PROMPT not in caplog.text
+    assert "unexpected ZeroDivisionError" in caplog.text and "raise self.error" in caplog.text
+
+
+def test_a_client_does_not_choose_its_host(tmp_path: Path) -> None:
+    """A header named another one, with a quota of its own, whatever proxies the server believes."""
+
+    def work(url: str) -> None:
+        given = json.dumps({"model": "bundled:greedy", "prompt": "a", "stream": True}).encode()
+        held = HTTPConnection(url.removeprefix("http://"), timeout=30)
+        held.request("POST", "/v1/completions", given, {**JSON, "x-forwarded-for": "10.0.0.1"})
+        held.getresponse().read(10)
+        headers = {"x-forwarded-for": "10.0.0.2", "forwarded": "for=10.0.0.2"}
+        status, _, reply = post(url, "/v1/completions", given, {**JSON, **headers})
+        assert status == 429 and "at once" in reply["error"]["message"]
+        held.close()
+
+    limit = {"gateway.max_requests_per_client": 1}
+    with_http(tmp_path, proposer_service(slow_slm()), work, **limit)
 
 
 def test_a_stream_that_breaks_says_so(tmp_path: Path) -> None:

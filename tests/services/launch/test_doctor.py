@@ -13,6 +13,7 @@ import redis
 
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import UnauthenticatedError
+from s2t_shared.files import private_folder
 from s2t_shared.labels.stream import LabelStream
 from services.cli.findings import show_findings
 from services.launch import doctor, redis_checks, storage_checks
@@ -231,6 +232,21 @@ def test_a_local_folder_is_well(tmp_path: Path) -> None:
     assert levels(found)["data folder"] is Level.OK
     assert "locks hold between processes" in found[0].detail
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_others_can_read_are_told(tmp_path: Path) -> None:
+    """Prompts and answers lay open to everybody on the machine, and nothing said so."""
+    spool = tmp_path / "elsewhere"
+    config = config_of(tmp_path / "data", **{"labels.spool_dir": str(spool)})
+    private_folder(config.data_dir)
+    private_folder(spool)
+    assert levels(list(check_storage(config)))["privacy"] is Level.OK
+    spool.chmod(0o750)
+    told = {finding.what: finding for finding in check_storage(config)}["privacy"]
+    assert told.level is Level.WARN and told.mend == f"chmod go= {spool}"
+    config.data_dir.chmod(0o701)
+    told = {finding.what: finding for finding in check_storage(config)}["privacy"]
+    assert told.mend == f"chmod go= {config.data_dir} {spool}"
 
 
 def test_a_lake_in_object_storage_is_written_to(tmp_path: Path, bucket: str) -> None:

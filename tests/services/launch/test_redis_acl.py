@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 import redis
 
 from s2t_shared.decode.selection_cache import CachedSelector
-from s2t_shared.errors import StoreError
+from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
 from s2t_shared.redis_url import RedisRole
+from services.launch.redis_acl import write_acl
 from services.launch.redis_server import RedisServer
 from tests.decode.test_selection_cache import QUERY, CountingSelector, ask, keys_reach
 from tests.helpers.lake import ids_in, names, rollout
@@ -140,6 +142,25 @@ def test_selections_are_cached_by_a_producer(server: RedisServer, client: redis.
 def test_a_role_that_lacks_a_right_is_told_where_it_comes_from(server: RedisServer) -> None:
     with pytest.raises(StoreError, match="No permissions.*s2t redis-acl"):
         LabelStream(server.url_of(RedisRole.CONSUMER)).append([b"{}"])
+
+
+@pytest.mark.parametrize("wrong", ["readable", "a link", "another's"])
+def test_a_password_that_others_may_know_is_refused(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever put a file there first chose Redis's password."""
+    write_acl(tmp_path)
+    password = tmp_path / "producer"
+    assert password.stat().st_mode & 0o777 == 0o600
+    if wrong == "readable":
+        password.chmod(0o640)
+    elif wrong == "a link":
+        password.rename(tmp_path / "elsewhere")
+        password.symlink_to(tmp_path / "elsewhere")
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: password.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="password in it; remove it and try again"):
+        write_acl(tmp_path)
 
 
 @pytest.mark.parametrize("refusal", ["no password", "wrong password"])

@@ -21,8 +21,9 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from s2t_shared.config import Config, load_config
-from s2t_shared.errors import ConfigError
+from s2t_shared.errors import ConfigError, S2TError
 from services.launch import down as down_module
+from services.launch import running
 from services.launch import up as module
 from services.launch.service_record import FILE, read_record, write_record
 from services.roles import APPLICATION
@@ -45,6 +46,7 @@ class FakeCluster:
         self.deployed: list[Config] = []
         self.held: list[Config] = []
         self.deleted = 0
+        self.hangs = False
         monkeypatch.setattr(module, "existing_ray", self.existing)
         monkeypatch.setattr(down_module, "existing_ray", self.existing)
         monkeypatch.setattr(serve, "status", self.serve_status)
@@ -65,12 +67,15 @@ class FakeCluster:
         yield
 
     def serve_status(self) -> Any:
-        application = SimpleNamespace(status=self.status, deployments={"Gateway": None})
+        gateway = SimpleNamespace(replica_states={"STOPPING": 2})
+        application = SimpleNamespace(status=self.status, deployments={"Gateway": gateway})
         found = {APPLICATION: application} if self.status else {}
         return SimpleNamespace(applications=found)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, _blocking: bool) -> None:
         self.deleted += 1
+        if not self.hangs:
+            self.status = None
 
     def deploy(self, config: Config, say: Any) -> list[str]:
         self.deployed.append(config)
@@ -224,6 +229,27 @@ def test_down_signals_no_stranger(cluster: FakeCluster, tmp_path: Path) -> None:
         stranger.kill()
     assert said == ["no service runs"]
     assert read_record(tmp_path) is None
+
+
+def test_a_service_that_does_not_end_is_told(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve gave up after 60 s with a TimeoutError, in the middle of a longer drain, and its record
+    was gone or not, as it came."""
+    monkeypatch.setattr(running, "END_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(running, "SAY_EVERY_S", 0.1)
+    monkeypatch.setattr(running, "POLL_S", 0.01)
+    cluster.status = ApplicationStatus.RUNNING
+    cluster.hangs = True
+    write_record(config_of(tmp_path), "127.0.0.1:1", HEAD)
+    said: list[str] = []
+    with pytest.raises(S2TError, match=f"2 Gateway is still there.*RAY_ADDRESS={HEAD} s2t down"):
+        down_module.down(tmp_path, said.append)
+    assert said[0] == "waiting for 2 Gateway to end" and len(said) < 4
+    assert read_record(tmp_path) is not None, "a later `down` finds it"
+    cluster.hangs = False
+    down_module.down(tmp_path, said.append)
+    assert said[-1].startswith("ended") and read_record(tmp_path) is None
 
 
 def test_down_removes_the_application_and_leaves_ray(cluster: FakeCluster, tmp_path: Path) -> None:

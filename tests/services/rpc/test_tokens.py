@@ -90,6 +90,27 @@ def test_tokens_rotate_without_a_restart(
     assert roles(given, B) == {Role.ADMIN}
 
 
+def test_tokens_of_a_file_that_is_gone_are_valid_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who removed the file to lock everybody out locked out nobody, until a restart. One that is
+    replaced is gone for a moment only."""
+    monkeypatch.setattr(reloading, "LOOK_EVERY_S", 0.0)
+    given = tokens(tmp_path, f"generate: {A}")
+    (tmp_path / "tokens").unlink()
+    assert roles(given, A) == {Role.GENERATE}
+    tokens(tmp_path, f"generate: {A}")
+    assert roles(given, A) == {Role.GENERATE}
+    monkeypatch.setattr(reloading, "GONE_S", 0.0)
+    (tmp_path / "tokens").unlink()
+    assert roles(given, A) == roles(given, "") == NONE
+    assert roles(given, A) == NONE and caplog.text.count("no longer in force") == 1, "said once"
+    with pytest.raises(ConfigError, match="no token has the role"):
+        given.token_for(Role.GENERATE)
+    tokens(tmp_path, f"generate: {A}")
+    assert roles(given, A) == {Role.GENERATE}
+
+
 def test_a_mounted_secret_changes_by_its_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,19 +14,32 @@ import pytest
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from services.rpc import wire
-from services.serve.client_quota import client_of, name_of
+from services.serve.client_quota import ClientQuota
 from tests.helpers.serving import becomes, gateway, gateway_config, proposer_service, slow_slm
 
 PARAMETERS = pb.GenerationParameters(text="a prompt", mode=pb.MODE_GREEDY)
 FEW = pb.GenerationParameters(text="a prompt", mode=pb.MODE_GREEDY, max_new_tokens=1)
+TOKENS = ("greedy", "modest", "one", "two", "t")
 Work = Callable[[pb_grpc.GenerationServiceStub], Awaitable[Any]]
 
 
-def with_quota(folder: Path, limit: int, work: Work) -> None:
+def settings(folder: Path) -> dict[str, str]:
+    """That demand one of the tokens."""
+    file = folder / "tokens"
+    file.write_text("".join(f"generate: {padded(token)}\n" for token in TOKENS), encoding="utf-8")
+    return {"security.token_file": str(file)}
+
+
+def padded(token: str) -> str:
+    return token + "-" * 16
+
+
+def with_quota(folder: Path, limit: int, work: Work, *, secured: bool = True) -> None:
     service = proposer_service(slow_slm())
+    given = settings(folder) if secured else {}
 
     async def main() -> None:
-        config = gateway_config(folder, **{"gateway.max_requests_per_client": limit})
+        config = gateway_config(folder, **{"gateway.max_requests_per_client": limit}, **given)
         async with gateway(config, service) as channel:
             await work(pb_grpc.GenerationServiceStub(channel))
 
@@ -35,7 +48,7 @@ def with_quota(folder: Path, limit: int, work: Work) -> None:
 
 
 def metadata(token: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {token}"),)
+    return (("authorization", f"Bearer {padded(token)}"),)
 
 
 async def open_streams(stub: pb_grpc.GenerationServiceStub, count: int, token: str) -> list[Any]:
@@ -67,6 +80,19 @@ def test_one_clients_requests_are_bounded_and_anothers_are_not(tmp_path: Path) -
             stream.cancel()
 
     with_quota(tmp_path, 3, work)
+
+
+def test_a_token_that_nobody_checks_is_no_client_of_its_own(tmp_path: Path) -> None:
+    """Where none is demanded, whoever sent another with each call had no quota at all."""
+
+    async def work(stub: pb_grpc.GenerationServiceStub) -> None:
+        streams = await open_streams(stub, 2, "greedy")
+        streams += await open_streams(stub, 1, "modest")
+        assert "at most 3" in await ask(stub, "one")
+        for stream in streams:
+            stream.cancel()
+
+    with_quota(tmp_path, 3, work, secured=False)
 
 
 def test_a_place_is_free_when_its_call_has_ended_in_whatever_way(tmp_path: Path) -> None:
@@ -124,6 +150,7 @@ class Call:
 
 def test_a_client_is_a_token_from_a_host() -> None:
     """Whatever its connection; and its name, which is logged, does not tell the token."""
+    client_of = ClientQuota(1, tokens_are_checked=True).client_of
     one = client_of(Call("ipv4:10.0.0.1:5000", "secret"))
     assert one == client_of(Call("ipv4:10.0.0.1:6000", "secret")) and "secret" not in one
     others = [
@@ -138,6 +165,7 @@ def test_a_client_is_a_token_from_a_host() -> None:
 
 def test_a_token_is_one_client_however_its_header_is_spelt() -> None:
     """Each spelling that is accepted was a client with a quota of its own."""
+    name_of = ClientQuota(1, tokens_are_checked=True).name_of
     spelt = [b"Bearer secret", b"bearer secret", b"BEARER   secret ", b"Bearer  secret"]
     assert len({name_of("ipv4:10.0.0.1", header) for header in spelt}) == 1
 
@@ -155,7 +183,7 @@ def test_the_proposer_is_told_who_asks(tmp_path: Path) -> None:
     service.answer = spy  # type: ignore[method-assign]
 
     async def main() -> None:
-        async with gateway(gateway_config(tmp_path), service) as channel:
+        async with gateway(gateway_config(tmp_path, **settings(tmp_path)), service) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
             assert not await ask(stub, "one") and not await ask(stub, "two")
             assert await becomes(lambda: len(set(seen)) == 2)

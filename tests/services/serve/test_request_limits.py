@@ -16,6 +16,7 @@ from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from services.rpc import wire
+from services.serve import request_limits
 from services.serve.request_limits import RequestLimits
 from tests.helpers.serving import gateway, gateway_config, proposer_service, scripted_slm, slow_slm
 
@@ -33,6 +34,22 @@ def rules(count: int) -> pb.LabelOptions:
 
 def triggers(count: int) -> pb.LabelOptions:
     return pb.LabelOptions(triggers=[pb.TRIGGER_KL] * count)
+
+
+def test_names_are_not_looked_at_before_they_are_counted() -> None:
+    """Two million messages were: for a second, on the gateway's only loop."""
+
+    class Uncounted(Exception):
+        pass
+
+    def never(message: object) -> Any:
+        raise Uncounted
+
+    many = pb.GenerateRequest(parameters=pb.GenerationParameters(messages=messages(1025)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request_limits, "_names", never)
+        with pytest.raises(InvalidRequestError, match="1025 given, at most 1024"):
+            LIMITS.check(many)
 
 
 # field: (the most that is accepted, one more, what the text says)
@@ -58,6 +75,7 @@ AT_THE_LIMIT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"messages": messages(1, role=NAME + "x")},
         "1025 characters",
     ),
+    "stop": ({"stop": ["x"] * 16}, {"stop": ["x"] * 17}, "17 given, at most 16"),
     "timeout_seconds": ({"timeout_seconds": 1e9}, {"timeout_seconds": -1.0}, "=-1.0: must be 0"),
 }
 AT_THE_LIMIT |= {
@@ -122,7 +140,7 @@ def texts(descriptor: Any) -> set[str]:
 def test_a_long_prompt_costs_nobody_anything(tmp_path: Path, form: str) -> None:
     """A prompt of 4 MB was tokenized on the decode thread before its length was looked at: all
     streams stood still for seconds."""
-    text = "many words " * 340_000  # 3.7 MB
+    text = "many words " * 180_000  # 2 MB
     long = {"text": text} if form == "text" else {"messages": messages(1, text)}
 
     async def main() -> None:
@@ -187,7 +205,7 @@ def test_what_is_out_of_range_does_not_reach_a_proposer(tmp_path: Path) -> None:
     async def main() -> None:
         async with gateway(gateway_config(tmp_path), service) as channel:
             stub = pb_grpc.GenerationServiceStub(channel)
-            for fields in ({"stop": [3_000_000 * "x"]}, {"sampling": pb.Sampling(top_p=2.0)}):
+            for fields in ({"stop": [2_000_000 * "x"]}, {"sampling": pb.Sampling(top_p=2.0)}):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.Generate(pb.GenerateRequest(parameters=parameters(**fields)))
                 assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
-from s2t_shared.config import SelectorConfig
+from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.errors import InvalidRequestError, OverloadedError, S2TError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
@@ -28,9 +29,11 @@ def request(**fields: Any) -> pb.ScoreRequest:
     return pb.ScoreRequest(**{**given, **fields})
 
 
-async def refusal(stub: pb_grpc.SelectionServiceStub, message: pb.ScoreRequest) -> S2TError | None:
+async def refusal(
+    stub: pb_grpc.SelectionServiceStub, message: pb.ScoreRequest, token: str | None = None
+) -> S2TError | None:
     try:
-        await stub.Score(message, timeout=5.0)
+        await stub.Score(message, timeout=5.0, metadata=channels.call_metadata(token))
     except grpc.aio.AioRpcError as error:
         return wire.error_of(error)
     return None
@@ -75,24 +78,28 @@ def test_each_field_has_its_most(field: str, most: dict, one_more: dict) -> None
     assert llm.asked == 1
 
 
-def test_too_many_queries_are_refused_with_a_time_to_come_again() -> None:
+def test_too_many_queries_are_refused_with_a_time_to_come_again(tmp_path: Path) -> None:
     """The queue had no bound. Of one client first, then of all; what ended makes room, also where
     its caller has gone."""
+    one, another = "one-" + 16 * "x", "another-" + 16 * "x"
+    (tmp_path / "tokens").write_text(f"score: {one}\nscore: {another}\n", encoding="utf-8")
+    security = SecurityConfig(token_file=tmp_path / "tokens")
     llm = FixedLLM()
     settings = SelectorConfig(max_queries=4, max_queries_per_client=3)
 
     async def main() -> None:
         llm.open.clear()
-        async with selector_address(llm=llm, settings=settings) as address:
+        async with selector_address(security, llm, settings) as address:
             async with channels.open_channel(address, None) as channel:
                 stub = pb_grpc.SelectionServiceStub(channel)
-                mine = [stub.Score(request(), timeout=30.0) for _ in range(3)]
+                own = {"metadata": channels.call_metadata(one)}
+                mine = [stub.Score(request(), timeout=30.0, **own) for _ in range(3)]
                 assert await becomes(lambda: llm.asked == 3)
-                fourth = await refusal(stub, request())
+                fourth = await refusal(stub, request(), one)
                 assert isinstance(fourth, OverloadedError) and "of your requests" in str(fourth)
                 assert fourth.retry_after_s
 
-                other = {"metadata": channels.call_metadata("another")}
+                other = {"metadata": channels.call_metadata(another)}
                 theirs = stub.Score(request(), timeout=30.0, **other)
                 assert await becomes(lambda: llm.asked == 4)
                 with pytest.raises(grpc.aio.AioRpcError) as full:
@@ -102,10 +109,10 @@ def test_too_many_queries_are_refused_with_a_time_to_come_again() -> None:
 
                 mine.pop().cancel()
                 await asyncio.sleep(0.05)
-                mine.append(stub.Score(request(), timeout=30.0))
+                mine.append(stub.Score(request(), timeout=30.0, **own))
                 assert await becomes(lambda: llm.asked == 5)
                 llm.open.set()
                 await asyncio.gather(*mine, theirs)
-                assert await refusal(stub, request()) is None
+                assert await refusal(stub, request(), one) is None
 
     asyncio.run(main())
