@@ -34,7 +34,7 @@ def verdict(rows: Sequence[Row], hits: Sufficiency | None) -> Verdict:
         reasons.append(_rate(llm) + f", {_gain(llm, base)}.")
     better = [row for row in rows[1:] if _is_a_choice(row) and _gains(row, base)]
     best = _cheapest_of_the_best(better)
-    headline = _headline(base, llm, best, len(rows))
+    headline = _headline(rows, llm, best)
     if best is not None:
         reasons.append(_rate(best) + f", {_gain(best, base)}. {_cost(best)}")
     free = [row for row in better if not row.usage.llm_forwards]
@@ -47,17 +47,24 @@ def verdict(rows: Sequence[Row], hits: Sufficiency | None) -> Verdict:
     return Verdict(headline, tuple(reasons))
 
 
-def _headline(base: Row, llm: Row | None, best: Row | None, rows: int) -> str:
+def _headline(rows: Sequence[Row], llm: Row | None, best: Row | None) -> str:
+    base = rows[0]
     if best is not None:
         share = _share_of_gap(best, base, llm)
         tail = "" if share is None else f": it closes {share:.0%} of the gap to the LLM"
         return f"For this pair and these prompts, use {best.label}{tail}."
-    if rows == 1:
+    if len(rows) == 1:
         return f"Only {base.label} was asked; add modes to compare."
     if llm is not None and llm is not base and not _gains(llm, base):
         return (
             f"Nothing to gain was found: the LLM alone is not clearly better than {base.label} "
             "on these prompts."
+        )
+    only_the_llm = llm is not None and not any(_is_a_choice(row) for row in rows[1:])
+    if only_the_llm:
+        return (
+            f"There is something to gain: the LLM alone is clearly better than {base.label}. Ask "
+            "again with --modes s2t,s2t_local, to see how much of it they get."
         )
     return f"Stay with {base.label}: no other mode is clearly better on these prompts."
 

@@ -109,6 +109,11 @@ def test_a_gain_within_noise_is_no_gain() -> None:
     assert alike.startswith("Nothing to gain was found")
 
 
+def test_a_gap_that_no_asked_mode_could_close_is_told() -> None:
+    """"Stay with greedy" where only the LLM was asked beside it, and is far better."""
+    assert says(GREEDY, LLM).startswith("There is something to gain")
+
+
 def test_pass_at_n_is_never_recommended() -> None:
     """It needs someone who knows the right answer."""
     assert says(GREEDY, row("pass@8", 190)).startswith("Stay with greedy")
