@@ -26,6 +26,6 @@ openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout tls.
 printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" > tls.ext
 openssl x509 -req -in tls.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile tls.ext -out tls.crt 2>/dev/null
 rm -f tls.csr tls.ext
-[ -f token ] || for role in generate score admin; do echo "$role: $(openssl rand -hex 32)"; done > token
+[ -f token ] || for role in generate score admin metrics; do echo "$role: $(openssl rand -hex 32)"; done > token
 [ -f ray-token ] || openssl rand -hex 32 > ray-token
 echo "in $folder: ca.crt tls.crt tls.key token ray-token, for $names"

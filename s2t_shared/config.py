@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from s2t_shared.errors import ConfigError
@@ -387,6 +387,13 @@ class RedisConfig(_Section):
 
 
 class LabelsConfig(_Section):
+    lake: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9]+://.+",
+        description="URL of the lake in object storage (s3://bucket/lake, gs://, az://, hf://); "
+        "credentials come from the store's usual environment variables on every node; None: a "
+        "folder in data_dir",
+    )
     shard_rows: int = Field(2000, ge=1, description="rollouts that make a shard at once")
     shard_age_s: float = Field(
         60.0, gt=0, description="a shard is written at the latest after this long"
@@ -413,6 +420,21 @@ class LabelsConfig(_Section):
     )
 
 
+class MetricsConfig(_Section):
+    """Where each process shows its metrics to Prometheus."""
+
+    enabled: bool = True
+    host: str = Field("127.0.0.1", description="where the endpoints listen")
+    port: int | None = Field(
+        9464,
+        ge=0,
+        le=65000,
+        description="the gateway's; selectors have the next one, proposers those behind it: on a "
+        "node each process takes the first free one. 0: any free ones; None: no endpoints",
+    )
+    ray: bool = Field(True, description="also through the metrics port of Ray on each node")
+
+
 class CalibrationConfig(_Section):
     prompts: Path | None = Field(
         None,
@@ -421,6 +443,33 @@ class CalibrationConfig(_Section):
     )
     count: int = Field(200, ge=8, description="prompts that are rolled out")
     max_new_tokens: int = Field(128, ge=8)
+
+
+class LogConfig(_Section):
+    """What gateways, proposers and selectors log. Prompts, answers and tokens never are."""
+
+    format: Literal["text", "json"] = Field("text", description="json: an object a line")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    access: bool = Field(True, description="a line for each request, at its end")
+    folder: Path | None = Field(
+        None,
+        description="where each process keeps a file; None: its standard error, which Ray keeps in "
+        "/tmp/ray/session_latest/logs/worker-*.err of its node",
+    )
+
+
+class TracesConfig(_Section):
+    """OpenTelemetry (`pip install 's2t[traces]'`). What is not set here, OTEL_* variables say."""
+
+    enabled: bool = False
+    endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="of an OTLP collector, for example http://collector:4317",
+    )
+    sample_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of the requests whose caller has not decided it"
+    )
 
 
 class Config(_Section):
@@ -435,11 +484,24 @@ class Config(_Section):
     security: SecurityConfig = SecurityConfig()
     redis: RedisConfig = RedisConfig()
     labels: LabelsConfig = LabelsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingSettings = TrainingSettings()
+    log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
     data_dir: Path = Field(
         Path("s2t-data"), description="labels, versions and Redis files; shared by all nodes"
     )
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _is_a_folder(cls, value: Any) -> Any:
+        if "://" in str(value):
+            raise ValueError(
+                "must be a folder with locks that all nodes see; only the lake may be in object "
+                "storage (labels.lake)"
+            )
+        return value
 
     @property
     def http_port(self) -> int:
@@ -455,7 +517,13 @@ class Config(_Section):
         return self.gateway.served_model_name or self.slm.model.rstrip("/").rpartition("/")[2]
 
     @property
-    def lake(self) -> Path:
+    def lake(self) -> Path | str:
+        """The lake's folder, or its URL."""
+        return self.labels.lake or self.lake_folder
+
+    @property
+    def lake_folder(self) -> Path:
+        """The lake, unless it is in object storage; there harvests keep their progress."""
         return self.data_dir / "labels"
 
     @property
@@ -508,13 +576,15 @@ def load_config(
 
 def _with_absolute_paths(config: Config) -> Config:
     """Replicas have other working folders."""
-    labels, redis = config.labels, config.redis
+    labels, redis, log = config.labels, config.redis, config.log
+    if log.folder is not None:
+        log = log.model_copy(update={"folder": _absolute(log.folder)})
     if labels.spool_dir is not None:
         labels = labels.model_copy(update={"spool_dir": _absolute(labels.spool_dir)})
     if redis.password_dir is not None:
         redis = redis.model_copy(update={"password_dir": _absolute(redis.password_dir)})
-    absolute = {"data_dir": _absolute(config.data_dir), "labels": labels, "redis": redis}
-    return config.model_copy(update=absolute)
+    absolute = {"labels": labels, "redis": redis, "log": log}
+    return config.model_copy(update={"data_dir": _absolute(config.data_dir), **absolute})
 
 
 def _absolute(path: Path) -> Path:
@@ -546,7 +616,7 @@ def check_exposure(config: Config) -> None:
     their selectors.
 
     Raises:
-        ConfigError: `gateway.host` or `selector.host` is such a server, or settings of both ends
+        ConfigError: there is such a server, or settings of both ends
             of a connection contradict one another.
     """
     security = config.security
@@ -555,6 +625,8 @@ def check_exposure(config: Config) -> None:
         return
     secured = security.certificate and security.key and security.token_file
     hosts = {"gateway.host": config.gateway.host, "selector.host": config.selector.host}
+    if config.metrics.enabled and config.metrics.port is not None:
+        hosts["metrics.host"] = config.metrics.host
     for name, host in hosts.items():
         if host not in LOOPBACK and not secured:
             raise ConfigError(

@@ -10,8 +10,8 @@ No Ray, no Redis, no network (but for models that are named by a hub id).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Pair:
     """Models in this process, ready to generate. Open one with `Pair.open`.
 
     local_selector: the one that requests get which name no version. calibrations: folder where
-    thresholds are kept.
+    thresholds are kept. others: local selectors that requests may name, by version.
     """
 
     tokenizer: Tokenizer
@@ -61,6 +61,7 @@ class Pair:
     llm: SelectorClient | None = None
     local_selector: LocalSelector | None = None
     calibrations: Path = CALIBRATIONS
+    others: Mapping[str, LocalSelector] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -69,6 +70,7 @@ class Pair:
         llm: str | None = None,
         version: str | None = None,
         *,
+        others: Sequence[str] = (),
         versions: Path = Path("s2t-data/versions"),
         dtype: str = "float32",
         device: str = "cpu",
@@ -83,7 +85,8 @@ class Pair:
         """Load the models.
 
         slm, llm: folder, hub id, or "bundled". version: of the local selector: a name in the
-        registry `versions`, "live", or a version's folder. batch_size: sequences decoded at once.
+        registry `versions`, "live", or a version's folder. others: further ones that requests may
+        name. batch_size: sequences decoded at once.
         threads: CPU threads, default all cores. vllm, slm_vllm: run the LLM, or the SLM, on vLLM,
         so; dtype, device and kv_gib are those of models that torch runs.
 
@@ -107,7 +110,7 @@ class Pair:
         runtime: ModelRuntime | VLLMProposer
         weights: SLM
         if slm_vllm is not None:
-            rank = MAX_LORA_RANK if version is not None else 0
+            rank = MAX_LORA_RANK if version is not None or others else 0
             runtime = VLLMProposer.load(
                 slm, slm_vllm, tokenizer, max_num_seqs=batch_size, max_lora_rank=rank
             )
@@ -118,11 +121,13 @@ class Pair:
         local = None
         if version is not None:
             local = open_version(version, versions, weights, tokenizer.digest)
+        named = [open_version(name, versions, weights, tokenizer.digest) for name in others]
         return cls.of(
             runtime,
             tokenizer,
             selector,
             local,
+            named,
             max_num_seqs=batch_size,
             max_draft_tokens=max_draft_tokens,
             selection_timeout_s=SELECTION_TIMEOUT_S,
@@ -158,7 +163,7 @@ class Pair:
         else:
             proposer = slm
         engine = Engine(proposer, llm, lookup, **engine_options)
-        return cls(tokenizer, engine, llm, local_selector)
+        return cls(tokenizer, engine, llm, local_selector, others=named)
 
     @property
     def dtype(self) -> str:
@@ -242,7 +247,7 @@ class Pair:
             InvalidRequestError: a KL budget without an LLM, or a budget out of range.
             ConfigError: the training prompts cannot be used.
         """
-        local = self.local_selector
+        local = self.others.get(request.options.version or "", self.local_selector)
         policy = request.options.policy
         if local is not None:
             policy = local.served(policy)

@@ -195,6 +195,7 @@ class DecodeOptions:
         return self.policy.needs_llm or self.score_rollout
 
 
+TraceHeaders = tuple[tuple[str, str], ...]  # W3C trace context; () where nothing is traced
 StoppingCriteria = Callable[[int], bool]  # called with each emitted id; True ends the answer
 
 
@@ -205,7 +206,8 @@ class DecodeRequest:
     deadline, start_by: `time.monotonic()` values in seconds. A sequence that has no place in the
     batch by `start_by` is not begun any more. turn: the lowest begins first, equal ones as they
     came. stopping: ends the answer by its text. decided: Steps that are decided already, by another
-    engine; the sequence goes on behind them. llm_forwards: that they caused.
+    engine; the sequence goes on behind them. llm_forwards: that they caused. trace: what its
+    queries to the LLM belong to.
     """
 
     request_id: str
@@ -217,6 +219,7 @@ class DecodeRequest:
     stopping: StoppingCriteria | None = None
     decided: tuple[Step, ...] = ()
     llm_forwards: int = 0
+    trace: TraceHeaders = ()
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,7 @@ class GenerateRequest:
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
     client: who asks, as the gateway knows it: clients get equal shares of a proposer.
     progress: what another proposer has decided of the answer; None at its beginning.
+    trace: what the answer belongs to.
     """
 
     request_id: str
@@ -296,6 +300,7 @@ class GenerateRequest:
     answer_pattern: str = ""
     client: str = ""
     progress: Progress | None = None
+    trace: TraceHeaders = ()
 
 
 # -- what the models say --------------------------------------------------------------------------
@@ -320,6 +325,7 @@ class ScoreQuery:
     candidate_ids[i]: the ids wanted there; empty means that only the top-1 is wanted.
     excluded_ids (the reserved ids) and all ids >= vocab_size (0: no limit) get probability zero.
     fresh: a cache must not answer. patience_s: how long the caller waits, seconds; 0: not said.
+    trace: what the query belongs to.
     """
 
     token_ids: tuple[int, ...]
@@ -330,6 +336,7 @@ class ScoreQuery:
     sequence_id: str = ""
     fresh: bool = False
     patience_s: float = 0.0
+    trace: TraceHeaders = ()
 
 
 @dataclass(frozen=True)

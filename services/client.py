@@ -9,7 +9,8 @@ Answers, Steps and descriptions are the value types of `s2t_shared.types`. `Asyn
 for asyncio.
 
 A call that finds the service away is repeated for some seconds. A stream that breaks off is asked
-for again, and goes on where it was.
+for again, and goes on where it was. A program that traces (OpenTelemetry) finds the service's spans
+below its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from s2t_shared.types import (
     PublishedVersion,
     ServiceDescription,
 )
-from services.rpc import channels, retrying, wire
+from services.rpc import channels, retrying, tracing, wire
 from services.rpc.repeated_stream import RepeatedStream
 from services.rpc.tls import ClientTLS
 
@@ -70,11 +71,17 @@ class _Connection:
         self._timeout_s = timeout_s
 
     def _begin(self, method: Any, request: Any) -> Any:
-        return method(request, timeout=self._timeout_s, metadata=self._metadata)
+        return method(request, timeout=self._timeout_s, metadata=self._call_metadata())
 
     def _begin_stream(self, request: pb.StreamGenerateRequest, began_at: float) -> Any:
         left = max(0.0, began_at + self._timeout_s - time.monotonic())
-        return self._generation.StreamGenerate(request, timeout=left, metadata=self._metadata)
+        return self._generation.StreamGenerate(
+            request, timeout=left, metadata=self._call_metadata()
+        )
+
+    def _call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The token, and the trace that the caller's program has open."""
+        return (*self._metadata, *tracing.active())
 
 
 def _generate_request(prompt: PromptLike, request_id: str, settings: Any) -> pb.GenerateRequest:

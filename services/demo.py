@@ -198,7 +198,7 @@ def _harvest(
     outcome = harvest(
         ServiceRollouts(Target(service.address), returns_labels=False),
         bundled_prompts(training),
-        Lake(service.config.lake),
+        Lake(service.config.lake_folder),
         HarvestOptions(task="shop", max_new_tokens=MAX_NEW_TOKENS),
     )
     if bad := [*outcome.errors, *outcome.failed]:

@@ -19,7 +19,12 @@ from hypothesis import settings  # noqa: E402
 
 from tests.helpers.models import build_models  # noqa: E402
 
-pytest_plugins = ["tests.helpers.redis", "tests.helpers.lake", "tests.helpers.scored_rollouts"]
+pytest_plugins = [
+    "tests.helpers.redis",
+    "tests.helpers.lake",
+    "tests.helpers.object_store",
+    "tests.helpers.scored_rollouts",
+]
 torch.set_num_threads(1)
 # The same examples on every run, and no time limit on a busy machine: a red test means changed
 # code.

@@ -181,6 +181,14 @@ def test_vllms_settings_need_vllm() -> None:
     assert llm.tensor_parallel == 2
 
 
+def test_a_data_folder_is_no_url() -> None:
+    """It became a local folder `s3:`. The lake alone may be in object storage."""
+    with pytest.raises(ConfigError, match="labels.lake"):
+        load_config(None, {"data_dir": "s3://bucket/data"}, {})
+    lake = load_config(None, {"labels.lake": "s3://bucket/lake"}, {})
+    assert lake.lake == "s3://bucket/lake" and lake.lake_folder.name == "labels"
+
+
 def test_the_spool_lies_where_it_is_told(tmp_path: Path) -> None:
     """Replicas have other working folders: a relative path would be another folder in each."""
     assert load_config(None, {"data_dir": str(tmp_path)}, {}).spool == tmp_path / "spool"

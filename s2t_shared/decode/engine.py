@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from s2t_shared import policy as policies
 from s2t_shared.decode.interfaces import LLMInfo, Proposal, SelectorClient, SLMProposer
 from s2t_shared.decode.llm_calls import LLMCalls
-from s2t_shared.decode.sequence import LiveSequence
+from s2t_shared.decode.sequence import LiveSequence, SequenceStatus
 from s2t_shared.errors import InvalidRequestError, SelectorUnavailableError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.types import DecodeRequest, FinishReason, Mode, Step
@@ -38,11 +38,15 @@ def no_local_selector(version: str | None) -> LocalSelector | None:
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What an engine holds now: sequences in the batch, sequences that wait, KV slots in use."""
+    """What an engine holds now: sequences in the batch, sequences that wait, KV slots in use.
+
+    parked: of those in the batch, the ones that wait for the LLM.
+    """
 
     running: int
     waiting: int
     kv_slots: int
+    parked: int = 0
 
 
 def _check_decided(request: DecodeRequest, max_new_tokens: int) -> None:
@@ -139,7 +143,9 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """What the engine holds now. May be read from any thread."""
-        return EngineLoad(len(self._running), len(self._waiting), self.proposer.kv_slots_in_use)
+        running = self._running
+        parked = sum(s.status is SequenceStatus.AWAITING_LLM for s in running)
+        return EngineLoad(len(running), len(self._waiting), self.proposer.kv_slots_in_use, parked)
 
     @property
     def idle(self) -> bool:

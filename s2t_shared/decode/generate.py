@@ -162,6 +162,7 @@ def decode_requests(encoded: EncodedRequest) -> list[DecodeRequest]:
         deadline=encoded.deadline,
         start_by=encoded.start_by,
         turn=encoded.turn,
+        trace=request.trace,
     )
     progress = request.progress
     if request.options.policy.mode is not Mode.MAJORITY:

@@ -115,6 +115,11 @@ class SLMProposer(Protocol):
     @property
     def kv_slots_in_use(self) -> int: ...
 
+    @property
+    def kv_usage(self) -> float | None:
+        """Share of the KV memory that live sequences hold, 0..1; None: the runtime does not say.
+        May be read from any thread."""
+
     def check(
         self, token_ids: Sequence[int], policy: Policy, local_selector: LocalSelector | None
     ) -> None:

@@ -110,6 +110,10 @@ class Proposer:
     def kv_slots_in_use(self) -> int:
         return self.runtime.pool.live_slots
 
+    @property
+    def kv_usage(self) -> float:
+        return self.runtime.pool.usage
+
     # -- places in the KV pool --------------------------------------------------------------------
 
     def columns(self, policy: Policy, tokens: int) -> int:

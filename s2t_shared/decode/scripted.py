@@ -107,6 +107,10 @@ class ScriptedSLM:
     def kv_slots_in_use(self) -> int:
         return self.open_sequences
 
+    @property
+    def kv_usage(self) -> float:
+        return self.open_sequences / self.slots
+
     def check(
         self, token_ids: Sequence[int], policy: Policy, local_selector: LocalSelector | None
     ) -> None:

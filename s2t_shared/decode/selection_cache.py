@@ -42,7 +42,7 @@ class CachedSelector:
     Only questions about one position are cached; a harvest's whole rollout is never asked twice.
     One thread looks up and asks `inner` (whose calls therefore never overlap), another writes back.
     Redis slow or away: all are misses, and nobody waits for it (`LookupBreaker`). A full one
-    answers, and takes no more.
+    answers, and takes no more. hits, misses: of questions that may be cached, since the start.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class CachedSelector:
         self._place = place_of(redis_url)
         self._redis = open_client(redis_url, lookup_timeout_s)
         self._ttl_s = ttl_s
+        self.hits = 0
+        self.misses = 0
         self._asked: queue.SimpleQueue[tuple[Sequence[ScoreQuery], list[Future[ScoreReply]]] | None]
         self._asked = queue.SimpleQueue()
         self._unwritten: queue.Queue[tuple[str, ScoreReply] | None] = queue.Queue(MAX_UNWRITTEN)
@@ -107,6 +109,8 @@ class CachedSelector:
         misses: list[tuple[ScoreQuery, str, Future[ScoreReply]]] = []
         for query, key, future in zip(queries, keys, futures, strict=True):
             hit = decode_selection(found.get(key), query, info.digest)
+            self.hits += hit is not None
+            self.misses += hit is None and key != ""
             if hit is not None or future.cancelled():
                 _settle(future, hit)
             else:

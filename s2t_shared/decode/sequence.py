@@ -68,7 +68,8 @@ class LiveSequence:
     stop_ids: ids that end the answer, whoever chose them. max_draft_tokens: drafted per LLM call.
     local_selector: kept from the beginning, so that a sequence never changes its version.
     kv: the sequence's place in the SLM's KV cache while it runs. started_at, ended_at: when it was
-    in the batch, on the engine's clock.
+    in the batch, on the engine's clock. drafted: tokens that the SLM drafted for the LLM to verify;
+    accepted: those of them that the LLM let stand.
     """
 
     request: DecodeRequest
@@ -87,6 +88,8 @@ class LiveSequence:
     llm_forwards: int = field(init=False)
     llm_failure: str = ""  # why it ended as LLM_FAILED
     cancelled: bool = False
+    drafted: int = 0
+    accepted: int = 0
     _pending: Step | None = None  # the next token, while somebody selects it
     _draft: list[Step] = field(default_factory=list, repr=False)
     _calls: deque[LLMCall] = field(default_factory=deque)
@@ -304,6 +307,7 @@ class LiveSequence:
             vocab_size=self.slm.vocab_rows,
             sequence_id=self.request.request_id,
             fresh=self.request.options.fresh_selections,
+            trace=self.request.trace,
         )
 
     def on_call(self, call: LLMCall) -> None:
@@ -425,6 +429,7 @@ class LiveSequence:
             self._verified += 1
             accepted = then is Next.EMIT and step.token_id == drafted.token_id
             if accepted:
+                self.accepted += 1
                 self._draft.pop(0)
             else:
                 self._reject_draft()
@@ -459,6 +464,7 @@ class LiveSequence:
         if then is Next.EMIT:
             self._emit(step)
         elif then is Next.DRAFT:
+            self.drafted += 1
             self._draft.append(step)
         else:
             self._pending = step

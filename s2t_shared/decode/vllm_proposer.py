@@ -196,6 +196,10 @@ class VLLMProposer:
     def kv_slots_in_use(self) -> int:
         return self._open
 
+    @property
+    def kv_usage(self) -> None:
+        return None
+
     def fits(self, policy: Policy, tokens: int) -> bool:
         """Whether a sequence of so many tokens can ever be served."""
         return tokens <= self.info.kv_tokens

@@ -83,6 +83,10 @@ class VLLMSelector:
         return not self._engine.errored
 
     @property
+    def kv_usage(self) -> None:
+        return None
+
+    @property
     def silent_s(self) -> float:
         """Seconds since the first of the last requests, if none of them was answered and they
         are several: who asks a hung vLLM gives up, and asks again."""

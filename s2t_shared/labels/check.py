@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
+from s2t_shared.labels.label import ROUNDING, SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.rows import LABELS, Rows
 from s2t_shared.labels.schema import LARGEST_FLOAT32, Column, Kind, columns
 from s2t_shared.splits import check_split
@@ -85,3 +85,38 @@ def _check_lengths(rows: Rows) -> None:
             raise StoreError(
                 "candidate_ids, slm_log_probs, llm_log_probs: empty or of different lengths"
             )
+
+
+def check_rows_sense(rows: Rows) -> None:
+    """`check_sense` for rows that passed `check_rows`.
+
+    Raises:
+        StoreError: the values of some label do not go together.
+    """
+    counts = rows.label_lengths("candidate_ids").astype(np.int64)
+    if not len(counts):
+        return
+    ids = rows.label_values("candidate_ids").astype(np.int64)
+    of = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if counts.max() > SUPPORT_SIZE or _has_twins(ids, of, within):
+        raise StoreError(f"candidate_ids: must be at most {SUPPORT_SIZE}, each once")
+    log_probs = [rows.label_values(name).max() for name in ("slm_log_probs", "llm_log_probs")]
+    if max(*log_probs, rows.of_labels("mass").max() - 1) > ROUNDING:
+        raise StoreError("slm_log_probs, llm_log_probs, mass: must be of probabilities up to 1")
+    ranks = rows.of_labels("llm_top_rank")
+    places = np.full(len(counts), -1)
+    (found,) = np.nonzero(ids == rows.of_labels("llm_top_id")[of])
+    places[of[found]] = within[found]
+    beyond = (ranks == -1) | (ranks >= counts)
+    if not np.where(places >= 0, ranks == places, beyond).all():
+        raise StoreError("llm_top_rank: must be the place of llm_top_id among the candidates")
+
+
+def _has_twins(ids: np.ndarray, of: np.ndarray, within: np.ndarray) -> bool:
+    """Whether a label has an id twice. of, within: the label of each id, and its place there."""
+    padding = -1 - np.arange(within.max() + 1)
+    table = np.tile(padding, (of[-1] + 1, 1))
+    table[of, within] = ids
+    table.sort(axis=1)
+    return bool((table[:, 1:] == table[:, :-1]).any())

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s2t_shared.errors import S2TError, StoreError
-from s2t_shared.labels.check import check_rows
+from s2t_shared.labels.check import check_rows, check_rows_sense
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout, check_sense
 from s2t_shared.labels.lake import Lake
@@ -26,6 +26,8 @@ from s2t_shared.labels.writer import next_backoff
 
 log = logging.getLogger(__name__)
 READ_ENTRIES = 256
+ROLLOUT = b"rollout"
+DIGESTS = ("slm_digest", "llm_digest", "tokenizer_digest")
 # Of JSON: long contexts make smaller shards, not a larger buffer.
 MAX_BUFFER_BYTES = 16 << 20
 # An entry that was delivered so often is read alone: it may kill the process that reads it, and
@@ -98,8 +100,7 @@ class Drain:
             is_due = self._is_due()
         entries = [] if is_due else self._receive(block_ms)
         with self._lock:
-            for entry in entries:
-                self._take(entry)
+            self._take(entries)
             if self._is_due():
                 self._write()
         return len(entries)
@@ -119,8 +120,7 @@ class Drain:
             is_empty = False
             while not is_empty:
                 entries = self._stream.read(self.consumer, READ_ENTRIES, 0)
-                for entry in entries:
-                    self._take(entry)
+                self._take(entries)
                 if self._buffer.bytes >= MAX_BUFFER_BYTES:
                     rows += self._write()
                 is_empty = len(entries) < READ_ENTRIES
@@ -179,14 +179,14 @@ class Drain:
     # -- out of the stream ------------------------------------------------------------------------
 
     def _receive(self, block_ms: int) -> list[Entry]:
-        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.rollouts))
+        room = min(READ_ENTRIES, self._shard_rows - len(self._buffer.entry_ids))
         if time.monotonic() >= self._next_reclaim:
             self._stream.create_group()  # here, so that a Redis that lost its data is mended too
             reclaimed = self._reclaim(room)
             if reclaimed:
                 return reclaimed  # there may be more: look again at once
             self._next_reclaim = time.monotonic() + min(10.0, self._reclaim_idle_s)
-        if self._buffer.rollouts:
+        if self._buffer.entry_ids:
             due_in_s = self._buffer.oldest + self._shard_age_s - time.monotonic()
             block_ms = min(block_ms, max(0, math.ceil(due_in_s * 1000)))
         try:
@@ -204,7 +204,7 @@ class Drain:
         suspects: list[tuple[int, bytes]] = []
         harmless: list[bytes] = []
         for entry_id, deliveries in self._stream.unacknowledged(self._reclaim_idle_s, room):
-            if entry_id in self._buffer.rollouts:
+            if entry_id in self._buffer.entry_ids:
                 continue
             if deliveries < SUSPECT_DELIVERIES:
                 harmless.append(entry_id)
@@ -230,22 +230,47 @@ class Drain:
         """Renew the claims, so that others do not take the entries while the lake refuses them."""
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + self._reclaim_idle_s / 3
-            self._stream.renew(self.consumer, list(self._buffer.rollouts))
+            self._stream.renew(self.consumer, list(self._buffer.entry_ids))
 
-    def _take(self, entry: Entry) -> None:
-        """Buffer the rollout of an entry, or make the entry a dead letter."""
-        if entry.entry_id in self._buffer.rollouts:
+    def _take(self, entries: Sequence[Entry]) -> None:
+        """Buffer the rollouts of entries, or make those dead letters that hold none."""
+        new = [entry for entry in entries if entry.entry_id not in self._buffer.entry_ids]
+        if not new:
             return
-        text = entry.fields.get(b"rollout", b"")
         try:
-            rollout = Rollout.from_json(text)
+            self._buffer.add(new, self._read(new))
+        except Exception:  # noqa: BLE001 - whatever a foreign text raises: one by one it is found
+            for entry in new:
+                self._take_one(entry)
+
+    def _read(self, entries: Sequence[Entry]) -> Rows:
+        """The rollouts of entries at once. Raises whatever any of them makes Arrow or a check
+        raise."""
+        rows = Rows.from_json([entry.fields[ROLLOUT] for entry in entries])
+        check_rows(rows)
+        check_rows_sense(rows)
+        if self._known is not None:
+            for models in rows.distinct_of(*DIGESTS):
+                self._known.check(Models(*models))
+        return rows
+
+    def _take_one(self, entry: Entry) -> None:
+        """Buffer the rollout of an entry, or make the entry a dead letter."""
+        try:
+            rollout = Rollout.from_json(entry.fields.get(ROLLOUT, b""))
             check_sense(rollout)
             if self._known is not None:
                 self._known.check(Models.of(rollout))
         except S2TError as error:
             self._dead_letter(entry, f"{type(error).__name__}: {error}"[:500])
             return
-        self._buffer.add(entry.entry_id, rollout, len(text))
+        try:
+            rows = Rows.of([rollout])
+            check_rows(rows)
+        except Exception as error:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
+            self._dead_letter(entry, f"the lake cannot hold it: {type(error).__name__}")
+            return
+        self._buffer.add([entry], rows)
 
     def _dead_letter(self, entry: Entry, reason: str) -> None:
         self._stream.dead_letter(entry, reason)
@@ -255,55 +280,25 @@ class Drain:
 
     def _is_due(self) -> bool:
         buffer = self._buffer
-        if not buffer.rollouts:
+        if not buffer.entry_ids:
             return False
-        is_full = len(buffer.rollouts) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
+        is_full = len(buffer.entry_ids) >= self._shard_rows or buffer.bytes >= MAX_BUFFER_BYTES
         is_old = time.monotonic() - buffer.oldest >= self._shard_age_s
         return buffer.is_suspect or is_full or is_old
 
     def _write(self) -> int:
         """Write the buffer to the lake and acknowledge it. Returns the number of rollouts."""
-        rows = len(self._buffer.rollouts)
+        rows = len(self._buffer.entry_ids)
         if rows:
-            self._lake.write(self._table())
-            self._unacknowledged.extend(self._buffer.rollouts)
+            self._lake.write(Rows.joined(self._buffer.rows))
+            self._unacknowledged.extend(self._buffer.entry_ids)
             self._buffer = _Buffer()
         self._acknowledge()
         return rows
 
-    def _table(self) -> Rows:
-        """The buffer's rollouts as rows that the lake can hold. Others become dead letters."""
-        try:
-            return _checked(list(self._buffer.rollouts.values()))
-        except Exception:  # noqa: BLE001 - a value that the lake cannot hold must not block all others for ever
-            if not self._drop_misfits():
-                raise  # no rollout is to blame: they wait
-        return _checked(list(self._buffer.rollouts.values()))
-
-    def _drop_misfits(self) -> int:
-        """Make dead letters of the rollouts that by themselves make no row. Returns how many."""
-        reasons: dict[bytes, str] = {}
-        for entry_id, rollout in self._buffer.rollouts.items():
-            try:
-                _checked([rollout])
-            except Exception as error:  # noqa: BLE001 - whatever it is, this rollout alone raised it
-                reasons[entry_id] = f"the lake cannot hold it: {type(error).__name__}"
-        for entry_id, reason in reasons.items():
-            text = self._buffer.rollouts[entry_id].to_json().encode()
-            self._dead_letter(Entry(entry_id, {b"rollout": text}), reason)
-            del self._buffer.rollouts[entry_id]
-        return len(reasons)
-
     def _acknowledge(self) -> None:
         self._stream.remove(self._unacknowledged)
         self._unacknowledged.clear()
-
-
-def _checked(rollouts: Sequence[Rollout]) -> Rows:
-    """Raises whatever a value that no row can hold makes pyarrow, Python or `check_rows` raise."""
-    rows = Rows.of(rollouts)
-    check_rows(rows)
-    return rows
 
 
 def default_max_gib(lake: Path | str) -> float:
@@ -316,19 +311,22 @@ def default_max_gib(lake: Path | str) -> float:
 class _Buffer:
     """Rollouts that are not in the lake yet.
 
-    rollouts: by entry id, so that an entry that is delivered twice counts once. bytes: of their
+    entry_ids: of all of them, so that an entry that is delivered twice counts once. bytes: of their
     JSON. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader, so it
     is written at once.
     """
 
     def __init__(self) -> None:
-        self.rollouts: dict[bytes, Rollout] = {}
+        self.entry_ids: dict[bytes, None] = {}
+        self.rows: list[Rows] = []
         self.bytes = 0
         self.oldest = 0.0
         self.is_suspect = False
 
-    def add(self, entry_id: bytes, rollout: Rollout, size: int) -> None:
-        if not self.rollouts:
+    def add(self, entries: Sequence[Entry], rows: Rows) -> None:
+        """rows: one of each entry."""
+        if not self.entry_ids:
             self.oldest = time.monotonic()
-        self.rollouts[entry_id] = rollout
-        self.bytes += size
+        self.entry_ids.update(dict.fromkeys(entry.entry_id for entry in entries))
+        self.rows.append(rows)
+        self.bytes += sum(len(entry.fields[ROLLOUT]) for entry in entries)

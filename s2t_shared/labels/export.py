@@ -5,6 +5,8 @@
       data/train-00000-of-00002.parquet    zstd, of bounded size
       data/heldout-00000-of-00001.parquet  the problems that no training run sees
 
+Written by several workers, the files of each shard of the lake have its name in theirs.
+
 This is the layout that the Hugging Face hub and `datasets.load_dataset` expect. The same rows can
 be written as JSON lines. The folder is written durably and atomically. Knows labels and files; of
 models only the tokenizer, where text is wanted.
@@ -16,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from s2t_shared.errors import ConfigError, TokenizerMismatchError
 from s2t_shared.labels.json_lines import json_lines
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout
 from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.places import new_folder_at
+from s2t_shared.labels.places import folder_at, is_url, new_folder_at
+from s2t_shared.labels.reader import Reader
 from s2t_shared.labels.rows import PART, Rows, arrow_fields, arrow_type
 from s2t_shared.labels.schema import Column, Kind, columns
 from s2t_shared.model.tokenizer import Tokenizer
@@ -98,6 +102,14 @@ class Exported:
     def total(self) -> int:
         return self.labels.total()
 
+    def join(self, other: Exported) -> None:
+        """Count what another part of the export holds."""
+        self.rollouts += other.rollouts
+        self.labels += other.labels
+        self.tasks += other.tasks
+        self.sources += other.sources
+        self.pairs += other.pairs
+
     def add(self, rows: Rows) -> None:
         self.rollouts += int((rows.label_counts > 0).sum())
         held_out = rows.numbers(PART) != 0
@@ -115,11 +127,14 @@ def export_labels(
     tokenizer: Tokenizer | None = None,
     on_rollouts: Callable[[int], None] = lambda count: None,
     shard_bytes: int = EXPORT_BYTES,
+    run: Run | None = None,
 ) -> Exported:
     """Write every label of the lake once, from a snapshot frozen now, to `folder`.
 
     tokenizer: contexts and candidates are written as text too. on_rollouts: called with the number
-    of rollouts that were written since the last call.
+    of rollouts that were written since the last call. run: applies a function to readers of one
+    shard each, as `map` does; elsewhere, if it likes. Then each shard of the lake makes files of
+    its own, and `folder`, if it is no URL, is one that all workers see.
 
     Raises:
         ConfigError: the folder exists and is not empty, or cannot be written.
@@ -133,17 +148,26 @@ def export_labels(
         with new_folder_at(folder) as temporary:
             data = temporary / "data"
             data.mkdir()
-            file = _JsonlFile if kind is ExportFormat.JSONL else _ParquetFile
-            writers = {split: _SplitWriter(data, split, file, shard_bytes) for split in SPLITS}
             reader = snapshot.reader()
-            for shard in range(len(reader.shards)):
-                for rows in reader.tables(shard):
-                    for part in _bounded(rows):
-                        _write(part, tokenizer, writers)
-                    exported.add(rows)
-                    on_rollouts(len(rows))
-            for writer in writers.values():
-                writer.close()
+            if run is None:
+                with _Writers(data, "", kind, tokenizer, shard_bytes) as writers:
+                    for shard in range(len(reader.shards)):
+                        for rows in reader.tables(shard):
+                            writers.write(rows)
+                            exported.add(rows)
+                            on_rollouts(len(rows))
+            else:
+                target = f"{folder}/data" if is_url(folder) else data
+                work = partial(
+                    export_part,
+                    data=target,
+                    kind=kind,
+                    tokenizer=tokenizer,
+                    shard_bytes=shard_bytes,
+                )
+                for part in run(work, map(reader.part, range(len(reader.shards)))):
+                    exported.join(part)
+                    on_rollouts(part.rollouts)
             if kind is ExportFormat.HF:
                 card = dataset_card(exported, with_text)
                 (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -153,6 +177,34 @@ def export_labels(
             f"cannot export to {str(folder)!r}: {reason}; free or grant space there"
         ) from error
     return exported
+
+
+def export_part(
+    part: Reader,
+    data: Path | str,
+    kind: ExportFormat,
+    tokenizer: Tokenizer | None,
+    shard_bytes: int,
+) -> Exported:
+    """Write the labels of a reader's first shard, to files that are named after it.
+
+    Raises:
+        TokenizerMismatchError: labels were made with another tokenizer.
+        StoreError: the shard is damaged.
+    """
+    exported = Exported(snapshot="")
+    name = f"-{part.shards[0].name}"
+    with (
+        folder_at(data) as folder,
+        _Writers(folder, name, kind, tokenizer, shard_bytes) as writers,
+    ):
+        for rows in part.tables(0):
+            writers.write(rows)
+            exported.add(rows)
+    return exported
+
+
+Run = Callable[[Callable[[Reader], Exported], Iterable[Reader]], Iterable[Exported]]
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -169,21 +221,54 @@ def _bounded(rows: Rows) -> Iterator[Rows]:
         yield rows.slice(start, end - start)
 
 
-def _write(rows: Rows, tokenizer: Tokenizer | None, writers: dict[str, _SplitWriter]) -> None:
-    """Write the labels of rollouts, one a row."""
-    labelled = rows.where(rows.label_counts > 0)
-    if tokenizer is not None:
-        for digest in labelled.column("tokenizer_digest").unique().to_pylist():
-            if digest != tokenizer.digest:
-                raise TokenizerMismatchError(
-                    f"labels were made with the tokenizer {digest}, --with-text names one with "
-                    f"digest {tokenizer.digest}; give the SLM they were made with"
-                )
-    held_out = labelled.numbers(PART) != 0
-    for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
-        of_split = labelled.where(chosen)
-        if len(of_split):
-            writers[split].write(_label_table(of_split, split, tokenizer))
+class _Writers:
+    """Writes rollouts' labels, one a row, to the files of both splits. Their names begin with the
+    split's and `suffix`."""
+
+    def __init__(
+        self,
+        data: Path,
+        suffix: str,
+        kind: ExportFormat,
+        tokenizer: Tokenizer | None,
+        shard_bytes: int,
+    ) -> None:
+        file = _JsonlFile if kind is ExportFormat.JSONL else _ParquetFile
+        self._tokenizer = tokenizer
+        self._splits: dict[str, _SplitWriter] = {}
+        for split in SPLITS:
+            self._splits[split] = _SplitWriter(data, f"{split}{suffix}", file, shard_bytes)
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for writer in self._splits.values():
+                writer.close()
+
+    def write(self, rows: Rows) -> None:
+        for part in _bounded(rows):
+            self._write(part)
+
+    def _write(self, rows: Rows) -> None:
+        labelled = rows.where(rows.label_counts > 0)
+        if self._tokenizer is not None:
+            for digest in labelled.column("tokenizer_digest").unique().to_pylist():
+                _check_tokenizer(digest, self._tokenizer)
+        held_out = labelled.numbers(PART) != 0
+        for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+            of_split = labelled.where(chosen)
+            if len(of_split):
+                self._splits[split].write(_label_table(of_split, split, self._tokenizer))
+
+
+def _check_tokenizer(digest: str, tokenizer: Tokenizer) -> None:
+    if digest != tokenizer.digest:
+        raise TokenizerMismatchError(
+            f"labels were made with the tokenizer {digest}, --with-text names one with "
+            f"digest {tokenizer.digest}; give the SLM they were made with"
+        )
 
 
 def _label_table(rows: Rows, split: str, tokenizer: Tokenizer | None) -> pa.Table:

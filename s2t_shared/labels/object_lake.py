@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -116,10 +117,13 @@ class ObjectLake(Lake):
         except FileExistsError as error:
             raise _RefusedError(f"the lake {self._url!r} is being rewritten; try again") from error
         except OSError as error:
-            raise StoreError(
-                f"the lake {self._url!r} cannot be used: {type(error).__name__}; see that the "
-                "store answers, and that its credentials allow reading and writing"
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"the lake {self._url!r} cannot be used: {type(error).__name__}; see that the store "
+            "answers, and that its credentials allow reading and writing"
+        )
 
     def _again(self, rewrite: Callable[[], int]) -> int:
         """Rewrite until nobody else did meanwhile."""
@@ -131,6 +135,29 @@ class ObjectLake(Lake):
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError
+
+    def check(self) -> None:
+        """Write, read and remove a small file, as a writer of shards would.
+
+        Raises:
+            StoreError: the store cannot be reached, or written to, or it lets two writers create
+                one file.
+        """
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            self._objects.create(name, b"probe")
+            with suppress(FileExistsError):
+                self._objects.create(name, b"again")
+                raise StoreError(
+                    f"{self._url!r}: the store lets two writers create one file, and a lake relies "
+                    "on conditional writes (If-None-Match); use another store"
+                )
+            self._objects.fetch(name)
+        except OSError as error:
+            raise self._unusable(error) from error
+        finally:
+            with suppress(OSError):
+                self._objects.remove(name)
 
     # -- writing ----------------------------------------------------------------------------------
 

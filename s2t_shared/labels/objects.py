@@ -27,10 +27,14 @@ class Objects:
     """Files below a URL."""
 
     def __init__(self, url: str) -> None:
+        self._url = url
         self._files, self._root = file_system(url)
         self._manifests: dict[str, bytes] = {}  # they never change: by path
         self._rewritten: dict[str, str] = {}  # path of the manifest by shard
         self._next = 0  # number of the next rewriting
+
+    def __reduce__(self) -> tuple[type[Objects], tuple[str]]:
+        return Objects, (self._url,)  # another process asks the store itself
 
     def path(self, name: str) -> str:
         return f"{self._root}/{name}"

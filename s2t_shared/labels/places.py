@@ -107,6 +107,17 @@ def new_folder_at(target: Path | str) -> Iterator[Path]:
     files, root = file_system(str(target))
     if files.exists(root) and files.ls(root, detail=False, refresh=True):
         raise _not_empty(target)
+    with folder_at(target) as folder:
+        yield folder
+
+
+@contextmanager
+def folder_at(target: Path | str) -> Iterator[Path]:
+    """A folder whose files come to `target`: itself, or one that is sent to a URL."""
+    if not is_url(target):
+        yield Path(target)
+        return
+    files, root = file_system(str(target))
     with tempfile.TemporaryDirectory(prefix="s2t-") as temporary:
         folder = Path(temporary)
         yield folder

@@ -8,6 +8,7 @@ IN_MEMORY keys (`keys`), beside the part that is being read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,16 @@ class Reader:
         for shard in range(len(self.shards)):
             for rows in self.tables(shard):
                 yield from rows.rollouts()
+
+    def part(self, shard: int) -> Reader:
+        """A reader of this shard alone, its number 0, that leaves out the same repeats. It may be
+        sent to another process that sees the place."""
+        part = copy(self)
+        part.shards = [self.shards[shard]]
+        part._extents = [self._extents[shard]]
+        part._repeated_rows = [self._repeated_rows[shard]]
+        part._repeated_labels = [self._repeated_labels[shard]]
+        return part
 
     def groups(self, shard: int) -> int:
         """Number of row groups of a shard."""

@@ -13,6 +13,7 @@ short things:
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import json
 
 from s2t_shared.labels.keys import Keys, list_keys, text_keys
 from s2t_shared.labels.label import SCHEMA_VERSION, Label, Rollout, problem_of
@@ -97,6 +99,24 @@ class Rows:
         return cls(pa.Table.from_arrays(ordered, schema=ROLLOUT_SCHEMA))
 
     @classmethod
+    def from_json(cls, texts: Sequence[bytes]) -> Rows:
+        """Rollouts as `Rollout.to_json` writes them, without an object for any. Not checked.
+
+        Raises:
+            ValueError: one of them cannot be read so; `Rollout.from_json` says which, and why.
+        """
+        if not all(text.startswith(b"{") and b"\n" not in text for text in texts):
+            raise ValueError("a text is not one line with one object")
+        joined = b"\n".join(texts)
+        joined.decode()  # Arrow does not look whether texts are UTF-8
+        options = json.ParseOptions(ROLLOUT_SCHEMA, unexpected_field_behavior="ignore")
+        blocks = json.ReadOptions(block_size=len(joined) + 1)
+        table = json.read_json(io.BytesIO(joined), blocks, options)
+        if len(table) != len(texts):
+            raise ValueError("a text holds several objects")
+        return cls(table.select(ROLLOUT_SCHEMA.names))
+
+    @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
         """All rows of parts with the same columns."""
         if not parts:
@@ -129,6 +149,11 @@ class Rows:
         """The values of a column of texts, each once."""
         found: list[str] = pc.unique(self.column(name)).to_pylist()
         return found
+
+    def distinct_of(self, *names: str) -> list[tuple[str, ...]]:
+        """The combinations of values of columns of texts, each once."""
+        table = self.table.select(names).group_by(list(names)).aggregate([])
+        return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def lengths(self, name: str) -> np.ndarray:
         """[rows] of a column of lists."""
@@ -236,10 +261,11 @@ class Rows:
         """By a cryptographic hash of each problem's group, so one text after the other."""
         groups = self.column("group" if "group" in self.table.column_names else "problem_id")
         found = []
-        texts = zip(self.column("task"), groups, self.column("problem_id"), strict=True)
+        problems = self.column("problem_id").to_pylist()
+        texts = zip(self.column("task").to_pylist(), groups.to_pylist(), problems, strict=True)
         for row, (task, group, problem) in enumerate(texts):
-            name = group.as_py() or problem.as_py() or self._problem(row)
-            found.append(PARTS.index(part_of_group(task.as_py(), name)))
+            name = group or problem or self._problem(row)
+            found.append(PARTS.index(part_of_group(task, name)))
         return found
 
     def _problem(self, row: int) -> str:

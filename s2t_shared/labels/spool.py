@@ -27,6 +27,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +40,14 @@ SUFFIX = ".entries"
 BEAT_S = 10.0  # a living writer touches its locks so often
 QUIET_S = 600.0  # a folder of another node that was not touched for so long belongs to nobody
 FOLDER = re.compile(r"([0-9a-f]{8})-\d+-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class SpoolUsage:
+    """What a spool holds."""
+
+    bytes: int
+    entries: int
 
 
 class Spool:
@@ -60,6 +69,7 @@ class Spool:
         self._segments_made = 0
         self._folder_locks: dict[Path, ExitStack] = {}
         self._next_beat = 0.0
+        self._counted: dict[Path, tuple[int, int]] = {}  # segment -> its size then, its entries
         with self._guarded():
             with self._folders_locked():
                 self._folder.mkdir()
@@ -146,6 +156,17 @@ class Spool:
         """Remove a segment whose entries are durable elsewhere."""
         with self._guarded():
             segment.unlink(missing_ok=True)
+
+    def usage(self) -> SpoolUsage:
+        """How much is in this writer's folder and in adopted ones."""
+        with self._guarded():
+            sizes = {path: path.stat().st_size for path in self._files()}
+        counts = {}
+        for path, size in sizes.items():
+            known_size, count = self._counted.get(path, (-1, 0))
+            counts[path] = (size, count if size == known_size else _count_records(path))
+        self._counted = counts
+        return SpoolUsage(sum(sizes.values()), sum(count for _, count in counts.values()))
 
     # -- folders ----------------------------------------------------------------------------------
 
@@ -268,6 +289,16 @@ def read_records(content: bytes) -> Iterator[bytes]:
             return
         yield entry
         start += length
+
+
+def _count_records(segment: Path) -> int:
+    """How many records a segment holds, without reading what is in them."""
+    count = 0
+    with suppress(FileNotFoundError), segment.open("rb") as stream:  # removed meanwhile
+        while len(header := stream.read(HEADER.size)) == HEADER.size:
+            stream.seek(HEADER.unpack(header)[0], os.SEEK_CUR)
+            count += 1
+    return count
 
 
 def _write_all(stream: IO[bytes], content: bytes) -> None:

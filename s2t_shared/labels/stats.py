@@ -2,19 +2,21 @@
 
 Hit@K is the share of positions where the LLM's choice is among the SLM's first K. It is given for
 all positions, for the labelled ones, and for those that a trigger would pick. Reads some columns of
-the lake, each once, in bounded memory.
+the lake, each once, in bounded memory; shards may be counted on several machines.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from s2t_shared.labels.keys import Keys, Repeats, mixed
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.reader import Reader
 from s2t_shared.labels.rows import PART, PROMPT_KEY, Rows
 from s2t_shared.statistics import HIT_AT
 from s2t_shared.types import SUPPORT_SIZE, WARMUP_STEPS
@@ -61,6 +63,9 @@ class _Histogram:
         bins = (np.log(ratios) * scale).astype(np.int64)
         cells = bins * self._counts.shape[1] + first_hits
         self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
+
+    def join(self, other: _Histogram) -> None:
+        self._counts += other._counts
 
     def hit_at(self, positions: int) -> dict[int, float | None]:
         """Hit@K of the `positions` strongest. Of those in the last bin the mean counts."""
@@ -112,8 +117,11 @@ class LabelStats:
         return self.labels / self.answer_tokens if self.answer_tokens else None
 
 
-def measure_labels(lake: Lake) -> LabelStats:
+def measure_labels(lake: Lake, run: Run = map) -> LabelStats:
     """Read what the figures need of the lake.
+
+    run: applies a function to readers of one shard each, as `map` does; elsewhere, if it likes, and
+    in any order.
 
     Raises:
         StoreError: a shard is damaged.
@@ -127,14 +135,59 @@ def measure_labels(lake: Lake) -> LabelStats:
         newest=max((shard.last for shard in shards), default=None),
     )
     counted = _Counted()
-    for number in range(len(shards)):
-        counted.add(reader.read(number, COLUMNS))
+    for counts in run(count_shard, map(reader.part, range(len(shards)))):
+        counted.add(counts)
     counted.fill(stats)
     return stats
 
 
+def count_shard(part: Reader) -> Counts:
+    """What counts of a reader's first shard."""
+    return Counts.of(part.read(0, COLUMNS))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one shard. problems, groups, held_out_groups: their keys, each once."""
+
+    figures: dict[str, int]
+    by_name: dict[str, Counter[tuple[str, ...]]]
+    problems: Keys
+    groups: Keys
+    held_out_groups: Keys
+    mass: float
+    hits: _Hits
+
+    @classmethod
+    def of(cls, rows: Rows) -> Counts:
+        held_out = rows.numbers(PART) != 0
+        figures = {
+            "rollouts": len(rows),
+            "labels": rows.label_counts.sum(),
+            "held_out_labels": rows.label_counts[held_out].sum(),
+            "answer_tokens": (rows.lengths("token_ids") - rows.numbers("prompt_length")).sum(),
+            "positions": rows.lengths("llm_top_rank").sum(),
+        }
+        problems = _pick(rows, "problem_id", rows.numbers(PROMPT_KEY))
+        groups = _pick(rows, "group", problems)
+        hits = _Hits()
+        hits.count(rows)
+        return cls(
+            figures={name: int(figure) for name, figure in figures.items()},
+            by_name={name: rows.labels_by(*of) for name, of in NAMES.items()},
+            problems=np.unique(problems),
+            groups=np.unique(groups),
+            held_out_groups=np.unique(groups[held_out]),
+            mass=float(rows.of_labels("mass").sum(dtype=np.float64)),
+            hits=hits,
+        )
+
+
+Run = Callable[[Callable[[Reader], Counts], Iterable[Reader]], Iterable[Counts]]
+
+
 class _Counted:
-    """What is counted while the lake is read, one shard after the other."""
+    """What was counted of all shards together."""
 
     def __init__(self) -> None:
         self._figures = Counter[str]()
@@ -145,25 +198,15 @@ class _Counted:
         self._mass = 0.0
         self._hits = _Hits()
 
-    def add(self, rows: Rows) -> None:
-        held_out = rows.numbers(PART) != 0
-        figures = {
-            "rollouts": len(rows),
-            "labels": rows.label_counts.sum(),
-            "held_out_labels": rows.label_counts[held_out].sum(),
-            "answer_tokens": (rows.lengths("token_ids") - rows.numbers("prompt_length")).sum(),
-            "positions": rows.lengths("llm_top_rank").sum(),
-        }
-        self._figures.update({name: int(figure) for name, figure in figures.items()})
-        for name, of in NAMES.items():
-            self._by_name[name] += rows.labels_by(*of)
-        problems = _pick(rows, "problem_id", rows.numbers(PROMPT_KEY))
-        groups = _pick(rows, "group", problems)
-        self._problems.add(problems)
-        self._groups.add(groups)
-        self._held_out_groups.add(groups[held_out])
-        self._mass += float(rows.of_labels("mass").sum(dtype=np.float64))
-        self._hits.add(rows)
+    def add(self, counts: Counts) -> None:
+        self._figures.update(counts.figures)
+        for name, labels in counts.by_name.items():
+            self._by_name[name] += labels
+        self._problems.add(counts.problems)
+        self._groups.add(counts.groups)
+        self._held_out_groups.add(counts.held_out_groups)
+        self._mass += counts.mass
+        self._hits.add(counts.hits)
 
     def fill(self, stats: LabelStats) -> None:
         for name, figure in self._figures.items():
@@ -184,14 +227,13 @@ def _pick(rows: Rows, name: str, others: Keys) -> Keys:
 
 
 class _Distinct:
-    """Counts distinct keys in bounded memory."""
+    """Counts distinct keys in bounded memory. Those that are added together are distinct."""
 
     def __init__(self) -> None:
         self._repeats = Repeats()
         self._seen = 0
 
     def add(self, keys: Keys) -> None:
-        keys = np.unique(keys)
         self._repeats.add(keys, self._seen + np.arange(len(keys)))
         self._seen += len(keys)
 
@@ -208,7 +250,13 @@ class _Hits:
         self._labelled = _Histogram()
         self._signals = {"kl": _Histogram(), "entropy": _Histogram()}
 
-    def add(self, rows: Rows) -> None:
+    def add(self, other: _Hits) -> None:
+        self._all.join(other._all)
+        self._labelled.join(other._labelled)
+        for name, histogram in self._signals.items():
+            histogram.join(other._signals[name])
+
+    def count(self, rows: Rows) -> None:
         lengths = rows.lengths("llm_top_rank")
         found = FIRST_HIT[rows.values("llm_top_rank") + 1]
         self._all.add(np.ones(len(found), np.float32), found)

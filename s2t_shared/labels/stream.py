@@ -90,6 +90,12 @@ class LabelStream:
             dead_letters = int(self._redis.xlen(DEAD_LETTERS))
         return StreamCounts(rollouts, dead_letters)
 
+    def oldest(self) -> EntryNumber | None:
+        """The first entry that is not in the lake; None where the stream is empty."""
+        with redis_errors(self.place):
+            first = self._redis.xrange(LABELS, count=1)
+        return _number(first[0][0]) if first else None
+
     # -- writers ----------------------------------------------------------------------------------
 
     def append(self, rollouts: Sequence[bytes]) -> Appended:

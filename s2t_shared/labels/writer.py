@@ -29,7 +29,7 @@ from pathlib import Path
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout
-from s2t_shared.labels.spool import Spool
+from s2t_shared.labels.spool import Spool, SpoolUsage
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,13 @@ WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
 SETTLED_S = 3.0
 ADOPT_EVERY_S = 10.0
 RECHECK_S = 0.5  # whether sent segments are durable by now
+# Why labels are dropped:
+CLOSED = "the writer is closed"
+QUEUE_FULL = "queue full"
+BUG = "a bug"
+NOT_SERIALISABLE = "not serialisable"
+NO_ROOM = "no room in Redis and the spool"
+DROP_REASONS = (CLOSED, QUEUE_FULL, BUG, NOT_SERIALISABLE, NO_ROOM)
 
 
 def next_backoff(backoff_s: float) -> float:
@@ -138,6 +145,10 @@ class LabelWriter:
         """Whether Redis confirmed the last write; otherwise the spool is used first."""
         return self._redis_confirms.is_set()
 
+    def spool_usage(self) -> SpoolUsage:
+        """How much waits in the spool. Raises StoreError: the disk refuses."""
+        return self._spool.usage()
+
     def write(self, rollouts: Sequence[Rollout]) -> Future[None]:
         """Queue rollouts. Never blocks, never raises.
 
@@ -159,9 +170,9 @@ class LabelWriter:
     def _refusal(self, write: _Write) -> str:
         """Why the queue does not take a write, or ""."""
         if self._is_closed:
-            return "the writer is closed"
+            return CLOSED
         if self._queue_bytes + write.bytes > self._capacity:
-            return "queue full"
+            return QUEUE_FULL
         return ""
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -180,7 +191,7 @@ class LabelWriter:
             remaining = list(self._queue) if self._storing.is_alive() else []
         if remaining:
             text = "labels dropped: the service ended before they could be stored"
-            self._drop(remaining, "closed", text)
+            self._drop(remaining, CLOSED, text)
         try:
             self._spool.close()
         except StoreError as error:
@@ -194,7 +205,7 @@ class LabelWriter:
             try:
                 self._store_batch(batch)
             except Exception as error:  # noqa: BLE001 - a thread's border: it must go on
-                self._drop(batch, "a bug", f"labels dropped: {type(error).__name__}")
+                self._drop(batch, BUG, f"labels dropped: {type(error).__name__}")
             with self._changed:
                 for write in batch:
                     self._queue.popleft()
@@ -225,13 +236,13 @@ class LabelWriter:
                 good.append(write)
             except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
                 text = f"labels dropped: they cannot be serialised ({error})"
-                self._drop([write], "not serialisable", text)
+                self._drop([write], NOT_SERIALISABLE, text)
         self._introduce(good)
         try:
             if texts:
                 self._make_durable(texts)
         except StoreError as error:
-            self._drop(good, "no room in Redis and the spool", f"labels dropped: {error}")
+            self._drop(good, NO_ROOM, f"labels dropped: {error}")
             return
         with self._changed:
             self.written += sum(write.labels for write in good)

@@ -148,6 +148,12 @@ class KVPool:
     def live_slots(self) -> int:
         return sum(slot.live for slot in self.slots())
 
+    @property
+    def usage(self) -> float:
+        """Share of the memory that live slots hold, 0..1. May be read from any thread."""
+        live = sum(slot.columns for slot in self.slots() if slot.live)
+        return live * self.bytes_per_token / self.max_bytes
+
     def fits(self, columns: int, slots: int = 1) -> bool:
         """Whether an empty pool has room for `slots` slots of so many columns."""
         size = _size_class(columns)

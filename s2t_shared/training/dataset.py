@@ -5,6 +5,10 @@ takes shards in a seeded order, two at a time, mixes their row groups, and of th
 rollouts; windows of these are sorted by length, which limits padding. Rollouts become objects when
 their batch is due. In memory stay the keys of what is held out, and what is being mixed.
 
+Several workers read the same epoch, each all of it, and share a batch among them: reading is cheap
+beside training. Not by Ray Data's `streaming_split`: who gets which block there depends on who asks
+first, and an iterator cannot begin at the batch where a killed run was.
+
 Knows labels; no models.
 """
 

@@ -7,6 +7,7 @@ The plain model has the LoRA merged into its weights, so the adapter acts on eve
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -192,6 +193,10 @@ def _card(manifest: Manifest, notes: list[str]) -> str:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """`files.new_folder` with errors of this package."""
+    if re.match(r"[a-z0-9]+:/", str(folder)):  # Path has made one slash of two
+        raise ConfigError(
+            f"{str(folder)!r} is no folder; export to a folder, then copy that to the object store"
+        )
     try:
         with new_folder(folder.absolute()) as staging:
             yield staging

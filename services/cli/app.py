@@ -32,7 +32,7 @@ from s2t_shared.errors import (  # noqa: E402
 from s2t_shared.redis_url import without_password  # noqa: E402
 from services.cli.bench import bench_app  # noqa: E402
 from services.cli.cluster import down, init_app, status, up  # noqa: E402
-from services.cli.evaluate import evaluate  # noqa: E402
+from services.cli.evaluate import evaluate, sweep  # noqa: E402
 from services.cli.generate import generate  # noqa: E402
 from services.cli.harvest import harvest  # noqa: E402
 from services.cli.labels import labels_app  # noqa: E402
@@ -48,6 +48,7 @@ from services.cli.options import (  # noqa: E402
     Port,
     TokenFile,
     as_typed,
+    service_settings,
     settings,
     settings_beside_service,
     show,
@@ -106,15 +107,7 @@ def serve(
 
     from services.launch.local import running_service
 
-    resolved = settings(
-        config,
-        data_dir=str(data_dir) if data_dir else None,
-        gateway__host=host,
-        gateway__port=port,
-        gateway__http_port=http_port,
-        slm__model=slm,
-        llm__model=llm,
-    )
+    resolved = service_settings(config, data_dir, host, port, http_port, slm, llm)
     try:
         with running_service(
             resolved, say=lambda line: print(line, flush=True), reuse_ray=True
@@ -152,6 +145,7 @@ app.command()(train)
 
 
 app.command("eval")(evaluate)
+app.command()(sweep)
 
 
 @app.command()
@@ -168,9 +162,7 @@ def doctor(
     from services.launch.doctor import examine
     from services.launch.findings import Level
 
-    resolved = settings_beside_service(
-        config, lambda line: None, data_dir=str(data_dir) if data_dir else None
-    )
+    resolved = settings_beside_service(config, lambda line: None, data_dir=data_dir)
     findings = examine(resolved, address, token_file)
     if json_out:
         found = list(findings)

@@ -19,6 +19,7 @@ from services.cli.options import (
     HTTPPort,
     Json,
     Port,
+    service_settings,
     settings,
 )
 
@@ -40,15 +41,7 @@ def up(
     """Bring the service up and leave it running; of one that runs, replace what changed."""
     from services.launch.up import up as bring_up
 
-    resolved = settings(
-        config,
-        data_dir=str(data_dir) if data_dir else None,
-        gateway__host=host,
-        gateway__port=port,
-        gateway__http_port=http_port,
-        slm__model=slm,
-        llm__model=llm,
-    )
+    resolved = service_settings(config, data_dir, host, port, http_port, slm, llm)
     began = time.monotonic()
     addresses = bring_up(resolved, say)
     took = time.monotonic() - began
@@ -59,7 +52,7 @@ def down(config: ConfigFile = None, data_dir: DataDir = None) -> None:
     """End the service that `s2t up` left running."""
     from services.launch.down import down as bring_down
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     bring_down(resolved.data_dir, say)
 
 
@@ -67,7 +60,7 @@ def status(config: ConfigFile = None, data_dir: DataDir = None, json_out: Json =
     """Say what runs and what it waits for. Exit status 3: nothing runs, or not all of it."""
     from services.launch.status import status as find_status
 
-    found = find_status(settings(config, data_dir=str(data_dir) if data_dir else None))
+    found = find_status(settings(config, data_dir=data_dir))
     if json_out:
         print(json.dumps(asdict(found)))
     else:
@@ -84,6 +77,8 @@ def show_status(found: ServiceStatus) -> None:
         print(f"  {name}: {states or 'none'}")
         if role.awaits:
             print(f"    {role.awaits}")
+        for url in role.metrics:
+            print(f"    metrics: {url}")
     for name, value in {**found.description, **found.labels}.items():
         print(f"  {name}: {value}")
     if found.error:

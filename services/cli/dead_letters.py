@@ -57,7 +57,7 @@ def dead(
     wanted = _selection(fields, older_than, all_of_them, must_say=delete or requeue)
     if delete and requeue:
         raise InvalidRequestError("--delete and --requeue: choose one")
-    resolved = with_redis(settings(config, data_dir=str(data_dir) if data_dir else None))
+    resolved = with_redis(settings(config, data_dir=data_dir))
     with operator_stream(resolved) as stream:
         letters = [letter for letter in read_dead_letters(stream) if wanted(letter)]
         if delete:

@@ -35,7 +35,8 @@ from services.cli.progress import Progress, progress
 
 if TYPE_CHECKING:
     from s2t_shared.config import Config
-    from services.evaluation.answering import Answerer
+    from services.evaluation.answering import Answerer, PairAnswerer
+    from services.evaluation.grid import Grid
     from services.evaluation.modes import ModeSpec
     from services.evaluation.report import Evaluated
 
@@ -55,7 +56,7 @@ def evaluate(
     ] = None,
     llm: Annotated[str | None, typer.Option(help="with --slm: folder or hub id")] = None,
     selector: Annotated[
-        str, typer.Option(help="with --slm: none, live, a version's name, or its folder")
+        str, typer.Option(help="with --slm: none, live, a version's name or folder; or several")
     ] = "none",
     modes: Annotated[
         str, typer.Option(help="comma-separated, e.g. greedy,majority@8,pass@8,s2t,llm")
@@ -100,70 +101,148 @@ def evaluate(
 
     Prints a table; --out DIR also writes report.html, report.md, report.json and all answers.
     """
-    from s2t_shared.data.prompts import PromptSource
+    from services.evaluation.grid import Grid, Task
+
+    task = Task(
+        source=problems or "bundled",
+        split=split,
+        prompt_column=prompt_column,
+        template=template,
+        chat=chat,
+        group_column=group_column,
+        answer_column=answer_column,
+        grader=grader,
+    )
+    grid = _checked(
+        Grid,
+        problems=[task],
+        slm=slm,
+        llm=llm,
+        selectors=[] if selector == "none" else _names(selector),
+        modes=_names(modes),
+        triggers=_names(trigger),
+        budgets=_numbers(budget, float, "--budget"),
+        candidates=_numbers(candidates or "", int, "--candidates"),
+        count=count,
+        scored=scored,
+        max_new_tokens=max_new_tokens,
+        stop=stop or [],
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        calibration_prompts=calibration_prompts,
+    )
+    resolved = settings(config, data_dir=data_dir)
+    where = (address, config, token_file)
+    run_grid(grid, where, resolved, out, json_out)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML: problems, models, modes, budgets ...")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of the report; default: the file's name without its ending"),
+    ] = None,
+    address: Address = None,
+    token_file: TokenFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    json_out: Json = False,
+) -> None:
+    """`s2t eval` of a grid in a file: modes, triggers, budgets, K, local selectors, tasks.
+
+    One report, with what each setting changes. The same command resumes. Keys are the options of
+    `s2t eval`, in the plural where they take a list: problems, selectors, modes, triggers, budgets,
+    candidates; also slm, llm, count, scored, max_new_tokens, stop, seed.
+    """
+    from services.evaluation.grid import read_grid
+
+    grid = read_grid(file)
+    folder = out or Path(file.stem)
+    if folder == file:
+        raise ConfigError(f"{str(file)!r} has no ending, so its report has no name; give --out")
+    resolved = settings(config, data_dir=data_dir)
+    run_grid(grid, (address, config, token_file), resolved, folder, json_out)
+
+
+def _checked(kind: type[Grid], **values: Any) -> Grid:
+    """A grid of options.
+
+    Raises:
+        InvalidRequestError: a value is out of range.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = str(found["loc"][0])
+        option = {"budgets": "budget", "triggers": "trigger"}.get(field, field).replace("_", "-")
+        raise InvalidRequestError(f"--{option}={found['input']!r}: {found['msg']}") from error
+
+
+def run_grid(
+    grid: Grid,
+    where: tuple[str | None, Path | None, Path | None],
+    resolved: Config,
+    out: Path | None,
+    json_out: bool,
+) -> None:
+    """Ask all rows of a grid, write the report where one is wanted, and print the figures.
+
+    where: of the service, if the grid names no SLM: address, configuration, file of its token.
+    """
+    from s2t_shared.types import Mode
     from services.evaluation.journal import Journal
-    from services.evaluation.modes import rows
-    from services.evaluation.problems import Reading, problems_of
     from services.evaluation.report import Evaluated
     from services.evaluation.run import EvaluationSettings, run_all
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-    specs = rows(
-        _names(modes),
-        _names(trigger),
-        _numbers(budget, float, "--budget"),
-        _numbers(candidates or str(resolved.defaults.candidates), int, "--candidates"),
-    )
-    source = problems or "bundled"
-    reading = Reading(
-        rows=PromptSource(
-            source=source,
-            split=split,
-            group_column=group_column,
-            prompt_column=prompt_column,
-            template=template,
-            chat=chat,
-        ),
-        answer_column=answer_column,
-        pattern=resolved.defaults.answer_pattern,
-        grader=grader,
-        seed=seed,
-    )
-    items = problems_of(source, count, reading)
-    if not items:
-        raise ConfigError(f"{source}: no problem; is the file empty?")
-    if slm is None:
-        _refuse_without_slm(llm, selector)
-        answerer = _service(address, config, token_file, resolved)
+    specs = grid.rows(resolved.defaults.candidates)
+    items = grid.read_problems(resolved.defaults.answer_pattern)
+    answerer: Answerer
+    if grid.slm is None:
+        _refuse_without_slm(grid)
+        answerer = _service(*where, resolved)
     else:
-        _refuse_without_llm(llm, specs)
-        answerer = _pair(
-            slm,
-            llm,
-            selector,
-            versions=resolved.versions,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            calibration_prompts=calibration_prompts,
-        )
+        _refuse_without_llm(grid.llm, specs)
+        if not grid.selectors and any(spec.mode is Mode.S2T_LOCAL for spec in specs):
+            _say("s2t_local selects with an untrained local selector; name a version (selector)")
+        answerer = in_process = _pair(grid, resolved.versions)
+        if len(grid.selectors) > 1:  # by the versions' own names: a folder may have another
+            names = list(in_process.pair.others)
+            specs = grid.model_copy(update={"selectors": names}).rows(resolved.defaults.candidates)
     asked = EvaluationSettings(
-        max_new_tokens=max_new_tokens, seed=seed, stop=tuple(stop or ()), steps=out is not None
+        max_new_tokens=grid.max_new_tokens,
+        seed=grid.seed,
+        stop=tuple(grid.stop),
+        steps=out is not None,
     )
     identity = asked.identity(answerer, items)
+    if len(grid.selectors) > 1:
+        identity["local_selector"] = "in each row"
     journal = Journal.open(out / ANSWERS if out else None, identity)
-    to_score = scored if out is not None and identity["llm"] else 0
+    to_score = grid.scored if out is not None and identity["llm"] else 0
     found, hits = run_all(answerer, specs, items, asked, journal, to_score, _watch(json_out))
     about = {
-        "problems": f"{source}, {len(items)}",
-        "SLM": slm or "of the service",
-        "LLM": llm or ("of the service" if slm is None else "none"),
-        "grader": grader,
+        "problems": f"{grid.sources}, {len(items)}",
+        "SLM": grid.slm or "of the service",
+        "LLM": grid.llm or ("of the service" if grid.slm is None else "none"),
+        "grader": ", ".join(dict.fromkeys(task.grader for task in grid.problems)),
         **_about(identity),
     }
-    title = f"{len(items)} problems of {source}"
-    _show(Evaluated(title=title, rows=found, problems=items, hits=hits, about=about), out, json_out)
+    title = f"{len(items)} problems of {grid.sources}"
+    evaluated = Evaluated(
+        title=title,
+        rows=found,
+        problems=items,
+        hits=hits,
+        about=about,
+        tokenizer=answerer.tokenizer,
+    )
+    _show(evaluated, out, json_out)
 
 
 def _about(identity: Mapping[str, Any]) -> dict[str, str]:
@@ -187,7 +266,7 @@ def _show(evaluated: Evaluated, out: Path | None, json_out: bool) -> None:
     found = evaluated.rows
     if out is not None:
         for file in write_report(evaluated, out):
-            print(f"s2t: wrote {file}", file=sys.stderr)
+            _say(f"wrote {file}")
     if json_out:
         print(json.dumps({row.label: row_figures(row, found[0]) for row in found}))
         return
@@ -211,11 +290,13 @@ def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
         ) from None
 
 
-def _refuse_without_slm(llm: str | None, selector: str) -> None:
-    if llm is not None:
+def _refuse_without_slm(grid: Grid) -> None:
+    if grid.llm is not None:
         raise InvalidRequestError("--llm needs --slm; a service has an LLM of its own")
-    if selector != "none":
-        raise InvalidRequestError("--selector needs --slm; a service has its live version")
+    if len(grid.selectors) == 1:
+        raise InvalidRequestError(
+            "--selector needs --slm; a service has its live version (several may be named)"
+        )
 
 
 def _refuse_without_llm(llm: str | None, specs: Sequence[ModeSpec]) -> None:
@@ -238,17 +319,29 @@ def _service(
     return ServiceAnswerer(target(address, config, token_file), tokenizer=tokenizer)
 
 
-def _pair(
-    slm: str, llm: str | None, selector: str, *, calibration_prompts: Path | None, **options: Any
-) -> Answerer:
+def _pair(grid: Grid, versions: Path) -> PairAnswerer:
+    """The models of a grid, with all its local selectors; a row names its own if there are more."""
     from s2t_shared.pair import Pair
     from services.evaluation.answering import PairAnswerer
 
-    version = None if selector == "none" else selector
-    pair = Pair.open(slm, llm, version, **options)
-    return PairAnswerer(
-        pair, calibration_prompts, lambda line: print(f"s2t: {line}", file=sys.stderr)
+    assert grid.slm is not None
+    only = grid.selectors[0] if len(grid.selectors) == 1 else None
+    pair = Pair.open(
+        grid.slm,
+        grid.llm,
+        only,
+        others=grid.selectors if only is None else (),
+        versions=versions,
+        batch_size=grid.batch_size,
+        dtype=grid.dtype,
+        device=grid.device,
+        threads=grid.threads,
     )
+    return PairAnswerer(pair, grid.calibration_prompts, _say)
+
+
+def _say(line: str) -> None:
+    print(f"s2t: {line}", file=sys.stderr)
 
 
 def _watch(quiet: bool) -> Callable[[str, int], AbstractContextManager[Progress]]:

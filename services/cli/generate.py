@@ -108,7 +108,7 @@ def generate(
         slm,
         llm,
         None if selector == "none" else selector,
-        versions=settings(config, data_dir=str(data_dir) if data_dir else None).versions,
+        versions=settings(config, data_dir=data_dir).versions,
         dtype=dtype,
         device=device,
         batch_size=batch_size,

@@ -148,7 +148,7 @@ def harvest(
         pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template, vllm)
         source, lake = PairRollouts(pair), out
     else:
-        lake = out or settings(config, data_dir=str(data_dir) if data_dir else None).lake
+        lake = out or settings(config, data_dir=data_dir).lake_folder
         source = ServiceRollouts(target(address, config, token_file), out is not None, concurrency)
     _harvest(source, opened, lake, options, again, json_out)
 

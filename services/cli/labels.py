@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,16 +54,44 @@ def _open(folder: str | None, config: Path | None, data_dir: Path | None) -> tup
     from s2t_shared.labels.object_lake import open_lake
     from s2t_shared.labels.places import is_url
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
-    if folder is not None and is_url(folder):
-        return open_lake(folder), resolved
-    root = Path(folder) if folder else resolved.lake
+    resolved = settings(config, data_dir=data_dir)
+    where = folder or resolved.lake
+    if is_url(where):
+        return open_lake(where), resolved
+    root = Path(where)
     if not root.is_dir():
         raise ConfigError(
             f"there is no lake folder {str(root)!r}; name one, give --data-dir, or harvest first "
             "(s2t harvest)"
         )
     return Lake(root), resolved
+
+
+RayAddress = Annotated[
+    str | None, typer.Option(help="host:port of a Ray cluster's head: its nodes read the shards")
+]
+
+
+@contextmanager
+def _workers(address: str | None) -> Iterator[Any]:
+    """What applies a function to the parts of a lake: here, or on a Ray cluster.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
+    if address is None:
+        yield map
+        return
+    from services.lake_on_ray import map_on_ray
+    from services.launch.ray_connection import existing_ray, listens
+
+    if not listens(address):
+        raise ConfigError(
+            f"--address={address}: no Ray cluster is there; give host:port of its head, start one "
+            "(ray start --head), or leave --address out"
+        )
+    with existing_ray(address):
+        yield map_on_ray
 
 
 # -- stats ----------------------------------------------------------------------------------------
@@ -76,6 +105,7 @@ def stats(
     flush: Annotated[
         bool, typer.Option("--flush", help="first let a running service write what it has")
     ] = False,
+    address: RayAddress = None,
     json_out: Json = False,
 ) -> None:
     """How much there is, of what, and how often the LLM's choice is among the SLM's first K."""
@@ -87,7 +117,8 @@ def stats(
     if flush and service is None:
         raise ConfigError(f"--flush: no service runs on {str(resolved.data_dir)!r}")
     queued = _queued(resolved, service, flush)
-    measured = measure_labels(opened)
+    with _workers(address) as run:
+        measured = measure_labels(opened, run)
     if json_out:
         figures = asdict(measured) | {"label_share": measured.label_share} | queued
         print(json.dumps(figures))
@@ -241,6 +272,7 @@ def export(
         str | None,
         typer.Option(help="folder or hub id of the SLM: contexts and candidates also as text"),
     ] = None,
+    address: RayAddress = None,
     json_out: Json = False,
 ) -> None:
     """Write the labels, one a row, as a data set that datasets.load_dataset(FOLDER) reads."""
@@ -260,7 +292,10 @@ def export(
         def on_rollouts(count: int) -> None:
             shown.update(shown.done + count)
 
-        exported = export_labels(opened, folder, kind, tokenizer, on_rollouts)
+        with _workers(address) as run:
+            exported = export_labels(
+                opened, folder, kind, tokenizer, on_rollouts, run=None if run is map else run
+            )
     result: dict[str, Any] = {"folder": str(folder), "labels": exported.total}
     for split in SPLITS:
         result[split] = exported.labels[split]

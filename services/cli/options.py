@@ -61,6 +61,27 @@ def settings(
     return load_config(config, dotted, base=base)
 
 
+def service_settings(
+    config: Path | None,
+    data_dir: Path | None,
+    host: str | None,
+    port: int | None,
+    http_port: int | None,
+    slm: str | None,
+    llm: str | None,
+) -> Config:
+    """The settings of a verb that starts a service."""
+    return settings(
+        config,
+        data_dir=data_dir,
+        gateway__host=host,
+        gateway__port=port,
+        gateway__http_port=http_port,
+        slm__model=slm,
+        llm__model=llm,
+    )
+
+
 def settings_beside_service(
     config: Path | None, say: Callable[[str], None], **overrides: Any
 ) -> Config:
@@ -114,7 +135,7 @@ def target(address: str | None, config: Path | None, token_file: Path | None) ->
 
 def wide_console() -> Console:
     """For tables: a figure that is cut off is worse than a line that wraps."""
-    return Console(width=max(110, Console().width), highlight=False)
+    return Console(width=max(150, Console().width), highlight=False)
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

@@ -65,7 +65,7 @@ def train(
     resolved = settings_beside_service(
         config,
         say,
-        data_dir=str(data_dir) if data_dir else None,
+        data_dir=data_dir,
         training__kind=kind,
         training__reads=reads,
         training__objective=objective,

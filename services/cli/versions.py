@@ -29,7 +29,7 @@ SHORT = 32  # characters of a value in a table
 def _live_versions(config: Path | None, data_dir: Path | None) -> LiveVersions:
     from s2t_shared.versions.live import LiveVersions
 
-    resolved = settings(config, data_dir=str(data_dir) if data_dir else None)
+    resolved = settings(config, data_dir=data_dir)
     return LiveVersions(resolved.versions)
 
 

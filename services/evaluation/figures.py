@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 from s2t_shared.statistics import clustered_difference, hit_at, spearman, wilson_interval
 from s2t_shared.types import WARMUP_STEPS, Usage
-from services.evaluation.journal import Journal, ScoredRollout
+from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import ModeSpec
 from services.evaluation.problems import Problem
 from services.evaluation.records import Decision, Record
 
 HIT_AT = (1, 2, 4, 8, 16)
 SHARES = (0.01, 0.05, 0.1)  # of steps, by KL or by entropy
+DEPTH_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,15 @@ def mcnemar(rescues: int, harms: int) -> float:
     return float(min(1.0, 2 * below / 2**n))
 
 
+def by_task(row: Row, problems: Sequence[Problem]) -> dict[str, tuple[int, int]]:
+    """Right answers and problems of each task, in the problems' order."""
+    found: dict[str, tuple[int, int]] = {}
+    for problem, is_right in zip(problems, row.correct, strict=True):
+        right, count = found.get(problem.task, (0, 0))
+        found[problem.task] = (right + is_right, count + 1)
+    return found
+
+
 # -- local sufficiency ----------------------------------------------------------------------------
 
 
@@ -131,35 +143,93 @@ class Sufficiency:
     """How often the LLM's first choice is among the SLM's first K.
 
     steps: that were scored. by_kl, by_entropy: {share of steps: {K: rate}}, at the top steps by
-    that signal. all_steps: {K: rate}.
+    that signal. all_steps: {K: rate}. by_depth: of the top steps by KL, by quarter of the answer:
+    how many there are, and {K: rate}; {} for none. local: by row of a local selector.
     """
 
     steps: int
     by_kl: dict[float, dict[int, float]]
     by_entropy: dict[float, dict[int, float]]
     all_steps: dict[int, float]
+    by_depth: tuple[tuple[int, dict[int, float]], ...]
+    local: dict[str, LocalChoices] = field(default_factory=dict)
 
 
-def sufficiency(rollouts: Sequence[ScoredRollout]) -> Sufficiency:
+@dataclass(frozen=True)
+class LocalChoices:
+    """A local selector's choices beside the LLM's, at its own divergence points.
+
+    hit_failures: the LLM's first choice is no candidate. selection_failures: it is one, and another
+    was chosen. slm_agreed: it is the SLM's first candidate. order: mean Spearman's rho of the
+    selector's and the LLM's order of the candidates; None where it is not known.
+    """
+
+    steps: int
+    hit_failures: int
+    selection_failures: int
+    slm_agreed: int
+    order: float | None = None
+
+    @property
+    def agreed(self) -> int:
+        return self.steps - self.hit_failures - self.selection_failures
+
+    def figures(self) -> dict[str, Any]:
+        return {**asdict(self), "agreed": self.agreed}
+
+
+def local_choices(rollouts: Sequence[ScoredChoices]) -> LocalChoices:
+    """Counts of scored answers of one row."""
+    pairs = [
+        pair for rollout in rollouts for pair in zip(rollout.rank, rollout.chosen, strict=True)
+    ]
+    orders = [rho for rollout in rollouts for rho in rollout.order]
+    return LocalChoices(
+        steps=len(pairs),
+        hit_failures=sum(rank < 0 for rank, _ in pairs),
+        selection_failures=sum(0 <= rank != chosen for rank, chosen in pairs),
+        slm_agreed=sum(rank == 0 for rank, _ in pairs),
+        order=sum(orders) / len(orders) if orders else None,
+    )
+
+
+def sufficiency(
+    rollouts: Sequence[ScoredRollout], local: Mapping[str, LocalChoices] = MappingProxyType({})
+) -> Sufficiency:
     """Hit@K of scored rollouts. Warm-up steps are left out: they never trigger in decoding."""
     kl: list[float] = []
     entropy: list[float] = []
     ranks: list[int] = []
+    quarters: list[int] = []
     total = 0
     for rollout in rollouts:
-        total += len(rollout.rank)
+        length = len(rollout.rank)
+        total += length
         kl += rollout.kl[WARMUP_STEPS:]
         entropy += rollout.entropy[WARMUP_STEPS:]
         ranks += rollout.rank[WARMUP_STEPS:]
+        quarters += [4 * step // length for step in range(WARMUP_STEPS, length)]
 
-    def at_the_top(signal: Sequence[float]) -> dict[float, dict[int, float]]:
+    def top(signal: Sequence[float], share: float) -> list[int]:
         order = sorted(range(len(ranks)), key=lambda i: -signal[i])
-        return {
-            share: hit_at([ranks[i] for i in order[: max(1, int(share * total))]], HIT_AT)
-            for share in SHARES
-        }
+        return order[: max(1, int(share * total))]
 
-    return Sufficiency(total, at_the_top(kl), at_the_top(entropy), hit_at(ranks, HIT_AT))
+    def hits(places: Sequence[int]) -> dict[int, float]:
+        return hit_at([ranks[i] for i in places], HIT_AT)
+
+    divergent = top(kl, DEPTH_SHARE)
+    by_depth = []
+    for quarter in range(4):
+        places = [i for i in divergent if quarters[i] == quarter]
+        by_depth.append((len(places), hits(places) if places else {}))
+    return Sufficiency(
+        steps=total,
+        by_kl={share: hits(top(kl, share)) for share in SHARES},
+        by_entropy={share: hits(top(entropy, share)) for share in SHARES},
+        all_steps=hits(range(len(ranks))),
+        by_depth=tuple(by_depth),
+        local=dict(local),
+    )
 
 
 # -- divergence points ----------------------------------------------------------------------------

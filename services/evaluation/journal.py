@@ -25,6 +25,21 @@ class ScoredRollout:
     rank: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ScoredChoices:
+    """The LLM's view of a local selector's divergence points in one answer.
+
+    rank, chosen: places among the candidates of the LLM's first choice (-1: it is none) and of the
+    selector's. order: Spearman's rho of the selector's and the LLM's order, where it is known.
+    """
+
+    row: str
+    problem_id: str
+    rank: tuple[int, ...]
+    chosen: tuple[int, ...]
+    order: tuple[float, ...] = ()
+
+
 @dataclass
 class Journal:
     """Records by key, rollouts by problem, seconds by row. Without a file they are kept in memory.
@@ -37,6 +52,7 @@ class Journal:
     identity: dict[str, Any] = field(default_factory=dict)
     records: dict[tuple[str, str, int], Record] = field(default_factory=dict)
     rollouts: dict[str, ScoredRollout] = field(default_factory=dict)
+    choices: dict[tuple[str, str], ScoredChoices] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     timed: dict[str, int] = field(default_factory=dict)
 
@@ -66,11 +82,15 @@ class Journal:
         """Keep an answer. A failed one is asked again by the next run."""
         self.records[record.key] = record
         if not record.error:
-            self._write({"answer": json.loads(record.to_json())})
+            self._write({"answer": record.to_row()})
 
     def add_rollout(self, rollout: ScoredRollout) -> None:
         self.rollouts[rollout.problem_id] = rollout
         self._write({"rollout": rollout.__dict__})
+
+    def add_choices(self, choices: ScoredChoices) -> None:
+        self.choices[choices.row, choices.problem_id] = choices
+        self._write({"choices": choices.__dict__})
 
     def add_seconds(self, row: str, seconds: float, answers: int) -> None:
         """Note what `answers` answers of a row took together."""
@@ -110,13 +130,17 @@ class Journal:
 
     def _take(self, line: dict[str, Any]) -> None:
         if "answer" in line:
-            record = Record.from_json(line["answer"])
+            record = Record.from_row(line["answer"])
             self.records[record.key] = record
         elif "rollout" in line:
             row = line["rollout"]
             self.rollouts[row["problem_id"]] = ScoredRollout(
                 row["problem_id"], tuple(row["kl"]), tuple(row["entropy"]), tuple(row["rank"])
             )
+        elif "choices" in line:
+            row = line["choices"]
+            lists = {name: tuple(row[name]) for name in ("rank", "chosen", "order")}
+            self.choices[row["row"], row["problem_id"]] = ScoredChoices(**{**row, **lists})
         else:
             row = line["row"]
             self.seconds[row] = self.seconds.get(row, 0.0) + line["seconds"]

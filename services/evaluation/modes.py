@@ -37,7 +37,8 @@ class ModeSpec:
             return self.name
         budget = f" {self.budget * 100:g}%" if self.budget else ""
         candidates = f" K={self.candidates}" if self.candidates != 8 else ""
-        return f"{self.name} {self.trigger}{budget}{candidates}"
+        version = f" {self.version}" if self.version and self.mode is Mode.S2T_LOCAL else ""
+        return f"{self.name} {self.trigger}{budget}{candidates}{version}"
 
     @property
     def mode(self) -> Mode:
@@ -95,9 +96,9 @@ def rows(
     triggers: Sequence[str],
     budgets: Sequence[float],
     candidates: Sequence[int],
-    version: str | None = None,
+    versions: Sequence[str | None] = (None,),
 ) -> list[ModeSpec]:
-    """One row per mode, and per trigger, budget and K where the mode has them.
+    """One row per mode, and per trigger, budget, K and local selector where the mode has them.
 
     Raises:
         InvalidRequestError: an unknown mode or trigger, or a row twice.
@@ -105,13 +106,17 @@ def rows(
     found: list[ModeSpec] = []
     for name in modes:
         _check_name(name)
-        spec = ModeSpec(name=name, version=version)
+        spec = ModeSpec(name=name)
         if not spec.mode.can_trigger:
             found.append(spec)
             continue
-        for trigger, k, budget in product(triggers, candidates, budgets):
+        of_mode = versions if spec.mode is Mode.S2T_LOCAL else (None,)
+        # A takeover takes the LLM's first choice of all tokens, whatever K is.
+        ks = (spec.candidates,) if spec.mode is Mode.TAKEOVER else candidates
+        for version, trigger, k, budget in product(of_mode, triggers, ks, budgets):
             known = by_name(Trigger, trigger, "--trigger").value
-            found.append(replace(spec, trigger=known, budget=budget, candidates=k))
+            row = replace(spec, trigger=known, budget=budget, candidates=k, version=version)
+            found.append(row)
     labels = [spec.label for spec in found]
     for label in labels:
         if labels.count(label) > 1:

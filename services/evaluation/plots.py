@@ -14,10 +14,20 @@ LABEL_HEIGHT = 15  # pixels between two labels that would cover each other
 
 @dataclass(frozen=True)
 class Point:
-    """A mark with a name and an interval. x: place among `ticks` of the plot, or a number."""
+    """A mark with a name and an interval. is_named: its name stands beside it."""
 
     name: str
     x: float
+    y: float
+    low: float
+    high: float
+    is_named: bool = True
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value with its interval."""
+
     y: float
     low: float
     high: float
@@ -57,15 +67,21 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -
     frame = _Frame((-0.02, 1.1), _rates([p.low for p in points], [p.high for p in points]))
     parts = frame.axes(x_title, y_title, [0.0, 0.25, 0.5, 0.75, 1.0])
     taken: list[tuple[float, float]] = []
+    names = []  # drawn last: no mark covers one
     for number, point in enumerate(points):
         x, y = frame.x(point.x), frame.y(point.y)
         parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
-        parts.append(f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        parts.append(
+            f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f"<title>{escape(point.name)}: {point.y:.3f}</title></circle>"
+        )
+        if not point.is_named:
+            continue
         side = "end" if x > WIDTH * 0.7 else "start"
         label_x = x - 9 if side == "end" else x + 9
         label_y = _free(label_x, y + 4, taken)
-        parts.append(_text(label_x, label_y, point.name, side))
-    return _svg(parts, caption)
+        names.append(_text(label_x, label_y, point.name, side))
+    return _svg([*parts, *names], caption)
 
 
 def bars(
@@ -98,9 +114,43 @@ def bars(
     return _svg(parts, caption)
 
 
+def lines(
+    groups: Sequence[str],
+    series: Sequence[tuple[str, Sequence[Mark | None]]],
+    x_title: str,
+    y_title: str,
+    caption: str,
+) -> str:
+    """Lines with intervals, one mark per group; None where there is none. With a legend above."""
+    marks = [mark for _, of in series for mark in of if mark is not None]
+    y_range = _rates([mark.low for mark in marks], [mark.high for mark in marks])
+    frame = _Frame((0.0, float(len(groups))), y_range)
+    parts = frame.axes(x_title, y_title, [])
+    for number, (name, of) in enumerate(series):
+        shift = 0.5 + 0.06 * (number - (len(series) - 1) / 2)  # intervals side by side
+        points = []
+        for place, mark in enumerate(of):
+            if mark is None:
+                continue
+            x, y = frame.x(place + shift), frame.y(mark.y)
+            points.append(f"{x:.1f},{y:.1f}")
+            parts.append(_interval(x, frame.y(mark.low), frame.y(mark.high), number))
+            parts.append(
+                f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
+                f"<title>{escape(name)}, {escape(groups[place])}: {mark.y:.3f}</title></circle>"
+            )
+        parts.append(f'<polyline class="i{number % 8}" points="{" ".join(points)}"/>')
+        legend_x = LEFT + 60 + number * 140
+        parts.append(f'<rect class="c{number % 8}" x="{legend_x}" y="5" width="10" height="10"/>')
+        parts.append(_text(legend_x + 15, 14, name, "start"))
+    for place, group in enumerate(groups):
+        parts.append(_text(frame.x(place + 0.5), HEIGHT - BOTTOM + 16, group, "middle"))
+    return _svg(parts, caption)
+
+
 def _rates(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
     """A range of whole tenths around all intervals."""
-    low = int(min(lows) * 10) / 10
+    low = max(0.0, int(min(lows) * 10) / 10)
     high = min(1.0, int(max(highs) * 10 + 1) / 10)
     return low, max(high, low + 0.1)
 

@@ -25,7 +25,7 @@ class Problem:
     """A problem whose answer can be checked.
 
     group: of problems from one template, "" for a problem of its own. expected: the right answer,
-    to be shown.
+    to be shown. task: where several tasks are asked, the one that it is from.
     """
 
     id: str
@@ -33,6 +33,7 @@ class Problem:
     is_correct: Callable[[str], bool] = field(compare=False)
     group: str = ""
     expected: str = ""
+    task: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

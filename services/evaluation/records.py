@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from s2t_shared.model.text_stream import TextStream
@@ -53,8 +52,7 @@ class Record:
     """One answer to one problem in one row.
 
     error: why there is no answer. truncated: cut off at max_new_tokens, and therefore not right.
-    llm_read: tokens of the answer that the LLM had to read. pieces: the text of each token, where a
-    tokenizer was at hand.
+    llm_read: tokens of the answer that the LLM had to read.
     """
 
     row: str
@@ -66,18 +64,23 @@ class Record:
     error: str = ""
     usage: Usage = Usage()
     llm_read: int = 0
-    pieces: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
     decisions: tuple[Decision, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, int]:
         return self.row, self.problem_id, self.sample
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+    def to_row(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        decisions = []
+        for decision in self.decisions:
+            candidates = [vars(candidate) for candidate in decision.candidates]
+            decisions.append(vars(decision) | {"candidates": candidates})
+        return vars(self) | {"usage": vars(self.usage), "decisions": decisions}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Record:
+    def from_row(cls, row: Mapping[str, Any]) -> Record:
         decisions = []
         for decision in row["decisions"]:
             candidates = tuple(Candidate(**candidate) for candidate in decision["candidates"])
@@ -85,9 +88,10 @@ class Record:
         values = {
             **row,
             "usage": Usage(**row["usage"]),
-            "pieces": tuple(row["pieces"]),
+            "token_ids": tuple(row.get("token_ids", ())),
             "decisions": tuple(decisions),
         }
+        values.pop("pieces", None)  # of an earlier program
         return cls(**values)
 
 
@@ -111,7 +115,7 @@ def record_of(
         truncated=truncated,
         usage=answer.usage,
         llm_read=_llm_read(spec, answer, triggered),
-        pieces=() if tokenizer is None else token_pieces(tokenizer, answer.token_ids),
+        token_ids=tuple(answer.token_ids),
         decisions=tuple(_decision(step, tokenizer) for step in triggered),
     )
 

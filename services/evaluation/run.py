@@ -6,14 +6,15 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from s2t_shared.errors import S2TError
-from s2t_shared.types import Answer, DecodeOptions, GenerateRequest
+from s2t_shared.statistics import spearman
+from s2t_shared.types import Answer, ChosenBy, DecodeOptions, GenerateRequest, Mode
 from services.evaluation.answering import Answerer
-from services.evaluation.figures import Row, Sufficiency, row_of, sufficiency
-from services.evaluation.journal import Journal, ScoredRollout
+from services.evaluation.figures import Row, Sufficiency, local_choices, row_of, sufficiency
+from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import SAMPLE_STRIDE, SEED_STRIDE, ModeSpec
 from services.evaluation.problems import Problem
 from services.evaluation.records import Record, record_of
@@ -136,8 +137,17 @@ def run_all(
         return found, None
     with watch("scored answers", len(part)) as bar:
         score_rollouts(answerer, part, settings, journal, bar.advance)
+    local = {}
+    for spec in specs:
+        if spec.mode is Mode.S2T_LOCAL:
+            with watch(f"{spec.label}, scored", len(part)) as bar:
+                score_choices(answerer, spec, part, settings, journal, bar.advance)
+            keys = [(spec.label, problem.id) for problem in part]
+            local[spec.label] = local_choices(
+                [journal.choices[key] for key in keys if key in journal.choices]
+            )
     rollouts = [journal.rollouts[p.id] for p in part if p.id in journal.rollouts]
-    return found, sufficiency(rollouts)
+    return found, sufficiency(rollouts, local)
 
 
 def score_rollouts(
@@ -164,18 +174,80 @@ def score_rollouts(
         for problem in problems
         if problem.id not in journal.rollouts
     ]
+
+    def keep(request: GenerateRequest, answer: Answer) -> None:
+        journal.add_rollout(_rollout(request.request_id.removeprefix("hits-"), answer))
+
+    _answer_all(answerer, requests, keep, on_answer)
+
+
+def score_choices(
+    answerer: Answerer,
+    spec: ModeSpec,
+    problems: Sequence[Problem],
+    settings: EvaluationSettings,
+    journal: Journal,
+    on_answer: Callable[[], None] = lambda: None,
+) -> None:
+    """Let the LLM score the answers of a local selector. Stores no label.
+
+    Raises:
+        S2TError: every single answer failed; the first one's error.
+    """
+    requests = []
+    for problem in problems:
+        if (spec.label, problem.id) in journal.choices:
+            continue
+        request = spec.request(
+            problem.prompt,
+            request_id=f"choices-{problem.id}",
+            max_new_tokens=settings.max_new_tokens,
+            return_steps=True,
+            stop=settings.stop,
+        )
+        options = replace(request.options, score_rollout=True)
+        requests.append(replace(request, options=options))
+
+    def keep(request: GenerateRequest, answer: Answer) -> None:
+        name = request.request_id.removeprefix("choices-")
+        journal.add_choices(_choices(spec.label, name, answer))
+
+    _answer_all(answerer, requests, keep, on_answer)
+
+
+def _answer_all(
+    answerer: Answerer,
+    requests: Sequence[GenerateRequest],
+    keep: Callable[[GenerateRequest, Answer], None],
+    on_answer: Callable[[], None],
+) -> None:
     errors: list[S2TError] = []
 
-    def keep(request: GenerateRequest, outcome: Outcome) -> None:
+    def take(request: GenerateRequest, outcome: Outcome) -> None:
         if isinstance(outcome, Answer):
-            journal.add_rollout(_rollout(request.request_id.removeprefix("hits-"), outcome))
+            keep(request, outcome)
         else:
             errors.append(outcome)
         on_answer()
 
-    answerer.answer(requests, keep)
+    answerer.answer(requests, take)
     if errors and len(errors) == len(requests):
         raise errors[0]
+
+
+def _choices(row: str, problem_id: str, answer: Answer) -> ScoredChoices:
+    """Steps that the local selector did not choose, or that the LLM did not see, are left out."""
+    rank, chosen, order = [], [], []
+    for step in answer.steps:
+        ids = step.candidate_ids
+        if step.chosen_by is not ChosenBy.LOCAL or step.llm_top_id is None:
+            continue
+        rank.append(ids.index(step.llm_top_id) if step.llm_top_id in ids else -1)
+        chosen.append(ids.index(step.token_id))
+        if step.llm is not None and len(ids) > 1:
+            rho = spearman(step.scores, step.llm.log_probs[: len(ids)])
+            order.append(round(rho, 4))
+    return ScoredChoices(row, problem_id, tuple(rank), tuple(chosen), tuple(order))
 
 
 def _rollout(problem_id: str, answer: Answer) -> ScoredRollout:

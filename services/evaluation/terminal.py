@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from services.evaluation.figures import Row
-from services.evaluation.report import relative_time
+from services.evaluation.tables import relative_time
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

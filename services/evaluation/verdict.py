@@ -14,6 +14,7 @@ from services.evaluation.figures import Row, Sufficiency, mcnemar
 
 ENOUGH_OF_THE_GAP = 0.8
 SUFFICIENT = 0.9
+MANY_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ def _warnings(rows: Sequence[Row], base: Row) -> list[str]:
         found.append(
             f"With {len(base.correct)} problems a difference below "
             f"{100 * max(halves):.0f} points cannot be seen; ask more."
+        )
+    if len(rows) > MANY_ROWS:
+        found.append(
+            f"The best of {len(rows)} rows looks better than it is: ask the chosen one again on "
+            "other problems."
         )
     cut = [row for row in rows if row.truncated > 0.05 * len(row.correct) * row.spec.samples]
     if cut:

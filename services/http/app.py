@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -12,6 +10,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -22,6 +21,7 @@ from services.http.answering import CLIENT_CLOSED, ClientGoneError, EventStream,
 from services.http.call import Call
 from services.http.door import Door
 from services.http.pages import page_routes
+from services.http.recorded import Recorded
 from services.http.requests import (
     ChatRequest,
     CompletionRequest,
@@ -30,11 +30,11 @@ from services.http.requests import (
     UnknownModelError,
     parse,
 )
+from services.rpc import call_record
 
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 BODY_S = 30.0  # a slower body is given up
 OWNER = "s2t"
-Handler = Callable[[Request, str], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,10 @@ class Api:
         """The handler for who may call it; its errors become replies."""
 
         async def answer(request: Request) -> Response:
-            request_id = _request_id(request)
             try:
                 self._check_host(request)
                 self._door.check(request.headers.get("authorization", ""), admin=admin)
-                response = await handler(request, request_id)
+                response = await handler(request)
             except (ClientGoneError, ClientDisconnect):
                 response = Response(status_code=CLIENT_CLOSED)
             except UnknownModelError as error:
@@ -96,7 +95,6 @@ class Api:
                 response = errors.plain(error.status, error.text, error.code)
             except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
                 response = errors.response_of(self._door.refusal(error))
-            response.headers["x-request-id"] = request_id
             return response
 
         return answer
@@ -136,11 +134,11 @@ class Api:
             return JSONResponse({"status": "not serving"}, 503)
         return JSONResponse({"status": "serving"})
 
-    async def _models(self, request: Request, request_id: str) -> Response:
+    async def _models(self, request: Request) -> Response:
         data = [self._named(name) for name in self._names.all]
         return JSONResponse({"object": "list", "data": data})
 
-    async def _model(self, request: Request, request_id: str) -> Response:
+    async def _model(self, request: Request) -> Response:
         name = request.path_params["model"]
         self._names.mode_of(name)
         return JSONResponse(self._named(name))
@@ -148,32 +146,30 @@ class Api:
     def _named(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": 0, "owned_by": OWNER}
 
-    async def _service(self, request: Request, request_id: str) -> Response:
+    async def _service(self, request: Request) -> Response:
         description = asdict(await self._door.describe())
         names = {"model": self._names.served, "default_mode": self._default_mode.value}
         return JSONResponse({**names, **description})
 
-    async def _versions(self, request: Request, request_id: str) -> Response:
+    async def _versions(self, request: Request) -> Response:
         return JSONResponse({"data": await self._door.versions()})
 
     # -- answers ----------------------------------------------------------------------------------
 
-    async def _chat(self, request: Request, request_id: str) -> Response:
-        return await self._answer(request, request_id, ChatRequest)
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, ChatRequest)
 
-    async def _completion(self, request: Request, request_id: str) -> Response:
-        return await self._answer(request, request_id, CompletionRequest)
+    async def _completion(self, request: Request) -> Response:
+        return await self._answer(request, CompletionRequest)
 
-    async def _answer(
-        self, request: Request, request_id: str, kind: type[OpenAIRequest]
-    ) -> Response:
+    async def _answer(self, request: Request, kind: type[OpenAIRequest]) -> Response:
         asked = parse(kind, await self._body(request))
         call = Call(
             self._door,
             asked,
             self._names,
             self._default_mode,
-            request_id=request_id,
+            request_id=call_record.current().request_id,
             host=_host(request),
             authorization=request.headers.get("authorization", ""),
         )
@@ -182,12 +178,6 @@ class Api:
         events = call.events()
         first = await unless_gone(request.receive, anext(events))
         return EventStream(_behind(first, events))
-
-
-def _request_id(request: Request) -> str:
-    """The caller's, where it is one, else a new one."""
-    given = request.headers.get("x-request-id", "")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _host(request: Request) -> str:
@@ -206,12 +196,14 @@ async def _behind(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGener
 def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path[:64]}: {error.detail}"
-    response = errors.plain(error.status_code, text, "route")
-    response.headers["x-request-id"] = _request_id(request)
-    return response
+    return errors.plain(error.status_code, text, "route")
 
 
 def new_app(config: Config, api: Api) -> Starlette:
     """The application: the API, and the playground where it is on."""
     pages = page_routes() if config.gateway.playground else []
-    return Starlette(routes=[*api.routes(), *pages], exception_handlers={HTTPException: _not_found})
+    return Starlette(
+        routes=[*api.routes(), *pages],
+        exception_handlers={HTTPException: _not_found},
+        middleware=[Middleware(Recorded)],
+    )

@@ -20,6 +20,7 @@ from services.http.requests import (
     messages_of,
     mode_of,
 )
+from services.rpc import call_record
 
 
 class Call:
@@ -72,7 +73,9 @@ class Call:
         except Exception as error:
             if not has_begun:
                 raise
-            yield replies.event_of(errors.body_of(self._door.refusal(error)))
+            refusal = self._door.refusal(error)
+            call_record.current().error = refusal.reason
+            yield replies.event_of(errors.body_of(refusal))
             return
         yield replies.DONE
 

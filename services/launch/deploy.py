@@ -23,9 +23,9 @@ from s2t_shared.bundled import BUNDLED
 from s2t_shared.config import Config
 from s2t_shared.errors import ConfigError, S2TError
 from services.app import build_application
-from services.launch.running import find_addresses, waits
+from services.launch.running import find_addresses, find_metrics, waits
 from services.nodes import Node, check_gateway_host, check_spread, find_nodes, room_for
-from services.roles import APPLICATION, runs_proposers
+from services.roles import APPLICATION, SECTIONS, runs_proposers
 
 Say = Callable[[str], None]
 WATCH_EVERY_S = 2.0
@@ -58,7 +58,14 @@ def deploy(config: Config, say: Say) -> list[str]:
             raise ConfigError(f"the service did not start: {_reason(error)}") from error
     if word := no_training_room(config, find_nodes()):
         say(f"warning: {word}")
+    if config.metrics.enabled and config.metrics.port is not None:
+        say(f"metrics: {_metrics_in_words()}")
     return find_addresses()
+
+
+def _metrics_in_words() -> str:
+    found = find_metrics().items()
+    return ", ".join(f"{url} ({SECTIONS[name]})" for name, urls in found for url in urls)
 
 
 # -- before and after -----------------------------------------------------------------------------

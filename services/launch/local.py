@@ -5,7 +5,6 @@ Redis (configured, system's or bundled) -> Ray (existing or local) -> selectors,
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from services.roles import APPLICATION, runs_proposers, runs_selectors
 from services.rpc.tls import ClientTLS, server_credentials
 from services.rpc.tokens import Tokens
 
-logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 OWN_RAY = "give this one a Ray of its own: RAY_ADDRESS=local s2t serve"
 CLAIM = "s2t-serve"  # name and namespace of the actor that stands for the running `s2t serve`
 

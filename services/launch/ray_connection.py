@@ -65,7 +65,7 @@ def existing_ray(address: str = "") -> Iterator[bool]:
         yield True
         return
     named = os.environ.get("RAY_ADDRESS", "") or "auto"
-    if address and _listens(address):
+    if address and listens(address):
         named = address
         # As Ray does for a cluster that it finds itself: one of `ray.init` asks for this user's
         # token.
@@ -100,7 +100,8 @@ def _join(address: str, quiet: dict[str, Any]) -> bool:
     return True
 
 
-def _listens(address: str) -> bool:
+def listens(address: str) -> bool:
+    """Whether something does at host:port."""
     try:
         _probe(address)
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ RULES = {
     ),
     RedisRole.CONSUMER: (
         "+ping +select +multi +exec",
-        f"+xgroup|create +xreadgroup +xpending +xclaim +xack +xdel +xlen ~{LABELS}",
+        f"+xgroup|create +xreadgroup +xpending +xclaim +xack +xdel +xlen +xrange ~{LABELS}",
         f"+xadd +xtrim +xlen ~{DEAD_LETTERS}",
     ),
     RedisRole.ADMIN: (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import ray
 from ray import serve
 
@@ -9,7 +11,9 @@ from s2t_shared.config import Config
 from services.nodes import awaited, find_nodes, needs_of
 from services.roles import APPLICATION, SECTIONS, placements
 
+logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 ADDRESS_TIMEOUT_S = 30.0
+METRICS_TIMEOUT_S = 5.0
 
 
 def find_addresses() -> list[str]:
@@ -31,6 +35,22 @@ def find_url() -> str:
     """
     gateway = serve.get_deployment_handle("Gateway", APPLICATION)
     return str(gateway.url.remote().result(timeout_s=ADDRESS_TIMEOUT_S))
+
+
+def find_metrics() -> dict[str, list[str]]:
+    """Where Prometheus reads each replica's metrics, by the name of its deployment; without those
+    that do not run or do not say."""
+    found = {}
+    for name, role in serve.status().applications[APPLICATION].deployments.items():
+        if not role.replica_states.get("RUNNING"):
+            continue
+        try:
+            asked = serve.get_deployment_handle(name, APPLICATION).broadcast("metrics_url")
+            urls = asked.results(timeout_s=METRICS_TIMEOUT_S)
+        except Exception:  # noqa: BLE001 - the border to Serve: it may raise anything here
+            continue
+        found[name] = sorted(str(url) for url in urls if url)
+    return found
 
 
 def waits(config: Config) -> dict[str, str]:

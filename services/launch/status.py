@@ -10,7 +10,7 @@ from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from services.client import Client
 from services.launch.ray_connection import existing_ray
-from services.launch.running import find_addresses, waits
+from services.launch.running import find_addresses, find_metrics, waits
 from services.launch.service_record import read_record
 from services.roles import APPLICATION
 from services.rpc import channels
@@ -22,10 +22,12 @@ ANSWER_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class RoleStatus:
-    """Replicas of one deployment. states: how many are in which state. awaits: in words, or ""."""
+    """Replicas of one deployment. states: how many are in which state. awaits: in words, or "".
+    metrics: where Prometheus reads those of each replica."""
 
     states: dict[str, int]
     awaits: str = ""
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ def status(config: Config) -> ServiceStatus:
         if application is None:
             return ServiceStatus("DOWN")
         waiting = waits(config)
+        metrics = find_metrics()
         roles = {
             name: RoleStatus(
                 {str(state): count for state, count in role.replica_states.items()},
                 waiting.get(name, ""),
+                tuple(metrics.get(name, ())),
             )
             for name, role in application.deployments.items()
         }

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2t_shared.config import Config
+from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.files import locked, temporary_name, write_atomically
+from s2t_shared.labels.object_lake import ObjectLake
 from services.launch.findings import Finding, fail, ok, warn
 
 GIB = 1 << 30
@@ -26,6 +28,7 @@ FLEETING = ("tmpfs", "ramfs")
 HOLDER = """
 import sys
 from pathlib import Path
+from s2t_shared.errors import ConfigError, StoreError
 from s2t_shared.files import locked
 with locked(Path(sys.argv[1]), shared=sys.argv[2] == "shared"):
     print("held", flush=True)
@@ -48,6 +51,8 @@ class Mount:
 def check_storage(config: Config) -> Iterator[Finding]:
     yield _data_folder(config.data_dir)
     yield _room("disk", config.data_dir, LEAST_FREE_GIB)
+    if config.labels.lake is not None:
+        yield _object_lake(config.labels.lake)
     yield _spool(config.spool)
     yield _room("spool disk", config.spool, config.labels.spool_mib / 1024)
 
@@ -71,6 +76,15 @@ def _existing(folder: Path) -> Path:
     while not folder.is_dir():
         folder = folder.parent
     return folder
+
+
+def _object_lake(url: str) -> Finding:
+    """Whether the lake's store can be written to as a drain writes."""
+    try:
+        ObjectLake(url).check()
+    except (ConfigError, StoreError) as error:
+        return fail("lake", str(error))
+    return ok("lake", f"{url}: files are written, read, and created once")
 
 
 # -- where ----------------------------------------------------------------------------------------

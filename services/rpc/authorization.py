@@ -13,6 +13,7 @@ import grpc.aio
 
 from s2t_shared.errors import PermissionDeniedError, UnauthenticatedError
 from services.rpc import wire
+from services.rpc.border import OnRefusal
 from services.rpc.tokens import Role, Tokens
 
 OPEN_METHODS = ("/grpc.health.v1.Health/",)  # what a load balancer may ask without a token
@@ -21,14 +22,20 @@ ALLOWED = {  # service -> roles
     "s2t.v1.SelectionService": frozenset({Role.SCORE}),
     "s2t.v1.AdminService": frozenset({Role.ADMIN}),
     "grpc.reflection.v1alpha.ServerReflection": frozenset({Role.GENERATE, Role.ADMIN}),
+    # Not served: clients ask for it first, and take v1alpha only where it is UNIMPLEMENTED.
+    "grpc.reflection.v1.ServerReflection": frozenset({Role.GENERATE, Role.ADMIN}),
 }
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls whose token has no role that may make them; health checks excepted."""
+    """Refuses calls whose token has no role that may make them; health checks excepted.
 
-    def __init__(self, tokens: Tokens) -> None:
+    on_refusal: called with the error of each call that is refused.
+    """
+
+    def __init__(self, tokens: Tokens, on_refusal: OnRefusal = lambda error: None) -> None:
         self._tokens = tokens
+        self._on_refusal = on_refusal
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
@@ -40,6 +47,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._tokens.check(given, ALLOWED.get(service, frozenset()))
         except (UnauthenticatedError, PermissionDeniedError) as error:
+            self._on_refusal(error)
             return _refusal(error)
         return await continuation(details)
 

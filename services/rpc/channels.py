@@ -15,7 +15,7 @@ import grpc.aio
 
 from s2t_shared.errors import ConfigError
 from services.rpc.authorization import TokenInterceptor
-from services.rpc.border import BorderInterceptor
+from services.rpc.border import BorderInterceptor, OnRefusal
 from services.rpc.tls import ClientTLS, FollowedTLS, server_credentials
 from services.rpc.tokens import Role, Tokens
 
@@ -61,16 +61,20 @@ def new_server(
     security: SecurityConfig,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     connections: ConnectionLimits = NO_LIMITS,
+    on_refusal: OnRefusal = lambda error: None,
 ) -> grpc.aio.Server:
     """A server with our limits; it demands a token if, and only if, a token file is configured.
+
+    on_refusal: called with each error that no handler has seen: a token that does not do, a message
+    that cannot be decoded, a bug.
 
     Raises:
         ConfigError: the token file cannot be used.
     """
     file = security.token_file
-    authorization = [] if file is None else [TokenInterceptor(Tokens(file))]
+    authorization = [] if file is None else [TokenInterceptor(Tokens(file), on_refusal)]
     return grpc.aio.server(
-        interceptors=[*authorization, BorderInterceptor()],
+        interceptors=[BorderInterceptor(on_refusal), *authorization],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),

@@ -33,6 +33,7 @@ class Role(str, Enum):
     GENERATE = "generate"  # answers
     SCORE = "score"  # proposers to selectors
     ADMIN = "admin"  # versions, labels
+    METRICS = "metrics"  # what Prometheus reads
 
 
 ALL_ROLES = frozenset(Role)

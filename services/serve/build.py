@@ -6,8 +6,9 @@ The only place that knows all of them. Each function is called in its replica's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from s2t_shared.decode.vllm_selector import VLLMSelector
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.loading import resolve_model
@@ -35,6 +37,8 @@ from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.registry import SLM
+from services.metrics.decode_meter import DecodeMeter
+from services.metrics.registry import Reading
 from services.rpc import channels
 from services.rpc.tokens import Role
 from services.serve.admin_servicer import AdminServicer
@@ -45,8 +49,10 @@ from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
+from services.serve.request_meter import label_store_readings
 from services.serve.selector_server import SelectorServer
 from services.serve.selector_thread import AsyncSelector, SelectorThread
+from services.serve.traced_selector import traced
 from services.serve.version_watcher import VersionWatcher
 
 log = logging.getLogger(__name__)
@@ -75,15 +81,21 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     labels = LabelRecorder(_label_writer(config, models))
     versions = VersionWatcher(LiveVersions(config.versions), slm.weights, tokenizer.digest)
     settings = config.proposer
+    selector = _cached(config, remote)
     engine = Engine(
         slm.proposer,
-        _cached(config, remote),
+        traced(selector),
         versions.lookup,
         max_num_seqs=settings.max_num_seqs,
         selection_timeout_s=settings.selection_timeout_s,
         max_draft_tokens=settings.max_draft_tokens,
     )
-    thread = EngineThread(engine, tokenizer, check_when_idle=slm.check_when_idle)
+    thread = EngineThread(
+        engine,
+        tokenizer,
+        check_when_idle=slm.check_when_idle,
+        meter=DecodeMeter() if config.metrics.enabled else None,
+    )
     calibrator = Calibrator(
         engine=thread,
         tokenizer=tokenizer,
@@ -95,7 +107,7 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
     await calibrator.start()
     live = versions.live_version or "none"
     log.info("proposer ready: slm %s, live local selector %s", slm.proposer.info.digest, live)
-    return ProposerService(
+    service = ProposerService(
         engine=thread,
         tokenizer=tokenizer,
         selector=remote,
@@ -106,6 +118,16 @@ async def proposer_service(config: Config, selectors: Any = None) -> ProposerSer
         max_queue_s=settings.max_queue_s,
         stall_timeout_s=settings.stall_timeout_s,
     )
+    service.registry.add(remote.readings)
+    if isinstance(selector, CachedSelector):
+        service.registry.add(partial(cache_readings, selector))
+    return service
+
+
+def cache_readings(cache: CachedSelector) -> Iterator[Reading]:
+    """For the metrics; from any thread."""
+    yield Reading("s2t_selection_cache_lookups_total", cache.hits, ("hit",))
+    yield Reading("s2t_selection_cache_lookups_total", cache.misses, ("miss",))
 
 
 @dataclass(frozen=True)
@@ -240,9 +262,9 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
     Raises:
         ConfigError: its address cannot be used.
     """
-    lake = Lake(config.lake)
+    lake = open_lake(config.lake)
     stream = _stream(config)
-    drain = _drain(config, stream, lake) if stream is not None else None
+    drain = label_drain(config, stream, lake) if stream is not None else None
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
         lake=lake,
@@ -250,7 +272,10 @@ def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
         stream=stream,
         drain=drain,
     )
-    return GatewayServer(config, proposers, admin, drain)
+    server = GatewayServer(config, proposers, admin, drain)
+    if stream is not None:
+        server.registry.add(partial(label_store_readings, stream))
+    return server
 
 
 def _stream(config: Config) -> LabelStream | None:
@@ -259,7 +284,7 @@ def _stream(config: Config) -> LabelStream | None:
     return LabelStream(url_of(RedisRole.CONSUMER, config.redis.url, config.redis.password_dir))
 
 
-def _drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
+def label_drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
     labels = config.labels
     return Drain(
         stream,

@@ -16,6 +16,8 @@ import grpc.aio
 
 from s2t_shared.errors import OverloadedError
 
+NO_TOKEN = "no token"
+
 
 def client_of(context: grpc.aio.ServicerContext) -> str:
     """A name of who calls: of its host and its token, without telling either's token."""
@@ -28,8 +30,13 @@ def name_of(host: str, authorization: bytes) -> str:
     """The name of who calls from `host` ("ipv4:127.0.0.1") with this authorization."""
     # The token alone: of its scheme's case and spaces there are as many spellings as one likes.
     token = authorization.partition(b" ")[2].strip()
-    digest = hashlib.sha256(token).hexdigest()[:8] if token else "no token"
+    digest = hashlib.sha256(token).hexdigest()[:8] if token else NO_TOKEN
     return f"{host}, {digest}"
+
+
+def digest_of(client: str) -> str:
+    """Of a client's name, the digest of its token; "" where it has none."""
+    return client.rpartition(", ")[2].replace(NO_TOKEN, "")
 
 
 def _host(peer: str) -> str:

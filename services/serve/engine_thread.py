@@ -10,6 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -24,6 +25,7 @@ from s2t_shared.errors import ProposerLostError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.types import AnswerPiece, Step
+from services.metrics.decode_meter import DecodeMeter
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.005  # while all sequences wait for the LLM, new requests are looked for this often
@@ -33,7 +35,10 @@ JOIN_S = 1.0
 class OngoingAnswer:
     """Carries the pieces of one answer from the engine's thread to the running asyncio loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, arrived_at: float | None = None) -> None:
+        """arrived_at: when its request came, `time.monotonic()`; None: it is nobody's, and not
+        counted."""
+        self.arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
         self._pieces: list[AnswerPiece] = []
         self._is_last = False
@@ -83,7 +88,7 @@ class EngineThread:
     the thread, and so the replica: every answer then fails with ProposerLostError.
 
     check_when_idle: called before the thread waits for a request. What it raises ends the thread:
-    a bug found there must end the replica, not an answer.
+    a bug found there must end the replica, not an answer. meter: counts what is decided.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class EngineThread:
         engine: Engine,
         tokenizer: TextTokenizer,
         check_when_idle: Callable[[], None] = lambda: None,
+        meter: DecodeMeter | None = None,
     ) -> None:
+        self.meter = meter
         self._engine = engine
         self._tokenizer = tokenizer
         self._check_when_idle = check_when_idle
@@ -113,6 +120,11 @@ class EngineThread:
         return self._engine.load
 
     @property
+    def kv_usage(self) -> float | None:
+        """Share of the SLM's KV memory that live sequences hold, 0..1; None: not known."""
+        return self._engine.proposer.kv_usage
+
+    @property
     def is_alive(self) -> bool:
         """Whether the thread can still answer requests: one that was given up never can, though
         it may turn again."""
@@ -129,16 +141,21 @@ class EngineThread:
         return self._engine.capacity
 
     async def submit(
-        self, request: EncodedRequest, local_selector: LocalSelector | None = None
+        self,
+        request: EncodedRequest,
+        local_selector: LocalSelector | None = None,
+        arrived_at: float | None = None,
     ) -> tuple[AnswerBuilder, OngoingAnswer]:
         """Start an answer. A caller that is cancelled meanwhile leaves nothing behind.
+
+        arrived_at: as in `OngoingAnswer`.
 
         Raises:
             InvalidRequestError: the request cannot be answered.
             VersionNotFoundError: there is no local selector of the named version.
             ProposerLostError: the thread has ended.
         """
-        answer = OngoingAnswer()
+        answer = OngoingAnswer(arrived_at)
         accepted: Future[AnswerBuilder] = Future()
         self._inbox.put(partial(self._accept, request, local_selector, answer, accepted))
         if self._ended:
@@ -228,11 +245,15 @@ class EngineThread:
         if sequence not in self._ongoing:  # its answer has failed
             return
         builder, answer = self._ongoing[sequence]
+        if self.meter is not None and answer.arrived_at is not None:
+            self.meter.count(sequence, steps, answer.arrived_at, time.monotonic())
         try:
             piece = builder.push(sequence, steps)
         except Exception as error:  # noqa: BLE001 - whatever an answer causes ends that answer
             for other in builder.sequences:
                 self._ongoing.pop(other, None)
+                if self.meter is not None:
+                    self.meter.forget(other)
             builder.cancel()
             answer.fail(error)
             return

@@ -8,6 +8,8 @@ import ray
 from ray import serve
 
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
+from services.metrics.exports import MetricsExports
+from services.rpc import logs, tracing
 from services.serve import build
 from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
@@ -19,10 +21,13 @@ class Gateway:
     async def __init__(self, config: Config, proposers: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """proposers: Serve's handle of the proposer deployment."""
         check_exposure(config)
+        logs.begin(config.log, "gateway")
+        tracing.begin(config.traces, "gateway")
         self._config = config
         counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
         self._server = build.gateway_server(config, counted)
         await self._server.start()
+        self._exports = MetricsExports(self._server.registry, config)
 
     async def port(self) -> int:
         return self._server.port
@@ -38,10 +43,17 @@ class Gateway:
         """Where HTTP is served, as people are told; "" for nowhere."""
         return self._server.url
 
+    async def metrics_url(self) -> str:
+        """Where Prometheus reads its metrics; "" for nowhere."""
+        return self._exports.url
+
     async def __del__(self) -> None:
         server: GatewayServer | None = getattr(self, "_server", None)
         if server is not None:  # None after a failed start
             await server.stop()
+        exports: MetricsExports | None = getattr(self, "_exports", None)
+        if exports is not None:  # last: that it drains can be seen
+            exports.close()
 
 
 def running_replicas(deployment: Any) -> int:

@@ -8,6 +8,7 @@ grpc.health.v1, and turns a dead replica into INTERNAL.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
@@ -16,6 +17,8 @@ from s2t_shared.config import Config
 from s2t_shared.labels.drain import Drain
 from s2t_shared.pb.v1 import admin_pb2_grpc, generation_pb2_grpc
 from services.http.server import HttpServer
+from services.metrics.registry import Reading, Registry
+from services.metrics.table import Role
 from services.rpc import channels
 from services.rpc.tokens import Tokens
 from services.serve.admin_servicer import AdminServicer
@@ -23,6 +26,8 @@ from services.serve.gateway_health import ADMIN, GENERATION, GatewayHealth
 from services.serve.generation_servicer import GenerationServicer, Proposers
 from services.serve.http_door import HttpDoor
 from services.serve.intake import Intake
+from services.serve.recorded_proposers import RecordedProposers
+from services.serve.request_meter import MeteredProposers, RequestMeter
 from services.serve.resuming_proposers import ResumingProposers
 
 
@@ -37,7 +42,13 @@ class GatewayServer:
         Raises:
             ConfigError: the port is taken, or a security file cannot be used.
         """
-        proposers = ResumingProposers(proposers, config.gateway.max_resumes)
+        self.registry = Registry(Role.GATEWAY)
+        self.registry.add(self._readings)
+        self._is_draining = False
+        meter = RequestMeter(self.registry)
+        resuming = ResumingProposers(proposers, config.gateway.max_resumes)
+        self._resuming = resuming
+        proposers = RecordedProposers(MeteredProposers(resuming, meter))
         self._proposers = proposers
         self._drain = drain
         self._health = GatewayHealth(proposers)
@@ -51,8 +62,9 @@ class GatewayServer:
                 max_age_s=gateway.max_connection_age_s,
                 max_age_grace_s=gateway.max_connection_age_grace_s,
             ),
+            on_refusal=meter.refused,
         )
-        intake = Intake(config)
+        intake = Intake(config, meter.refused)
         generation = GenerationServicer(config, proposers, intake)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
@@ -75,6 +87,11 @@ class GatewayServer:
         """Where HTTP is served, "" for nowhere."""
         return self._http.url if self._http is not None else ""
 
+    def _readings(self) -> Iterator[Reading]:
+        yield Reading("s2t_ready", self._health.serves)
+        yield Reading("s2t_draining", self._is_draining)
+        yield Reading("s2t_handovers_total", self._resuming.handovers)
+
     async def start(self) -> None:
         """Answer calls, as soon as a proposer answers us."""
         if self._drain is not None:
@@ -91,6 +108,7 @@ class GatewayServer:
 
         grace_s: None for the configured lag and grace; else there is no lag.
         """
+        self._is_draining = True
         await self._health.stop()
         if self._http is not None:
             self._http.end_readiness()

@@ -68,7 +68,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             async for piece in pieces:
                 yield wire.write_piece(request.request_id, piece)
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await refuse(context, error)
+            await self._refuse(context, error)
 
     async def Generate(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -80,7 +80,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 request_id=request.request_id, answer=wire.write_answer(answer)
             )
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await refuse(context, error)
+            await self._refuse(context, error)
             raise AssertionError("abort raises") from error
 
     async def DescribeService(
@@ -89,8 +89,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         try:
             return wire.write_description(await self._proposers.describe())
         except Exception as error:  # noqa: BLE001 - the border: a client never sees our insides
-            await refuse(context, error)
+            await self._refuse(context, error)
             raise AssertionError("abort raises") from error
+
+    async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
+        if isinstance(error, S2TError):  # others the server's border sees
+            self._intake.refused(error)
+        await refuse(context, error)
 
     def _read(
         self,

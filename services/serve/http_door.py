@@ -77,6 +77,7 @@ class HttpDoor:
         return [{**asdict(version), "gate": verdicts.get(version.name)} for version in published]
 
     def refusal(self, error: Exception) -> wire.Refusal:
+        self._intake.refused(error)
         if isinstance(error, S2TError):
             refusal = wire.refusal_of(error)
             if refusal.text != str(error):

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from s2t_shared.errors import ConfigError, SelectorUnavailableError, StoreError
 from s2t_shared.labels.label import Digests, Rollout, rollout_of
-from s2t_shared.labels.writer import LabelWriter
+from s2t_shared.labels.writer import DROP_REASONS, LabelWriter
 from s2t_shared.splits import check_split
-from s2t_shared.types import Answer, GenerateRequest, LabelOptions, Mode
+from s2t_shared.types import Answer, GenerateRequest, LabelOptions, Mode, TraceHeaders
+from services.metrics.registry import Reading
+from services.rpc import tracing
 
 log = logging.getLogger(__name__)
 DURABLE_TIMEOUT_S = 30.0
@@ -37,6 +43,19 @@ class LabelRecorder:
     def dropped(self) -> int:
         """Labels that were lost since the start, for whatever reason."""
         return sum(self._writer.dropped.values()) if self._writer is not None else 0
+
+    def readings(self) -> Iterator[Reading]:
+        """For the metrics; from any thread."""
+        if self._writer is None:
+            return
+        yield Reading("s2t_labels_written_total", self._writer.written)
+        for reason in DROP_REASONS:  # those at 0 too, or no query would see the first one rise
+            labels = self._writer.dropped[reason]
+            yield Reading("s2t_labels_dropped_total", labels, (reason.replace(" ", "_"),))
+        with suppress(StoreError):  # the disk refuses: then dropped labels tell of it
+            usage = self._writer.spool_usage()
+            yield Reading("s2t_spool_bytes", usage.bytes)
+            yield Reading("s2t_spool_rollouts", usage.entries)
 
     def check(self, options: LabelOptions) -> None:
         """Check what a request wants of its labels, before it is decoded.
@@ -83,14 +102,16 @@ class LabelRecorder:
         # Not on the loop: hashes and statistics of a long answer take a while.
         rollout = await asyncio.to_thread(make_rollout, request, prompt_ids, answer, digests)
         if options.store and self._writer is not None:
-            await self.store(rollout, options.durable)
+            await self.store(rollout, options.durable, request.trace)
             answer = replace(answer, labels_stored=len(rollout.labels))
         if options.collect:
             answer = replace(answer, rollout=rollout.to_json().encode())
         return answer
 
-    async def store(self, rollout: Rollout, durable: bool) -> None:
+    async def store(self, rollout: Rollout, durable: bool, trace: TraceHeaders = ()) -> None:
         """Hand a rollout to the writer; with `durable` wait until it is stored.
+
+        trace: what storing it belongs to.
 
         Raises:
             StoreError: it is not stored durably.
@@ -99,7 +120,9 @@ class LabelRecorder:
         says_nothing_of_the_llm = not rollout.labels and not rollout.llm_top_rank
         if says_nothing_of_the_llm:
             return
+        span = tracing.start("labels.append", trace, "client", labels=len(rollout.labels))
         stored = self._writer.write([rollout])
+        stored.add_done_callback(partial(_end, span, self._writer))
         if not durable:
             return
         try:
@@ -115,6 +138,13 @@ class LabelRecorder:
         """Store what is queued."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _end(span: tracing.Span, writer: LabelWriter, stored: Future[None]) -> None:
+    error = stored.exception()
+    if error is None:
+        span.set({"place": "redis" if writer.writes_to_redis else "spool"})
+    span.end("" if error is None else type(error).__name__)
 
 
 def _llms(answer: Answer) -> set[str]:

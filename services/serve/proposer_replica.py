@@ -8,6 +8,8 @@ from typing import Any
 
 from s2t_shared.config import Config
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
+from services.metrics.exports import MetricsExports
+from services.rpc import logs, tracing
 from services.serve import build
 from services.serve.proposer_service import ProposerService
 
@@ -20,7 +22,10 @@ class ProposerReplica:
 
     async def __init__(self, config: Config, selectors: Any = None) -> None:  # type: ignore[misc]
         """selectors: Serve's handle of the selector deployment, None where there is none."""
+        logs.begin(config.log, "proposer")
+        tracing.begin(config.traces, "proposer")
         self._service = await build.proposer_service(config, selectors)
+        self._exports = MetricsExports(self._service.registry, config)
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
         async with aclosing(self._service.stream(request)) as pieces:
@@ -36,10 +41,17 @@ class ProposerReplica:
     async def count_dropped_labels(self) -> int:
         return await self._service.count_dropped_labels()
 
+    async def metrics_url(self) -> str:
+        """Where Prometheus reads its metrics; "" for nowhere."""
+        return self._exports.url
+
     def check_health(self) -> None:
         self._service.check_health()
 
     def __del__(self) -> None:
+        exports: MetricsExports | None = getattr(self, "_exports", None)
+        if exports is not None:
+            exports.close()
         service: ProposerService | None = getattr(self, "_service", None)
         if service is not None:  # None after a failed start
             service.close()

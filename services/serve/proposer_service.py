@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -45,7 +46,11 @@ from s2t_shared.types import (
     ServiceDescription,
     Step,
 )
+from services.metrics.registry import Reading, Registry
+from services.metrics.table import Role
+from services.rpc import logs
 from services.serve.admission import Admission, Ticket
+from services.serve.answer_trace import traced
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
 
@@ -67,6 +72,9 @@ class ServingVersions(Protocol):
 
     @property
     def live_version(self) -> str: ...
+
+    @property
+    def live_created_at(self) -> float: ...
 
     @property
     def canary_version(self) -> str: ...
@@ -118,6 +126,11 @@ class ProposerService:
         # Not on the loop, nor on the engine's thread: a long prompt takes a second.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._tokenizing_beat = Heartbeat()
+        self.registry = Registry(Role.PROPOSER)
+        if engine.meter is not None:
+            self.registry.add(engine.meter.readings)
+        self.registry.add(self._readings)
+        self.registry.add(labels.readings)
 
     @property
     def ongoing_requests(self) -> int:
@@ -138,21 +151,25 @@ class ProposerService:
             OverloadedError: it cannot begin, or not be finished, in time.
             S2TError: the request cannot be answered.
         """
+        arrived_at = time.monotonic()
+        logs.about(request.request_id)
         check_request(request)
-        with self._admission.admit(request) as ticket:
-            request, local_selector = await self._prepare(request)
+        with traced(request) as trace, self._admission.admit(request) as ticket:
+            request, local_selector = await self._prepare(trace.request)
             encoded = await self._encode(request, ticket)
-            builder, ongoing = await self._engine.submit(encoded, local_selector)
+            builder, ongoing = await self._engine.submit(encoded, local_selector, arrived_at)
             ticket.sequences = builder.sequences
             try:
                 is_last = False
                 while not is_last:
                     piece, is_last = await ongoing.next_piece()
+                    trace.sees(piece)
                     piece = self._travelling_piece(request, builder, piece)
                     if not is_last and (piece.text or piece.progress):
                         yield piece
                 yield replace(piece, answer=await self._finish(request, builder))
             finally:
+                trace.ends(builder.sequences[0])
                 if not builder.done:
                     self._engine.cancel(builder)
 
@@ -187,6 +204,23 @@ class ProposerService:
     async def count_dropped_labels(self) -> int:
         """Labels that were lost since the start, for whatever reason."""
         return self._labels.dropped
+
+    def _readings(self) -> Iterator[Reading]:
+        load = self.load
+        yield Reading("s2t_sequences_running", load.running)
+        yield Reading("s2t_sequences_waiting", load.waiting)
+        yield Reading("s2t_sequences_parked", load.parked)
+        yield Reading("s2t_requests_ongoing", self.ongoing_requests)
+        usage = self._engine.kv_usage
+        if usage is not None:
+            yield Reading("s2t_kv_usage_ratio", usage)
+        versions = self._versions
+        names = (versions.live_version, versions.canary_version)
+        digests = (self._engine.slm.digest, self._selector.info.digest)
+        yield Reading("s2t_version_info", labels=(*digests, *names))
+        yield Reading("s2t_canary_share", versions.canary_share)
+        if versions.live_version:
+            yield Reading("s2t_version_created_timestamp_seconds", versions.live_created_at)
 
     def check_health(self) -> None:
         """Raises RuntimeError: nothing can be answered any more, because a thread has died or

@@ -13,7 +13,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -26,11 +27,14 @@ from s2t_shared.errors import (
     SelectorUnavailableError,
     TokenizerMismatchError,
 )
+from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.types import ScoreQuery, ScoreReply
+from services.metrics.registry import Distribution, Reading
+from services.metrics.table import TABLE
 from services.rpc import channels, wire
 from services.rpc.tls import ClientTLS, FollowedTLS
 from services.rpc.tokens import Role, Tokens
-from services.serve.breaker import Backoff, CircuitBreaker
+from services.serve.breaker import Backoff, BreakerState, CircuitBreaker
 from services.serve.selector_link import LATE_SHARE, PATIENCE_S, Metadata, SelectorLink
 
 log = logging.getLogger(__name__)
@@ -103,6 +107,9 @@ class RemoteSelector:
         self._backoff = backoff
         self._links: dict[str, SelectorLink] = {}
         self._last_query: ScoreQuery | None = None
+        self._answered = 0
+        self._failed = 0
+        self._latency = Distribution(TABLE["s2t_selection_latency_seconds"].buckets)
         self.info = fallback
         self._loop = asyncio.get_running_loop()
         self._watch_task = self._loop.create_task(self._watch())
@@ -121,6 +128,18 @@ class RemoteSelector:
                 f"{channels.MAX_MESSAGE_BYTES}: ask for a shorter answer"
             )
         self._last_query = query
+        started = time.monotonic()
+        try:
+            reply = await self._first_reply(query, message)
+        except SelectorUnavailableError:
+            self._failed += 1
+            raise
+        self._latency.observe(time.monotonic() - started)
+        self._answered += 1
+        return reply
+
+    async def _first_reply(self, query: ScoreQuery, message: pb.ScoreRequest) -> ScoreReply:
+        """Of the selectors that the query is for: the second is asked when the first is late."""
         waiting = [self._links[a] for a in self.replicas_for(query.sequence_id)[:ATTEMPTS]]
         if len(waiting) == 1:
             return await waiting[0].ask(query, message)
@@ -154,12 +173,22 @@ class RemoteSelector:
         usable = [a for a, link in self._links.items() if link.is_closed and link.info == self.info]
         return sorted(usable, key=lambda a: hashlib.sha256(f"{a}|{sequence_id}".encode()).digest())
 
+    def readings(self) -> Iterator[Reading]:
+        """For the metrics; from any thread."""
+        yield Reading("s2t_llm_reachable", self.reachable)
+        states = Counter(link.state for link in list(self._links.values()))
+        for state in BreakerState:
+            yield Reading("s2t_selector_breakers", states[state], (state.value,))
+        yield Reading("s2t_selection_latency_seconds", self._latency)
+        yield Reading("s2t_selections_total", self._answered, ("answered",))
+        yield Reading("s2t_selections_total", self._failed, ("failed",))
+
     # -- selectors --------------------------------------------------------------------------------
 
     @property
     def reachable(self) -> bool:
         """Whether there is a selector to ask."""
-        return any(link.is_closed for link in self._links.values())
+        return any(link.is_closed for link in list(self._links.values()))
 
     async def wait_until_reachable(self, timeout_s: float) -> None:
         """Wait for the first selector; after `timeout_s` seconds go on without one.
@@ -253,6 +282,7 @@ class RemoteSelector:
             positions=query.positions[-1:],
             candidate_ids=query.candidate_ids[-1:],
             sequence_id="probe",
+            trace=(),
         )
 
     async def close(self) -> None:

@@ -35,7 +35,7 @@ class ResumingProposers:
     """`Proposers` over those that may die.
 
     max_resumes: how often in a row an answer is handed on without a new token of it. A request that
-    kills every proposer ends so. clock: seconds.
+    kills every proposer ends so. clock: seconds. handovers: of answers, since the start.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class ResumingProposers:
         self._proposers = proposers
         self._max_resumes = max_resumes
         self._clock = clock
+        self.handovers = 0
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
         """Pieces of one answer, whoever makes them.
@@ -68,6 +69,7 @@ class ResumingProposers:
                             return
             except (ProposerLostError, OverloadedError) as error:
                 await answer.pause(error)
+                self.handovers += 1
 
     async def answer(self, request: GenerateRequest) -> Answer:
         """The finished answer. Raises as `stream`."""
@@ -77,6 +79,7 @@ class ResumingProposers:
                 return await self._proposers.answer(answer.rest())
             except (ProposerLostError, OverloadedError) as error:
                 await answer.pause(error)
+                self.handovers += 1
 
     async def describe(self) -> ServiceDescription:
         return await self._proposers.describe()

@@ -29,7 +29,7 @@ from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
 from s2t_shared.types import ScoreQuery, ScoreReply
 from services.rpc import wire
-from services.serve.breaker import CircuitBreaker
+from services.serve.breaker import BreakerState, CircuitBreaker
 
 log = logging.getLogger(__name__)
 DESCRIBE_TIMEOUT_S = 5.0
@@ -79,6 +79,11 @@ class SelectorLink:
         """Whether queries may be sent, as an electrical circuit is closed."""
         return self._breaker.is_closed
 
+    @property
+    def state(self) -> BreakerState:
+        """Of its circuit breaker."""
+        return self._breaker.state
+
     async def close(self) -> None:
         """End probes and connection. Queries under way fail."""
         self._is_dropped = True
@@ -114,7 +119,7 @@ class SelectorLink:
         patience_s = query.patience_s or PATIENCE_S
         started = self._clock()
         try:
-            response = await self._send(message, patience_s)
+            response = await self._send(message, patience_s, query.trace)
         except grpc.RpcError as error:
             failure = wire.error_of(error)
             if isinstance(failure, (InvalidRequestError, ConfigError)):
@@ -127,17 +132,21 @@ class SelectorLink:
             raise
         return self._read(query, response)
 
-    async def _send(self, message: pb.ScoreRequest, patience_s: float) -> pb.ScoreResponse:
+    async def _send(
+        self, message: pb.ScoreRequest, patience_s: float, trace: Metadata
+    ) -> pb.ScoreResponse:
         """The reply. A query whose connection breaks is sent once more, over a new one: that a
         connection is lost says nothing of the selector. A dead one refuses the new one at once."""
         give_up_at = self._clock() + patience_s
         try:
-            return await self._stub.Score(message, timeout=patience_s, metadata=self._metadata())
+            metadata = (*self._metadata(), *trace)
+            return await self._stub.Score(message, timeout=patience_s, metadata=metadata)
         except grpc.RpcError as error:
             left_s = give_up_at - self._clock()
             if left_s <= 0 or not wire.is_connection_lost(error):
                 raise
-        return await self._stub.Score(message, timeout=left_s, metadata=self._metadata())
+        metadata = (*self._metadata(), *trace)
+        return await self._stub.Score(message, timeout=left_s, metadata=metadata)
 
     def _read(self, query: ScoreQuery, response: pb.ScoreResponse) -> ScoreReply:
         """The reply, if it comes from the LLM that is known here, and can be true.

@@ -8,6 +8,8 @@ import logging
 import ray
 
 from s2t_shared.config import LOOPBACK, Config
+from services.metrics.exports import MetricsExports
+from services.rpc import logs, tracing
 from services.serve import build, scaling
 from services.serve.selector_server import SelectorServer
 
@@ -18,8 +20,11 @@ class SelectorReplica:
     """A `SelectorServer` that Serve runs."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.begin(config.log, "selector")
+        tracing.begin(config.traces, "selector")
         self._server = build.selector_server(config)
         await self._server.start()
+        self._exports = MetricsExports(self._server.registry, config)
         host = config.selector.host
         if host not in LOOPBACK:
             host = ray.util.get_node_ip_address()
@@ -29,6 +34,10 @@ class SelectorReplica:
     async def address(self) -> str:
         """host:port for proposers."""
         return self._address
+
+    async def metrics_url(self) -> str:
+        """Where Prometheus reads its metrics; "" for nowhere."""
+        return self._exports.url
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve scales by."""
@@ -41,3 +50,6 @@ class SelectorReplica:
         server: SelectorServer | None = getattr(self, "_server", None)
         if server is not None:  # None after a failed start
             await server.stop()
+        exports: MetricsExports | None = getattr(self, "_exports", None)
+        if exports is not None:  # last: that it drains can be seen
+            exports.close()

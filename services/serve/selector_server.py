@@ -11,14 +11,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from s2t_shared.config import SecurityConfig, SelectorConfig
+from s2t_shared.errors import S2TError
 from s2t_shared.pb.v1 import selection_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2_grpc as pb_grpc
+from services.metrics.registry import Reading, Registry
+from services.metrics.table import Role
 from services.rpc import channels, wire
 from services.serve.client_quota import ClientQuota
 from services.serve.request_limits import check_score_request
@@ -35,12 +40,21 @@ STOP_GRACE_S = 1.0
 class SelectionServicer(pb_grpc.SelectionServiceServicer):
     """`SelectionService` over an `AsyncSelector`. queries: that wait for their reply now."""
 
-    def __init__(self, selector: AsyncSelector, settings: SelectorConfig) -> None:
+    def __init__(
+        self,
+        selector: AsyncSelector,
+        settings: SelectorConfig,
+        registry: Registry | None = None,
+    ) -> None:
         self._selector = selector
         self._info = selector.info
         self.queries = 0
         self._quota = ClientQuota(settings.max_queries_per_client, settings.max_queries)
         self._last_asked = -math.inf
+        registry = registry or Registry(Role.SELECTOR)
+        self._ended = registry.counter("s2t_selector_queries_total")
+        self._positions = registry.counter("s2t_selector_positions_total")
+        self._seconds = registry.histogram("s2t_selector_query_seconds")
 
     @property
     def quiet_for_s(self) -> float:
@@ -53,16 +67,36 @@ class SelectionServicer(pb_grpc.SelectionServiceServicer):
     async def Score(
         self, message: pb.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> pb.ScoreResponse:
-        self._quota.count(context)
-        self.queries += 1
+        started = time.monotonic()
+        with self._counted():
+            self._quota.count(context)
+            self.queries += 1
+            try:
+                check_score_request(message, self._info.max_length)
+                query = wire.read_query(message)
+                reply = await self._selector.score(query, context.time_remaining())
+                self._positions.inc(len(query.positions))
+                self._seconds.observe(time.monotonic() - started)
+                return wire.write_reply(reply, self._info.tokenizer_digest)
+            finally:
+                self.queries -= 1
+                self._last_asked = time.monotonic()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a query by how it ends."""
+        status = grpc.StatusCode.CANCELLED
         try:
-            check_score_request(message, self._info.max_length)
-            query = wire.read_query(message)
-            reply = await self._selector.score(query, context.time_remaining())
-            return wire.write_reply(reply, self._info.tokenizer_digest)
+            yield
+            status = grpc.StatusCode.OK
+        except S2TError as error:
+            status = wire.status_of(error)
+            raise
+        except Exception:
+            status = grpc.StatusCode.INTERNAL
+            raise
         finally:
-            self.queries -= 1
-            self._last_asked = time.monotonic()
+            self._ended.labels(status.name).inc()
 
     async def DescribeModel(
         self, message: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
@@ -96,6 +130,9 @@ class SelectorServer:
             ConfigError: the address is not this machine's, or a security file cannot be used.
         """
         self.llm_digest = selector.info.digest
+        self.registry = Registry(Role.SELECTOR)
+        self.registry.add(self._readings)
+        self._is_draining = False
         self._selector = selector
         self._stall_timeout_s = settings.stall_timeout_s
         self._drain_grace_s = drain_grace_s
@@ -104,7 +141,7 @@ class SelectorServer:
         # More than are answered: one that waits in gRPC would not hear that there is no room.
         limits = channels.ConnectionLimits(max_streams=2 * settings.max_queries)
         self._server = channels.new_server(security, connections=limits)
-        self._servicer = SelectionServicer(selector, settings)
+        self._servicer = SelectionServicer(selector, settings, self.registry)
         self._servicer.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.port = channels.bind(
@@ -124,12 +161,20 @@ class SelectorServer:
 
     async def stop(self) -> None:
         """Say NOT_SERVING, answer until nobody asks any more, then end the LLM and what runs it."""
+        self._is_draining = True
         await self._health.enter_graceful_shutdown()
         give_up_at = time.monotonic() + self._drain_grace_s
         while self._servicer.quiet_for_s < self._quiet_s and time.monotonic() < give_up_at:
             await asyncio.sleep(POLL_S)
         await self._server.stop(STOP_GRACE_S)
         await asyncio.to_thread(self._selector.shutdown)
+
+    def _readings(self) -> Iterator[Reading]:
+        yield Reading("s2t_selector_queries_in_progress", self.queries)
+        yield Reading("s2t_selector_draining", self._is_draining)
+        usage = self._selector.kv_usage
+        if usage is not None:
+            yield Reading("s2t_selector_kv_usage_ratio", usage)
 
     def check_health(self) -> None:
         """Raises RuntimeError: nothing can be answered any more."""

@@ -17,6 +17,7 @@ from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
 from s2t_shared.errors import SelectorUnavailableError
 from s2t_shared.types import ScoreQuery, ScoreReply
+from services.rpc import call_record, tracing
 
 log = logging.getLogger(__name__)
 JOIN_S = 1.0
@@ -38,6 +39,12 @@ class AsyncSelector(Protocol):
         """Seconds since the LLM has moved on; 0 while nobody asks."""
         ...
 
+    @property
+    def kv_usage(self) -> float | None:
+        """Share of the LLM's KV memory in use, 0..1; None: the runtime does not say. From any
+        thread."""
+        ...
+
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
         """The reply to a query. time_left_s: how long its caller waits; None for no limit.
 
@@ -56,13 +63,15 @@ class AsyncSelector(Protocol):
 class QueuedQuery:
     """A query on its way to the LLM's thread, and the future of its reply.
 
-    deadline: a `time.monotonic()` value in seconds, None for none.
+    deadline: a `time.monotonic()` value in seconds, None for none. span: of the call that brought
+    it.
     """
 
     query: ScoreQuery
     future: asyncio.Future[ScoreReply]
     loop: asyncio.AbstractEventLoop
     deadline: float | None
+    span: tracing.Span = tracing.NOTHING
 
     def is_wanted(self) -> bool:
         """Whether its caller still waits."""
@@ -117,6 +126,10 @@ class SelectorThread:
         """Seconds since the thread's loop has turned; 0 while there is nothing to do."""
         return self._heartbeat.silent_s
 
+    @property
+    def kv_usage(self) -> float:
+        return self._llm.runtime.pool.usage
+
     async def score(self, query: ScoreQuery, time_left_s: float | None = None) -> ScoreReply:
         """The reply to a query. time_left_s: how long its caller waits; None for no limit.
 
@@ -128,7 +141,8 @@ class SelectorThread:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ScoreReply] = loop.create_future()
         deadline = time.monotonic() + time_left_s if time_left_s is not None else None
-        self._inbox.put(QueuedQuery(query, future, loop, deadline))
+        span = call_record.current().span
+        self._inbox.put(QueuedQuery(query, future, loop, deadline, span))
         if self._ended:
             self._fail_all()
         return await future
@@ -160,10 +174,24 @@ class SelectorThread:
             self._add(self._inbox.get())
         if self._ended:
             return
-        for pending, reply in self._llm.step():
+        span = self._batch_span()
+        answered = self._llm.step()
+        span.end()
+        for pending, reply in answered:
             late = SelectorUnavailableError("the deadline passed before the LLM came to it")
             self._in_progress.pop(pending).complete(reply or late)
         self._heartbeat.beat()
+
+    def _batch_span(self) -> tracing.Span:
+        """Of one forward: a child of one query that it serves, linked with the others."""
+        if not tracing.is_on():
+            return tracing.NOTHING
+        spans = [queued.span for queued in self._in_progress.values() if queued.span.is_recorded]
+        if not spans:
+            return tracing.NOTHING
+        first, *others = spans
+        queries = len(self._in_progress)
+        return tracing.start("llm.forward", first.headers, links=others, queries=queries)
 
     def _add(self, queued: QueuedQuery | None) -> None:
         if queued is None:

@@ -55,6 +55,7 @@ class VersionWatcher:
         self._serving = _Serving(NOTHING_LIVE, {})
         self._loaded: OrderedDict[str, LocalSelector] = OrderedDict()  # least recently used first
         self._refusals: dict[str, _Refusal] = {}
+        self._live_created_at = 0.0
         self.refresh()
         threading.Thread(target=self._watch, daemon=True, name="version-watcher").start()
 
@@ -64,6 +65,11 @@ class VersionWatcher:
     def live_version(self) -> str:
         """The version that is live here, "" for none."""
         return self._serving.state.version or ""
+
+    @property
+    def live_created_at(self) -> float:
+        """When the live version was made, in Unix seconds; 0 for none."""
+        return self._live_created_at
 
     @property
     def canary_version(self) -> str:
@@ -151,6 +157,7 @@ class VersionWatcher:
         if new != old:
             log.info("local selectors: %s -> %s", _describe(old), _describe(new))
             self._serving = _Serving(new, selectors)
+            self._live_created_at = self._created_at(new.version)
         self._forget_refusals(wanted)
 
     def _live_for(self, wanted: Live) -> LocalSelector | None:
@@ -212,6 +219,14 @@ class VersionWatcher:
         spare = [name for name in self._loaded if name not in serving and name != newest]
         for name in spare[: max(0, len(spare) - MAX_SPARE)]:
             del self._loaded[name]
+
+    def _created_at(self, version: str | None) -> float:
+        if version is None:
+            return 0.0
+        try:
+            return self._versions.registry.manifest(version).created_at
+        except VersionError:  # its folder has gone since it was loaded
+            return 0.0
 
     # -- refusals ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import ray
 
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
-from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.versions.registry import Registry
 from services.launch.ray_connection import local_ray
 from services.train.job import TrainOutcome, train
@@ -56,7 +56,7 @@ def _wait(config: Config, every_labels: int, say: Callable[[str], None]) -> None
     """Return when there are enough new labels, or an unfinished job."""
     announced = False
     while unfinished_job(config) is None:
-        new = Lake(config.lake).labels_since(trained_until(config))
+        new = open_lake(config.lake).labels_since(trained_until(config))
         if new >= every_labels:
             say(f"{new:,} new labels: training")
             return

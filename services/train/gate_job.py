@@ -15,7 +15,7 @@ import torch
 
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError, VersionError
-from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
@@ -101,7 +101,7 @@ def judge_version(config: Config, version: str) -> Verdict:
     registry = versions.registry
     new = registry.load(version, runtime, tokenizer.digest)
     live = _load_live(versions, runtime, tokenizer)
-    snapshot = Lake(config.lake).snapshot(registry.manifest(version).snapshot)
+    snapshot = open_lake(config.lake).snapshot(registry.manifest(version).snapshot)
     data = TrainingData(snapshot, runtime.digest, settings)
     labels = _compare_on_labels(runtime, data, settings, new, live)
     lm_kl = None

@@ -22,7 +22,7 @@ from pathlib import Path
 from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from s2t_shared.files import locked, write_atomically
-from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.model.loading import model_digest, resolve_model
 from s2t_shared.training.checkpoints import load_checkpoint
 from s2t_shared.versions.live import LiveVersions
@@ -89,7 +89,7 @@ def open_job(config: Config, say: Callable[[str], None]) -> Job:
             "next one)"
         )
         return job
-    snapshot = Lake(config.lake).freeze().id
+    snapshot = open_lake(config.lake).freeze().id
     job = job_of(config, snapshot, model_digest(resolve_model(config.slm.model)))
     job.folder(config).mkdir(parents=True, exist_ok=True)
     write_atomically(job.folder(config) / NOTE, json.dumps(asdict(job)))
@@ -107,7 +107,7 @@ def unfinished_job(config: Config) -> Job | None:
             published = Registry(config.versions).find_job(job.id)
             if published is None and load_checkpoint(job.folder(config)) is None:
                 continue
-            snapshot = Lake(config.lake).snapshot(job.snapshot)
+            snapshot = open_lake(config.lake).snapshot(job.snapshot)
             if job_of(config, snapshot.id, digest) == job:
                 return job
     return None

@@ -17,7 +17,7 @@ from s2t_shared.config import Config
 from s2t_shared.decode.calibrate import load_calibration
 from s2t_shared.errors import S2TError
 from s2t_shared.files import locked
-from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.model.loading import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def train_and_publish(config: Config, job: Job, publishes: bool) -> Manifest | N
     tokenizer = Tokenizer.load(folder, config.slm.chat_template)
     registry = Registry(config.versions)
     init = registry.load(job.init, runtime, tokenizer.digest) if job.init else None
-    snapshot = Lake(config.lake).snapshot(job.snapshot)
+    snapshot = open_lake(config.lake).snapshot(job.snapshot)
 
     def train(on_step: OnStep) -> Distilled:
         return distil(

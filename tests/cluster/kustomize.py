@@ -27,11 +27,15 @@ def render(folder: Path) -> list[Manifest]:
     for entry in [*text.get("resources", []), *text.get("components", [])]:
         source = folder / entry
         objects += render(source) if source.is_dir() else _documents(source)
+    options = dict(text.get("generatorOptions", {}))
+    labels = options.pop("labels", {})
     if text.get("configMapGenerator"):
-        assert text["generatorOptions"] == {"disableNameSuffixHash": True}
+        assert options == {"disableNameSuffixHash": True}
     for generated in text.get("configMapGenerator", []):
         data = {name: (folder / name).read_text(encoding="utf-8") for name in generated["files"]}
-        metadata = {"name": generated["name"]}
+        metadata: Manifest = {"name": generated["name"]}
+        if labels:
+            metadata["labels"] = dict(labels)
         objects.append(
             {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
         )

@@ -22,7 +22,8 @@ from tests.cluster.kustomize import Manifest, render
 
 K8S = Path(__file__).parent.parent.parent / "cluster/k8s"
 OVERLAYS = ["reference", "one-gpu"]
-OTHERS_KINDS = {"RayService", "PodMonitor"}  # custom resources, of which no schema is at hand
+# Custom resources, of which no schema is at hand.
+OTHERS_KINDS = {"RayService", "PodMonitor", "PrometheusRule"}
 KUBERNETES = "1.30"
 METRICS, AGENT, DASHBOARD = 8090, 52365, 8265
 MOST_OF_A_NAME = 41  # of a RayService: KubeRay appends to it

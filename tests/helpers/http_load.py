@@ -26,6 +26,7 @@ from s2t_shared.pair import Pair
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from s2t_shared.requests import new_request
+from services.metrics.decode_meter import DecodeMeter
 from services.rpc import channels
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
@@ -69,7 +70,7 @@ def scripted_service(step_s: float, tokens: int) -> ProposerService:
     return proposer_service(scripted_slm(["word"] * (2 * tokens), step_s=step_s))
 
 
-def bundled_service() -> ProposerService:
+def bundled_service(counts: bool = True) -> ProposerService:
     pair = Pair.open("bundled", batch_size=64, threads=1)
 
     class NoSelector:
@@ -77,7 +78,7 @@ def bundled_service() -> ProposerService:
         reachable = False
 
     return ProposerService(
-        engine=EngineThread(pair.engine, pair.tokenizer),
+        engine=EngineThread(pair.engine, pair.tokenizer, meter=DecodeMeter() if counts else None),
         tokenizer=pair.tokenizer,
         selector=NoSelector(),  # type: ignore[arg-type]
         versions=FixedVersions(),

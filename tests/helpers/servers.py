@@ -26,6 +26,7 @@ class FixedLLM:
     open: asyncio.Event = field(default_factory=asyncio.Event)
     asked: int = 0
     silent_s: float = 0.0
+    kv_usage: float | None = None
 
     def __post_init__(self) -> None:
         self.open.set()

@@ -19,13 +19,14 @@ from s2t_shared.config import Config, load_config
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.scripted import ScriptedSelector, ScriptedSLM
 from s2t_shared.errors import VersionNotFoundError
-from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.policy import BUDGETS, Calibration
 from s2t_shared.types import Trigger
 from s2t_shared.versions.live import LiveVersions
+from services.metrics.decode_meter import DecodeMeter
 from services.rpc import channels
 from services.serve.admin_servicer import AdminServicer
 from services.serve.engine_thread import EngineThread
@@ -73,6 +74,7 @@ class FixedVersions:
     share: float = 0.0
     canary_ids: frozenset[str] = frozenset()
     others: list[LocalSelector] = field(default_factory=list)
+    live_created_at: float = 1.7e9
 
     @property
     def live_version(self) -> str:
@@ -113,7 +115,7 @@ def proposer_service(
     selector = selector or scripted_llm(slm)
     engine = Engine(slm, selector, **engine_options)
     return ProposerService(
-        engine=EngineThread(engine, slm.tokenizer, check_when_idle),
+        engine=EngineThread(engine, slm.tokenizer, check_when_idle, DecodeMeter()),
         tokenizer=slm.tokenizer,
         selector=selector,
         versions=versions or FixedVersions(),
@@ -157,7 +159,7 @@ async def gateway_server(
     """The real gateway server before `proposers`, answering."""
     admin = AdminServicer(
         versions=LiveVersions(config.versions),
-        lake=Lake(config.lake),
+        lake=open_lake(config.lake),
         proposers=proposers,
         stream=stream,
     )

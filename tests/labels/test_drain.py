@@ -16,8 +16,8 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels.dead_letters import delete_dead_letters, read_dead_letters, requeue
 from s2t_shared.labels.drain import DAY_S, MOST_GIB, Drain, default_max_gib
 from s2t_shared.labels.known_models import KnownModels
-from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, LabelStream, StreamCounts
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
@@ -132,6 +132,11 @@ def mislabelled(**changes: object) -> bytes:
 
 
 POISON = {
+    "two in one": b"{}{}",
+    "two in one line after another": replace(rollout(7)).to_json().encode() * 2,
+    "two lines": b"\n".join([rollout(7).to_json().encode()] * 2),
+    "not UTF-8": rollout(7).to_json().encode().replace(b"request-7", b"\xff"),
+    "deep in a field": rollout(7).to_json().encode()[:-1] + b',"x":' + b"[" * 100_000,
     "not json": b"\xff{",
     "no field": None,
     "deep": b"[" * 100_000,
@@ -178,14 +183,14 @@ def test_an_entry_that_ends_its_reader_is_a_dead_letter_and_its_neighbours_are_n
     class DiesError(BaseException):
         """Stands for SIGKILL: nothing of the drain runs after it."""
 
-    from_json = Rollout.from_json
+    from_json = Rows.from_json
 
-    def fragile(text: bytes) -> Rollout:
-        if b"request-5" in text:
+    def fragile(texts: Sequence[bytes]) -> Rows:
+        if any(b"request-5" in text for text in texts):
             raise DiesError
-        return from_json(text)
+        return from_json(texts)
 
-    monkeypatch.setattr(Rollout, "from_json", fragile)
+    monkeypatch.setattr(Rows, "from_json", fragile)
     put(store, *range(10))
     deaths = 0
     while deaths < 6 or store.counts().rollouts:

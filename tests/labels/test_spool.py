@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels import spool as spool_module
-from s2t_shared.labels.spool import Spool
+from s2t_shared.labels.spool import HEADER, Spool, SpoolUsage
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -45,13 +45,18 @@ def test_reads_back_what_was_appended_in_order(
 ) -> None:
     monkeypatch.setattr(spool_module, "SEGMENT_BYTES", limit)
     spool = Spool(tmp_path, MIB)
+    appended: list[bytes] = []
     for batch in batches:
         spool.append(batch)
+        appended += batch
+        size = sum(HEADER.size + len(entry) for entry in appended)
+        assert spool.usage() == SpoolUsage(size, len(appended))
         if seal:
             spool.seal()
     assert everything(spool) == [entry for batch in batches for entry in batch]
     for segment in spool.segments():
         spool.remove(segment)
+    assert spool.usage() == SpoolUsage(0, 0)
     spool.close()
     assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
 
@@ -138,7 +143,7 @@ WORKER = """
 import sys, os, signal
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from s2t_shared.labels.spool import Spool
+from s2t_shared.labels.spool import HEADER, Spool, SpoolUsage
 spool = Spool(Path({folder!r}), 1 << 20)
 spool.append([b"mine"])
 print("there", flush=True)

@@ -111,3 +111,10 @@ def test_exported_adapter_loads_in_peft(
     assert any("lora_B" in name for name, _ in loaded.named_parameters())
     assert (tmp_path / "adapter" / BINS).is_file()
     assert (tmp_path / "adapter/README.md").is_file()
+
+
+def test_a_url_is_no_folder(models: dict[str, Path], registry: Registry) -> None:
+    """It made a local folder `s3:`."""
+    version = registry.folder(publish(registry, ModelRuntime.load(str(models["slm"]))))
+    with pytest.raises(ConfigError, match="copy that to the object store"):
+        export_adapter(version, Path("s3://bucket/version"))

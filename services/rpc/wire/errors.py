@@ -156,7 +156,7 @@ async def abort_with(
 ) -> None:
     """End a call with a status and its details: the only way to end one with a text.
 
-    more: trailing metadata beside them.
+    more: trailing metadata beside them. What was set before is sent too.
     """
     text = public_text(text)
     details: list[Any] = [ErrorInfo(reason=reason, domain=DOMAIN)]
@@ -170,7 +170,8 @@ async def abort_with(
     status = Status(code=code.value[0], message=text, details=[_packed(d) for d in details])
     repeats = _pushback(reason, retry_after_s) if code is grpc.StatusCode.UNAVAILABLE else ()
     details_bin = (STATUS_DETAILS, status.SerializeToString())
-    await context.abort(code, text, (details_bin, *repeats, *more))
+    before = tuple(context.trailing_metadata() or ())
+    await context.abort(code, text, (details_bin, *repeats, *more, *before))
 
 
 def _pushback(reason: str, retry_after_s: float | None) -> tuple[tuple[str, str], ...]:

@@ -28,6 +28,7 @@ VERBS = {
     "train",
     "versions",
     "eval",
+    "sweep",
     "doctor",
     "config",
     "bench",

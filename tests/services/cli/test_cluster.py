@@ -69,7 +69,7 @@ STARTING = ServiceStatus(
 RUNNING = ServiceStatus(
     state="RUNNING",
     addresses=("127.0.0.1:50051",),
-    roles={"Gateway": RoleStatus({"RUNNING": 1})},
+    roles={"Gateway": RoleStatus({"RUNNING": 1}, metrics=("http://127.0.0.1:9464/metrics",))},
     description={"llm": "abc", "llm_reachable": True, "live_version": "v1"},
     labels={"queued": 3, "in_lake": 9},
 )
@@ -90,7 +90,7 @@ def test_status_ends_as_the_service_stands(
     said = capsys.readouterr().out
     assert said.startswith(found.state)
     for role in found.roles.values():
-        assert role.awaits in said
+        assert role.awaits in said and all(f"metrics: {url}" in said for url in role.metrics)
     for name, value in {**found.description, **found.labels}.items():
         assert f"{name}: {value}" in said
     assert s2t(monkeypatch, "status", "--json") == code

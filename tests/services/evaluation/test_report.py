@@ -36,6 +36,13 @@ DECISION = Decision(
 )
 
 
+class Words:
+    """A tokenizer of three words."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(("So ", "<4>", HOSTILE)[i] for i in token_ids)
+
+
 def row(
     name: str, right: int, of: int = 200, llm_read: int = 0, budget: float | None = None
 ) -> Row:
@@ -49,7 +56,7 @@ def row(
             correct=place < right,
             usage=Usage(completion_tokens=10, llm_forwards=min(1, llm_read), triggers=1),
             llm_read=llm_read,
-            pieces=("So ", "<4>", HOSTILE),
+            token_ids=(0, 1, 2),
             decisions=(DECISION,) if budget else (),
         )
         records.append((record,))
@@ -104,6 +111,13 @@ def test_pass_at_n_is_never_recommended() -> None:
     assert says(GREEDY, row("pass@8", 190)).startswith("Stay with greedy")
 
 
+def test_the_best_of_many_is_told_to_be_just_that() -> None:
+    """A sweep chooses among dozens of rows on the problems that it reports."""
+    many = [row("s2t", 100 + n, llm_read=4, budget=n / 100) for n in range(1, 12)]
+    assert "The best of 12 rows looks better than it is" in says(GREEDY, *many)
+    assert "looks better" not in says(GREEDY, S2T, LLM)
+
+
 def test_too_few_problems_are_said() -> None:
     few = says(row("greedy", 5, 10), row("s2t", 7, 10, 4, 0.05))
     assert "a difference below" in few and "ask more" in few
@@ -115,7 +129,14 @@ def test_too_few_problems_are_said() -> None:
 def evaluated(rows: Sequence[Row] = (GREEDY, S2T, LOCAL, LLM)) -> Evaluated:
     problems = [Problem(str(i), Prompt(text=HOSTILE), bool, expected="4") for i in range(200)]
     about = {"SLM": HOSTILE, "command": "s2t eval"}
-    return Evaluated(title="A <title>", rows=rows, problems=problems, hits=HITS, about=about)
+    return Evaluated(
+        title="A <title>",
+        rows=rows,
+        problems=problems,
+        hits=HITS,
+        about=about,
+        tokenizer=Words(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +181,16 @@ def test_the_page_needs_nothing_else_and_escapes_all(folder: Path) -> None:
     parser.feed(text)
     assert parser.found == []
     assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_of_many_rows_only_the_best_are_named_in_the_plot(tmp_path: Path) -> None:
+    """The names of forty rows covered one another and the marks."""
+    worse = [row("takeover", 90 + n, llm_read=6, budget=n / 100) for n in range(1, 10)]
+    write_report(evaluated([GREEDY, S2T, *worse, LLM]), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    names = re.findall(r"<text [^>]*>(\w+(?: entropy [^<]*)?)</text>", page)
+    assert {"greedy", "s2t entropy 5%", "llm"} <= set(names)
+    assert "takeover entropy 3%" not in names and "<title>takeover entropy 3%: 0.465" in page
 
 
 @pytest.mark.slow

@@ -27,17 +27,18 @@ from s2t_shared.types import (
 from services.evaluation.answering import OnOutcome, PairAnswerer, ServiceAnswerer
 from services.evaluation.figures import (
     Row,
+    local_choices,
     mcnemar,
     order_agreement,
     positions,
     row_of,
     sufficiency,
 )
-from services.evaluation.journal import Journal, ScoredRollout
+from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import ModeSpec, rows
 from services.evaluation.problems import Problem, Reading, problems_of
-from services.evaluation.records import Record, record_of
-from services.evaluation.run import EvaluationSettings, run_row, score_rollouts
+from services.evaluation.records import Record, record_of, token_pieces
+from services.evaluation.run import EvaluationSettings, run_row, score_choices, score_rollouts
 from services.rpc.ask_many import Outcome, Target
 from tests.helpers.serving import LLM_TEXT, SLM_TEXT, proposer_service, with_gateway
 
@@ -111,6 +112,16 @@ def test_rows_are_the_product_where_the_mode_has_it() -> None:
         "s2t kl 2.5%",
     ]
     assert found[1].mode is Mode.SAMPLE and found[1].samples == 2
+    several = rows(["takeover", "s2t", "s2t_local"], ["kl"], [0.01], [4, 8], ["v1", "v2"])
+    assert [spec.label for spec in several] == [
+        "takeover kl 1%",  # whose tokens do not depend on K
+        "s2t kl 1% K=4",
+        "s2t kl 1%",
+        "s2t_local kl 1% K=4 v1",
+        "s2t_local kl 1% v1",
+        "s2t_local kl 1% K=4 v2",
+        "s2t_local kl 1% v2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +203,7 @@ def test_records_survive_the_file() -> None:
         support=Support((5, 7, 9), (-0.4, -1.2, -5.0)),
     )
     record = record_of(S2T, "a", 0, answer("yes", step), True, None)
-    again = Record.from_json(json.loads(record.to_json()))
+    again = Record.from_row(json.loads(json.dumps(record.to_row())))
     assert again == record
     (decision,) = again.decisions
     assert decision.flipped and decision.chosen == 1 and decision.slm_first == 0
@@ -280,6 +291,23 @@ def test_local_sufficiency_leaves_the_warm_up_out() -> None:
     assert found.all_steps[16] == pytest.approx(16 / 17)
 
 
+def test_local_sufficiency_by_depth() -> None:
+    """The only divergent step is in the last quarter; an empty quarter has no rate."""
+    kl = (0.0,) * 39 + (1.0,)
+    found = sufficiency([ScoredRollout("p", kl, kl, (0,) * 39 + (5,))])
+    assert [steps for steps, _ in found.by_depth] == [1, 0, 0, 1]
+    assert found.by_depth[3][1] == {1: 0.0, 2: 0.0, 4: 0.0, 8: 1.0, 16: 1.0}
+    assert found.by_depth[1][1] == {}
+
+
+def test_hit_and_selection_failures_are_told_apart() -> None:
+    """What no candidate is, no selector can choose; the rest is the local selector's fault."""
+    one = ScoredChoices("r", "a", rank=(-1, 0, 2, 3), chosen=(0, 0, 2, 1), order=(0.5, 1.0))
+    found = local_choices([one, ScoredChoices("r", "b", (), ())])
+    assert (found.steps, found.hit_failures, found.selection_failures) == (4, 1, 1)
+    assert (found.agreed, found.slm_agreed, found.order) == (2, 1, 0.75)
+
+
 def test_scored_rollouts_store_no_label() -> None:
     steps = tuple(
         Step(index=i, token_id=1, kl=0.1 * i, entropy=0.2, llm_top_rank=i) for i in range(5)
@@ -345,8 +373,26 @@ def test_a_pair_in_this_process_keeps_both_models_views() -> None:
     for decision in found.decisions():
         assert all(c.slm is not None and c.llm is not None for c in decision.candidates)
     record = found.records[0][0]
-    assert "".join(record.pieces).strip() == record.text.strip()
+    pieces = token_pieces(pair.tokenizer, record.token_ids)
+    assert "".join(pieces).strip() == record.text.strip()
     assert answerer.identity()["llm"] and len(journal.rollouts) == 1
+
+
+def test_a_local_selectors_choices_are_scored_and_kept(tmp_path: Path) -> None:
+    """The LLM sees the answer that the local selector steered, not the SLM's own."""
+    from s2t_shared.pair import Pair
+
+    pair = Pair.open("bundled", "bundled", threads=1)
+    spec = ModeSpec(name="s2t_local", trigger="entropy", budget=0.1)
+    problems = problems_of("bundled", 3)
+    file = tmp_path / "answers.jsonl"
+    journal, answerer = Journal.open(file, {}), PairAnswerer(pair)
+    score_choices(answerer, spec, problems, SETTINGS, journal)
+    found = local_choices(list(journal.choices.values()))
+    assert len(journal.choices) == 3 and found.steps > 0
+    assert found.agreed + found.hit_failures + found.selection_failures == found.steps
+    assert found.order is not None and -1 <= found.order <= 1
+    assert Journal.open(file, {}).choices == journal.choices
 
 
 # -- problems -------------------------------------------------------------------------------------

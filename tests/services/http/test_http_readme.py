@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,11 +23,14 @@ from services.rpc import wire
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
-from tests.helpers.serving import CALIBRATION, FixedVersions, http_and_grpc
+from tests.helpers.serving import CALIBRATION, FixedVersions, http_and_grpc, proposer_service
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "services/http/README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    ((?:curl|lm_eval|python) (?:.|\n    )*)", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^    ((?:curl|buf|lm_eval|python) (?:.|\n    )*)", PAGE, re.MULTILINE)
+STARTS = ("curl", "buf", "lm_eval")
+BUF = Path(sys.executable).parent / "buf"
+needs_buf = pytest.mark.skipif(not BUF.exists(), reason="buf is not there; pip install buf-bin")
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # lm-eval pins an older python-dateutil: it may live in an environment of its own.
 HARNESS = os.environ.get("LM_EVAL_PYTHON", sys.executable)
@@ -67,9 +71,9 @@ def moved(text: str, addresses: tuple[str, str]) -> str:
 def test_the_pages_commands_are_found() -> None:
     """A command in a form that the expressions above overlook would never be run."""
     blocks = re.findall(r"^    \S.*$", PAGE, re.MULTILINE)
-    starts = [line for line in blocks if line.strip().partition(" ")[0] in ("curl", "lm_eval")]
+    starts = [line for line in blocks if line.strip().partition(" ")[0] in STARTS]
     starts += [line for line in blocks if line.strip().startswith("python -m")]
-    assert len(starts) == len(COMMANDS) == 5 and len(SNIPPETS) == PAGE.count("```") / 2 == 2
+    assert len(starts) == len(COMMANDS) == 7 and len(SNIPPETS) == PAGE.count("```") / 2 == 2
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -87,6 +91,58 @@ def test_each_curl_command_answers(addresses: tuple[str, str], number: int) -> N
         assert last == "data: [DONE]" and json.loads(events[-1].removeprefix("data: "))["usage"]
     else:
         assert "error" not in json.loads(done.stdout), done.stdout
+
+
+@needs_buf
+@pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
+def test_each_buf_command_answers(addresses: tuple[str, str], method: str) -> None:
+    """Reflection described less than a client without our files needs."""
+    [command] = [c for c in COMMANDS if c.startswith("buf") and f"/{method}" in c]
+    messages = answers_of_buf(moved(command, addresses))
+    assert messages[-1]["answer"]["usage"]["completionTokens"] == 8
+    assert len(messages) > 1 or method == "Generate"
+
+
+@needs_buf
+def test_buf_sends_a_token(tmp_path: Path) -> None:
+    """As the page says: reflection is a call of its own, and needs the token too."""
+    token = "0123456789abcdef0123456789abcdef"
+    file = tmp_path / "tokens"
+    file.write_text(f"generate: {token}\n")
+    settings = {"security.token_file": str(file)}
+    [command] = [c for c in COMMANDS if c.startswith("buf") and c.rstrip().endswith("/Generate")]
+    with http_and_grpc(tmp_path, proposer_service(), **settings) as (url, grpc):
+        command = moved(command, (url, grpc))
+        refused = run_buf(command)
+        header = f"'authorization: Bearer {token}'"
+        sent = command.replace(" -d ", f" --header {header} --reflect-header {header} -d ")
+        [message] = answers_of_buf(sent)
+    assert refused.returncode != 0
+    assert message["answer"]["text"]
+
+
+def run_buf(command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BUF.parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def answers_of_buf(command: str) -> list[dict[str, Any]]:
+    """The messages it prints, one JSON object behind the other."""
+    done = run_buf(command)
+    assert done.returncode == 0, done.stderr
+    messages, rest = [], done.stdout.strip()
+    while rest:
+        message, end = json.JSONDecoder().raw_decode(rest)
+        messages.append(message)
+        rest = rest[end:].lstrip()
+    return messages
 
 
 @pytest.mark.parametrize("number", range(2))

@@ -233,6 +233,16 @@ def test_a_local_folder_is_well(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lake_in_object_storage_is_written_to(tmp_path: Path, bucket: str) -> None:
+    """A URL that cannot be written to was found out by the first drain only."""
+    well = list(check_storage(config_of(tmp_path, **{"labels.lake": f"{bucket}/doctor"})))
+    assert levels(well)["lake"] is Level.OK
+    for url, says in (("s3://no-such-bucket/lake", "credentials"), ("nowhere://a", "fsspec")):
+        found = list(check_storage(config_of(tmp_path, **{"labels.lake": url})))
+        (lake,) = [finding for finding in found if finding.what == "lake"]
+        assert lake.level is Level.FAIL and says in lake.detail
+
+
 def test_locks_that_other_processes_do_not_see_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from services.launch.status import ServiceStatus
 from services.roles import APPLICATION
 from tests.helpers.serving import FixedVersions, local_selector, proposer_service, with_gateway
 
+METRICS = "http://127.0.0.1:9464/metrics"
 WAIT = "waiting for a node for 1 SelectorReplica: no node has GPU (1)"
 
 
@@ -49,6 +50,7 @@ def found(
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
     monkeypatch.setattr(module, "existing_ray", existing_ray)
     monkeypatch.setattr(module, "find_addresses", find_addresses)
+    monkeypatch.setattr(module, "find_metrics", lambda: {"Gateway": [METRICS]})
     monkeypatch.setattr(module, "waits", lambda config: {"SelectorReplica": WAIT})
     return module.status(load_config(None, {"data_dir": str(folder)}, environment={}))
 
@@ -61,6 +63,8 @@ def test_a_service_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert status.state == "RUNNING" and "no Redis is configured" in status.error
     assert status.roles["ProposerReplica"].states == {"RUNNING": 1}
     assert status.roles["SelectorReplica"].awaits == WAIT
+    assert status.roles["Gateway"].metrics == (METRICS,)
+    assert not status.roles["ProposerReplica"].metrics
     assert status.description["llm"] == "scripted" and status.description["llm_reachable"]
     assert status.description["live_version"] == "v1" and status.description["proposers"] == 1
     assert not status.labels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,6 +35,8 @@ from s2t_shared.types import (
 )
 from services.client import Client
 from services.launch.local import RunningService
+from services.launch.running import find_metrics
+from services.roles import SECTIONS
 from services.rpc.ask_many import Target, answer_all
 
 pytestmark = pytest.mark.service
@@ -100,6 +104,29 @@ def test_local_equals_remote(service: RunningService, pair: Pair, policy: Policy
 
 def chosen(step: Step) -> tuple[int, int, tuple[int, ...]]:
     return step.index, step.token_id, step.candidate_ids
+
+
+def test_metrics_of_every_role_here_and_through_ray(service: RunningService) -> None:
+    """Each replica has an endpoint of its own, and Ray's shows all of the node."""
+    urls = find_metrics()
+    assert urls.keys() == SECTIONS.keys()
+    for name, role in SECTIONS.items():
+        (url,) = urls[name]
+        assert f'role="{role}"' in read_metrics(url)
+    (node,) = ray.nodes()
+    through_ray = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    give_up_at = time.monotonic() + 40
+    roles: set[str] = set()
+    while roles != set(SECTIONS.values()) and time.monotonic() < give_up_at:
+        time.sleep(0.5)
+        roles = set(re.findall(r'ray_s2t_build_info\{.*role="(\w+)"', read_metrics(through_ray)))
+    assert roles == set(SECTIONS.values())
+    assert "ray_s2t_generation_tokens_total{" in read_metrics(through_ray)
+
+
+def read_metrics(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return str(reply.read().decode())
 
 
 def test_streaming_pieces_are_the_text(client: Client) -> None:
