@@ -97,7 +97,7 @@ def bench_capacity(
             for work in works:  # in turns: a machine's bad minute hits all kinds of load
                 seen[work].append(asyncio.run(clients.load(work, windows.seconds)))
                 on_turn()
-    calibration = [one for work in _calibration(settings, windows) for one in seen[work]]
+    calibration = [_typical(seen[work]) for work in _calibration(settings, windows)]
     measured = Measured(
         machine=machine(),
         conditions=(
@@ -133,6 +133,11 @@ def _validation(settings: Settings, windows: Windows) -> list[Work]:
     return [
         Work(mode, n, settings.prefix, settings.new) for n in windows.validate for mode in MODES
     ]
+
+
+def _typical(runs: Sequence[Seen]) -> Seen:
+    """The turn with the median rate: one that a busy machine spoilt must not spoil the plan."""
+    return sorted(runs, key=lambda seen: seen.answers_per_second)[len(runs) // 2]
 
 
 # -- load -----------------------------------------------------------------------------------------
@@ -312,20 +317,15 @@ def _deployment(
 def _compared(
     runs: Sequence[Seen], measured: Measured, settings: Settings, config: Config
 ) -> Iterator[Figure]:
-    """Measured, planned, and the one over the other."""
+    """Measured, planned, and the one over the other. The plan is for the tokens that were seen."""
     found = [seen.tokens_per_second for seen in runs]
-    planned = []
-    for seen in runs:
-        deployment = _deployment(seen, settings, config, measured)
-        load = _load_of(seen, settings, deployment, config)
-        planned.append(load.most_answers() * seen.new)
-    work = runs[0].work
-    name = f"{work.mode}, {work.concurrency} clients"
-    new = statistics.mean(seen.new for seen in runs)
-    conditions = f"prompts of {work.prompt}, {new:.0f} new (mean)"
-    if work.mode in ("s2t", "s2t_local"):
+    seen = _typical(runs)
+    deployment = _deployment(seen, settings, config, measured)
+    planned = _load_of(seen, settings, deployment, config).most_answers() * seen.new
+    name = f"{seen.work.mode}, {seen.work.concurrency} clients"
+    conditions = f"prompts of {seen.prompt:.0f}, {seen.new:.0f} new (mean)"
+    if seen.work.mode in ("s2t", "s2t_local"):
         conditions += f", {settings.budget:.0%} random triggers"
     yield figure(f"{name}: measured", found, "tokens/s", conditions)
-    yield figure(f"{name}: planned", planned, "tokens/s")
-    ratios = [p / m for p, m in zip(planned, found, strict=True)]
-    yield figure(f"{name}: planned / measured", ratios, "x")
+    yield figure(f"{name}: planned", [planned], "tokens/s")
+    yield figure(f"{name}: planned / measured", [planned / one for one in found], "x")

@@ -19,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer  # noqa: E402 - the environment above is read at import
 
+import services.cli.bench_capacity  # noqa: E402, F401 - a verb of bench
 import services.cli.dead_letters  # noqa: E402, F401 - a verb of labels
 from s2t_shared.config import Config  # noqa: E402
 from s2t_shared.errors import (  # noqa: E402

@@ -84,10 +84,11 @@ def plan(
     given = Assumptions(
         prices=parse_prices(gpu_cost),
         measured=found.costs() if found else {},
+        measured_on=f"{found.machine}; {found.conditions}" if found else "",
         slm_device=slm_device,
         llm_device=llm_device,
     )
-    made = make_plan(resolved, traffic, given, found)
+    made = make_plan(resolved, traffic, given)
     if simulate:
         made = replace(made, queues=tuple(_queues(made, simulate, load, ratios)))
     if out is not None:

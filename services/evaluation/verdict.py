@@ -132,6 +132,11 @@ def _sufficiency(hits: Sufficiency) -> str:
 
 def _warnings(rows: Sequence[Row], base: Row) -> list[str]:
     found = []
+    if not any(any(row.correct) for row in rows):
+        found.append(
+            "No answer of any mode was graded as right: look at some, and at --grader and "
+            "--answer-column."
+        )
     halves = [row.gain_over(base)[1] for row in rows[1:]]
     if halves and max(halves) > 0.1:
         found.append(

@@ -81,10 +81,11 @@ class Deployment:
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """What the operator says beside the configuration: prices by device, the measured costs of
-    roles, and GPUs where the configuration names none."""
+    roles and where they were measured, and GPUs where the configuration names none."""
 
     prices: Mapping[str, float]
     measured: Mapping[str, ForwardCost]
+    measured_on: str = ""
     slm_device: str | None = None
     llm_device: str | None = None
 

@@ -89,8 +89,8 @@ def simulate(
     rate = requests_per_second
     wanted = LIFETIMES * world.load.seconds_alone() * rate * 2
     answers = int(min(MOST_ANSWERS, max(MIN_ANSWERS, wanted)))
-    world.env.process(world.arrivals(rate, answers))
     arrivals_s = answers / rate
+    world.env.process(world.arrivals(rate, arrivals_s))
     world.env.run(until=arrivals_s)
     world.take(0)
     busy = sum(s.busy_s for s in world.selectors) / selectors / arrivals_s
@@ -101,14 +101,14 @@ def simulate(
         proposers_per_selector=proposers / selectors,
         proposers=proposers,
         selectors=selectors,
-        answers=answers,
+        answers=world.arrived,
         query_p50=_percentile(world.query_waits, 50),
         query_p99=_percentile(world.query_waits, 99),
         answer_p50=_percentile([a.seconds for a in late], 50),
         answer_p99=_percentile([a.seconds for a in late], 99),
         proposer_utilisation=min(1.0, taken),
         selector_utilisation=min(1.0, busy),
-        unfinished=1.0 - len(world.added) / answers,
+        unfinished=1.0 - len(world.added) / max(1, world.arrived),
     )
 
 
@@ -220,14 +220,18 @@ class _World:
         for selector in self.selectors:
             self.env.process(selector.run())
         self.random = random.Random(seed)
+        self.arrived = 0
         self.added: list[_Added] = []
         self.query_waits: list[float] = []
         self.place_seconds = 0.0
         self._taken, self._counted_at = 0, 0.0
 
-    def arrivals(self, rate: float, count: int) -> Process:
-        for _ in range(count):
+    def arrivals(self, rate: float, seconds: float) -> Process:
+        while True:
             yield self.env.timeout(self.random.expovariate(rate))
+            if self.env.now > seconds:
+                return
+            self.arrived += 1
             self.env.process(self.answer())
 
     def answer(self) -> Process:
@@ -242,9 +246,10 @@ class _World:
             self.take(1)
             left, unread = self.traffic.new, self.traffic.prompt
             while left > 0:
-                run = min(left, self._tokens_to_trigger(not asked))
+                to_trigger = self._tokens_to_trigger(not asked)
+                asks = to_trigger <= left
+                run = min(left, to_trigger)
                 proposer.running += 1
-                asks = run < left
                 yield self.env.timeout(run * self.steps[proposer.running - 1] + asks * self.hop)
                 proposer.running -= 1
                 idle += run * self.steps[0] + asks * self.hop

@@ -13,7 +13,6 @@ from services.plan.capacity import ModePlan, plan_mode
 from services.plan.demand import MODES, Traffic
 from services.plan.deployment import Assumptions, Deployment, RolePlan, deployment_of
 from services.plan.devices import BANDWIDTH_SHARE, FLOPS_SHARE
-from services.plan.measured import Measured
 from services.plan.queues import QueuePoint
 
 Input = tuple[str, str, str]  # what, value, whether measured, published, assumed or given
@@ -53,14 +52,12 @@ class Plan:
         yield _input_table(self.inputs)
 
 
-def make_plan(
-    config: Config, traffic: Traffic, given: Assumptions, measured: Measured | None = None
-) -> Plan:
+def make_plan(config: Config, traffic: Traffic, given: Assumptions) -> Plan:
     """Raises ConfigError, ModelLoadError: a device or a model is unknown."""
     deployment = deployment_of(config, traffic, given)
     found = (plan_mode(mode, deployment, traffic) for mode in MODES)
     modes = tuple(mode for mode in found if mode is not None)
-    return Plan(traffic, deployment, modes, tuple(_inputs(deployment, traffic, given, measured)))
+    return Plan(traffic, deployment, modes, tuple(_inputs(deployment, traffic, given)))
 
 
 def roles(deployment: Deployment) -> list[RolePlan]:
@@ -69,16 +66,12 @@ def roles(deployment: Deployment) -> list[RolePlan]:
     return [role for role in found if role is not None]
 
 
-def _inputs(
-    deployment: Deployment, traffic: Traffic, given: Assumptions, measured: Measured | None
-) -> Iterator[Input]:
+def _inputs(deployment: Deployment, traffic: Traffic, given: Assumptions) -> Iterator[Input]:
     answers = f"{traffic.prompt:g} + {traffic.new:g} tokens, {traffic.budget:.1%} of steps trigger"
     yield "prompt + answer", answers, "given"
     for name, role in zip(("slm", "llm"), roles(deployment), strict=False):
         if name in given.measured:
-            assert measured is not None
-            where = f"measured on {measured.machine}; {measured.conditions}"
-            yield f"{name}: forwards", _cost_text(role), where
+            yield f"{name}: forwards", _cost_text(role), f"measured: {given.measured_on}"
             continue
         device = role.device
         if not role.named:

@@ -76,6 +76,13 @@ LOCAL = row("s2t_local", 130, budget=0.05)
 # -- the verdict ----------------------------------------------------------------------------------
 
 
+def test_a_grader_that_fits_nothing_is_noticed() -> None:
+    """ "Nothing to gain was found" beside a row of zeros sent a newcomer to the wrong place."""
+    wrong = " ".join(verdict([row("greedy", 0), row("llm", 0, llm_read=10)], None).reasons)
+    assert "--grader" in wrong
+    assert "--grader" not in " ".join(verdict([row("greedy", 0), LLM], None).reasons)
+
+
 def says(*rows: Row) -> str:
     found = verdict(rows, None)
     return "\n".join([found.headline, *found.reasons])

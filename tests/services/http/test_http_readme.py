@@ -73,7 +73,7 @@ def test_the_pages_commands_are_found() -> None:
     blocks = re.findall(r"^    \S.*$", PAGE, re.MULTILINE)
     starts = [line for line in blocks if line.strip().partition(" ")[0] in STARTS]
     starts += [line for line in blocks if line.strip().startswith("python -m")]
-    assert len(starts) == len(COMMANDS) == 7 and len(SNIPPETS) == PAGE.count("```") / 2 == 2
+    assert len(starts) == len(COMMANDS) == 7 and len(SNIPPETS) == PAGE.count("```") / 2 == 3
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -145,7 +145,7 @@ def answers_of_buf(command: str) -> list[dict[str, Any]]:
     return messages
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_each_snippet_runs(
     addresses: tuple[str, str], number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
