@@ -117,7 +117,7 @@ def test_a_gain_within_noise_is_no_gain() -> None:
 
 
 def test_a_gap_that_no_asked_mode_could_close_is_told() -> None:
-    """"Stay with greedy" where only the LLM was asked beside it, and is far better."""
+    """ "Stay with greedy" where only the LLM was asked beside it, and is far better."""
     assert says(GREEDY, LLM).startswith("There is something to gain")
 
 
