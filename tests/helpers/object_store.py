@@ -20,6 +20,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()  # a module before had another server
         s3fs.S3FileSystem().mkdir("lakes")
         yield "s3://lakes"
     server.stop()
