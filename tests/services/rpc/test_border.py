@@ -106,10 +106,7 @@ def test_one_place_ends_calls_with_a_text() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 called = ast.unparse(node.func)
-                is_ours = called in (
-                    "wire.abort",
-                    "self.transport.abort",
-                )  # a socket's is no call's
+                is_known = called in ("wire.abort", "self.transport.abort")  # the latter: a socket
                 if node.func.attr in ENDS and not is_known:
                     found.append(f"{file.relative_to(ROOT)}: {called}")
     assert found == ["services/rpc/wire/errors.py: context.abort"]

@@ -8,6 +8,7 @@ import pytest
 
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError
+from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.object_lake import ObjectLake, open_lake
 from s2t_shared.labels.stream import LabelStream
@@ -24,6 +25,9 @@ def test_from_the_drain_to_a_version(
     labels = config.labels.model_copy(update={"lake": f"{bucket}/lake"})
     rollouts = list(Lake(Path(config.lake)).rollouts())
     config = with_training(config, steps=3).model_copy(update={"labels": labels})
+    known = KnownModels(config.known_models)
+    for models in {Models.of(rollout) for rollout in rollouts}:
+        known.add(models)
     store.append([rollout.to_json().encode() for rollout in rollouts])
     lake = open_lake(config.lake)
     assert isinstance(lake, ObjectLake)
