@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from services.plan.costs import Step
 from services.plan.demand import Demand, Traffic, demand_of
@@ -17,7 +18,7 @@ from services.plan.deployment import Deployment, RolePlan
 # A query comes while a forward runs, waits for its rest (half of it on average), then for its own.
 ROUNDS = 1.5
 HOUR_S = 3600.0
-BISECTIONS = 60
+BISECTIONS = 24  # to one part in ten million
 SLOT_CHOICES = 24
 
 
@@ -140,17 +141,17 @@ class Load:
         assert self.deployment.selector is not None
         return self.deployment.selector
 
-    @property
+    @cached_property
     def in_flight(self) -> float:
         """Sequences of all proposers, per selector."""
         return self.slots * self.deployment.proposer.replicas / self._selector.replicas
 
-    @property
+    @cached_property
     def kept(self) -> float:
         """Share of the contexts that a selector still holds when they are asked about again."""
         return min(1.0, self._selector.memory.contexts / self.in_flight)
 
-    @property
+    @cached_property
     def tokens_per_query(self) -> float:
         """That the LLM reads; a context that it no longer holds is read anew."""
         read = self.demand.llm_tokens / self.demand.queries

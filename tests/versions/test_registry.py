@@ -187,7 +187,7 @@ def test_killed_publishers_leave_nothing_to_repair(
     writer sweeps the rest."""
     moments = random.Random(3)
     reported: set[str] = set()
-    for turn in range(6):
+    for turn in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", PUBLISHER, str(models["slm"]), str(registry.root), str(turn)],
             cwd=ROOT,
