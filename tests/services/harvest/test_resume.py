@@ -36,7 +36,7 @@ from tests.helpers.harvest import (
     write_training_prompts,
 )
 
-KILLS = int(os.environ.get("S2T_KILLS", "3"))
+KILLS = int(os.environ.get("S2T_KILLS", "2"))
 
 
 def command(prompts: Path, lake: Path, *options: str) -> list[str]:

@@ -71,16 +71,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(config: Config, tmp_
     while True:
         process = start(config, task)
         seen, limit = _newest(config, task), chance.choice([3, 9, 15, 27])
-        while process.poll() is None and _newest(config, task) <= seen + limit and kills < 4:
+        while process.poll() is None and _newest(config, task) <= seen + limit and kills < 3:
             time.sleep(0.002)
-        if process.poll() is None and kills < 4:
+        if process.poll() is None and kills < 3:
             time.sleep(chance.random() * 0.05)
             process.send_signal(signal.SIGKILL)
             kills += 1
             steps.add(_newest(config, task))
         if process.wait() == 0:
             break
-    assert kills == 4 and len(steps) >= 3, (kills, steps)
+    assert kills == 3 and len(steps) >= 2, (kills, steps)
     registry = Registry(config.versions)
     assert len(registry.names()) == 1
     ours = registry.root / registry.names()[0]
