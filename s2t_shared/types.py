@@ -280,6 +280,8 @@ class GenerateRequest:
     stream_steps: each Step is streamed as soon as it is decided.
     alternatives: streamed Steps whose support was kept say what the token could have been: all
     candidates, and at least so many of the SLM's top tokens. None: they do not.
+    prompt_alternatives: the stream's first piece says how likely the SLM finds each token of the
+    prompt, with so many of its top tokens. None: it does not.
     answer_pattern: regular expression that finds the answer in a text, for majority@n.
     client: who asks, as the gateway knows it: clients get equal shares of a proposer.
     progress: what another proposer has decided of the answer; None at its beginning.
@@ -296,6 +298,7 @@ class GenerateRequest:
     return_steps: bool = False
     stream_steps: bool = False
     alternatives: int | None = None
+    prompt_alternatives: int | None = None
     labels: LabelOptions = LabelOptions()
     answer_pattern: str = ""
     client: str = ""
@@ -483,11 +486,14 @@ class AnswerPiece:
     """Part of a streamed answer.
 
     text: new since the last piece. steps: those that made it. answer: the whole, in the last piece.
+    prompt: the prompt's tokens as Steps, their indices below 0, in a piece of their own; only where
+    the request has `prompt_alternatives`.
     progress: what the piece adds to the answer's progress; it stays inside the service.
     """
 
     text: str = ""
     steps: tuple[Step, ...] = ()
+    prompt: tuple[Step, ...] = ()
     answer: Answer | None = None
     progress: Progress | None = field(default=None, repr=False)
 

@@ -6,7 +6,7 @@ The engine knows nothing else of them. `Proposer` and `LLMSelector` implement th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -101,6 +101,15 @@ class Proposal:
         return self.read_support() if self.read_support is not None else None
 
 
+@dataclass(frozen=True)
+class PromptScore:
+    """How likely the SLM finds a token of a prompt, in nats; and its own top ids there."""
+
+    log_prob: float
+    support: Support
+
+
+PromptScores = Generator[list[PromptScore], None, None]  # a list for each forward
 ModelInput = NextTokenInput | SelectionInput
 LocalScores = tuple[float, ...]
 ModelOutput = Proposal | LocalScores | None  # None: not all tokens are read yet, ask again
@@ -143,6 +152,14 @@ class SLMProposer(Protocol):
 
     def run(self, inputs: Sequence[ModelInput]) -> list[ModelOutput]:
         """One forward for all inputs; one output for each."""
+
+    def read_prompt(self, token_ids: Sequence[int], count: int) -> PromptScores:
+        """Read a prompt, one forward for each list: the scores of its tokens but the first, in
+        order, with the top `count` ids each. A list is empty while there is no room in the KV pool.
+
+        Raises:
+            InvalidRequestError: this runtime does not say.
+        """
 
 
 # -- the LLM --------------------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from s2t_shared.decode.interfaces import (
     ModelInput,
     ModelOutput,
     NextTokenInput,
+    PromptScores,
     Proposal,
     SelectionInput,
     SequenceKV,
     SLMInfo,
 )
+from s2t_shared.decode.prompt_reader import read_prompt
 from s2t_shared.decode.reductions import read_proposals
 from s2t_shared.model.kv_pool import MIN_PREFIX_MATCH, Slot, shares_longer_prefix
 from s2t_shared.model.local_selector import (
@@ -258,6 +260,12 @@ class Proposer:
             adapter=slots.proposing_adapter,
         )
         return segment, end == len(item.token_ids)
+
+    def read_prompt(self, token_ids: Sequence[int], count: int) -> PromptScores:
+        """As `SLMProposer`'s: by the base model, whatever adapters there are."""
+        return read_prompt(
+            self.runtime, self._excluded, token_ids, count, self._prefill_chunk_tokens
+        )
 
     # -- reductions -------------------------------------------------------------------------------
 

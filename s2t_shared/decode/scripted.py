@@ -21,6 +21,8 @@ from s2t_shared.decode.interfaces import (
     ModelInput,
     ModelOutput,
     NextTokenInput,
+    PromptScore,
+    PromptScores,
     Proposal,
     SelectionInput,
     SequenceKV,
@@ -134,6 +136,12 @@ class ScriptedSLM:
 
     def close(self, kv: SequenceKV) -> None:
         self.open_sequences -= 1
+
+    def read_prompt(self, token_ids: Sequence[int], count: int) -> PromptScores:
+        """Every token is the SLM's first choice, with probability 1/2."""
+        log_prob = math.log(0.5)
+        for token_id in token_ids[1:]:
+            yield [PromptScore(log_prob, Support((token_id,), (log_prob,)))]
 
     def run(self, inputs: Sequence[ModelInput]) -> list[ModelOutput]:
         if inputs and self.step_s:

@@ -22,6 +22,7 @@ from weakref import WeakSet
 from s2t_shared.decode.interfaces import (
     ModelInput,
     ModelOutput,
+    PromptScores,
     Proposal,
     SelectionInput,
     SequenceKV,
@@ -232,6 +233,13 @@ class VLLMProposer:
             place.adapter.users -= 1
         if place.run is not None:
             self._end([place.run])
+
+    def read_prompt(self, token_ids: Sequence[int], count: int) -> PromptScores:
+        raise InvalidRequestError(
+            "the log-probabilities of a prompt's own tokens are known where slm.runtime is torch "
+            "(here: vllm); leave them out",
+            field="prompt_logprobs",
+        )
 
     def _load(self, local_selector: LocalSelector) -> _Adapter | None:
         """A version's adapter, under a name of its own: the prefix cache tells them apart by it."""

@@ -50,7 +50,8 @@ async def _disconnected(receive: Receive) -> None:
 async def all_answers(
     door: Door, requests: Sequence[GenerateRequest]
 ) -> list[tuple[Answer, Sequence[Step]]]:
-    """Whole answers, in order. Steps come with those that stream them. The first error ends all."""
+    """Whole answers, in order, with the Steps that were streamed: the prompt's, then the answer's.
+    The first error ends all."""
     tasks = [asyncio.ensure_future(_answer(door, request)) for request in requests]
     try:
         return list(await asyncio.gather(*tasks))
@@ -66,7 +67,7 @@ async def _answer(door: Door, request: GenerateRequest) -> tuple[Answer, Sequenc
     steps: list[Step] = []
     async with aclosing(door.stream(request)) as pieces:
         async for piece in pieces:
-            steps += piece.steps
+            steps += (*piece.prompt, *piece.steps)
             if piece.answer is not None:
                 return piece.answer, steps
     raise AssertionError("a stream ends with its answer")

@@ -49,6 +49,7 @@ class Call:
             logprobs=asked.top_logprobs_wanted,
             steps=asked.s2t.steps,
             prefix=asked.echoed() if isinstance(asked, CompletionRequest) else "",
+            tells_prompt=asked.tells_prompt,
         )
         self._messages = messages_of(asked, mode, request_id)
         self._host = host
@@ -109,5 +110,7 @@ class Call:
                 if message.stream_steps:
                     options = replace(request.options, keep_support=logprobs is not None)
                     request = replace(request, options=options, alternatives=logprobs or 0)
+                if self._asked.tells_prompt:
+                    request = replace(request, prompt_alternatives=logprobs)
                 requests.append(request)
             yield requests

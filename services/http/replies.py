@@ -24,7 +24,7 @@ class Form:
     """What a request's replies look like.
 
     logprobs: how many others with each token, None for none. steps: divergences are told. prefix:
-    stands before the text.
+    stands before the text. tells_prompt: the prompt's tokens come first, and none is left out.
     """
 
     is_chat: bool
@@ -34,6 +34,7 @@ class Form:
     logprobs: int | None
     steps: bool
     prefix: str = ""
+    tells_prompt: bool = False
 
     def head(self, streamed: bool) -> dict[str, Any]:
         kind = "chat.completion" if self.is_chat else "text_completion"
@@ -52,17 +53,19 @@ class ChoiceStream:
         self._form = form
         self._head = form.head(streamed=True)
         self._index = index
-        self._length = 0  # characters of the text so far
+        self._length = len(form.prefix)  # characters of the text so far
         self._is_first = True
 
     def chunk(self, piece: AnswerPiece) -> bytes:
         """The piece as a server-sent event."""
         choice: dict[str, Any] = {"index": self._index}
+        before = text_of(piece.prompt) or (self._form.prefix if self._is_first else "")
         if self._form.is_chat:
             choice["delta"] = self._delta(piece.text)
         else:
-            choice["text"] = (self._form.prefix if self._is_first else "") + piece.text
-        choice["logprobs"] = logprobs_of(self._form, piece.steps, self._length)
+            choice["text"] = before + piece.text
+        steps = piece.prompt or piece.steps
+        choice["logprobs"] = logprobs_of(self._form, steps, self._length)
         choice["finish_reason"] = piece.answer.finish_reason.value if piece.answer else None
         event = {**self._head, "choices": [choice]}
         extra = summary(self._form, piece.answer) if piece.answer else {}
@@ -71,7 +74,7 @@ class ChoiceStream:
             extra["divergences"] = list(divergences(piece.steps, self._length))
         if extra:
             event["s2t"] = extra
-        self._length += len(piece.text)
+        self._length += len(text_of(piece.prompt)) + len(piece.text)
         self._is_first = False
         return event_of(event)
 
@@ -103,12 +106,13 @@ def whole(
         if form.is_chat:
             choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
         else:
-            choice["text"] = form.prefix + answer.text
+            prompt = [step for step in steps if step.index < 0]
+            choice["text"] = form.prefix + text_of(prompt) + answer.text
         choice["logprobs"] = logprobs_of(form, steps, 0)
         choice["finish_reason"] = answer.finish_reason.value
         choice["s2t"] = summary(form, answer)
         if form.steps:
-            choice["s2t"]["divergences"] = list(divergences(steps, 0))
+            choice["s2t"]["divergences"] = list(divergences(steps, len(form.prefix)))
         choices.append(choice)
     usage = usage_of([answer for answer, _ in answers], choices_per_prompt)
     return {**form.head(streamed=False), "choices": choices, "usage": usage}
@@ -137,9 +141,13 @@ def summary(form: Form, answer: Answer) -> dict[str, Any]:
 # -- Steps ----------------------------------------------------------------------------------------
 
 
+def text_of(steps: Sequence[Step]) -> str:
+    return "".join(step.text for step in steps)
+
+
 def divergences(steps: Sequence[Step], offset: int) -> Iterator[dict[str, Any]]:
-    """The Steps at which somebody was asked, or should have been. offset: of the first Step's text,
-    in characters of the answer's."""
+    """The Steps at which somebody was asked, or should have been. offset: where the first Step's
+    text begins, in characters of the choice's."""
     for step in steps:
         if step.triggered or step.degraded:
             yield {
@@ -161,26 +169,40 @@ def divergences(steps: Sequence[Step], offset: int) -> Iterator[dict[str, Any]]:
 
 def logprobs_of(form: Form, steps: Sequence[Step], offset: int) -> dict[str, Any] | None:
     """As OpenAI writes the log-probabilities of tokens. Tokens without text, as that which ends an
-    answer, are left out."""
+    answer, are left out, but where the prompt's are told: clients count them there."""
     if form.logprobs is None:
         return None
-    shown: list[tuple[Alternative, Sequence[Alternative], int]] = []
+    shown: list[tuple[Step, Alternative, int]] = []
     for step in steps:
-        if step.chosen is not None and step.chosen.text:
-            shown.append((step.chosen, step.alternatives[: form.logprobs], offset))
+        if step.chosen is not None and (step.chosen.text or form.tells_prompt):
+            shown.append((step, step.chosen, offset))
         offset += len(step.text)
     if form.is_chat:
         content = [
-            {**_entry(chosen), "top_logprobs": [_entry(a) for a in others]}
-            for chosen, others, _ in shown
+            {**_entry(chosen), "top_logprobs": [_entry(a) for a in _others(form, step)]}
+            for step, chosen, _ in shown
         ]
         return {"content": content, "refusal": None}
     return {
-        "tokens": [chosen.text for chosen, _, _ in shown],
-        "token_logprobs": [_log_prob(chosen) for chosen, _, _ in shown],
-        "top_logprobs": [{a.text: _log_prob(a) for a in others} for _, others, _ in shown],
+        "tokens": [chosen.text for _, chosen, _ in shown],
+        "token_logprobs": [
+            None if _begins_prompt(step) else _log_prob(chosen) for step, chosen, _ in shown
+        ],
+        "top_logprobs": [
+            None if _begins_prompt(step) else {a.text: _log_prob(a) for a in _others(form, step)}
+            for step, _, _ in shown
+        ],
         "text_offset": [at for _, _, at in shown],
     }
+
+
+def _others(form: Form, step: Step) -> Sequence[Alternative]:
+    return step.alternatives[: form.logprobs]
+
+
+def _begins_prompt(step: Step) -> bool:
+    """Whether nothing stands before the token, so that it has no probability."""
+    return step.index < 0 and step.chosen is not None and step.chosen.slm is None
 
 
 def _entry(alternative: Alternative) -> dict[str, Any]:

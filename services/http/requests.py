@@ -134,6 +134,11 @@ class OpenAIRequest(_Model):
         """How many alternatives a token's log-probability comes with; None: none is wanted."""
         raise NotImplementedError
 
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the prompt's tokens are told, with their log-probabilities, before the answer."""
+        return False
+
     def prompts(self) -> list[PromptLike]:
         """What is to be answered: one, or for completions several."""
         raise NotImplementedError
@@ -175,22 +180,22 @@ class CompletionRequest(OpenAIRequest):
     def top_logprobs_wanted(self) -> int | None:
         return self.logprobs
 
+    @property
+    def tells_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
     def echoed(self) -> str:
-        """What stands before the answer's text.
+        """What stands before the answer's text, where the prompt's tokens are not told.
 
         Raises:
             InvalidRequestError: it cannot be said.
         """
-        if not self.echo:
+        if not self.echo or self.tells_prompt:
             return ""
-        if self.logprobs is not None:
-            raise InvalidRequestError(
-                "echo with logprobs: the prompt's own log-probabilities are not computed here; "
-                "lm-eval measures them in its own process with --model s2t",
-                field="echo",
-            )
         if not isinstance(self.prompt, str):
-            raise InvalidRequestError("echo goes with one prompt of text", field="echo")
+            raise InvalidRequestError(
+                "echo goes with one prompt of text, or with logprobs", field="echo"
+            )
         return self.prompt
 
     def prompts(self) -> list[PromptLike]:

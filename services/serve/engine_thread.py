@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,13 +20,14 @@ from functools import partial
 from s2t_shared.decode.engine import Engine, EngineLoad
 from s2t_shared.decode.generate import AnswerBuilder, EncodedRequest
 from s2t_shared.decode.heartbeat import Heartbeat
-from s2t_shared.decode.interfaces import SLMInfo
+from s2t_shared.decode.interfaces import PromptScore, SLMInfo
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import ProposerLostError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.types import AnswerPiece, Step
 from services.metrics.decode_meter import DecodeMeter
+from services.serve.prompt_reading import PromptReading
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.005  # while all sequences wait for the LLM, new requests are looked for this often
@@ -104,6 +106,7 @@ class EngineThread:
         self._check_when_idle = check_when_idle
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ongoing: dict[LiveSequence, tuple[AnswerBuilder, OngoingAnswer]] = {}
+        self._readings: deque[PromptReading] = deque()
         self._closed = False
         self._ended = False
         self._heartbeat = Heartbeat()
@@ -166,6 +169,20 @@ class EngineThread:
             accepted.add_done_callback(self._cancel_accepted)
             raise
 
+    async def read_prompt(self, token_ids: Sequence[int], count: int) -> list[PromptScore]:
+        """Scores of `token_ids[1:]`, each with the SLM's top `count` ids: one chunk of the prompt a
+        step, beside the decoding of answers. A caller that is cancelled leaves nothing behind.
+
+        Raises:
+            InvalidRequestError: the SLM's runtime does not say.
+            ProposerLostError: the thread has ended.
+        """
+        reading = PromptReading(token_ids, count)
+        self._inbox.put(partial(self._begin_reading, reading))
+        if self._ended:
+            self._empty_inbox()
+        return await reading.found
+
     def cancel(self, builder: AnswerBuilder) -> None:
         """End an answer. Its KV is free within one step of the engine."""
         self._inbox.put(builder.cancel)
@@ -176,6 +193,8 @@ class EngineThread:
         self._ended = True
         for _, answer in list(self._ongoing.values()):
             answer.fail(_lost())
+        for reading in list(self._readings):
+            reading.fail(_lost())
         self._empty_inbox()
 
     def close(self) -> None:
@@ -195,7 +214,7 @@ class EngineThread:
             self.give_up()
 
     def _turn(self) -> None:
-        if self._engine.idle:
+        if self._engine.idle and not self._readings:
             self._check_when_idle()
             self._heartbeat.rest()
             call = self._inbox.get()
@@ -204,6 +223,8 @@ class EngineThread:
         self._empty_inbox()
         for sequence, steps in self._engine.step():
             self._deliver(sequence, steps)
+        if self._readings:
+            self._read_on(self._readings[0])
         self._engine.wait(WAIT_S)
         self._heartbeat.beat()
 
@@ -235,6 +256,21 @@ class EngineThread:
         for sequence in builder.sequences:
             self._ongoing[sequence] = (builder, answer)
         accepted.set_result(builder)
+
+    def _begin_reading(self, reading: PromptReading) -> None:
+        if self._ended:
+            reading.fail(_lost())
+            return
+        self._readings.append(reading)
+
+    def _read_on(self, reading: PromptReading) -> None:
+        """Read the next chunk of the oldest prompt."""
+        try:
+            reading.read_on(self._engine.proposer)
+        except Exception as error:  # noqa: BLE001 - whatever a request causes ends that request
+            reading.fail(error)
+        if reading.is_over:
+            self._readings.popleft()
 
     def _cancel_accepted(self, accepted: Future[AnswerBuilder]) -> None:
         """For a caller that went away while its request was being accepted."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from s2t_shared.decode.alternatives import TokenTexts, with_alternatives
@@ -27,6 +28,7 @@ from s2t_shared.decode.heartbeat import Heartbeat
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.errors import (
     ConfigError,
+    DeadlineExceededError,
     InvalidRequestError,
     SelectorUnavailableError,
     VersionError,
@@ -53,6 +55,7 @@ from services.serve.admission import Admission, Ticket
 from services.serve.answer_trace import traced
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
+from services.serve.prompt_reading import prompt_steps
 
 MAX_BYTES_PER_TOKEN = 32  # of a whole prompt: tokens of text have 3 to 5
 
@@ -160,6 +163,8 @@ class ProposerService:
             builder, ongoing = await self._engine.submit(encoded, local_selector, arrived_at)
             ticket.sequences = builder.sequences
             try:
+                if request.prompt_alternatives is not None and request.progress is None:
+                    yield AnswerPiece(prompt=await self._prompt(request, encoded))
                 is_last = False
                 while not is_last:
                     piece, is_last = await ongoing.next_piece()
@@ -318,6 +323,27 @@ class ProposerService:
             return encode_request(request, self._tokenizer)
         finally:
             self._tokenizing_beat.rest()
+
+    async def _prompt(self, request: GenerateRequest, encoded: EncodedRequest) -> tuple[Step, ...]:
+        """The prompt's tokens, with what the SLM makes of each.
+
+        Raises:
+            DeadlineExceededError: the request's deadline passed first.
+            InvalidRequestError: the SLM's runtime does not say.
+        """
+        shown = request.prompt_alternatives or 0
+        token_ids = encoded.token_ids
+        try:
+            async with asyncio.timeout_at(encoded.deadline):
+                scores = await self._engine.read_prompt(token_ids, max(1, shown))
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"the deadline of {request.timeout_s:g} s passed while the prompt's tokens were "
+                "scored; allow more time or a shorter prompt"
+            ) from None
+        loop = asyncio.get_running_loop()
+        show = partial(prompt_steps, token_ids, scores, shown, self._tokenizer, self._texts)
+        return await loop.run_in_executor(self._tokenizing, show)
 
     async def _local_selector(self, request: GenerateRequest) -> LocalSelector | None:
         version = request.options.version

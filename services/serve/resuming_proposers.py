@@ -63,7 +63,7 @@ class ResumingProposers:
                 async with aclosing(self._proposers.stream(answer.rest())) as pieces:
                     async for piece in pieces:
                         answer.add(piece)
-                        if piece.text or piece.steps or piece.answer is not None:
+                        if piece.text or piece.steps or piece.prompt or piece.answer is not None:
                             yield replace(piece, progress=None)
                         if piece.answer is not None:  # who dies now has done all of its work
                             return
@@ -109,6 +109,8 @@ class _OngoingAnswer:
 
     def add(self, piece: AnswerPiece) -> None:
         """Keep what a piece tells of the answer's progress."""
+        if piece.prompt:
+            self._request = replace(self._request, prompt_alternatives=None)
         progress = piece.progress
         if progress is None:
             self._shows_more_than_is_known |= bool(piece.text or piece.steps)

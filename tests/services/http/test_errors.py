@@ -105,7 +105,6 @@ COMPLETIONS = {
     "an empty prompt": ({"prompt": ["a", ""]}, "prompt", "empty"),
     "too many prompts": ({"prompt": ["a"] * 65}, "prompt", "65"),
     "another form": ({"prompt": {"a": 1}}, "prompt", ""),
-    "echo of logprobs": ({"echo": True, "logprobs": 1}, "echo", "lm-eval"),
     "echo of ids": ({"echo": True, "prompt": [1, 2]}, "echo", "text"),
     "best_of": ({"best_of": 3}, "best_of", ""),
     "suffix": ({"suffix": "end"}, "suffix", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,46 @@ def test_echo_and_stop(tmp_path: Path) -> None:
 
     [choice] = with_http(tmp_path, proposer_service(), work).choices
     assert choice.text == "a prompt: one two three" and choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("prompt", ["one of two", ["one of two", "four five"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_tells_the_prompts_tokens(
+    tmp_path: Path, prompt: Any, stream: bool
+) -> None:
+    """As clients count that compare log-likelihoods: a place for each token of the prompt, and for
+    each of the answer, also for one without text."""
+
+    def work(url: str) -> list[Any]:
+        with client(url) as opened:
+            reply = opened.completions.create(
+                model="bundled:greedy",
+                prompt=prompt,
+                echo=True,
+                logprobs=2,
+                max_tokens=1,
+                stream=stream,
+            )
+            return list(reply) if stream else [reply]
+
+    lengths = [3] if isinstance(prompt, str) else [3, 2]
+    texts = dict.fromkeys(range(len(lengths)), "")
+    tokens: dict[int, list[str]] = {i: [] for i in texts}
+    values: dict[int, list[float | None]] = {i: [] for i in texts}
+    offsets: dict[int, list[int]] = {i: [] for i in texts}
+    for reply in with_http(tmp_path, proposer_service(), work):
+        for choice in reply.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens
+            values[choice.index] += choice.logprobs.token_logprobs
+            offsets[choice.index] += choice.logprobs.text_offset
+    for index, length in enumerate(lengths):
+        assert len(tokens[index]) == len(values[index]) == length + 1
+        first, *rest = values[index]
+        assert first is None and rest[: length - 1] == [pytest.approx(-math.log(2))] * (length - 1)
+        assert texts[index] == "".join(tokens[index])
+        starts = [0, *itertools.accumulate(map(len, tokens[index][:-1]))]
+        assert offsets[index] == starts
 
 
 def test_content_in_parts_and_what_a_client_sends_back(tmp_path: Path) -> None:

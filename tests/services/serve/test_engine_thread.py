@@ -12,7 +12,8 @@ import pytest
 
 from s2t_shared.decode.engine import Engine, EngineLoad
 from s2t_shared.decode.generate import EncodedRequest
-from s2t_shared.decode.scripted import ScriptedTokenizer
+from s2t_shared.decode.interfaces import PromptScores
+from s2t_shared.decode.scripted import ScriptedSLM, ScriptedTokenizer
 from s2t_shared.errors import InvalidRequestError, ProposerLostError
 from s2t_shared.types import AnswerPiece, DecodeOptions, GenerateRequest, Prompt, Step
 from services.serve.engine_thread import EngineThread, OngoingAnswer
@@ -63,6 +64,45 @@ def test_an_answer_arrives_whole() -> None:
 
     asyncio.run(run())
     engine.close()
+
+
+def test_a_prompt_is_read_beside_an_answer() -> None:
+    slm = slow_slm()
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+
+    async def run() -> None:
+        builder, _ = await engine.submit(REQUEST)
+        scores = await engine.read_prompt((1, 2, 3), 1)
+        assert [score.support.ids for score in scores] == [(2,), (3,)]
+        assert not builder.done
+        leaving = asyncio.create_task(engine.read_prompt((1,) * 100_000, 1))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        assert await engine.read_prompt((1, 2), 1), "it stands behind the one that left"
+        engine.cancel(builder)
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_a_prompt_fails_with_the_thread_and_alone() -> None:
+    class Mute(ScriptedSLM):
+        def read_prompt(self, token_ids: Sequence[int], count: int) -> PromptScores:
+            raise InvalidRequestError("it does not say")
+
+    slm = Mute(WORDS)
+    engine = EngineThread(Engine(slm), slm.tokenizer)
+
+    async def run() -> None:
+        with pytest.raises(InvalidRequestError, match="does not say"):
+            await engine.read_prompt((1, 2), 1)
+        _, answer = await engine.submit(REQUEST)
+        await answer.next_piece()
+        engine.close()
+        with pytest.raises(ProposerLostError):
+            await engine.read_prompt((1, 2), 1)
+
+    asyncio.run(run())
 
 
 def test_a_refused_request_leaves_nothing() -> None:
