@@ -73,7 +73,7 @@ def test_the_pages_commands_are_found() -> None:
     blocks = re.findall(r"^    \S.*$", PAGE, re.MULTILINE)
     starts = [line for line in blocks if line.strip().partition(" ")[0] in STARTS]
     starts += [line for line in blocks if line.strip().startswith("python -m")]
-    assert len(starts) == len(COMMANDS) == 7 and len(SNIPPETS) == PAGE.count("```") / 2 == 3
+    assert len(starts) == len(COMMANDS) == 8 and len(SNIPPETS) == PAGE.count("```") / 2 == 3
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -183,16 +183,57 @@ def test_lm_eval_runs_a_task(addresses: tuple[str, str], tmp_path: Path, way: st
         lines.append(json.dumps({"prompt": problem.prompt, "answer": bought}))
     (tmp_path / "shop.jsonl").write_text("\n".join(lines))
     (tmp_path / "shop.yaml").write_text(TASK.format(file=tmp_path / "shop.jsonl"))
-    name = "s2t" if way == "s2t" else "local-completions"
-    [command] = [c for c in COMMANDS if f"--model {name}" in c]
-    command = moved(command, addresses).replace("TASKS", "s2t_shop")
-    command = command.replace("TASK_FOLDER", str(tmp_path)).replace("results", f"{tmp_path}/out")
-    command = re.sub("^(python -m )?", f"{HARNESS} -m ", command)
+    name = "--model s2t" if way == "s2t" else "tokenizer_backend=None"
+    [command] = [c for c in COMMANDS if name in c]
+    command = moved(command, addresses)
     if way == "local-chat-completions":
         command = command.replace("--model local-completions", f"--model {way}")
         command = command.replace("/v1/completions", "/v1/chat/completions")
         command += " --apply_chat_template"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "hf")}
+    results = run_harness(command, "s2t_shop", tmp_path)
+    assert results["exact_match,pair"] >= 0.75
+
+
+@needs_harness
+@pytest.mark.slow
+def test_lm_eval_compares_log_likelihoods(addresses: tuple[str, str], tmp_path: Path) -> None:
+    """The harness counts the prompt's tokens: one that is left out or shifted changes its sums."""
+    pair = Pair.open("bundled")
+    lines = []
+    expected = []
+    for problem in problems.problems("test", 12):
+        [right] = re.findall(r"buys \d+ and \d+", problem.solution)
+        choices = [right, "buys 1 and 2", "buys 4 and 15"]
+        lines.append(json.dumps({"prompt": problem.prompt, "choices": choices}))
+        values = [log_likelihood(pair, problem.prompt, f" {choice}") for choice in choices]
+        expected.append(values.index(max(values)) == 0)
+    (tmp_path / "shop.jsonl").write_text("\n".join(lines))
+    (tmp_path / "pick.yaml").write_text(CHOICES.format(file=tmp_path / "shop.jsonl"))
+    [command] = [c for c in COMMANDS if "SLM_FOLDER" in c]
+    folder = ROOT / "s2t_shared/bundled/slm"
+    command = moved(command, addresses).replace("SLM_FOLDER", str(folder))
+    results = run_harness(command, "s2t_pick", tmp_path)
+    assert results["acc,none"] == pytest.approx(sum(expected) / len(expected))
+
+
+def log_likelihood(pair: Pair, prompt: str, continuation: str) -> float:
+    """By the SLM's own forward over prompt and continuation."""
+    hf = pair.tokenizer.hf
+    before = len(hf.encode(prompt))
+    scores = [
+        s
+        for part in pair.engine.proposer.read_prompt(hf.encode(prompt + continuation), 1)
+        for s in part
+    ]
+    return sum(score.log_prob for score in scores[before - 1 :])
+
+
+def run_harness(command: str, task: str, folder: Path) -> dict[str, float]:
+    """What a command of the page measures on the task that lies in a folder."""
+    command = command.replace("TASKS", task)
+    command = command.replace("TASK_FOLDER", str(folder)).replace("results", f"{folder}/out")
+    command = re.sub("^(python -m )?", f"{HARNESS} -m ", command)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "hf")}
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=ROOT,
@@ -203,8 +244,22 @@ def test_lm_eval_runs_a_task(addresses: tuple[str, str], tmp_path: Path, way: st
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    [results] = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(results.read_text())["results"]["s2t_shop"]["exact_match,pair"] >= 0.75
+    [file] = (folder / "out").rglob("results_*.json")
+    results: dict[str, float] = json.loads(file.read_text())["results"][task]
+    return results
+
+
+CHOICES = """
+task: s2t_pick
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
 
 
 TASK = r"""
