@@ -107,6 +107,7 @@ class RemoteSelector:
         self._backoff = backoff
         self._links: dict[str, SelectorLink] = {}
         self._last_query: ScoreQuery | None = None
+        self._list_failed = False
         self._answered = 0
         self._failed = 0
         self._latency = Distribution(TABLE["s2t_selection_latency_seconds"].buckets)
@@ -220,8 +221,11 @@ class RemoteSelector:
         try:
             found = set(await self._find_addresses())
         except Exception as error:  # noqa: BLE001 - whatever Serve raises means "not now"
-            log.info("selectors cannot be listed now: %s", type(error).__name__)
+            if not self._list_failed:  # said once, not every second
+                log.info("selectors cannot be listed now: %s", type(error).__name__)
+            self._list_failed = True
             return
+        self._list_failed = False
         for address in self._links.keys() - found:
             await self._links.pop(address).close()
         new = [self._open(address) for address in sorted(found - self._links.keys())]
