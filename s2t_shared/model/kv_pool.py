@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from s2t_shared.model.prefix_index import BLOCK_TOKENS, PrefixIndex
+
 SLAB_TOKENS = 8192
 MIN_SLOT_TOKENS = 128
-MIN_PREFIX_MATCH = 16  # reading a shorter prefix again is cheaper than looking for it
+MIN_PREFIX_MATCH = BLOCK_TOKENS  # to read a shorter prefix again is cheaper than to look for it
 # A slab of several slots has at most this share of the pool, so that several size classes fit.
 LARGEST_SLAB = 1 / 4
 
@@ -62,20 +64,24 @@ class Slab:
     """Storage of several slots of one size class.
 
     layers: per layer, keys [slots, heads, columns, key_dim] and values [slots, heads, columns,
-    value_dim]. slots: by index; None where the slot is free.
+    value_dim]. slots: by index; None where the slot is free. taken, live: how many are not free,
+    and how many of those are live.
     """
 
     columns: int
     bytes: int
     layers: list[tuple[Tensor, Tensor]]
     slots: list[Slot | None]
+    taken: int = 0
+    live: int = 0
 
     @property
     def is_empty(self) -> bool:
-        return not any(self.slots)
+        return self.taken == 0
 
-    def live_slots(self) -> int:
-        return sum(slot is not None and slot.live for slot in self.slots)
+    @property
+    def is_full(self) -> bool:
+        return self.taken == len(self.slots)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -103,7 +109,10 @@ class Slot:
 
 
 class KVPool:
-    """Allocator and storage of at most `max_bytes`."""
+    """Allocator and storage of at most `max_bytes`.
+
+    No call takes longer because many slots are cached.
+    """
 
     def __init__(
         self,
@@ -125,6 +134,9 @@ class KVPool:
         small = max(MIN_SLOT_TOKENS, _power_of_two(self.max_tokens // 16 + 1))
         self._slab_tokens = min(SLAB_TOKENS, small)
         self._clock = 0
+        self._live: dict[Slot, None] = {}
+        self._cached: dict[int, dict[Slot, None]] = {}  # by size class; least recently used first
+        self._prefixes: PrefixIndex[Slot] = PrefixIndex()  # of cached slots
 
     # -- size -------------------------------------------------------------------------------------
 
@@ -146,12 +158,12 @@ class KVPool:
 
     @property
     def live_slots(self) -> int:
-        return sum(slot.live for slot in self.slots())
+        return len(self._live)
 
     @property
     def usage(self) -> float:
         """Share of the memory that live slots hold, 0..1. May be read from any thread."""
-        live = sum(slot.columns for slot in self.slots() if slot.live)
+        live = sum(slot.columns for slot in list(self._live))
         return live * self.bytes_per_token / self.max_bytes
 
     def fits(self, columns: int, slots: int = 1) -> bool:
@@ -214,14 +226,19 @@ class KVPool:
         """End a slot's sequence. The slot is cached, or freed if it holds too little to match."""
         assert slot.live, "released twice"
         slot.live = False
-        self._touch(slot)
+        slot.slab.live -= 1
+        del self._live[slot]
         if len(slot.token_ids) < MIN_PREFIX_MATCH:
-            self._evict(slot)
+            self._free(slot)
+            return
+        self._cached.setdefault(slot.columns, {})
+        self._touch(slot)
+        self._prefixes.add(slot)
 
     def clear(self) -> None:
         """Free every cached slot and every empty slab."""
-        for slot in list(self.slots()):
-            if not slot.live:
+        for cached in self._cached.values():
+            for slot in list(cached):
                 self._evict(slot)
         self.slabs = [slab for slab in self.slabs if not slab.is_empty]
 
@@ -241,6 +258,9 @@ class KVPool:
                     continue
                 assert slot.slab is slab and slot.index == index, "two owners of one slot"
                 assert len(slot.token_ids) <= slab.columns, "read beyond the slot's end"
+            taken = [slot for slot in slab.slots if slot is not None]
+            live = [slot for slot in taken if slot.live]
+            assert (slab.taken, slab.live) == (len(taken), len(live)), "counted wrongly"
 
     # -- prefixes ---------------------------------------------------------------------------------
 
@@ -255,30 +275,26 @@ class KVPool:
         ids = list(token_ids[:-1])
         best: Slot | None = None
         longest = 0
-        if len(ids) < MIN_PREFIX_MATCH:
-            return best, longest
-        last = MIN_PREFIX_MATCH - 1
-        for slot in self.slots():
-            if slot.adapter_key != adapter_key or len(slot.token_ids) <= last:
+        for slot in (*self._prefixes.find(adapter_key, ids), *self._live):
+            # One token tells most contexts apart from a longer match, also those that begin alike.
+            decisive = max(longest, MIN_PREFIX_MATCH - 1)
+            held = slot.token_ids
+            if slot.adapter_key != adapter_key or min(len(held), len(ids)) <= decisive:
                 continue
-            # Tells most contexts apart at once: thousands may be cached.
-            if slot.token_ids[last] != ids[last]:
+            if held[decisive] != ids[decisive]:
                 continue
-            shared = common_prefix(slot.token_ids, ids)
-            if shared < MIN_PREFIX_MATCH:
-                continue
-            is_longer = best is None or shared > longest
-            is_cached_instead = best is not None and best.live and not slot.live
-            if is_longer or (shared == longest and is_cached_instead):
-                best = slot
-                longest = shared
+            shared = common_prefix(held, ids)
+            if shared > decisive:
+                best, longest = slot, shared
         return best, longest
 
     def _reuse(self, slot: Slot, length: int) -> Slot:
         """Hand out a cached slot with its first `length` tokens."""
+        self._forget(slot)
         slot.truncate(length)
         slot.live = True
-        self._touch(slot)
+        slot.slab.live += 1
+        self._live[slot] = None
         return slot
 
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
@@ -296,6 +312,10 @@ class KVPool:
         """Note that the slot is used now."""
         self._clock += 1
         slot.used_at = self._clock
+        if not slot.live:
+            cached = self._cached[slot.columns]
+            cached.pop(slot, None)
+            cached[slot] = None
 
     # -- room -------------------------------------------------------------------------------------
 
@@ -305,35 +325,40 @@ class KVPool:
         if self.layout.slab_slots > 1:
             self._evict_beside_live(size, protected)
         slab = self._slab_with_room(size)
-        while slab is None:
-            victim = next(self._evictable(size, protected), None)
-            if victim is None:
+        if slab is None:
+            cached = self._cached.get(size, {})
+            victim = next((slot for slot in cached if slot is not protected), None)
+            if victim is not None:
+                self._evict(victim)
+            elif not self._clear_slabs(self._slab_bytes(size), protected):
                 return None
-            self._evict(victim)
             slab = self._slab_with_room(size)
+        assert slab is not None
         slot = Slot(slab=slab, index=slab.slots.index(None), adapter_key=adapter_key)
         slab.slots[slot.index] = slot
-        self._touch(slot)
+        slab.taken += 1
+        slab.live += 1
+        self._live[slot] = None
         return slot
 
     def _evict_beside_live(self, size: int, protected: Slot | None) -> None:
         """Make room in the slab with the most live slots, if it has none: live slots that lie
         together share one attention call."""
         slabs = [slab for slab in self.slabs if slab.columns == size]
-        for slab in sorted(slabs, key=Slab.live_slots, reverse=True):
-            if None in slab.slots:
+        for slab in sorted(slabs, key=_live_slots, reverse=True):
+            if not slab.is_full:
                 return
             cached = [slot for slot in slab.slots if slot is not None and not slot.live]
             victims = [slot for slot in cached if slot is not protected]
             if victims:
-                self._evict(min(victims, key=lambda slot: slot.used_at))
+                self._evict(min(victims, key=_used_at))
                 return
 
     def _slab_with_room(self, size: int) -> Slab | None:
         """A slab of this size class with a free slot, made if the bytes suffice; else None."""
-        for slab in sorted(self.slabs, key=Slab.live_slots, reverse=True):
-            if slab.columns == size and None in slab.slots:
-                return slab
+        with_room = [slab for slab in self.slabs if slab.columns == size and not slab.is_full]
+        if with_room:
+            return max(with_room, key=_live_slots)
         if not self._make_room(self._slab_bytes(size)):
             return None
         slab = self._new_slab(size)
@@ -362,35 +387,53 @@ class KVPool:
         # Zeros, not empty: a masked column has weight 0, and 0 * NaN is NaN.
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def _evictable(self, size: int, protected: Slot | None) -> Iterator[Slot]:
-        """Cached slots whose eviction makes room for this size class, least recently used first.
-
-        A slot of the size class makes room at once. Slots of other classes make room together:
-        when whole slabs are empty, and enough of them for a new slab.
-        """
-        cached = [slot for slot in self.slots() if not slot.live and slot is not protected]
-        cached.sort(key=lambda slot: slot.used_at)
-        for slot in cached:
-            if slot.columns == size:
-                yield slot
+    def _clear_slabs(self, needed: int, protected: Slot | None) -> bool:
+        """Evict whole slabs, those first whose slots were used longest ago, until `needed` bytes
+        are free. Evict nothing if that does not suffice, and return False."""
         idle = [slab for slab in self.slabs if _is_idle(slab, protected)]
         bytes_in_use = self.bytes - sum(slab.bytes for slab in idle)
-        if bytes_in_use + self._slab_bytes(size) > self.max_bytes:
-            return
-        for slot in cached:
-            if slot.slab in idle:
-                yield slot
+        if bytes_in_use + needed > self.max_bytes:
+            return False
+        for slab in sorted(idle, key=_last_use):
+            for slot in slab.slots:
+                if slot is not None:
+                    self._evict(slot)
+            if self._make_room(needed):
+                return True
+        raise AssertionError("idle slabs have fewer bytes than was counted")
 
     def _evict(self, slot: Slot) -> None:
+        """Free a cached slot."""
+        self._forget(slot)
+        self._free(slot)
+
+    def _forget(self, slot: Slot) -> None:
+        """Take a slot out of what is cached."""
         assert not slot.live
+        del self._cached[slot.columns][slot]
+        self._prefixes.remove(slot)
+
+    def _free(self, slot: Slot) -> None:
         assert slot.slab.slots[slot.index] is slot
         slot.slab.slots[slot.index] = None
+        slot.slab.taken -= 1
+
+
+def _live_slots(slab: Slab) -> int:
+    return slab.live
+
+
+def _used_at(slot: Slot) -> int:
+    return slot.used_at
+
+
+def _last_use(slab: Slab) -> int:
+    return max((slot.used_at for slot in slab.slots if slot is not None), default=0)
 
 
 def _is_idle(slab: Slab, protected: Slot | None) -> bool:
     """Whether all slots of the slab may be evicted."""
-    taken = [slot for slot in slab.slots if slot is not None]
-    return not any(slot.live or slot is protected for slot in taken)
+    return slab.live == 0 and (protected is None or protected.slab is not slab)
 
 
 # -- prefixes of ids ------------------------------------------------------------------------------
