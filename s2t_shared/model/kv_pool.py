@@ -133,6 +133,8 @@ class KVPool:
         # A small budget gets small slabs, so that several size classes fit beside each other.
         small = max(MIN_SLOT_TOKENS, _power_of_two(self.max_tokens // 16 + 1))
         self._slab_tokens = min(SLAB_TOKENS, small)
+        self.bytes = 0  # allocated on the device now
+        self._with_room: dict[int, dict[Slab, None]] = {}  # by size class
         self._clock = 0
         self._live: dict[Slot, None] = {}
         self._cached: dict[int, dict[Slot, None]] = {}  # by size class; least recently used first
@@ -143,11 +145,6 @@ class KVPool:
     @property
     def max_tokens(self) -> int:
         return self.max_bytes // self.bytes_per_token
-
-    @property
-    def bytes(self) -> int:
-        """Bytes allocated on the device now."""
-        return sum(slab.bytes for slab in self.slabs)
 
     def slots(self) -> Iterator[Slot]:
         """Every slot, live and cached."""
@@ -240,7 +237,8 @@ class KVPool:
         for cached in self._cached.values():
             for slot in list(cached):
                 self._evict(slot)
-        self.slabs = [slab for slab in self.slabs if not slab.is_empty]
+        for slab in [slab for slab in self.slabs if slab.is_empty]:
+            self._drop(slab)
 
     def check(self) -> None:
         """Check the pool's integrity: bytes within the bound, slots where their slabs say.
@@ -249,6 +247,7 @@ class KVPool:
             AssertionError: a bug in the pool or in its caller.
         """
         assert self.bytes <= self.max_bytes, f"{self.bytes} bytes held, {self.max_bytes} allowed"
+        assert self.bytes == sum(slab.bytes for slab in self.slabs), "bytes counted wrongly"
         for slab in self.slabs:
             keys, _ = slab.layers[0]
             assert keys.shape[0] == len(slab.slots)
@@ -338,6 +337,8 @@ class KVPool:
         slab.slots[slot.index] = slot
         slab.taken += 1
         slab.live += 1
+        if slab.is_full:
+            del self._with_room[size][slab]
         self._live[slot] = None
         return slot
 
@@ -356,23 +357,32 @@ class KVPool:
 
     def _slab_with_room(self, size: int) -> Slab | None:
         """A slab of this size class with a free slot, made if the bytes suffice; else None."""
-        with_room = [slab for slab in self.slabs if slab.columns == size and not slab.is_full]
+        with_room = self._with_room.get(size)
         if with_room:
             return max(with_room, key=_live_slots)
         if not self._make_room(self._slab_bytes(size)):
             return None
         slab = self._new_slab(size)
         self.slabs.append(slab)
+        self.bytes += slab.bytes
+        self._with_room.setdefault(size, {})[slab] = None
         return slab
 
     def _make_room(self, needed: int) -> bool:
         """Whether `needed` bytes are free, after dropping empty slabs if that is necessary."""
         while self.bytes + needed > self.max_bytes:
-            empty = next((slab for slab in self.slabs if slab.is_empty), None)
+            groups = self._with_room.values()
+            empty = next((slab for group in groups for slab in group if slab.is_empty), None)
             if empty is None:
                 return False
-            self.slabs.remove(empty)
+            self._drop(empty)
         return True
+
+    def _drop(self, slab: Slab) -> None:
+        """Give an empty slab's bytes back."""
+        self.slabs.remove(slab)
+        self.bytes -= slab.bytes
+        del self._with_room[slab.columns][slab]
 
     def _new_slab(self, size: int) -> Slab:
         slots = self._slots_per_slab(size)
@@ -417,6 +427,7 @@ class KVPool:
         assert slot.slab.slots[slot.index] is slot
         slot.slab.slots[slot.index] = None
         slot.slab.taken -= 1
+        self._with_room.setdefault(slot.columns, {})[slot.slab] = None
 
 
 def _live_slots(slab: Slab) -> int:
