@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from s2t_shared.model import kv_pool, prefix_index
 from s2t_shared.model.kv_pool import (
     MIN_PREFIX_MATCH,
     MIN_SLOT_TOKENS,
@@ -518,3 +519,23 @@ def test_waiting_for_another_slot_pays_only_where_it_reads_the_same() -> None:
     read(slot, STORY, 40)
     assert not shares_longer_prefix(STORY[:50], slot, same, STORY[:50])
     assert shares_longer_prefix(STORY[:90], slot, same, STORY[:90])
+
+
+def test_no_allocation_looks_at_every_cached_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service whose contexts share a system prompt slowed down as its pool filled."""
+    compared: list[int] = []
+
+    def counted(a: list[int], b: list[int]) -> int:
+        compared.append(len(a))
+        return common_prefix(a, b)
+
+    monkeypatch.setattr(kv_pool, "common_prefix", counted)
+    pool = new_pool(400 * MIN_SLOT_TOKENS)
+    system = STORY[:48]
+    for number in range(500):  # some are evicted
+        pool.release(allocated(pool, [*system, *other_ids(number)], 100))
+    compared.clear()
+    slot = pool.allocate([*system, *other_ids(499), 5], 100)
+    assert slot is not None and len(slot.token_ids) == 48 + 30
+    assert len(compared) <= prefix_index.MAX_FOUND
+    pool.check()
