@@ -62,6 +62,7 @@ class Pair:
     local_selector: LocalSelector | None = None
     calibrations: Path = CALIBRATIONS
     others: Mapping[str, LocalSelector] = field(default_factory=dict)
+    _measured: dict[Path, Calibration] = field(default_factory=dict)  # on the prompts of a file
 
     @classmethod
     def open(
@@ -279,8 +280,11 @@ class Pair:
                 "a KL budget needs the LLM for calibration; give --llm, or --threshold"
             )
         folder = self.calibrations.expanduser()
-        known = load_calibration(folder, slm_digest, self.llm_digest)
-        if prompts is None and known is not None:
+        if prompts is None:
+            known = load_calibration(folder, slm_digest, self.llm_digest)
+        else:
+            known = self._measured.get(prompts)
+        if known is not None:
             return known
         training = calibration_prompts(self.tokenizer, count, prompts)
         say(f"calibrating thresholds on {len(training)} training prompts (kept for the next run)")
@@ -288,4 +292,6 @@ class Pair:
             self.generator, training, max_new_tokens, with_llm=self.llm is not None
         )
         store_calibration(folder, slm_digest, self.llm_digest, calibration)
+        if prompts is not None:
+            self._measured[prompts] = calibration
         return calibration
