@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 
 WIDTH = 640
 HEIGHT = 320
@@ -31,6 +32,20 @@ class Mark:
     y: float
     low: float
     high: float
+
+
+def style() -> str:
+    """The style sheet that plots need, for light and dark."""
+    sheet = files("services.evaluation").joinpath("page", "plot.css")
+    return sheet.read_text(encoding="utf-8")
+
+
+def standalone(plot: str) -> str:
+    """A plot as a file of its own, which brings its style sheet and ground."""
+    head, _, rest = plot.partition(">")
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
+    ground = '<rect class="ground" width="100%" height="100%"/>'
+    return f"{head}>\n<style>\n{style()}</style>\n{ground}{rest}\n"
 
 
 class _Frame:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from s2t_shared.statistics import wilson_interval
-from services.evaluation.figures import DEPTH_SHARE, HIT_AT, Row, Sufficiency, by_task, mcnemar
+from services.evaluation.figures import (
+    DEPTH_SHARE,
+    HIT_AT,
+    Row,
+    Sufficiency,
+    beside_takeover,
+    by_task,
+    mcnemar,
+)
 from services.evaluation.problems import Problem
 
 DEPTH = (
@@ -27,6 +35,11 @@ FAILURE_HEADER = (
     "the SLM's own",
     "order agrees",
 )
+TAKEOVER = (
+    "Selection is confined to the SLM's candidates, a takeover is not: what that costs, at "
+    "the same trigger and budget, paired on the same problems."
+)
+TAKEOVER_HEADER = ("mode", "right", "takeover", "difference", "rescued, harmed", "p")
 COLUMNS = (
     "mode",
     "right",
@@ -136,6 +149,18 @@ def task_table(
             cells.append(f"{right / of:.3f} ({low:.2f} - {high:.2f})")
         body.append(cells)
     return header, body
+
+
+def takeover_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Rows below TAKEOVER_HEADER."""
+    found = []
+    for row, takeover in beside_takeover(rows):
+        gain, half = row.gain_over(takeover)
+        rescued, harmed = row.rescues_and_harms(takeover)
+        rates = (f"{row.accuracy:.3f}", f"{takeover.accuracy:.3f}")
+        p = _p_value(mcnemar(rescued, harmed))
+        found.append([row.label, *rates, f"{gain:+.3f} ± {half:.3f}", f"{rescued}, {harmed}", p])
+    return found
 
 
 def explained(base: Row) -> str:

@@ -11,6 +11,7 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
@@ -21,7 +22,7 @@ from services.evaluation.journal import ScoredRollout
 from services.evaluation.modes import ModeSpec
 from services.evaluation.problems import Problem
 from services.evaluation.records import Candidate, Decision, Record
-from services.evaluation.report import Evaluated, markdown, write_report
+from services.evaluation.report import Evaluated, figures_of, markdown, write_report
 from services.evaluation.verdict import verdict
 
 HOSTILE = '</script><img src=x onerror="document.title=1"> & "quotes"'
@@ -157,7 +158,7 @@ def evaluated(rows: Sequence[Row] = (GREEDY, S2T, LOCAL, LLM)) -> Evaluated:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    assert len(write_report(evaluated(), folder)) == 3
+    assert len(write_report(evaluated(), folder)) == 4
     return folder
 
 
@@ -174,6 +175,24 @@ def test_the_markdown_has_the_table(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| s2t entropy 5% | 0.900 | 0.85 - 0.93 | +0.400 ± 0.068 | 80, 0 | < 0.001 |" in text
     assert "cut off |" not in text  # a column that says nothing
+
+
+def test_s2t_is_compared_with_the_takeover_at_the_same_points(tmp_path: Path) -> None:
+    """Not with one of another budget."""
+    takeover = row("takeover", 184, llm_read=4, budget=0.05)
+    other = row("takeover", 150, llm_read=1, budget=0.01)
+    found = evaluated([GREEDY, S2T, takeover, other, LLM])
+    assert figures_of(found)["over_takeover"].keys() == {"s2t entropy 5%"}
+    assert "| s2t entropy 5% | 0.900 | 0.920 | -0.020 ± 0.020 | 0, 4 | 0.125 |" in markdown(found)
+    assert "takeover" not in markdown(evaluated())
+
+
+def test_the_plot_is_also_a_file_of_its_own(folder: Path) -> None:
+    """For other people's pages: with its colours, and well formed."""
+    root = ElementTree.parse(folder / "report.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    texts = [element.text or "" for element in root.iter()]
+    assert "s2t_local entropy 5%" in texts and any("--c0:" in text for text in texts)
 
 
 class _Outside(HTMLParser):
@@ -195,7 +214,7 @@ def test_names_do_not_become_markup_in_the_markdown(folder: Path) -> None:
     parser = _Outside()
     shown = MarkdownIt("commonmark").enable("table").render(text)
     parser.feed(shown)
-    assert parser.found == [] and "A &lt;title&gt;" in shown
+    assert parser.found == ["img src=report.svg"] and "A &lt;title&gt;" in shown
     assert "<td>s2t_local entropy 5%</td>" in shown
     assert escape(HOSTILE) in shown
     hostile = ModeSpec(name="s2t", trigger="a | `x` *y*", budget=0.05)

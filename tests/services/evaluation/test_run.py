@@ -457,9 +457,7 @@ def test_reasoning_gym_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         problems_of("reasoning-gym:no_such_family", 1)
 
 
-def test_examples_come_before_the_question(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_come_before_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system message first, then the worked examples, then the question, as turns of a chat."""
     monkeypatch.setitem(sys.modules, "reasoning_gym", _Gym)
     shown = tmp_path / "examples.jsonl"
