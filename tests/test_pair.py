@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,17 @@ def test_a_budget_is_measured_once_and_kept(pair: Pair) -> None:
     written = [file.stat().st_mtime_ns for file in kept]
     pair.generate(QUESTIONS[0], **DECODING)
     assert [file.stat().st_mtime_ns for file in kept] == written
+
+
+def test_a_file_of_prompts_is_calibrated_on_once(pair: Pair, tmp_path: Path) -> None:
+    """Each row of an evaluation asks for it."""
+    file = tmp_path / "training.jsonl"
+    file.write_text(json.dumps({"id": "a", "prompt": QUESTIONS[0]}) + "\n")
+    apart = replace(pair, calibrations=tmp_path)
+    said: list[str] = []
+    first = apart.calibration(needs_llm=False, prompts=file, say=said.append)
+    assert apart.calibration(needs_llm=False, prompts=file, say=said.append) is first
+    assert len(said) == 1
 
 
 def test_a_version_that_is_not_loaded_is_refused(pair: Pair) -> None:
