@@ -48,7 +48,7 @@ def page(evaluated: Evaluated) -> str:
         "reasons": "".join(f"<li>{escape(r)}</li>" for r in evaluated.verdict.reasons),
         "table": _html_table(*main_table(evaluated.rows)),
         "explained": escape(explained(base).replace("*", "")),
-        "pareto": _pareto(evaluated.rows),
+        "pareto": _scrolling(pareto.plot(evaluated.rows)),
         "tasks": _task_section(evaluated) + _takeover_section(evaluated.rows),
         "sufficiency": _sufficiency_section(evaluated.hits),
         "sensitivity": _sensitivity_section(evaluated.rows),
@@ -74,11 +74,6 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         rest = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         body.append(f'<tr><th scope="row">{escape(row[0])}</th>{rest}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _pareto(rows: Sequence[Row]) -> str:
-    note = f'<p class="note">{pareto.NAMED}</p>' if len(pareto.named(rows)) < len(rows) else ""
-    return _scrolling(pareto.plot(rows)) + note
 
 
 def _sufficiency_section(hits: Sufficiency | None) -> str:

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from s2t_shared.types import Mode
 from services.evaluation import plots
 from services.evaluation.figures import Row
 
-NAMED_POINTS = 10  # more rows than these hide one another's names
 CAPTION = "Right answers against the share of the answers' tokens that the LLM reads"
-NAMED = (
-    "Named: the first row, the LLM, and the rows that are right more often than all that read "
-    "less. The others are named when pointed at."
-)
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """SVG, in the colours of the page that it stands in."""
-    shown = named(rows)
-    points = []
-    for row in rows:
-        low, high = row.interval
-        cost = row.llm_read_per_token
-        points.append(plots.Point(row.label, cost, row.accuracy, low, high, row.label in shown))
+    """SVG, in the colours of the page that it stands in: a colour per mode, a curve per trigger."""
+    modes = list(dict.fromkeys(row.spec.name for row in rows))
+    triggers = list(dict.fromkeys(row.spec.trigger for row in rows if row.spec.trigger))
+    curves = []
+    for name, of in _curves(rows).items():
+        spec = of[0].spec
+        is_first = not spec.trigger or spec.trigger == triggers[0]
+        shape = "circle" if is_first else "square"
+        if spec.mode is Mode.TAKEOVER:
+            shape = "ring" if is_first else "frame"
+        points = [_point(row) for row in sorted(of, key=lambda row: row.spec.budget or 0.0)]
+        curves.append(plots.Curve(name, points, modes.index(spec.name), shape))
     x_title = "share of the answers' tokens that the LLM reads"
-    return plots.scatter(points, x_title, "right", CAPTION)
+    return plots.scatter(curves, x_title, "right", CAPTION)
 
 
-def named(rows: Sequence[Row]) -> set[str]:
-    """Rows whose names stand in the plot: all, or where they are many, the front of it."""
-    return _front(rows) if len(rows) > NAMED_POINTS else {row.label for row in rows}
-
-
-def _front(rows: Sequence[Row]) -> set[str]:
-    """The rows that are right more often than all that cost less, the first one and the LLM."""
-    found = {rows[0].label, *(row.label for row in rows if row.spec.mode is Mode.LLM)}
-    best = -1.0
-    for row in sorted(rows, key=lambda row: (row.llm_read_per_token, -row.accuracy)):
-        if row.accuracy > best:
-            found.add(row.label)
-            best = row.accuracy
+def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that differ in their budget alone, by their common name."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(replace(row.spec, budget=None).label, []).append(row)
     return found
+
+
+def _point(row: Row) -> plots.Point:
+    low, high = row.interval
+    note = f"{row.spec.budget * 100:g}%" if row.spec.budget else ""
+    return plots.Point(row.llm_read_per_token, row.accuracy, low, high, note)
