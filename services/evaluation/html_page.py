@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -46,7 +46,8 @@ def page(evaluated: Evaluated) -> str:
         "js": assets.joinpath("page.js").read_text(encoding="utf-8"),
         "headline": escape(evaluated.verdict.headline),
         "reasons": "".join(f"<li>{escape(r)}</li>" for r in evaluated.verdict.reasons),
-        "table": _html_table(*main_table(evaluated.rows)),
+        "models": escape(_models(evaluated.about)),
+        "table": _html_table(*main_table(evaluated.rows), chosen=evaluated.verdict.choice),
         "explained": escape(explained(base).replace("*", "")),
         "pareto": _scrolling(pareto.plot(evaluated.rows)),
         "tasks": _task_section(evaluated) + _takeover_section(evaluated.rows),
@@ -67,12 +68,22 @@ def _embedded(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _models(about: Mapping[str, Any]) -> str:
+    """The pair, for the first screen."""
+    named = [f"{role} {about[role]}" for role in ("SLM", "LLM") if role in about]
+    return ", ".join(["Select-to-Think evaluation", *named])
+
+
+def _html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], chosen: str | None = None
+) -> str:
+    """chosen: the name of the row that is marked."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = []
     for row in rows:
         rest = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        body.append(f'<tr><th scope="row">{escape(row[0])}</th>{rest}</tr>')
+        marked = ' class="is-chosen"' if row[0] == chosen else ""
+        body.append(f'<tr{marked}><th scope="row">{escape(row[0])}</th>{rest}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 

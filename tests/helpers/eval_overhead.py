@@ -1,8 +1,8 @@
 """What `s2t eval` adds to decoding: its loop and the bare engine answer the same prompts, in turns.
 
-    python -m tests.helpers.eval_overhead [--slm S --llm L] [--rounds 30] [--batch 16] [--tokens 64]
+    python -m tests.helpers.eval_overhead [--slm S --llm L] [--rounds 12] [--batch 16] [--tokens 64]
 
-Each round has `batch` problems of its own. Sides: `engine`, decode requests whose prompts are ids
+Each round has four batches of problems of its own. Sides: `engine`, decode requests whose prompts are ids
 already, and no text comes out; `generate`, texts and Steps; `eval`, all that the report needs:
 requests, grading, divergence points, a line of the journal. Caches are emptied before each. One
 thread; CPU seconds, so that other work beside counts less. The bundled pair decodes so fast that
@@ -105,17 +105,18 @@ def main() -> None:
     parser.add_argument("--slm", default="bundled")
     parser.add_argument("--llm", default="bundled")
     parser.add_argument("--problems", default="bundled")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
-    problems = problems_of(args.problems, (args.rounds + 1) * args.batch)
+    size = 4 * args.batch
+    problems = problems_of(args.problems, (args.rounds + 1) * size)
     with tempfile.TemporaryDirectory() as folder:
         measured = Measured(args.slm, args.llm, args.batch, args.tokens, Path(folder))
         for spec in ROWS:
             seconds: dict[str, list[float]] = {side: [] for side in SIDES}
             for number in range(args.rounds + 1):
-                part = problems[number * args.batch : (number + 1) * args.batch]
+                part = problems[number * size : (number + 1) * size]
                 for place in range(len(SIDES)):
                     side = SIDES[(number + place) % len(SIDES)]
                     took = measured.seconds(side, spec, part)

@@ -96,6 +96,23 @@ def test_the_mode_that_gains_is_recommended() -> None:
     assert "the LLM reads 40% of the answers' tokens" in text
 
 
+def test_what_is_recommended_is_explained_and_marked(tmp_path: Path) -> None:
+    """Who reads the first report knows no mode by name."""
+    text = says(GREEDY, S2T, LLM)
+    assert (
+        "s2t entropy 5%: the small model (SLM) writes; at 10.0% of the tokens the large one (LLM) "
+        "chooses among its candidates." in text
+    )
+    assert "greedy, the small model (SLM) alone, is right on 50.0%" in text
+    assert "llm, the large model (LLM) alone, is right on" in text
+    found = evaluated([GREEDY, S2T, LLM])
+    write_report(found, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<tr class="is-chosen"><th scope="row">s2t entropy 5%') == 1
+    assert f"Select-to-Think evaluation, SLM {escape(HOSTILE)}" in page
+    assert verdict([GREEDY, row("s2t", 104, llm_read=4, budget=0.05)], None).choice == ""
+
+
 def test_what_is_as_good_and_asks_less_is_preferred() -> None:
     cheaper = row("s2t", 178, llm_read=1, budget=0.01)
     assert says(GREEDY, S2T, cheaper).startswith(
