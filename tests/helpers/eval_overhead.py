@@ -2,11 +2,11 @@
 
     python -m tests.helpers.eval_overhead [--slm S --llm L] [--rounds 12] [--batch 16] [--tokens 64]
 
-Each round has four batches of problems of its own. Sides: `engine`, decode requests whose prompts are ids
-already, and no text comes out; `generate`, texts and Steps; `eval`, all that the report needs:
-requests, grading, divergence points, a line of the journal. Caches are emptied before each. One
-thread; CPU seconds, so that other work beside counts less. The bundled pair decodes so fast that
-the loop weighs as much as it ever can.
+Each round has four batches of problems of its own. Sides: `engine`, decode requests whose prompts
+are ids already, and no text comes out; `generate`, texts and Steps; `eval`, all that the report
+needs: requests, grading, divergence points, a line of the journal. Caches are emptied before each.
+One thread; CPU seconds, so that other work beside counts less. The bundled pair decodes so fast
+that the loop weighs as much as it ever can.
 """
 
 from __future__ import annotations
