@@ -101,7 +101,7 @@ def scatter(curves: Sequence[Curve], x_title: str, y_title: str, caption: str) -
     y_range = _rates([p.low for p in points], [p.high for p in points])
     frame = _Frame((-0.03, 1.06), y_range, right=LEGEND)
     parts = frame.axes(x_title, y_title, [0.0, 0.25, 0.5, 0.75, 1.0])
-    notes: dict[tuple[str, int, int], str] = {}  # where curves meet, a note stands once
+    notes: list[tuple[float, float, str]] = []
     for place, curve in enumerate(curves):
         number = curve.number % 8
         line = [f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in curve.points]
@@ -112,12 +112,23 @@ def scatter(curves: Sequence[Curve], x_title: str, y_title: str, caption: str) -
             parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
             parts.append(_mark(curve.shape, x, y, number, f"{name}: {point.y:.3f}"))
             if point.note:
-                note = _text(x + 8, y + 15, point.note, "start")
-                notes.setdefault((point.note, round(x / 20), round(y / 20)), note)
+                _note(notes, x + 8, y + 15, point.note)
         legend_y = TOP + 8 + 20 * place
         parts.append(_mark(curve.shape, WIDTH - LEGEND + 22, legend_y, number, curve.name))
         parts.append(_text(WIDTH - LEGEND + 36, legend_y + 4, curve.name, "start"))
-    return _svg([*parts, *notes.values()], caption)
+    texts = [_text(x, y, note, "start") for x, y, note in notes]
+    return _svg([*parts, *texts], caption)
+
+
+def _note(notes: list[tuple[float, float, str]], x: float, y: float, text: str) -> None:
+    """Place a note below its mark, else beside or above it; where curves meet, it stands once."""
+    for shift in (0, -11, -22):
+        near = [note for a, b, note in notes if abs(x - a) < 30 and abs(y + shift - b) < 11]
+        if text in near:
+            return
+        if not near:
+            notes.append((x, y + shift, text))
+            return
 
 
 def _mark(shape: str, x: float, y: float, number: int, title: str) -> str:
