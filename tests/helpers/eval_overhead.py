@@ -89,14 +89,15 @@ class Measured:
 
 
 def report(spec: ModeSpec, seconds: dict[str, list[float]]) -> None:
-    """Each side over the engine: of all rounds together, and the middle half of the rounds."""
-    for side in SIDES[1:]:
-        rounds = [a / b for a, b in zip(seconds[side], seconds["engine"], strict=True)]
+    """Ratios of all rounds together, and the middle half of the rounds."""
+    print(f"{spec.label}: " + ", ".join(f"{side} {sum(seconds[side]):.2f} s" for side in SIDES))
+    for over, under in (("generate", "engine"), ("eval", "generate"), ("eval", "engine")):
+        rounds = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
         low, middle, high = statistics.quantiles(rounds, n=4)
-        total = sum(seconds[side]) / sum(seconds["engine"])
+        total = sum(seconds[over]) / sum(seconds[under])
         print(
-            f"{spec.label}: {side} / engine: {total:.3f}; of {len(rounds)} rounds: median "
-            f"{middle:.3f}, middle half {low:.3f} - {high:.3f}"
+            f"  {over} / {under}: {total:.3f}; of {len(rounds)} rounds: median {middle:.3f}, "
+            f"middle half {low:.3f} - {high:.3f}"
         )
 
 
