@@ -231,6 +231,14 @@ class Pair:
                 outcome = replace(outcome, steps=shown_steps(request, outcome.steps))
             yield request, outcome
 
+    def forget(self) -> None:
+        """Free the contexts that torch's models keep for reuse: the next prompts are read afresh,
+        as in a measurement they should be."""
+        if isinstance(self.engine.proposer, Proposer):
+            self.engine.proposer.runtime.pool.clear()
+        if isinstance(self.llm, InProcessSelector):
+            self.llm.forget()
+
     # -- calibration ------------------------------------------------------------------------------
 
     def with_thresholds(

@@ -56,8 +56,9 @@ class PairAnswerer:
         }
 
     def prepare(self, request: GenerateRequest) -> None:
-        """Calibrate the request's budget; the pair keeps its thresholds."""
+        """Calibrate the request's budget, and forget the prompts that an earlier row has read."""
         self._calibrated(request)
+        self.pair.forget()
 
     def answer(self, requests: Sequence[GenerateRequest], on_outcome: OnOutcome) -> None:
         if not requests:

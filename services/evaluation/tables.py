@@ -65,13 +65,10 @@ def relative_time(row: Row, base: Row) -> float | None:
 
 def main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table; a column that says nothing is left out."""
-    header = list(COLUMNS)
     body = [_cells(row, rows[0]) for row in rows]
-    if not any(row.truncated for row in rows):
-        header.pop()
-        for cells in body:
-            cells.pop()
-    return header, body
+    said = [place for place in range(len(COLUMNS)) if any(cells[place] for cells in body)]
+    header = [COLUMNS[place] for place in said]
+    return header, [[cells[place] for place in said] for cells in body]
 
 
 def _cells(row: Row, base: Row) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import ConfigError, InvalidRequestError, OverloadedError
 from s2t_shared.types import (
     Answer,
@@ -381,6 +382,12 @@ def test_a_pair_in_this_process_keeps_both_models_views() -> None:
     pieces = token_pieces(pair.tokenizer, record.token_ids)
     assert "".join(pieces).strip() == record.text.strip()
     assert answerer.identity()["llm"] and len(journal.rollouts) == 1
+    # The next row reads its prompts itself, as this one did.
+    assert isinstance(pair.engine.proposer, Proposer)
+    pool = pair.engine.proposer.runtime.pool
+    assert list(pool.slots())
+    answerer.prepare(S2T.request(PROMPT, request_id="next", max_new_tokens=40))
+    assert not list(pool.slots())
 
 
 def test_a_local_selectors_choices_are_scored_and_kept(tmp_path: Path) -> None:
