@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from s2t_shared.types import (
     Usage,
     Versions,
 )
+from services.cli.progress import Progress, progress
 from services.evaluation.answering import OnOutcome, PairAnswerer, ServiceAnswerer
 from services.evaluation.figures import (
     Row,
@@ -41,7 +43,13 @@ from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import ModeSpec, rows
 from services.evaluation.problems import Problem, Reading, problems_of
 from services.evaluation.records import Record, record_of, token_pieces
-from services.evaluation.run import EvaluationSettings, run_row, score_choices, score_rollouts
+from services.evaluation.run import (
+    EvaluationSettings,
+    run_all,
+    run_row,
+    score_choices,
+    score_rollouts,
+)
 from services.rpc.ask_many import Outcome, Target
 from tests.helpers.serving import LLM_TEXT, SLM_TEXT, proposer_service, with_gateway
 
@@ -502,6 +510,19 @@ def test_examples_go_with_text(tmp_path: Path) -> None:
     asked.write_text('{"token_ids": [1, 2], "answer": "4"}\n')
     with pytest.raises(ConfigError, match="token ids are taken as they are"):
         Task(source=str(asked), examples=shown).problems(1, "", 0)
+
+
+def test_what_is_finished_asks_nothing_again() -> None:
+    """A report that was only to be written anew waited for answers that nobody counts."""
+    journal, answerer = Journal(), Scripted({"a": answer(), "b": answer()})
+
+    def quiet(what: str, total: int) -> AbstractContextManager[Progress]:
+        return progress(what, total, quiet=True)
+
+    run_all(answerer, [GREEDY], PROBLEMS, SETTINGS, journal, 0, quiet)
+    assert len(answerer.asked) == 4  # two of them warm up
+    run_all(answerer, [GREEDY], PROBLEMS, SETTINGS, journal, 0, quiet)
+    assert len(answerer.asked) == 4
 
 
 def test_what_a_row_needs_beforehand_is_in_no_rows_time() -> None:
