@@ -69,6 +69,11 @@ def _headline(rows: Sequence[Row], llm: Row | None, best: Row | None) -> str:
             f"There is something to gain: the LLM alone is clearly better than {base.label}. Ask "
             "again with --modes s2t,s2t_local, to see how much of it they get."
         )
+    if llm is not None and _gains(llm, base):
+        return (
+            f"Nothing short of the LLM helps here: alone it is clearly better than {base.label}, "
+            "and no mode that asks it less is."
+        )
     return f"Stay with {base.label}: no other mode is clearly better on these prompts."
 
 

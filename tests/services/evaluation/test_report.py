@@ -131,6 +131,8 @@ def test_the_llm_free_mode_is_named_beside() -> None:
 def test_a_gain_within_noise_is_no_gain() -> None:
     assert says(GREEDY, row("s2t", 104, llm_read=4, budget=0.05)).startswith("Stay with greedy")
     assert says(GREEDY, S2T, row("llm", 101, llm_read=10)).startswith("For this pair")
+    far = says(GREEDY, row("s2t", 101, llm_read=4, budget=0.05), LLM)
+    assert far.startswith("Nothing short of the LLM helps here")
     alike = says(GREEDY, row("s2t", 101, llm_read=4, budget=0.05), row("llm", 101, llm_read=10))
     assert alike.startswith("Nothing to gain was found")
 
