@@ -243,7 +243,8 @@ def run_grid(
         "grader": ", ".join(dict.fromkeys(task.grader for task in grid.problems)),
         **_about(identity),
     }
-    title = f"{len(items)} problems of {grid.sources}"
+    tasks = len(grid.problems)
+    title = f"{len(items)} problems of {grid.sources if tasks == 1 else f'{tasks} tasks'}"
     evaluated = Evaluated(
         title=title,
         rows=found,
