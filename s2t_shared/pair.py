@@ -62,6 +62,7 @@ class Pair:
     local_selector: LocalSelector | None = None
     calibrations: Path = CALIBRATIONS
     others: Mapping[str, LocalSelector] = field(default_factory=dict)
+    _measured: dict[Path, Calibration] = field(default_factory=dict)  # on the prompts of a file
 
     @classmethod
     def open(
@@ -230,6 +231,14 @@ class Pair:
                 outcome = replace(outcome, steps=shown_steps(request, outcome.steps))
             yield request, outcome
 
+    def forget(self) -> None:
+        """Free the contexts that torch's models keep for reuse: the next prompts are read afresh,
+        as in a measurement they should be."""
+        if isinstance(self.engine.proposer, Proposer):
+            self.engine.proposer.runtime.pool.clear()
+        if isinstance(self.llm, InProcessSelector):
+            self.llm.forget()
+
     # -- calibration ------------------------------------------------------------------------------
 
     def with_thresholds(
@@ -279,8 +288,11 @@ class Pair:
                 "a KL budget needs the LLM for calibration; give --llm, or --threshold"
             )
         folder = self.calibrations.expanduser()
-        known = load_calibration(folder, slm_digest, self.llm_digest)
-        if prompts is None and known is not None:
+        if prompts is None:
+            known = load_calibration(folder, slm_digest, self.llm_digest)
+        else:
+            known = self._measured.get(prompts)
+        if known is not None:
             return known
         training = calibration_prompts(self.tokenizer, count, prompts)
         say(f"calibrating thresholds on {len(training)} training prompts (kept for the next run)")
@@ -288,4 +300,6 @@ class Pair:
             self.generator, training, max_new_tokens, with_llm=self.llm is not None
         )
         store_calibration(folder, slm_digest, self.llm_digest, calibration)
+        if prompts is not None:
+            self._measured[prompts] = calibration
         return calibration

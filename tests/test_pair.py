@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import s2t_shared
 from s2t_shared.bundled import problems
+from s2t_shared.decode.llm_selector import InProcessSelector
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import InvalidRequestError, VersionNotFoundError
 from s2t_shared.pair import Pair
 
@@ -60,6 +64,27 @@ def test_a_budget_is_measured_once_and_kept(pair: Pair) -> None:
     written = [file.stat().st_mtime_ns for file in kept]
     pair.generate(QUESTIONS[0], **DECODING)
     assert [file.stat().st_mtime_ns for file in kept] == written
+
+
+def test_a_file_of_prompts_is_calibrated_on_once(pair: Pair, tmp_path: Path) -> None:
+    """Each row of an evaluation asks for it."""
+    file = tmp_path / "training.jsonl"
+    file.write_text(json.dumps({"id": "a", "prompt": QUESTIONS[0]}) + "\n")
+    apart = replace(pair, calibrations=tmp_path)
+    said: list[str] = []
+    first = apart.calibration(needs_llm=False, prompts=file, say=said.append)
+    assert apart.calibration(needs_llm=False, prompts=file, say=said.append) is first
+    assert len(said) == 1
+
+
+def test_what_is_forgotten_is_read_again(pair: Pair) -> None:
+    """Else a later row of an evaluation looks fast: an earlier one has read its prompts."""
+    assert isinstance(pair.engine.proposer, Proposer) and isinstance(pair.llm, InProcessSelector)
+    pair.generate(QUESTIONS, **DECODING)
+    pools = [pair.engine.proposer.runtime.pool, pair.llm._llm.runtime.pool]
+    assert all(list(pool.slots()) for pool in pools)
+    pair.forget()
+    assert not any(list(pool.slots()) for pool in pools)
 
 
 def test_a_version_that_is_not_loaded_is_refused(pair: Pair) -> None:

@@ -74,7 +74,16 @@ def test_the_client_snippet_fits_the_client() -> None:
     assert "stream" in names and hasattr(Client, "stream")
 
 
-@pytest.mark.parametrize("page", ["README.md", "s2t_shared/README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "s2t_shared/README.md",
+        "CONTRIBUTING.md",
+        "services/evaluation/README.md",
+        "services/evaluation/reports/README.md",
+    ],
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)", text):

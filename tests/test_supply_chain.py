@@ -66,6 +66,8 @@ def test_the_wheel_brings_no_secrets_and_no_tests(wheel: zipfile.ZipFile) -> Non
     not be published."""
     names = wheel.namelist()
     assert "services/launch/cluster/README.md" in names and "services/client.py" in names
+    assert "services/evaluation/page/plot.css" in names
+    assert not any("evaluation/reports" in name for name in names)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"s2t_shared", "services"}
     for name in names:

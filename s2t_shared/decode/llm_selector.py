@@ -293,6 +293,10 @@ class InProcessSelector:
     def info(self) -> LLMInfo:
         return self._llm.info
 
+    def forget(self) -> None:
+        """Free the contexts that are kept for reuse."""
+        self._llm.runtime.pool.clear()
+
     def submit(self, queries: Sequence[ScoreQuery]) -> list[Future[ScoreReply]]:
         futures: list[Future[ScoreReply]] = [Future() for _ in queries]
         good = []

@@ -73,6 +73,13 @@ def evaluate(
     prompt_column: PromptColumn = None,
     template: PromptTemplate = None,
     chat: Chat = False,
+    system: Annotated[
+        str | None, typer.Option(help="system message before it (implies --chat)")
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="file of questions with worked answers, shown before each question"),
+    ] = None,
     group_column: GroupColumn = None,
     answer_column: Annotated[str, typer.Option(help="where the right answer stands")] = "answer",
     split: Annotated[str, typer.Option(help="of a data set")] = "test",
@@ -109,6 +116,8 @@ def evaluate(
         prompt_column=prompt_column,
         template=template,
         chat=chat,
+        system=system,
+        examples=examples,
         group_column=group_column,
         answer_column=answer_column,
         grader=grader,
@@ -218,6 +227,7 @@ def run_grid(
         max_new_tokens=grid.max_new_tokens,
         seed=grid.seed,
         stop=tuple(grid.stop),
+        answer_pattern=resolved.defaults.answer_pattern,
         steps=out is not None,
     )
     identity = asked.identity(answerer, items)
@@ -233,7 +243,8 @@ def run_grid(
         "grader": ", ".join(dict.fromkeys(task.grader for task in grid.problems)),
         **_about(identity),
     }
-    title = f"{len(items)} problems of {grid.sources}"
+    tasks = len(grid.problems)
+    title = f"{len(items)} problems of {grid.sources if tasks == 1 else f'{tasks} tasks'}"
     evaluated = Evaluated(
         title=title,
         rows=found,

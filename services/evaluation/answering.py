@@ -25,6 +25,9 @@ class Answerer(Protocol):
     def identity(self) -> dict[str, str]:
         """What answers: digests of SLM and LLM, version of the local selector."""
 
+    def prepare(self, request: GenerateRequest) -> None:
+        """Measure what such requests need beforehand, so that it is in no row's time."""
+
     def answer(self, requests: Sequence[GenerateRequest], on_outcome: OnOutcome) -> None:
         """Answer all requests; each one's outcome is handed over when it is known.
 
@@ -52,10 +55,15 @@ class PairAnswerer:
             "local_selector": local.version if local else "",
         }
 
+    def prepare(self, request: GenerateRequest) -> None:
+        """Calibrate the request's budget, and forget the prompts that an earlier row has read."""
+        self._calibrated(request)
+        self.pair.forget()
+
     def answer(self, requests: Sequence[GenerateRequest], on_outcome: OnOutcome) -> None:
         if not requests:
             return
-        first = self.pair.with_thresholds(requests[0], self.calibration_prompts, self.say)
+        first = self._calibrated(requests[0])
         policy = first.options.policy
         ready = []
         for request in requests:
@@ -63,6 +71,9 @@ class PairAnswerer:
             ready.append(replace(request, options=options, budget=None))
         for request, outcome in self.pair.run(ready):
             on_outcome(request, outcome)
+
+    def _calibrated(self, request: GenerateRequest) -> GenerateRequest:
+        return self.pair.with_thresholds(request, self.calibration_prompts, self.say)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,9 @@ class ServiceAnswerer:
             "llm": service.llm_digest,
             "local_selector": service.live_version,
         }
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """Nothing: a service has calibrated."""
 
     def answer(self, requests: Sequence[GenerateRequest], on_outcome: OnOutcome) -> None:
         answer_all(self.target, requests, self.concurrency, on_answer=on_outcome)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from s2t_shared.statistics import clustered_difference, hit_at, spearman, wilson_interval
-from s2t_shared.types import WARMUP_STEPS, Usage
+from s2t_shared.types import WARMUP_STEPS, Mode, Usage
 from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import ModeSpec
 from services.evaluation.problems import Problem
@@ -114,6 +114,17 @@ def row_of(spec: ModeSpec, problems: Sequence[Problem], journal: Journal) -> Row
         clusters=tuple(problem.group or problem.id for problem in problems),
         seconds=seconds if journal.timed.get(spec.label) == count else None,
     )
+
+
+def beside_takeover(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Rows of `s2t`, each with the takeover at the same divergence points' trigger and budget."""
+    found = []
+    for row in rows:
+        for other in rows:
+            same = (row.spec.trigger, row.spec.budget) == (other.spec.trigger, other.spec.budget)
+            if same and row.spec.mode is Mode.S2T and other.spec.mode is Mode.TAKEOVER:
+                found.append((row, other))
+    return found
 
 
 def mcnemar(rescues: int, harms: int) -> float:

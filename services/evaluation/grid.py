@@ -14,8 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from s2t_shared.data.prompts import PromptSource
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
+from s2t_shared.types import Message
 from services.evaluation.modes import ModeSpec, rows
-from services.evaluation.problems import Problem, Reading, problems_of
+from services.evaluation.problems import Problem, Reading, problems_of, read_examples
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,13 +37,18 @@ class _Strict(BaseModel):
 
 
 class Task(_Strict):
-    """Problems of one source, and how they are read and graded; as the options of `s2t eval`."""
+    """Problems of one source, and how they are read and graded; as the options of `s2t eval`.
+
+    system: a message before each question. examples: a file of worked examples, shown before it.
+    """
 
     source: str = "bundled"
     split: str = "test"
     prompt_column: str | None = None
     template: str | None = None
     chat: bool = False
+    system: str | None = None
+    examples: Path | None = None
     group_column: str | None = None
     answer_column: str = "answer"
     grader: str = "number"
@@ -51,7 +57,8 @@ class Task(_Strict):
         """The first `count` problems.
 
         Raises:
-            ConfigError: the source cannot be read, holds no problem, or a row has no answer.
+            ConfigError: the source or the examples cannot be read or are empty, or a row has no
+                answer.
         """
         source = PromptSource(
             source=self.source,
@@ -60,9 +67,11 @@ class Task(_Strict):
             prompt_column=self.prompt_column,
             template=self.template,
             chat=self.chat,
+            system=self.system,
         )
         reading = Reading(
             rows=source,
+            examples=self._examples(source),
             answer_column=self.answer_column,
             pattern=pattern,
             grader=self.grader,
@@ -72,6 +81,12 @@ class Task(_Strict):
         if not found:
             raise ConfigError(f"{self.source}: no problem; is the file empty?")
         return found
+
+    def _examples(self, rows: PromptSource) -> tuple[Message, ...]:
+        if self.examples is None:
+            return ()
+        rows = replace(rows, source=str(self.examples), group_column=None)
+        return read_examples(rows, self.answer_column)
 
 
 class Grid(_Strict):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from s2t_shared.model.tokenizer import TextTokenizer
-from s2t_shared.types import Mode
-from services.evaluation import plots, sensitivity
+from services.evaluation import pareto, plots, sensitivity
 from services.evaluation.figures import HIT_AT, Row, Sufficiency, order_agreement, positions
 from services.evaluation.problems import Problem
 from services.evaluation.records import token_pieces
@@ -20,11 +19,14 @@ from services.evaluation.tables import (
     DEPTH_HEADER,
     FAILURE_HEADER,
     FAILURES,
+    TAKEOVER,
+    TAKEOVER_HEADER,
     depth_rows,
     explained,
     failure_rows,
     hit_rows,
     main_table,
+    takeover_rows,
     task_table,
 )
 
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from services.evaluation.report import Evaluated
 
 SHOWN_PROBLEMS = 40  # in the answer viewer
-NAMED_POINTS = 10  # more rows than these hide one another's names
 
 
 def page(evaluated: Evaluated) -> str:
@@ -41,14 +42,15 @@ def page(evaluated: Evaluated) -> str:
     base = evaluated.rows[0]
     values = {
         "title": escape(evaluated.title),
-        "css": assets.joinpath("page.css").read_text(encoding="utf-8"),
+        "css": plots.style() + assets.joinpath("page.css").read_text(encoding="utf-8"),
         "js": assets.joinpath("page.js").read_text(encoding="utf-8"),
         "headline": escape(evaluated.verdict.headline),
         "reasons": "".join(f"<li>{escape(r)}</li>" for r in evaluated.verdict.reasons),
-        "table": _html_table(*main_table(evaluated.rows)),
+        "models": escape(_models(evaluated.about)),
+        "table": _html_table(*main_table(evaluated.rows), chosen=evaluated.verdict.choice),
         "explained": escape(explained(base).replace("*", "")),
-        "pareto": _pareto(evaluated.rows),
-        "tasks": _task_section(evaluated),
+        "pareto": _scrolling(pareto.plot(evaluated.rows)),
+        "tasks": _task_section(evaluated) + _takeover_section(evaluated.rows),
         "sufficiency": _sufficiency_section(evaluated.hits),
         "sensitivity": _sensitivity_section(evaluated.rows),
         "triggers": _trigger_section(evaluated.rows),
@@ -66,42 +68,23 @@ def _embedded(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _models(about: Mapping[str, Any]) -> str:
+    """The pair, for the first screen."""
+    named = [f"{role} {about[role]}" for role in ("SLM", "LLM") if role in about]
+    return ", ".join(["Select-to-Think evaluation", *named])
+
+
+def _html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], chosen: str | None = None
+) -> str:
+    """chosen: the name of the row that is marked."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = []
     for row in rows:
         rest = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        body.append(f'<tr><th scope="row">{escape(row[0])}</th>{rest}</tr>')
+        marked = ' class="is-chosen"' if row[0] == chosen else ""
+        body.append(f'<tr{marked}><th scope="row">{escape(row[0])}</th>{rest}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _pareto(rows: Sequence[Row]) -> str:
-    named = _front(rows) if len(rows) > NAMED_POINTS else {row.label for row in rows}
-    points = []
-    for row in rows:
-        low, high = row.interval
-        cost = row.llm_read_per_token
-        points.append(plots.Point(row.label, cost, row.accuracy, low, high, row.label in named))
-    caption = "Right answers against the share of the answers' tokens that the LLM reads"
-    x_title = "share of the answers' tokens that the LLM reads"
-    drawn = _scrolling(plots.scatter(points, x_title, "right", caption))
-    if len(named) < len(rows):
-        drawn += (
-            '<p class="note">Named: the first row, the LLM, and the rows that are right more often '
-            "than all that read less. The others are named when pointed at.</p>"
-        )
-    return drawn
-
-
-def _front(rows: Sequence[Row]) -> set[str]:
-    """The rows that are right more often than all that cost less, the first one and the LLM."""
-    found = {rows[0].label, *(row.label for row in rows if row.spec.mode is Mode.LLM)}
-    best = -1.0
-    for row in sorted(rows, key=lambda row: (row.llm_read_per_token, -row.accuracy)):
-        if row.accuracy > best:
-            found.add(row.label)
-            best = row.accuracy
-    return found
 
 
 def _sufficiency_section(hits: Sufficiency | None) -> str:
@@ -135,6 +118,14 @@ def _task_section(evaluated: Evaluated) -> str:
     return "<h3>By task</h3>" + _scrolling(
         _html_table(*task_table(evaluated.rows, evaluated.problems))
     )
+
+
+def _takeover_section(rows: Sequence[Row]) -> str:
+    found = takeover_rows(rows)
+    if not found:
+        return ""
+    table = _scrolling(_html_table(TAKEOVER_HEADER, found))
+    return f"<h3>Selection against takeover</h3><p>{TAKEOVER}</p>{table}"
 
 
 def _sensitivity_section(rows: Sequence[Row]) -> str:

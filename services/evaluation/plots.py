@@ -5,23 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 
 WIDTH = 640
 HEIGHT = 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 26, 44
-LABEL_HEIGHT = 15  # pixels between two labels that would cover each other
+LEGEND = 170  # width of a legend on the right
+SHAPES = {  # a ring is wide: where it meets a mark of another curve, both are seen
+    "circle": '<circle class="c{number}" cx="{x}" cy="{y}" r="4.5"',
+    "ring": '<circle class="ring i{number}" cx="{x}" cy="{y}" r="7.5"',
+    "square": '<path class="c{number}" d="M{x} {y}m-4-4h8v8h-8z"',
+    "frame": '<path class="ring i{number}" d="M{x} {y}m-7-7h14v14h-14z"',
+}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mark with a name and an interval. is_named: its name stands beside it."""
+    """A mark with an interval. note: stands beside it."""
 
-    name: str
     x: float
     y: float
     low: float
     high: float
-    is_named: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one name, joined by a line. number: of its colour. shape: of SHAPES."""
+
+    name: str
+    points: Sequence[Point]
+    number: int
+    shape: str = "circle"
 
 
 @dataclass(frozen=True)
@@ -33,16 +49,33 @@ class Mark:
     high: float
 
 
+def style() -> str:
+    """The style sheet that plots need, for light and dark."""
+    sheet = files("services.evaluation").joinpath("page", "plot.css")
+    return sheet.read_text(encoding="utf-8")
+
+
+def standalone(plot: str) -> str:
+    """A plot as a file of its own, which brings its style sheet and ground."""
+    head, _, rest = plot.partition(">")
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
+    ground = '<rect class="ground" width="100%" height="100%"/>'
+    return f"{head}>\n<style>\n{style()}</style>\n{ground}{rest}\n"
+
+
 class _Frame:
     """Maps data to pixels, and draws the axes."""
 
-    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
+    def __init__(
+        self, x_range: tuple[float, float], y_range: tuple[float, float], right: int = RIGHT
+    ) -> None:
         self._x = x_range
         self._y = y_range
+        self._end = WIDTH - right
 
     def x(self, value: float) -> float:
         low, high = self._x
-        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - low) / (high - low) * (self._end - LEFT)
 
     def y(self, value: float) -> float:
         low, high = self._y
@@ -51,37 +84,57 @@ class _Frame:
     def axes(self, x_title: str, y_title: str, x_ticks: Sequence[float]) -> list[str]:
         parts = [_text(LEFT - 6, TOP - 13, y_title, "end")]
         low, high = (round(10 * value) for value in self._y)
-        for tenth in range(low, high + 1, 1 if high - low <= 5 else 2):
+        for tenth in range(high, low - 1, -1 if high - low <= 5 else -2):
             value = tenth / 10
             y = self.y(value)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{self._end}" y1="{y}" y2="{y}"/>')
             parts.append(_text(LEFT - 6, y + 4, f"{value:.0%}", "end"))
         for tick in x_ticks:
             parts.append(_text(self.x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
-        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "middle"))
+        parts.append(_text((LEFT + self._end) / 2, HEIGHT - 8, x_title, "middle"))
         return parts
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str, caption: str) -> str:
-    """Marks with vertical intervals and their names. x is from 0 to 1, y a rate."""
-    frame = _Frame((-0.02, 1.1), _rates([p.low for p in points], [p.high for p in points]))
+def scatter(curves: Sequence[Curve], x_title: str, y_title: str, caption: str) -> str:
+    """Curves with vertical intervals and a legend. x is from 0 to 1, y a rate."""
+    points = [point for curve in curves for point in curve.points]
+    y_range = _rates([p.low for p in points], [p.high for p in points])
+    frame = _Frame((-0.03, 1.06), y_range, right=LEGEND)
     parts = frame.axes(x_title, y_title, [0.0, 0.25, 0.5, 0.75, 1.0])
-    taken: list[tuple[float, float]] = []
-    names = []  # drawn last: no mark covers one
-    for number, point in enumerate(points):
-        x, y = frame.x(point.x), frame.y(point.y)
-        parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
-        parts.append(
-            f'<circle class="c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
-            f"<title>{escape(point.name)}: {point.y:.3f}</title></circle>"
-        )
-        if not point.is_named:
-            continue
-        side = "end" if x > WIDTH * 0.7 else "start"
-        label_x = x - 9 if side == "end" else x + 9
-        label_y = _free(label_x, y + 4, taken)
-        names.append(_text(label_x, label_y, point.name, side))
-    return _svg([*parts, *names], caption)
+    notes: list[tuple[float, float, str]] = []
+    for place, curve in enumerate(curves):
+        number = curve.number % 8
+        line = [f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in curve.points]
+        parts.append(f'<polyline class="i{number}" points="{" ".join(line)}"/>')
+        for point in curve.points:
+            x, y = frame.x(point.x), frame.y(point.y)
+            name = f"{curve.name} {point.note}".strip()
+            parts.append(_interval(x, frame.y(point.low), frame.y(point.high), number))
+            parts.append(_mark(curve.shape, x, y, number, f"{name}: {point.y:.3f}"))
+            if point.note:
+                _note(notes, x + 8, y + 15, point.note)
+        legend_y = TOP + 8 + 20 * place
+        parts.append(_mark(curve.shape, WIDTH - LEGEND + 22, legend_y, number, curve.name))
+        parts.append(_text(WIDTH - LEGEND + 36, legend_y + 4, curve.name, "start"))
+    texts = [_text(x, y, note, "start") for x, y, note in notes]
+    return _svg([*parts, *texts], caption)
+
+
+def _note(notes: list[tuple[float, float, str]], x: float, y: float, text: str) -> None:
+    """Place a note below its mark, else beside or above it; where curves meet, it stands once."""
+    for shift in (0, -11, -22):
+        near = [note for a, b, note in notes if abs(x - a) < 30 and abs(y + shift - b) < 11]
+        if text in near:
+            return
+        if not near:
+            notes.append((x, y + shift, text))
+            return
+
+
+def _mark(shape: str, x: float, y: float, number: int, title: str) -> str:
+    body = SHAPES[shape].format(x=round(x, 1), y=round(y, 1), number=number)
+    name = body[1:].partition(" ")[0]
+    return f"{body}><title>{escape(title)}</title></{name}>"
 
 
 def bars(
@@ -153,17 +206,6 @@ def _rates(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]
     low = max(0.0, int(min(lows) * 10) / 10)
     high = min(1.0, int(max(highs) * 10 + 1) / 10)
     return low, max(high, low + 0.1)
-
-
-def _free(x: float, y: float, taken: list[tuple[float, float]]) -> float:
-    """The height nearest to y, towards the middle, where a label covers no other one."""
-    step = LABEL_HEIGHT if y < HEIGHT / 2 else -LABEL_HEIGHT
-    for _ in range(HEIGHT // LABEL_HEIGHT):
-        if not any(abs(y - b) < LABEL_HEIGHT and abs(x - a) < 150 for a, b in taken):
-            break
-        y += step
-    taken.append((x, y))
-    return y
 
 
 def _interval(x: float, low: float, high: float, number: int) -> str:

@@ -1,4 +1,4 @@
-"""The report of an evaluation: report.json, report.md, and report.html in one file."""
+"""The report of an evaluation: report.json, report.md with report.svg, and report.html."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 from s2t_shared.errors import ConfigError
 from s2t_shared.model.tokenizer import TextTokenizer
-from services.evaluation import sensitivity
+from services.evaluation import pareto, plots, sensitivity
 from services.evaluation.figures import (
     HIT_AT,
     Row,
     Sufficiency,
+    beside_takeover,
     by_task,
     mcnemar,
     order_agreement,
@@ -29,12 +30,15 @@ from services.evaluation.tables import (
     DEPTH_HEADER,
     FAILURE_HEADER,
     FAILURES,
+    TAKEOVER,
+    TAKEOVER_HEADER,
     depth_rows,
     explained,
     failure_rows,
     hit_rows,
     main_table,
     relative_time,
+    takeover_rows,
     task_table,
 )
 from services.evaluation.verdict import Verdict, verdict
@@ -68,7 +72,7 @@ class Evaluated:
 
 
 def write_report(evaluated: Evaluated, folder: Path) -> list[Path]:
-    """Write the three files; returns their paths.
+    """Write the four files; returns their paths.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -78,6 +82,7 @@ def write_report(evaluated: Evaluated, folder: Path) -> list[Path]:
         "report.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
         "report.md": markdown(evaluated),
         "report.html": page(evaluated),
+        "report.svg": plots.standalone(pareto.plot(evaluated.rows)),
     }
     written = []
     try:
@@ -108,6 +113,10 @@ def figures_of(evaluated: Evaluated) -> dict[str, Any]:
             "reasons": list(evaluated.verdict.reasons),
         },
         "rows": [row_figures(row, base) for row in evaluated.rows],
+        "over_takeover": {
+            row.label: list(row.gain_over(takeover))
+            for row, takeover in beside_takeover(evaluated.rows)
+        },
         "tasks": {row.label: by_task(row, evaluated.problems) for row in evaluated.rows},
         "local_sufficiency": None if hits is None else _hit_figures(hits),
         "sensitivity": sensitivity.figures_of(evaluated.rows),
@@ -170,7 +179,7 @@ def markdown(evaluated: Evaluated) -> str:
     lines = [f"# {_literal(evaluated.title)}", "", f"**{_literal(said.headline)}**", ""]
     lines += [f"- {_literal(reason)}" for reason in said.reasons]
     lines += ["", *_markdown_table(*main_table(evaluated.rows)), ""]
-    lines += [explained(base), ""]
+    lines += [explained(base), "", f"![{pareto.CAPTION}](report.svg)", ""]
     if evaluated.has_tasks:
         lines += [
             "## By task",
@@ -178,6 +187,9 @@ def markdown(evaluated: Evaluated) -> str:
             *_markdown_table(*task_table(evaluated.rows, evaluated.problems)),
             "",
         ]
+    if against := takeover_rows(evaluated.rows):
+        lines += ["## Selection against takeover", "", TAKEOVER, ""]
+        lines += [*_markdown_table(TAKEOVER_HEADER, against), ""]
     if evaluated.hits is not None:
         lines += [f"## Local sufficiency, {evaluated.hits.steps} steps", ""]
         header = ("steps", *(f"Hit@{k}" for k in HIT_AT))

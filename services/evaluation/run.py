@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from s2t_shared.errors import S2TError
 from s2t_shared.statistics import spearman
 from s2t_shared.types import Answer, ChosenBy, DecodeOptions, GenerateRequest, Mode
-from services.evaluation.answering import Answerer
+from services.evaluation.answering import Answerer, OnOutcome
 from services.evaluation.figures import Row, Sufficiency, local_choices, row_of, sufficiency
 from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import SAMPLE_STRIDE, SEED_STRIDE, ModeSpec
@@ -25,11 +25,16 @@ WARM_UP = 8  # answers before the first row
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What all rows share. stop: strings that end an answer. steps: keep the divergence points."""
+    """What all rows share.
+
+    stop: strings that end an answer. answer_pattern: finds the answer that majority@n votes on.
+    steps: keep the divergence points.
+    """
 
     max_new_tokens: int = 256
     seed: int = 0
     stop: tuple[str, ...] = ()
+    answer_pattern: str = ""
     steps: bool = True
 
     def identity(self, answerer: Answerer, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -43,6 +48,7 @@ class EvaluationSettings:
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
             "stop": list(self.stop),
+            **({"answer_pattern": self.answer_pattern} if self.answer_pattern else {}),
         }
 
 
@@ -75,29 +81,51 @@ def run_row(
                 stop=settings.stop,
             )
             asked[request.request_id] = (problem, sample)
-            requests.append(request)
-    errors: list[S2TError] = []
+            requests.append(replace(request, answer_pattern=settings.answer_pattern))
 
     def keep(request: GenerateRequest, outcome: Outcome) -> None:
         problem, sample = asked[request.request_id]
         if isinstance(outcome, S2TError):
-            errors.append(outcome)
-            failed = Record(
-                row=spec.label, problem_id=problem.id, sample=sample, error=str(outcome)
+            journal.add(
+                Record(row=spec.label, problem_id=problem.id, sample=sample, error=str(outcome))
             )
-            journal.add(failed)
         else:
             is_right = problem.is_correct(outcome.text)
             record = record_of(spec, problem.id, sample, outcome, is_right, answerer.tokenizer)
             journal.add(record)
+
+    seconds = _ask(answerer, requests, keep, on_answer)
+    if requests:
+        journal.add_seconds(spec.label, seconds, len(requests))
+
+
+def _ask(
+    answerer: Answerer,
+    requests: Sequence[GenerateRequest],
+    keep: OnOutcome,
+    on_answer: Callable[[], None],
+) -> float:
+    """Ask, and keep every outcome; returns how many seconds it took.
+
+    Raises:
+        S2TError: every single answer failed; the first one's error.
+    """
+    if not requests:
+        return 0.0
+    errors: list[S2TError] = []
+
+    def take(request: GenerateRequest, outcome: Outcome) -> None:
+        if isinstance(outcome, S2TError):
+            errors.append(outcome)
+        keep(request, outcome)
         on_answer()
 
+    answerer.prepare(requests[0])
     started = time.perf_counter()
-    answerer.answer(requests, keep)
-    if errors and len(errors) == len(requests):
+    answerer.answer(requests, take)
+    if len(errors) == len(requests):
         raise errors[0]
-    if requests:
-        journal.add_seconds(spec.label, time.perf_counter() - started, len(requests))
+    return time.perf_counter() - started
 
 
 Watch = Callable[[str, int], AbstractContextManager["Watched"]]
@@ -125,8 +153,9 @@ def run_all(
     Raises:
         S2TError: no answer at all came in some row.
     """
-    # The first answers are slow, and times are over the first row's: some that nobody counts.
-    run_row(answerer, ModeSpec(name="greedy"), problems[:WARM_UP], settings, Journal())
+    if any(_is_unfinished(spec, problems, journal) for spec in specs):
+        # The first answers are slow, and times are over the first row's: some that nobody counts.
+        run_row(answerer, ModeSpec(name="greedy"), problems[:WARM_UP], settings, Journal())
     found = []
     for spec in specs:
         with watch(spec.label, len(problems) * spec.samples) as bar:
@@ -148,6 +177,14 @@ def run_all(
             )
     rollouts = [journal.rollouts[p.id] for p in part if p.id in journal.rollouts]
     return found, sufficiency(rollouts, local)
+
+
+def _is_unfinished(spec: ModeSpec, problems: Sequence[Problem], journal: Journal) -> bool:
+    return any(
+        (spec.label, problem.id, sample) not in journal.records
+        for problem in problems
+        for sample in range(spec.samples)
+    )
 
 
 def score_rollouts(
@@ -175,10 +212,11 @@ def score_rollouts(
         if problem.id not in journal.rollouts
     ]
 
-    def keep(request: GenerateRequest, answer: Answer) -> None:
-        journal.add_rollout(_rollout(request.request_id.removeprefix("hits-"), answer))
+    def keep(request: GenerateRequest, outcome: Outcome) -> None:
+        if isinstance(outcome, Answer):
+            journal.add_rollout(_rollout(request.request_id.removeprefix("hits-"), outcome))
 
-    _answer_all(answerer, requests, keep, on_answer)
+    _ask(answerer, requests, keep, on_answer)
 
 
 def score_choices(
@@ -208,31 +246,12 @@ def score_choices(
         options = replace(request.options, score_rollout=True)
         requests.append(replace(request, options=options))
 
-    def keep(request: GenerateRequest, answer: Answer) -> None:
-        name = request.request_id.removeprefix("choices-")
-        journal.add_choices(_choices(spec.label, name, answer))
-
-    _answer_all(answerer, requests, keep, on_answer)
-
-
-def _answer_all(
-    answerer: Answerer,
-    requests: Sequence[GenerateRequest],
-    keep: Callable[[GenerateRequest, Answer], None],
-    on_answer: Callable[[], None],
-) -> None:
-    errors: list[S2TError] = []
-
-    def take(request: GenerateRequest, outcome: Outcome) -> None:
+    def keep(request: GenerateRequest, outcome: Outcome) -> None:
         if isinstance(outcome, Answer):
-            keep(request, outcome)
-        else:
-            errors.append(outcome)
-        on_answer()
+            name = request.request_id.removeprefix("choices-")
+            journal.add_choices(_choices(spec.label, name, outcome))
 
-    answerer.answer(requests, take)
-    if errors and len(errors) == len(requests):
-        raise errors[0]
+    _ask(answerer, requests, keep, on_answer)
 
 
 def _choices(row: str, problem_id: str, answer: Answer) -> ScoredChoices:

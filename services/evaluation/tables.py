@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from s2t_shared.statistics import wilson_interval
-from services.evaluation.figures import DEPTH_SHARE, HIT_AT, Row, Sufficiency, by_task, mcnemar
+from services.evaluation.figures import (
+    DEPTH_SHARE,
+    HIT_AT,
+    Row,
+    Sufficiency,
+    beside_takeover,
+    by_task,
+    mcnemar,
+)
 from services.evaluation.problems import Problem
 
 DEPTH = (
@@ -27,6 +35,11 @@ FAILURE_HEADER = (
     "the SLM's own",
     "order agrees",
 )
+TAKEOVER = (
+    "Selection is confined to the SLM's candidates, a takeover is not: what that costs, at "
+    "the same trigger and budget, paired on the same problems."
+)
+TAKEOVER_HEADER = ("mode", "right", "takeover", "difference", "rescued, harmed", "p")
 COLUMNS = (
     "mode",
     "right",
@@ -52,13 +65,10 @@ def relative_time(row: Row, base: Row) -> float | None:
 
 def main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table; a column that says nothing is left out."""
-    header = list(COLUMNS)
     body = [_cells(row, rows[0]) for row in rows]
-    if not any(row.truncated for row in rows):
-        header.pop()
-        for cells in body:
-            cells.pop()
-    return header, body
+    said = [place for place in range(len(COLUMNS)) if any(cells[place] for cells in body)]
+    header = [COLUMNS[place] for place in said]
+    return header, [[cells[place] for place in said] for cells in body]
 
 
 def _cells(row: Row, base: Row) -> list[str]:
@@ -136,6 +146,18 @@ def task_table(
             cells.append(f"{right / of:.3f} ({low:.2f} - {high:.2f})")
         body.append(cells)
     return header, body
+
+
+def takeover_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Rows below TAKEOVER_HEADER."""
+    found = []
+    for row, takeover in beside_takeover(rows):
+        gain, half = row.gain_over(takeover)
+        rescued, harmed = row.rescues_and_harms(takeover)
+        rates = (f"{row.accuracy:.3f}", f"{takeover.accuracy:.3f}")
+        p = _p_value(mcnemar(rescued, harmed))
+        found.append([row.label, *rates, f"{gain:+.3f} ± {half:.3f}", f"{rescued}, {harmed}", p])
+    return found
 
 
 def explained(base: Row) -> str:

@@ -19,10 +19,12 @@ MANY_ROWS = 10
 
 @dataclass(frozen=True)
 class Verdict:
-    """headline: which mode to use. reasons: sentences that it rests on."""
+    """headline: which mode to use. reasons: sentences that it rests on. choice: the row to use; ""
+    where none is better than the first."""
 
     headline: str
     reasons: tuple[str, ...]
+    choice: str = ""
 
 
 def verdict(rows: Sequence[Row], hits: Sufficiency | None) -> Verdict:
@@ -36,6 +38,7 @@ def verdict(rows: Sequence[Row], hits: Sufficiency | None) -> Verdict:
     best = _cheapest_of_the_best(better)
     headline = _headline(rows, llm, best)
     if best is not None:
+        reasons.insert(0, f"{best.label}: {_meaning(best)}.")
         reasons.append(_rate(best) + f", {_gain(best, base)}. {_cost(best)}")
     free = [row for row in better if not row.usage.llm_forwards]
     if best is not None and best.usage.llm_forwards and free:
@@ -44,7 +47,7 @@ def verdict(rows: Sequence[Row], hits: Sufficiency | None) -> Verdict:
     if hits is not None:
         reasons.append(_sufficiency(hits))
     reasons += _warnings(rows, base)
-    return Verdict(headline, tuple(reasons))
+    return Verdict(headline, tuple(reasons), best.label if best is not None else "")
 
 
 def _headline(rows: Sequence[Row], llm: Row | None, best: Row | None) -> str:
@@ -65,6 +68,11 @@ def _headline(rows: Sequence[Row], llm: Row | None, best: Row | None) -> str:
         return (
             f"There is something to gain: the LLM alone is clearly better than {base.label}. Ask "
             "again with --modes s2t,s2t_local, to see how much of it they get."
+        )
+    if llm is not None and _gains(llm, base):
+        return (
+            f"Nothing short of the LLM helps here: alone it is clearly better than {base.label}, "
+            "and no mode that asks it less is."
         )
     return f"Stay with {base.label}: no other mode is clearly better on these prompts."
 
@@ -102,9 +110,30 @@ def _share_of_gap(row: Row, base: Row, llm: Row | None) -> float | None:
     return min(1.0, (row.accuracy - base.accuracy) / (llm.accuracy - base.accuracy))
 
 
+def _meaning(row: Row) -> str:
+    """What a mode does, for who has never seen one."""
+    mode = row.spec.mode
+    if mode is Mode.GREEDY:
+        return "the small model (SLM) alone"
+    if mode is Mode.LLM:
+        return "the large model (LLM) alone"
+    if mode is Mode.MAJORITY:
+        return "the small model answers several times, and the most frequent answer counts"
+    if not mode.can_trigger:
+        return "the small model alone, sampled"
+    acts = {
+        Mode.S2T: "the large one (LLM) chooses among its candidates",
+        Mode.TAKEOVER: "the large one (LLM) writes the token",
+    }
+    what = acts.get(mode, "it chooses again, as it was taught")
+    return f"the small model (SLM) writes; at {row.trigger_rate:.1%} of the tokens {what}"
+
+
 def _rate(row: Row) -> str:
     low, high = row.interval
-    return f"{row.label} is right on {row.accuracy:.1%} ({low:.0%} to {high:.0%})"
+    is_alone = row.spec.mode in (Mode.GREEDY, Mode.LLM)
+    name = f"{row.label}, {_meaning(row)}," if is_alone else row.label
+    return f"{name} is right on {row.accuracy:.1%} ({low:.0%} to {high:.0%})"
 
 
 def _gain(row: Row, base: Row) -> str:

@@ -47,7 +47,7 @@ def test_from_questions_to_a_report(
     arguments += ["--config", "s2t.yaml", "--out", "report"]
     assert s2t_eval(monkeypatch, *arguments) == 0
     shown = capsys.readouterr()
-    assert "s2t entropy 5%" in shown.out and "greedy is right on" in shown.out
+    assert "s2t entropy 5%" in shown.out and "greedy, the small model (SLM) alone, is" in shown.out
     assert "wrote report/report.html" in shown.err
     found = json.loads(Path("report/report.json").read_text(encoding="utf-8"))
     assert [row["n"] for row in found["rows"]] == [4, 4] and found["local_sufficiency"]["steps"]

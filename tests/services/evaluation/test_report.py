@@ -11,17 +11,19 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
 
 from s2t_shared.types import Prompt, Usage
+from services.evaluation import pareto
 from services.evaluation.figures import Row, sufficiency
 from services.evaluation.journal import ScoredRollout
 from services.evaluation.modes import ModeSpec
 from services.evaluation.problems import Problem
 from services.evaluation.records import Candidate, Decision, Record
-from services.evaluation.report import Evaluated, markdown, write_report
+from services.evaluation.report import Evaluated, figures_of, markdown, write_report
 from services.evaluation.verdict import verdict
 
 HOSTILE = '</script><img src=x onerror="document.title=1"> & "quotes"'
@@ -94,6 +96,23 @@ def test_the_mode_that_gains_is_recommended() -> None:
     assert "the LLM reads 40% of the answers' tokens" in text
 
 
+def test_what_is_recommended_is_explained_and_marked(tmp_path: Path) -> None:
+    """Who reads the first report knows no mode by name."""
+    text = says(GREEDY, S2T, LLM)
+    assert (
+        "s2t entropy 5%: the small model (SLM) writes; at 10.0% of the tokens the large one (LLM) "
+        "chooses among its candidates." in text
+    )
+    assert "greedy, the small model (SLM) alone, is right on 50.0%" in text
+    assert "llm, the large model (LLM) alone, is right on" in text
+    found = evaluated([GREEDY, S2T, LLM])
+    write_report(found, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<tr class="is-chosen"><th scope="row">s2t entropy 5%') == 1
+    assert f"Select-to-Think evaluation, SLM {escape(HOSTILE)}" in page
+    assert verdict([GREEDY, row("s2t", 104, llm_read=4, budget=0.05)], None).choice == ""
+
+
 def test_what_is_as_good_and_asks_less_is_preferred() -> None:
     cheaper = row("s2t", 178, llm_read=1, budget=0.01)
     assert says(GREEDY, S2T, cheaper).startswith(
@@ -112,6 +131,8 @@ def test_the_llm_free_mode_is_named_beside() -> None:
 def test_a_gain_within_noise_is_no_gain() -> None:
     assert says(GREEDY, row("s2t", 104, llm_read=4, budget=0.05)).startswith("Stay with greedy")
     assert says(GREEDY, S2T, row("llm", 101, llm_read=10)).startswith("For this pair")
+    far = says(GREEDY, row("s2t", 101, llm_read=4, budget=0.05), LLM)
+    assert far.startswith("Nothing short of the LLM helps here")
     alike = says(GREEDY, row("s2t", 101, llm_read=4, budget=0.05), row("llm", 101, llm_read=10))
     assert alike.startswith("Nothing to gain was found")
 
@@ -157,7 +178,7 @@ def evaluated(rows: Sequence[Row] = (GREEDY, S2T, LOCAL, LLM)) -> Evaluated:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    assert len(write_report(evaluated(), folder)) == 3
+    assert len(write_report(evaluated(), folder)) == 4
     return folder
 
 
@@ -174,6 +195,24 @@ def test_the_markdown_has_the_table(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| s2t entropy 5% | 0.900 | 0.85 - 0.93 | +0.400 ± 0.068 | 80, 0 | < 0.001 |" in text
     assert "cut off |" not in text  # a column that says nothing
+
+
+def test_s2t_is_compared_with_the_takeover_at_the_same_points(tmp_path: Path) -> None:
+    """Not with one of another budget."""
+    takeover = row("takeover", 184, llm_read=4, budget=0.05)
+    other = row("takeover", 150, llm_read=1, budget=0.01)
+    found = evaluated([GREEDY, S2T, takeover, other, LLM])
+    assert figures_of(found)["over_takeover"].keys() == {"s2t entropy 5%"}
+    assert "| s2t entropy 5% | 0.900 | 0.920 | -0.020 ± 0.020 | 0, 4 | 0.125 |" in markdown(found)
+    assert "takeover" not in markdown(evaluated())
+
+
+def test_the_plot_is_also_a_file_of_its_own(folder: Path) -> None:
+    """For other people's pages: with its colours, and well formed."""
+    root = ElementTree.parse(folder / "report.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    texts = [element.text or "" for element in root.iter()]
+    assert "s2t_local entropy" in texts and any("--c0:" in text for text in texts)
 
 
 class _Outside(HTMLParser):
@@ -195,7 +234,7 @@ def test_names_do_not_become_markup_in_the_markdown(folder: Path) -> None:
     parser = _Outside()
     shown = MarkdownIt("commonmark").enable("table").render(text)
     parser.feed(shown)
-    assert parser.found == [] and "A &lt;title&gt;" in shown
+    assert parser.found == ["img src=report.svg"] and "A &lt;title&gt;" in shown
     assert "<td>s2t_local entropy 5%</td>" in shown
     assert escape(HOSTILE) in shown
     hostile = ModeSpec(name="s2t", trigger="a | `x` *y*", budget=0.05)
@@ -213,14 +252,14 @@ def test_the_page_needs_nothing_else_and_escapes_all(folder: Path) -> None:
     assert not re.search(r"url\(|@import|https?://", text)
 
 
-def test_of_many_rows_only_the_best_are_named_in_the_plot(tmp_path: Path) -> None:
-    """The names of forty rows covered one another and the marks."""
-    worse = [row("takeover", 90 + n, llm_read=6, budget=n / 100) for n in range(1, 10)]
-    write_report(evaluated([GREEDY, S2T, *worse, LLM]), tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    names = re.findall(r"<text [^>]*>(\w+(?: entropy [^<]*)?)</text>", page)
-    assert {"greedy", "s2t entropy 5%", "llm"} <= set(names)
-    assert "takeover entropy 3%" not in names and "<title>takeover entropy 3%: 0.465" in page
+def test_budgets_of_a_mode_are_one_curve(folder: Path) -> None:
+    """Twenty names beside twenty marks covered one another; each curve is named once."""
+    budgets = [row("takeover", 90 + n, llm_read=6, budget=n / 100) for n in (1, 5, 10)]
+    drawn = pareto.plot([GREEDY, S2T, *budgets, LLM])
+    names = re.findall(r"<text [^>]*>([^<]*)</text>", drawn)
+    for name in ("greedy", "s2t entropy", "takeover entropy", "llm", "10%"):
+        assert names.count(name) == 1
+    assert "<title>takeover entropy 5%: 0.475" in drawn
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import ConfigError, InvalidRequestError, OverloadedError
 from s2t_shared.types import (
     Answer,
@@ -24,6 +27,7 @@ from s2t_shared.types import (
     Usage,
     Versions,
 )
+from services.cli.progress import Progress, progress
 from services.evaluation.answering import OnOutcome, PairAnswerer, ServiceAnswerer
 from services.evaluation.figures import (
     Row,
@@ -34,11 +38,18 @@ from services.evaluation.figures import (
     row_of,
     sufficiency,
 )
+from services.evaluation.grid import Task
 from services.evaluation.journal import Journal, ScoredChoices, ScoredRollout
 from services.evaluation.modes import ModeSpec, rows
 from services.evaluation.problems import Problem, Reading, problems_of
 from services.evaluation.records import Record, record_of, token_pieces
-from services.evaluation.run import EvaluationSettings, run_row, score_choices, score_rollouts
+from services.evaluation.run import (
+    EvaluationSettings,
+    run_all,
+    run_row,
+    score_choices,
+    score_rollouts,
+)
 from services.rpc.ask_many import Outcome, Target
 from tests.helpers.serving import LLM_TEXT, SLM_TEXT, proposer_service, with_gateway
 
@@ -70,6 +81,9 @@ class Scripted:
 
     def identity(self) -> dict[str, str]:
         return {"slm": "s", "llm": "l", "local_selector": ""}
+
+    def prepare(self, request: GenerateRequest) -> None:
+        pass
 
     def answer(self, requests: Sequence[GenerateRequest], on_outcome: OnOutcome) -> None:
         self.asked += requests
@@ -376,6 +390,12 @@ def test_a_pair_in_this_process_keeps_both_models_views() -> None:
     pieces = token_pieces(pair.tokenizer, record.token_ids)
     assert "".join(pieces).strip() == record.text.strip()
     assert answerer.identity()["llm"] and len(journal.rollouts) == 1
+    # The next row reads its prompts itself, as this one did.
+    assert isinstance(pair.engine.proposer, Proposer)
+    pool = pair.engine.proposer.runtime.pool
+    assert list(pool.slots())
+    answerer.prepare(S2T.request(PROMPT, request_id="next", max_new_tokens=40))
+    assert not list(pool.slots())
 
 
 def test_a_local_selectors_choices_are_scored_and_kept(tmp_path: Path) -> None:
@@ -450,6 +470,80 @@ def test_reasoning_gym_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not first.is_correct(f"It is {first.expected}") and not first.is_correct("Answer: x")
     with pytest.raises(ConfigError, match="no_such_family"):
         problems_of("reasoning-gym:no_such_family", 1)
+
+
+def test_examples_come_before_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system message first, then the worked examples, then the question, as turns of a chat."""
+    monkeypatch.setitem(sys.modules, "reasoning_gym", _Gym)
+    shown = tmp_path / "examples.jsonl"
+    shown.write_text('{"question": "1 + 1?", "answer": "1 + 1 = 2. Answer: 2"}\n')
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"question": "2 + 2?", "answer": "4"}\n')
+    before = [("system", "Add."), ("user", "1 + 1?"), ("assistant", "1 + 1 = 2. Answer: 2")]
+    for source, question in ((str(asked), "2 + 2?"), ("reasoning-gym:sums", "1000003 + 0?")):
+        task = Task(source=source, system="Add.", examples=shown)
+        (problem,) = task.problems(1, "", 0)
+        turns = [(turn.role, turn.content) for turn in problem.prompt.messages]
+        assert turns == [*before, ("user", question)]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "1 + 1?"}', "worked answer"),
+        ('{"question": "1 + 1?", "answer": 2}', "worked answer"),
+        ('{"answer": "2"}', "no prompt"),
+        ('{"messages": [{"role": "user", "content": "1?"}], "answer": "1"}', "text is needed"),
+        ("", "no example"),
+    ],
+)
+def test_examples_that_show_nothing_are_refused(tmp_path: Path, line: str, says: str) -> None:
+    shown = tmp_path / "examples.jsonl"
+    shown.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=says):
+        Task(examples=shown).problems(1, "", 0)
+
+
+def test_examples_go_with_text(tmp_path: Path) -> None:
+    shown, asked = tmp_path / "examples.jsonl", tmp_path / "asked.jsonl"
+    shown.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    asked.write_text('{"token_ids": [1, 2], "answer": "4"}\n')
+    with pytest.raises(ConfigError, match="token ids are taken as they are"):
+        Task(source=str(asked), examples=shown).problems(1, "", 0)
+
+
+def test_what_is_finished_asks_nothing_again() -> None:
+    """A report that was only to be written anew waited for answers that nobody counts."""
+    journal, answerer = Journal(), Scripted({"a": answer(), "b": answer()})
+
+    def quiet(what: str, total: int) -> AbstractContextManager[Progress]:
+        return progress(what, total, quiet=True)
+
+    run_all(answerer, [GREEDY], PROBLEMS, SETTINGS, journal, 0, quiet)
+    assert len(answerer.asked) == 4  # two of them warm up
+    run_all(answerer, [GREEDY], PROBLEMS, SETTINGS, journal, 0, quiet)
+    assert len(answerer.asked) == 4
+
+
+def test_what_a_row_needs_beforehand_is_in_no_rows_time() -> None:
+    """Calibration made the first row that triggers look slow."""
+
+    class Slow(Scripted):
+        def prepare(self, request: GenerateRequest) -> None:
+            time.sleep(0.2)
+
+    journal = Journal()
+    run_row(Slow({"a": answer(), "b": answer()}), S2T, PROBLEMS, SETTINGS, journal)
+    assert journal.seconds[S2T.label] < 0.1
+
+
+def test_majority_votes_on_the_answer_that_the_pattern_finds() -> None:
+    answerer = Scripted({"a": answer(), "b": answer()})
+    settings = replace(SETTINGS, answer_pattern="buys (.*)")
+    run_row(answerer, ModeSpec(name="majority@4"), PROBLEMS, settings, Journal())
+    assert {request.answer_pattern for request in answerer.asked} == {"buys (.*)"}
+    identities = [s.identity(answerer, PROBLEMS) for s in (SETTINGS, settings)]
+    assert identities[0] != identities[1]
 
 
 def test_the_real_reasoning_gym() -> None:
