@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from s2t_shared.errors import StoreError
-from s2t_shared.labels.label import ROUNDING, SCHEMA_VERSION, Label, Rollout
+from s2t_shared.labels.label import ROUNDING, Label, Rollout, check_version
 from s2t_shared.labels.rows import LABELS, Rows
 from s2t_shared.labels.schema import LARGEST_FLOAT32, Column, Kind, columns
 from s2t_shared.splits import check_split
@@ -41,8 +41,7 @@ def check_rows(rows: Rows) -> None:
     _check_columns(columns(Label), {c.name: rows.labels.field(c.name) for c in columns(Label)})
     _check_lengths(rows)
     for version in pc.unique(rows.column("schema_version")).to_pylist():
-        if version != SCHEMA_VERSION:
-            raise StoreError(f"labels of schema {version}, this program reads {SCHEMA_VERSION}")
+        check_version(version)
     for split in pc.unique(rows.column("split")).to_pylist():
         check_split(split)
 

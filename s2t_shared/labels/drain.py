@@ -17,8 +17,9 @@ from pathlib import Path
 from s2t_shared.errors import S2TError, StoreError
 from s2t_shared.labels.check import check_rows, check_rows_sense
 from s2t_shared.labels.known_models import KnownModels, Models
-from s2t_shared.labels.label import Rollout, check_sense
+from s2t_shared.labels.label import check_sense
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.packed import read_rollout, read_rows
 from s2t_shared.labels.places import is_url
 from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.stream import DEAD_LETTERS, Entry, LabelStream
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 READ_ENTRIES = 256
 ROLLOUT = b"rollout"
 DIGESTS = ("slm_digest", "llm_digest", "tokenizer_digest")
-# Of JSON: long contexts make smaller shards, not a larger buffer.
+# Of entries: long contexts make smaller shards, not a larger buffer.
 MAX_BUFFER_BYTES = 16 << 20
 # An entry that was delivered so often is read alone: it may kill the process that reads it, and
 # the others must not be blamed.
@@ -246,7 +247,7 @@ class Drain:
     def _read(self, entries: Sequence[Entry]) -> Rows:
         """The rollouts of entries at once. Raises whatever any of them makes Arrow or a check
         raise."""
-        rows = Rows.from_json([entry.fields[ROLLOUT] for entry in entries])
+        rows = read_rows([entry.fields[ROLLOUT] for entry in entries])
         check_rows(rows)
         check_rows_sense(rows)
         if self._known is not None:
@@ -257,7 +258,7 @@ class Drain:
     def _take_one(self, entry: Entry) -> None:
         """Buffer the rollout of an entry, or make the entry a dead letter."""
         try:
-            rollout = Rollout.from_json(entry.fields.get(ROLLOUT, b""))
+            rollout = read_rollout(entry.fields.get(ROLLOUT, b""))
             check_sense(rollout)
             if self._known is not None:
                 self._known.check(Models.of(rollout))
@@ -311,9 +312,9 @@ def default_max_gib(lake: Path | str) -> float:
 class _Buffer:
     """Rollouts that are not in the lake yet.
 
-    entry_ids: of all of them, so that an entry that is delivered twice counts once. bytes: of their
-    JSON. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader, so it
-    is written at once.
+    entry_ids: of all of them, so that an entry that is delivered twice counts once. bytes: of the
+    entries. oldest: `time.monotonic()` of the first. is_suspect: the rollout may end its reader, so
+    it is written at once.
     """
 
     def __init__(self) -> None:

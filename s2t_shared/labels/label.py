@@ -138,10 +138,7 @@ class Rollout:
         """
         try:
             row = json.loads(text)
-            if row["schema_version"] != SCHEMA_VERSION:
-                raise StoreError(
-                    f"labels of schema {row['schema_version']}, this program reads {SCHEMA_VERSION}"
-                )
+            check_version(row["schema_version"])
             rollout = cls.from_row(row)
             check_rollout(rollout)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -161,6 +158,12 @@ def problem_of(prompt_ids: Sequence[int]) -> str:
 
 
 # -- checks ---------------------------------------------------------------------------------------
+
+
+def check_version(version: Any) -> None:
+    """Raises StoreError: it is another schema's."""
+    if version != SCHEMA_VERSION:
+        raise StoreError(f"labels of schema {version}, this program reads {SCHEMA_VERSION}")
 
 
 def check_rollout(rollout: Rollout) -> None:

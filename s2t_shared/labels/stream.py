@@ -16,7 +16,7 @@ import redis
 from s2t_shared.redis_connection import open_client, redis_errors
 from s2t_shared.redis_url import place_of
 
-# A stream. Field "rollout" is Rollout.to_json(); any other entry becomes a dead letter.
+# A stream. Field "rollout" is `packed.pack` of a rollout; any other entry becomes a dead letter.
 LABELS = "s2t:labels"
 # A stream: the entry's own fields, its id and the reason.
 DEAD_LETTERS = "s2t:labels:dead"

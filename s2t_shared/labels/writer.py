@@ -29,6 +29,7 @@ from pathlib import Path
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.packed import pack
 from s2t_shared.labels.spool import Spool, SpoolUsage
 from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 
@@ -232,9 +233,10 @@ class LabelWriter:
         texts: list[bytes] = []
         for write in batch:
             try:
-                texts += [rollout.to_json().encode() for rollout in write.rollouts]
+                texts += [pack(rollout) for rollout in write.rollouts]
                 good.append(write)
-            except (TypeError, ValueError) as error:  # a bug, but no reason to lose the others
+            except (TypeError, ValueError, OverflowError) as error:
+                # A bug, but no reason to lose the others.
                 text = f"labels dropped: they cannot be serialised ({error})"
                 self._drop([write], NOT_SERIALISABLE, text)
         self._introduce(good)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.export import export_labels
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.packed import pack
 from s2t_shared.labels.rows import ROLLOUT_SCHEMA, SCHEMA, Rows
 from s2t_shared.labels.stats import COLUMNS, measure_labels
 from s2t_shared.labels.stream import LabelStream
@@ -286,7 +287,7 @@ def _drained(folder: Path, load: Load, drains: int) -> float:
     with open_redis(None, folder / "redis") as server:
         stream = LabelStream(server.url)
         for rows in made_up(load.drained):
-            entries = [rollout.to_json().encode() for rollout in rows.rollouts()]
+            entries = [pack(rollout) for rollout in rows.rollouts()]
             for start in range(0, len(entries), 100):
                 stream.append(entries[start : start + 100])
         stream.create_group()

@@ -166,13 +166,13 @@ def _requeue(
 ) -> None:
     from s2t_shared.labels.dead_letters import requeue
     from s2t_shared.labels.known_models import KnownModels, Models
-    from s2t_shared.labels.label import Rollout
+    from s2t_shared.labels.packed import read_rollout
 
     readable = []
     known = KnownModels(config.known_models)
     for letter in letters:
         try:
-            rollout = Rollout.from_json(letter.text)
+            rollout = read_rollout(letter.text)
         except S2TError:
             continue
         known.add(Models.of(rollout))

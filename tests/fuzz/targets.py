@@ -23,6 +23,7 @@ from s2t_shared.errors import (
     SelectorUnavailableError,
 )
 from s2t_shared.labels.label import Rollout
+from s2t_shared.labels.packed import pack, read_rollout
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2
 from s2t_shared.types import ScoreQuery
@@ -96,10 +97,11 @@ class _Fixed:
 def label_entry(sent: bytes) -> None:
     """An entry of the label stream in Redis, as the drain takes it."""
     try:
-        rollout = Rollout.from_json(sent)
+        rollout = read_rollout(sent)
     except S2TError:
         return
     assert Rollout.from_json(rollout.to_json()) == rollout
+    assert read_rollout(pack(rollout)).rollout_id == rollout.rollout_id
 
 
 def cached_selection(sent: bytes) -> None:
@@ -154,6 +156,6 @@ def seeds(name: str) -> list[bytes]:
     if name == "label_entry":
         from tests.helpers.rollouts import make_rollout
 
-        text = make_rollout(1).to_json()
-        return [text.encode() if isinstance(text, str) else text]
+        rollout = make_rollout(1)
+        return [rollout.to_json().encode(), pack(rollout)]
     return []

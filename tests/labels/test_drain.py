@@ -17,6 +17,7 @@ from s2t_shared.labels.dead_letters import delete_dead_letters, read_dead_letter
 from s2t_shared.labels.drain import DAY_S, MOST_GIB, Drain, default_max_gib
 from s2t_shared.labels.known_models import KnownModels
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.packed import MAGIC, pack
 from s2t_shared.labels.rows import Rows
 from s2t_shared.labels.stream import DEAD_LETTERS, GROUP, LABELS, LabelStream, StreamCounts
 from s2t_shared.labels.writer import LabelWriter
@@ -36,7 +37,7 @@ def pending(client: redis.Redis) -> int:
 
 
 def put(store: LabelStream, *numbers: int) -> None:
-    store.append([rollout(n).to_json().encode() for n in numbers])
+    store.append([pack(rollout(n)) for n in numbers])
 
 
 def test_drain_writes_full_shards_at_once_and_the_rest_when_old(
@@ -128,7 +129,15 @@ def test_a_drain_that_dies_mid_way_loses_nothing_and_repeats_nothing(
 
 def mislabelled(**changes: object) -> bytes:
     wrong = replace(label("wrong"), **changes)  # type: ignore[arg-type]
-    return replace(rollout(1), labels=(wrong,)).to_json().encode()
+    return pack(replace(rollout(1), labels=(wrong,)))
+
+
+def resized(place: int, by: int) -> bytes:
+    """An entry whose sizes lie."""
+    line, _, numbers = pack(rollout(7)).removeprefix(MAGIC).partition(b"\n")
+    head = json.loads(line)
+    head["sizes"][place] += by
+    return MAGIC + json.dumps(head).encode() + b"\n" + numbers
 
 
 POISON = {
@@ -137,6 +146,20 @@ POISON = {
     "two lines": b"\n".join([rollout(7).to_json().encode()] * 2),
     "not UTF-8": rollout(7).to_json().encode().replace(b"request-7", b"\xff"),
     "deep in a field": rollout(7).to_json().encode()[:-1] + b',"x":' + b"[" * 100_000,
+    "packed: cut off": pack(rollout(7))[:-1],
+    "packed: followed by more": pack(rollout(7)) * 2,
+    "packed: no line": MAGIC + b"\n",
+    "packed: a list": MAGIC + b"[]\n",
+    "packed: nothing": MAGIC,
+    "packed: not UTF-8": pack(rollout(7)).replace(b"request-7", b"request-\xff"),
+    "packed: two objects": pack(rollout(7)).replace(b'"task"', b'"x":1}{"task"'),
+    "packed: more labels than it has": resized(4, 1),
+    "packed: fewer than no tokens": resized(0, -99),
+    "packed: sizes that overflow": resized(0, 1 << 62),
+    "packed: not finite": pack(replace(rollout(1), kl=(float("nan"), 0.0))),
+    "packed: null": pack(replace(rollout(1), task=None)),  # type: ignore[arg-type]
+    "packed: evaluation": pack(replace(rollout(1), split="test")),
+    "packed: old schema": pack(replace(rollout(1), schema_version=1)),
     "not json": b"\xff{",
     "no field": None,
     "deep": b"[" * 100_000,
@@ -191,7 +214,7 @@ def test_an_entry_that_ends_its_reader_is_a_dead_letter_and_its_neighbours_are_n
         return from_json(texts)
 
     monkeypatch.setattr(Rows, "from_json", fragile)
-    put(store, *range(10))
+    store.append([rollout(n).to_json().encode() for n in range(10)])
     deaths = 0
     while deaths < 6 or store.counts().rollouts:
         drain = Drain(store, lake, shard_age_s=0.01, reclaim_idle_s=0.02)

@@ -19,8 +19,8 @@ import redis
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.drain import Drain
-from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.packed import pack, read_rollout
 from s2t_shared.labels.spool import read_records
 from s2t_shared.labels.stream import LABELS, LabelStream
 from s2t_shared.labels.writer import LabelWriter
@@ -43,7 +43,7 @@ def stored(url: str) -> set[str]:
         entries = open_client(url, 2.0).xrange(LABELS)
     except redis.RedisError:
         return set()
-    return {Rollout.from_json(fields[b"rollout"]).rollout_id for _, fields in entries}
+    return {read_rollout(fields[b"rollout"]).rollout_id for _, fields in entries}
 
 
 def segments(spool: Path) -> list[Path]:
@@ -53,7 +53,7 @@ def segments(spool: Path) -> list[Path]:
 def spooled(spool: Path) -> set[str]:
     """Ids of the rollouts in the spool's files, read without the writer."""
     return {
-        Rollout.from_json(text).rollout_id
+        read_rollout(text).rollout_id
         for s in segments(spool)
         for text in read_records(s.read_bytes())
     }
@@ -197,7 +197,7 @@ def test_full_redis_and_full_spool_drop_count_and_say_so(
 ) -> None:
     """redis-py quotes the failed command, with the label, in the errors of a pipeline."""
     caplog.set_level(logging.DEBUG)
-    writer = LabelWriter(store, tmp_path / "spool", spool_bytes=2500)
+    writer = LabelWriter(store, tmp_path / "spool", spool_bytes=3 * len(pack(rollout(1))))
     client.config_set("maxmemory", "1")
     try:
         writer.write([replace(rollout(1), request_id="canary")]).result(5.0)
