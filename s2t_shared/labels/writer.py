@@ -36,7 +36,7 @@ from s2t_shared.labels.stream import EntryNumber, LabelStream, Persistence
 log = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
-BATCH_BYTES = 1 << 20  # of JSON, about, for one call of Redis and one fsync of the spool
+BATCH_BYTES = 1 << 20  # of the queue, for one call of Redis and one fsync of the spool
 WRITE_TIMEOUT_S = 4.0  # a server that syncs every second confirms within two
 # After so long, a server that syncs "always" or "everysec" has on disk what it took.
 SETTLED_S = 3.0
@@ -69,11 +69,11 @@ class _Write:
 
     @cached_property
     def bytes(self) -> int:
-        """Approximate size of the JSON encoding."""
-        return sum(_json_bytes(rollout) for rollout in self.rollouts)
+        """About what they take in the queue."""
+        return sum(_queue_bytes(rollout) for rollout in self.rollouts)
 
 
-def _json_bytes(rollout: Rollout) -> int:
+def _queue_bytes(rollout: Rollout) -> int:
     labels = sum(250 + 50 * len(label.candidate_ids) for label in rollout.labels)
     return 1000 + 8 * len(rollout.token_ids) + 45 * len(rollout.entropy) + labels
 
