@@ -486,16 +486,16 @@ class AnswerPiece:
     """Part of a streamed answer.
 
     text: new since the last piece. steps: those that made it. answer: the whole, in the last piece.
-    prompt: the prompt's tokens as Steps, their indices below 0, in a piece of their own; only where
-    the request has `prompt_alternatives`.
-    progress: what the piece adds to the answer's progress; it stays inside the service.
+    progress: what the piece adds to the answer's progress. prompt: the prompt's tokens as Steps,
+    their indices below 0, in a piece of their own, where the request has `prompt_alternatives`.
+    Both stay inside the service.
     """
 
     text: str = ""
     steps: tuple[Step, ...] = ()
-    prompt: tuple[Step, ...] = ()
     answer: Answer | None = None
     progress: Progress | None = field(default=None, repr=False)
+    prompt: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

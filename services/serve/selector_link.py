@@ -34,6 +34,9 @@ from services.serve.breaker import BreakerState, CircuitBreaker
 log = logging.getLogger(__name__)
 DESCRIBE_TIMEOUT_S = 5.0
 PATIENCE_S = 30.0  # for a query whose caller does not say how long it waits
+# Pauses before a query whose connection broke is sent again. A channel may take a moment to see
+# that it is broken: what is sent meanwhile fails like what was under way.
+RESEND_AFTER_S = (0.0, 0.05)
 LATE_SHARE = 0.5  # given up after this share of its caller's patience, a query has failed
 
 Metadata = tuple[tuple[str, str], ...]
@@ -135,18 +138,20 @@ class SelectorLink:
     async def _send(
         self, message: pb.ScoreRequest, patience_s: float, trace: Metadata
     ) -> pb.ScoreResponse:
-        """The reply. A query whose connection breaks is sent once more, over a new one: that a
+        """The reply. A query whose connection breaks is sent again, over a new one: that a
         connection is lost says nothing of the selector. A dead one refuses the new one at once."""
         give_up_at = self._clock() + patience_s
-        try:
-            metadata = (*self._metadata(), *trace)
-            return await self._stub.Score(message, timeout=patience_s, metadata=metadata)
-        except grpc.RpcError as error:
-            left_s = give_up_at - self._clock()
-            if left_s <= 0 or not wire.is_connection_lost(error):
-                raise
-        metadata = (*self._metadata(), *trace)
-        return await self._stub.Score(message, timeout=left_s, metadata=metadata)
+        left_s = patience_s
+        for pause_s in (*RESEND_AFTER_S, None):
+            try:
+                metadata = (*self._metadata(), *trace)
+                return await self._stub.Score(message, timeout=left_s, metadata=metadata)
+            except grpc.RpcError as error:
+                left_s = give_up_at - self._clock() - (pause_s or 0.0)
+                if pause_s is None or left_s <= 0 or not wire.is_connection_lost(error):
+                    raise
+            await asyncio.sleep(pause_s)
+        raise AssertionError("the last failure is raised")
 
     def _read(self, query: ScoreQuery, response: pb.ScoreResponse) -> ScoreReply:
         """The reply, if it comes from the LLM that is known here, and can be true.

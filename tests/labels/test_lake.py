@@ -294,7 +294,9 @@ def test_killed_at_random_moments(lake: Lake) -> None:
 
     def lives(base: int) -> None:
         random.seed(base)
-        for life in range(8):
+        for life in range(24):
+            if life >= 8 and len(written) > 20 and doomed:  # a busy machine needs more lives
+                return
             first = base + life * 100_000
             lines = killed(
                 [sys.executable, "-c", WORKER.format(root=str(ROOT)), str(lake.root), str(first)],

