@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
-import math
 import time
 import urllib.request
 from collections.abc import Callable
