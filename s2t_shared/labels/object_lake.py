@@ -9,8 +9,8 @@
       quarantine/
 
 Writers never wait for one another. Of two rewriters the slower one is refused by the store and
-begins again. A shard that a snapshot holds keeps its file. A harvest keeps its journal in a folder,
-so it writes to one.
+begins again. A shard that a snapshot holds keeps its file. A harvest keeps its journal in a folder
+elsewhere.
 """
 
 from __future__ import annotations
@@ -93,10 +93,7 @@ class ObjectLake(Lake):
 
     @property
     def root(self) -> Path:
-        raise ConfigError(
-            f"a harvest keeps its journal beside the labels, so {self._url!r} cannot be its lake; "
-            "harvest through a service, or to a folder"
-        )
+        raise ConfigError(f"the lake {self._url!r} is no folder; name one for the journal of a run")
 
     @property
     def where(self) -> str:

@@ -5,9 +5,11 @@ The work is in `services.harvest`.
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,8 +43,10 @@ from services.cli.options import (
 from services.cli.progress import progress
 
 if TYPE_CHECKING:
+    from s2t_shared.config import Config
     from s2t_shared.data.prompts import PromptSource
     from s2t_shared.decode.vllm_options import VLLMOptions
+    from s2t_shared.labels.lake import Lake
     from s2t_shared.pair import Pair
     from services.harvest.rollouts import HarvestOptions, RolloutSource
     from services.harvest.run import HarvestOutcome, Prompts
@@ -59,7 +63,8 @@ def harvest(
         str, typer.Argument(help="JSONL, Parquet, Hugging Face dataset folder or hub id")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="the lake folder; without: the service's own")
+        str | None,
+        typer.Option(help="the lake's folder or s3://... URL; without: the service's own"),
     ] = None,
     slm: Annotated[
         str | None, typer.Option(help="harvest in this process, without a service")
@@ -146,11 +151,11 @@ def harvest(
             raise ConfigError("harvesting without a service needs --slm, --llm and --out")
         vllm = llm_vllm_options(llm_runtime, dtype, tensor_parallel, quantization)
         pair = _open_pair(slm, llm, dtype, device, batch_size, threads, chat_template, vllm)
-        source, lake = PairRollouts(pair), out
+        source = PairRollouts(pair)
     else:
-        lake = out or settings(config, data_dir=data_dir).lake_folder
         source = ServiceRollouts(target(address, config, token_file), out is not None, concurrency)
-    _harvest(source, opened, lake, options, again, json_out)
+    destination = _destination(out, settings(config, data_dir=data_dir))
+    _harvest(source, opened, destination, options, again, json_out)
 
 
 def _stop_on_signals() -> None:
@@ -227,16 +232,39 @@ def _read_template(file: Path | None) -> str | None:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Destination:
+    """A lake, and the folder where the journals of its harvests lie."""
+
+    lake: Lake
+    journals: Path
+
+
+def _destination(out: str | None, config: Config) -> _Destination:
+    """out: the lake's folder or URL; without, the labels go through a service, and only the journal
+    is kept here."""
+    from s2t_shared.labels.lake import Lake
+    from s2t_shared.labels.object_lake import open_lake
+    from s2t_shared.labels.places import is_url
+
+    if out is None:
+        return _Destination(Lake(config.lake_folder), config.lake_folder)
+    if not is_url(out):
+        return _Destination(Lake(Path(out)), Path(out))
+    lake = open_lake(out)
+    name = hashlib.sha256(lake.where.encode()).hexdigest()[:16]
+    return _Destination(lake, config.data_dir / "harvests" / name)
+
+
 def _harvest(
     source: RolloutSource,
     prompts: Prompts,
-    lake: Path,
+    destination: _Destination,
     options: HarvestOptions,
     again: bool,
     json_out: bool,
 ) -> None:
     """Run, show progress, and print what came of it."""
-    from s2t_shared.labels.lake import Lake
     from services.harvest.run import harvest as run_harvest
 
     try:
@@ -247,19 +275,28 @@ def _harvest(
                 note = f"{outcome.labels:,} labels, {rate:.1f} labels/s"
                 shown.update(outcome.answered, note=note)
 
-            outcome = run_harvest(source, prompts, Lake(lake), options, on_progress, say, again)
+            outcome = run_harvest(
+                source,
+                prompts,
+                destination.lake,
+                options,
+                on_progress,
+                say,
+                again,
+                destination.journals,
+            )
     except KeyboardInterrupt:
         say("stopped; what was finished is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
-    _print(outcome, lake, json_out)
+    _print(outcome, destination.lake.where, json_out)
 
 
-def _print(outcome: HarvestOutcome, lake: Path, json_out: bool) -> None:
+def _print(outcome: HarvestOutcome, lake: str, json_out: bool) -> None:
     """Print the outcome; exit with 1 if a prompt gave no labels because of an error."""
     for text in [*outcome.errors, *outcome.failed]:
         say(text)
     values = {
-        "lake": str(lake),
+        "lake": lake,
         "run": outcome.run,
         "prompts": outcome.prompts,
         "resumed": outcome.resumed,

@@ -1,12 +1,13 @@
 """A harvest's plan and progress on disk, so that the same command continues where it was stopped.
 
-    lake/runs/<run id>/
+    <folder>/runs/<run id>/
       plan.json    what the run is: options, models, thresholds
       done.jsonl   one line per finished chunk of prompts, written when its labels are durable
       lock         held by the process that works on the run
 
 The run id is a hash of all that the labels depend on: prompts, options, models. A chunk that was
 open when the process died is done again; its labels have the same ids, and its shard the same name.
+So a journal that is lost costs work, and no label counts twice.
 Knows files; no models.
 """
 
@@ -63,25 +64,26 @@ class HarvestJournal:
     @classmethod
     @contextmanager
     def open(
-        cls, lake: Path, identity: dict[str, Any], again: bool = False
+        cls, folder: Path, identity: dict[str, Any], again: bool = False
     ) -> Iterator[HarvestJournal]:
         """The journal of the run with this identity, new or as it was left.
 
-        again: forget what is done, but not the thresholds.
+        folder: of the lake, or of the journals of a lake in object storage. again: forget what is
+        done, but not the thresholds.
 
         Raises:
             ConfigError: another process works on the run, or the folder cannot be used.
         """
         text = json.dumps(identity, sort_keys=True)
         run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
-        journal = cls(lake / "runs" / run_id, identity)
+        journal = cls(folder / "runs" / run_id, identity)
         with ExitStack() as stack:
             try:
                 journal._folder.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(locked(journal._folder / "lock", wait=False))
             except OSError as error:
                 raise ConfigError(
-                    f"lake {str(lake)!r} cannot be used: {error.strerror or error}"
+                    f"the folder {str(folder)!r} cannot be used: {error.strerror or error}"
                 ) from error
             if not held:
                 raise ConfigError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from s2t_shared.bundled.problems import Problem
@@ -161,10 +162,12 @@ def harvest(
     on_progress: OnProgress = lambda outcome: None,
     say: Callable[[str], None] = lambda line: None,
     again: bool = False,
+    journals: Path | None = None,
 ) -> HarvestOutcome:
     """Harvest what is not done yet.
 
-    again: harvest everything, as after labels were lost; none is counted twice.
+    again: harvest everything, as after labels were lost; none is counted twice. journals: the
+    folder of this lake's journals; without, the lake's own, which must be a folder then.
 
     Raises:
         EvaluationSplitError: the split is for evaluation.
@@ -172,7 +175,8 @@ def harvest(
             anything to calibrate on.
     """
     check_split(options.split)
-    with HarvestJournal.open(lake.root, _identity(prompts, options, source), again) as journal:
+    identity = _identity(prompts, options, source)
+    with HarvestJournal.open(journals or lake.root, identity, again) as journal:
         outcome = HarvestOutcome(run=journal.run_id)
         for chunk in journal.done.values():
             outcome.add(chunk)

@@ -36,8 +36,13 @@ def write_training_prompts(file: Path, count: int) -> Path:
 
 def lake_contents(lake: Path) -> dict[str, tuple]:
     """Label id -> what the label says."""
+    return contents_of(Lake(lake))
+
+
+def contents_of(lake: Lake) -> dict[str, tuple]:
+    """Label id -> what the label says."""
     contents = {}
-    for rollout in Lake(lake).rollouts():
+    for rollout in lake.rollouts():
         for label in rollout.labels:
             contents[label.label_id] = (
                 rollout.problem_id,

@@ -49,7 +49,7 @@ def test_it_reads_as_a_folder_does(lake: ObjectLake, tmp_path: Path) -> None:
     found, expected = measure_labels(lake), measure_labels(folder)
     assert replace(found, bytes=0) == replace(expected, bytes=0)
     assert measure_labels(lake, elsewhere) == found
-    assert lake.verify() == {}
+    assert lake.verify(values=True) == {}
     snapshot = lake.freeze()
     assert list(lake.snapshot(snapshot.id).rollouts()) == list(folder.rollouts())
     assert snapshot.pairs() == folder.freeze().pairs()
@@ -137,8 +137,8 @@ def test_export_goes_there_too(lake: ObjectLake) -> None:
         export_labels(lake, target)
 
 
-def test_a_harvest_is_told_that_it_needs_a_folder(lake: ObjectLake) -> None:
-    with pytest.raises(ConfigError, match="harvest through a service"):
+def test_what_is_no_place_for_a_lake_is_said(lake: ObjectLake) -> None:
+    with pytest.raises(ConfigError, match="name one for the journal"):
         _ = lake.root
     with pytest.raises(ConfigError, match="install the fsspec file system"):
         open_lake("nowhere://x")

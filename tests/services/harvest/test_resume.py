@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from s2t_shared.bundled import LLM_DIR, SLM_DIR
 from s2t_shared.errors import ConfigError, SelectorUnavailableError
 from s2t_shared.labels.lake import Lake
+from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.pair import Pair
 from s2t_shared.types import LabelRule, Trigger
 from services.harvest.journal import CHUNK
@@ -30,6 +31,7 @@ from services.harvest.run import HarvestOutcome, harvest
 from tests.helpers.harvest import (
     OPTIONS,
     DisturbedSource,
+    contents_of,
     labels_on_disk,
     lake_contents,
     training_prompts,
@@ -112,7 +114,7 @@ def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path)
     done = subprocess.run(arguments, check=True, capture_output=True)
     assert lake_contents(lake) == undisturbed
     assert labels_on_disk(lake) == len(undisturbed) == json.loads(done.stdout)["labels"]
-    assert not Lake(lake).verify()
+    assert not Lake(lake).verify(values=True)
 
 
 @pytest.mark.kill
@@ -129,6 +131,23 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "the same command goes on" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_lake_at_a_url(
+    source: PairRollouts, pair: Pair, undisturbed: dict[str, tuple], tmp_path: Path
+) -> None:
+    """The journal lies in a folder. Without it all is done again, and nothing counts twice."""
+    lake = open_lake("memory://harvested")
+    prompts = training_prompts(150)
+    with suppress(KeyboardInterrupt):
+        harvest(DisturbedSource(source, pair, 140), prompts, lake, OPTIONS, journals=tmp_path)
+    outcome = harvest(source, prompts, lake, OPTIONS, journals=tmp_path)
+    assert 0 < outcome.resumed < 150
+    assert sum(shard.labels for shard in lake.shards()) == len(undisturbed)
+    harvest(source, prompts, lake, OPTIONS, journals=tmp_path / "lost")
+    assert contents_of(lake) == undisturbed
+    assert lake.reader().labels == len(undisturbed)
 
 
 # -- which run, and what is tried again -----------------------------------------------------------
