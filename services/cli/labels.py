@@ -414,16 +414,16 @@ def _on_terminal() -> bool:
 def verify(
     lake: LakeFolder = None,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="move bad shards aside")] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="check hash and schema only, not every value")
+    values: Annotated[
+        bool, typer.Option("--values", help="decode and check every value too")
     ] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     json_out: Json = False,
 ) -> None:
-    """Check hash, schema and values of every shard; exit status 1 where one is bad."""
+    """Check hash and schema of every shard; exit status 1 where one is bad."""
     opened, _ = _open(lake, config, data_dir)
-    bad = opened.verify(quick)
+    bad = opened.verify(values)
     quarantined = quarantine and bool(bad)
     if quarantined:
         opened.quarantine(bad)

@@ -60,7 +60,7 @@ def test_a_lake_of_format_2_reads_as_its_own_program_read_it(
     older: Lake, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     check(older, expected)
-    assert older.verify() == older.verify(quick=True) == {}
+    assert older.verify() == older.verify(values=True) == {}
     exported = export_labels(older, tmp_path / "out")
     assert exported.total == expected["stats"]["labels"]
     assert older.delete("problem_id", "p22") == 2

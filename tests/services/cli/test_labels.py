@@ -277,9 +277,11 @@ def test_verify_finds_damage_and_quarantine_makes_the_rest_usable(scored_lake: L
     )["shards"] == 1
 
 
-def test_verify_checks_values_too(scored_lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lake takes no value that no label can have. Where a bug let one in, `verify` tells; the
-    hash, all that --quick checks, does not."""
+def test_verify_checks_values_where_asked(
+    scored_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lake takes no value that no label can have. Where a bug let one in, `--values` tells; the
+    hash does not."""
     broken = scored_rollout(200)
     label = replace(broken.labels[0], candidate_ids=(1,))  # fewer candidates than log-probabilities
     with pytest.raises(StoreError, match="of different lengths"):
@@ -287,8 +289,8 @@ def test_verify_checks_values_too(scored_lake: Lake, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr("s2t_shared.labels.shards.check_rows", lambda rows: None)
         scored_lake.write([replace(broken, labels=(label,))])
-    assert s2t_labels("verify", scored_lake.root, "--quick")[0] == 0
-    assert s2t_labels("verify", scored_lake.root)[0] == 1
+    assert s2t_labels("verify", scored_lake.root)[0] == 0
+    assert s2t_labels("verify", scored_lake.root, "--values")[0] == 1
 
 
 def test_stats_beside_a_service_count_what_is_on_its_way(
