@@ -442,12 +442,20 @@ def lake(
     drained: Annotated[int, typer.Option(help="rollouts through Redis")] = 10_000,
     repeats: Repeats = 3,
     folder: Annotated[Path | None, typer.Option(help="keeps the lake for the next run")] = None,
+    linked_shards: Annotated[
+        int | None,
+        typer.Option(help="only the verbs that need not read a lake of so many linked shards"),
+    ] = None,
     json_out: Json = False,
 ) -> None:
     """Statistics, checks, export, deletion, training's first batch and drains, against plain
     pyarrow."""
     from services.bench.lake import Load, bench_lake
+    from services.bench.lake_at_scale import bench_linked
 
+    if linked_shards is not None:
+        show(bench_linked(at_least_one(linked_shards, "--linked-shards")), json_out)
+        return
     load = Load(
         at_least_one(rollouts, "--rollouts"),
         at_least_one(drained, "--drained"),
