@@ -238,7 +238,7 @@ class VLLMProposer:
         raise InvalidRequestError(
             "the log-probabilities of a prompt's own tokens are known where slm.runtime is torch "
             "(here: vllm); leave them out",
-            field="prompt_logprobs",
+            field="prompt_alternatives",
         )
 
     def _load(self, local_selector: LocalSelector) -> _Adapter | None:

@@ -111,7 +111,7 @@ class Slot:
 class KVPool:
     """Allocator and storage of at most `max_bytes`.
 
-    No call takes longer because many slots are cached.
+    Looking a prefix up takes no longer because many slots are cached.
     """
 
     def __init__(

@@ -1,20 +1,22 @@
-"""What a full KV pool costs: CPU time of answers with thousands of contexts cached, over the same
-with few.
+"""What a full KV pool costs: CPU time of answers from a pair whose pools hold thousands of
+contexts, over the same answers from one whose pools hold few, in turns.
 
-`python -m tests.helpers.warm_pool` asks the bundled pair, in this process. A pool whose look-ups
-grow with what it holds shows ratios well above 1.
+`python -m tests.helpers.warm_pool` asks the bundled pair, twice in this process. A pool whose
+look-ups grow with what it holds shows ratios well above 1.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
 from s2t_shared.bundled import problems
 from s2t_shared.pair import Pair
 
-ANSWERS = 64
-CACHED = 3000  # contexts of the SLM; the LLM has read some thousands of selections beside
+TURNS = 5
+ANSWERS = 32  # of a turn
+CACHED = 2000  # contexts of the SLM; the LLM has read some thousands of selections beside
 MODES = (("greedy", None), ("s2t", 0.05), ("llm", None))
 
 
@@ -26,17 +28,21 @@ def cpu_seconds(pair: Pair, prompts: Sequence[str], mode: str, budget: float | N
 
 def main() -> None:
     """Print a line per mode."""
-    pair = Pair.open("bundled", "bundled", batch_size=16, threads=1)
-    prompts = [problem.prompt for problem in problems.problems("test", 16 + 6 * ANSWERS)]
-    cpu_seconds(pair, prompts[:16], "s2t", 0.05)  # what is loaded and calibrated late
-    parts = [prompts[16 + i * ANSWERS :][:ANSWERS] for i in range(6)]
-    few = [cpu_seconds(pair, part, *mode) for part, mode in zip(parts, MODES, strict=False)]
+    few, many = (Pair.open("bundled", "bundled", batch_size=16, threads=1) for _ in range(2))
     others = [problem.prompt for problem in problems.problems("train", CACHED)]
-    pair.generate(others, mode="greedy", max_new_tokens=40)
-    pair.generate(others[:1200], mode="s2t", budget=0.1)
-    many = [cpu_seconds(pair, part, *mode) for part, mode in zip(parts[3:], MODES, strict=True)]
-    for (name, _), before, after in zip(MODES, few, many, strict=True):
-        print(f"{name}: {after / before:.2f} ({before:.2f} s, {after:.2f} s)")
+    many.generate(others, mode="greedy", max_new_tokens=40)
+    many.generate(others[:800], mode="s2t", budget=0.1)
+    prompts = [problem.prompt for problem in problems.problems("test", 16 + 3 * TURNS * ANSWERS)]
+    for pair in (few, many):
+        cpu_seconds(pair, prompts[:16], "s2t", 0.05)  # what is loaded and calibrated late
+    for number, (mode, budget) in enumerate(MODES):
+        ratios = []
+        for turn in range(TURNS):
+            first = 16 + (number * TURNS + turn) * ANSWERS
+            asked = prompts[first : first + ANSWERS]
+            before = cpu_seconds(few, asked, mode, budget)
+            ratios.append(cpu_seconds(many, asked, mode, budget) / before)
+        print(f"{mode}: {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})")
 
 
 if __name__ == "__main__":
