@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -25,6 +24,7 @@ from services.evaluation.problems import Problem
 from services.evaluation.records import Candidate, Decision, Record
 from services.evaluation.report import Evaluated, figures_of, markdown, write_report
 from services.evaluation.verdict import verdict
+from tests.helpers.chromium import chromium, needs_chromium, new_page
 
 HOSTILE = '</script><img src=x onerror="document.title=1"> & "quotes"'
 HITS = sufficiency([ScoredRollout("p", (0.1,) * 100, (0.1,) * 100, (0,) * 100)])
@@ -262,18 +262,12 @@ def test_budgets_of_a_mode_are_one_curve(folder: Path) -> None:
     assert "<title>takeover entropy 5%: 0.475" in drawn
 
 
+@needs_chromium
 @pytest.mark.slow
 def test_the_answer_viewer_in_a_browser(folder: Path) -> None:
     """A click on a marked token shows its candidates; hostile text stays text."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
+    phone = {"viewport": {"width": 390, "height": 800}}
+    with chromium() as browser, new_page(browser, **phone) as page:
         page.goto((folder / "report.html").as_uri())
         assert page.title() == "A <title>"
         token = page.locator("button.token").first
@@ -288,5 +282,4 @@ def test_the_answer_viewer_in_a_browser(folder: Path) -> None:
         assert page.locator("#problem").input_value() != first
         # On a phone the page itself does not scroll sideways.
         width = page.evaluate("document.documentElement.scrollWidth")
-        assert width <= 390 and errors == []
-        browser.close()
+        assert width <= 390

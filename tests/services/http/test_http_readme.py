@@ -3,15 +3,10 @@ bundled pair, in this process."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,21 +18,25 @@ from services.rpc import wire
 from services.serve.engine_thread import EngineThread
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
+from tests.helpers.http_page import (
+    COMMANDS,
+    PAGE,
+    ROOT,
+    SNIPPETS,
+    answers_of_buf,
+    buf_command,
+    check_curl,
+    curl_commands,
+    moved,
+    needs_buf,
+    needs_harness,
+    run_buf,
+    run_harness,
+    share_right,
+)
 from tests.helpers.serving import CALIBRATION, FixedVersions, http_and_grpc, proposer_service
 
-ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "services/http/README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    ((?:curl|buf|lm_eval|python) (?:.|\n    )*)", PAGE, re.MULTILINE)
 STARTS = ("curl", "buf", "lm_eval")
-BUF = Path(sys.executable).parent / "buf"
-needs_buf = pytest.mark.skipif(not BUF.exists(), reason="buf is not there; pip install buf-bin")
-SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-# lm-eval pins an older python-dateutil: it may live in an environment of its own.
-HARNESS = os.environ.get("LM_EVAL_PYTHON", sys.executable)
-needs_harness = pytest.mark.skipif(
-    sys.executable == HARNESS and importlib.util.find_spec("lm_eval") is None,
-    reason="lm-eval is not installed; pip install lm-eval, or set LM_EVAL_PYTHON",
-)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +61,6 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
         yield url.removeprefix("http://"), grpc
 
 
-def moved(text: str, addresses: tuple[str, str]) -> str:
-    """A command of the page with the addresses of this test's gateway."""
-    http, grpc = addresses
-    return text.replace("127.0.0.1:8080", http).replace("127.0.0.1:50051", grpc)
-
-
 def test_the_pages_commands_are_found() -> None:
     """A command in a form that the expressions above overlook would never be run."""
     blocks = re.findall(r"^    \S.*$", PAGE, re.MULTILINE)
@@ -76,29 +69,16 @@ def test_the_pages_commands_are_found() -> None:
     assert len(starts) == len(COMMANDS) == 8 and len(SNIPPETS) == PAGE.count("```") / 2 == 3
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_each_curl_command_answers(addresses: tuple[str, str], number: int) -> None:
-    command = [c for c in COMMANDS if c.startswith("curl")][number]
-    done = subprocess.run(
-        ["bash", "-c", moved(command, addresses)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    if "stream" in command:
-        *events, last = done.stdout.strip().split("\n\n")
-        assert last == "data: [DONE]" and json.loads(events[-1].removeprefix("data: "))["usage"]
-    else:
-        assert "error" not in json.loads(done.stdout), done.stdout
+@pytest.mark.parametrize("command", curl_commands())
+def test_each_curl_command_answers(addresses: tuple[str, str], command: str) -> None:
+    check_curl(moved(command, addresses))
 
 
 @needs_buf
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
 def test_each_buf_command_answers(addresses: tuple[str, str], method: str) -> None:
     """Reflection described less than a client without our files needs."""
-    [command] = [c for c in COMMANDS if c.startswith("buf") and f"/{method}" in c]
-    messages = answers_of_buf(moved(command, addresses))
+    messages = answers_of_buf(moved(buf_command(method), addresses))
     assert messages[-1]["answer"]["usage"]["completionTokens"] == 8
     assert len(messages) > 1 or method == "Generate"
 
@@ -110,39 +90,14 @@ def test_buf_sends_a_token(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"generate: {token}\n")
     settings = {"security.token_file": str(file)}
-    [command] = [c for c in COMMANDS if c.startswith("buf") and c.rstrip().endswith("/Generate")]
     with http_and_grpc(tmp_path, proposer_service(), **settings) as (url, grpc):
-        command = moved(command, (url, grpc))
+        command = moved(buf_command("Generate"), (url, grpc))
         refused = run_buf(command)
         header = f"'authorization: Bearer {token}'"
         sent = command.replace(" -d ", f" --header {header} --reflect-header {header} -d ")
         [message] = answers_of_buf(sent)
     assert refused.returncode != 0
     assert message["answer"]["text"]
-
-
-def run_buf(command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{BUF.parent}:{os.environ['PATH']}"}
-    return subprocess.run(
-        ["bash", "-c", command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def answers_of_buf(command: str) -> list[dict[str, Any]]:
-    """The messages it prints, one JSON object behind the other."""
-    done = run_buf(command)
-    assert done.returncode == 0, done.stderr
-    messages, rest = [], done.stdout.strip()
-    while rest:
-        message, end = json.JSONDecoder().raw_decode(rest)
-        messages.append(message)
-        rest = rest[end:].lstrip()
-    return messages
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -177,12 +132,6 @@ def test_the_tables_of_fields_and_errors_are_whole() -> None:
 @pytest.mark.parametrize("way", ["local-completions", "local-chat-completions", "s2t"])
 def test_lm_eval_runs_a_task(addresses: tuple[str, str], tmp_path: Path, way: str) -> None:
     """Each way of the page; S2T at 5 % answers what the SLM alone answers half of the time."""
-    lines = []
-    for problem in problems.problems("test", 8):
-        [bought] = re.findall(r"buys (\d+ and \d+)", problem.solution)
-        lines.append(json.dumps({"prompt": problem.prompt, "answer": bought}))
-    (tmp_path / "shop.jsonl").write_text("\n".join(lines))
-    (tmp_path / "shop.yaml").write_text(TASK.format(file=tmp_path / "shop.jsonl"))
     name = "--model s2t" if way == "s2t" else "tokenizer_backend=None"
     [command] = [c for c in COMMANDS if name in c]
     command = moved(command, addresses)
@@ -190,8 +139,7 @@ def test_lm_eval_runs_a_task(addresses: tuple[str, str], tmp_path: Path, way: st
         command = command.replace("--model local-completions", f"--model {way}")
         command = command.replace("/v1/completions", "/v1/chat/completions")
         command += " --apply_chat_template"
-    results = run_harness(command, "s2t_shop", tmp_path)
-    assert results["exact_match,pair"] >= 0.75
+    assert share_right(command, tmp_path) >= 0.75
 
 
 @needs_harness
@@ -228,27 +176,6 @@ def log_likelihood(pair: Pair, prompt: str, continuation: str) -> float:
     return sum(score.log_prob for score in scores[before - 1 :])
 
 
-def run_harness(command: str, task: str, folder: Path) -> dict[str, float]:
-    """What a command of the page measures on the task that lies in a folder."""
-    command = command.replace("TASKS", task)
-    command = command.replace("TASK_FOLDER", str(folder)).replace("results", f"{folder}/out")
-    command = re.sub("^(python -m )?", f"{HARNESS} -m ", command)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "hf")}
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    [file] = (folder / "out").rglob("results_*.json")
-    results: dict[str, float] = json.loads(file.read_text())["results"][task]
-    return results
-
-
 CHOICES = """
 task: s2t_pick
 dataset_path: json
@@ -259,20 +186,4 @@ doc_to_text: "{{{{prompt}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: 0
 metric_list: [{{metric: acc}}]
-"""
-
-
-TASK = r"""
-task: s2t_shop
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{prompt}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\n"], max_gen_toks: 40, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-filter_list:
-  - {{name: pair, filter: [{{function: regex, regex_pattern: "buys (\\d+ and \\d+)"}},
-      {{function: take_first}}]}}
 """

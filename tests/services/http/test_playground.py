@@ -3,19 +3,17 @@ is no Chromium (apt-get install chromium)."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from s2t_shared.decode.scripted import ScriptedSelector
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.registry import Registry
+from tests.helpers.chromium import chromium, needs_chromium, new_page
 from tests.helpers.serving import (
     LLM_TEXT,
     SLM_TEXT,
@@ -28,11 +26,7 @@ from tests.helpers.serving import (
 )
 from tests.helpers.versions import publish
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or set CHROMIUM"
-)
+pytestmark = needs_chromium
 expect.set_options(timeout=30_000)  # of a busy machine; what holds is seen at once
 TOKEN = "a-token-of-enough-bytes"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -40,30 +34,20 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Root in a container has no sandbox to give.
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page whose errors, those of the Content-Security-Policy included, fail the test."""
-    yield from opened(browser)
+    with new_page(browser) as found:
+        yield found
 
 
 @pytest.fixture
 def phone(browser: Browser) -> Iterator[Page]:
-    yield from opened(browser, **PHONE)
-
-
-def opened(browser: Browser, **options: Any) -> Iterator[Page]:
-    found: list[str] = []
-    with browser.new_context(**options) as context:
-        page = context.new_page()
-        page.on("pageerror", lambda error: found.append(str(error)))
-        page.on("console", lambda m: found.append(m.text) if m.type == "error" else None)
-        yield page
-    assert [text for text in found if "Failed to load resource" not in text] == []
+    with new_page(browser, **PHONE) as found:
+        yield found
 
 
 def ask(page: Page, url: str, **settings: str) -> None:
@@ -242,7 +226,7 @@ def test_on_a_phone_nothing_is_cut_off(phone: Page, url: str) -> None:
 def test_dark_and_light_have_enough_contrast(browser: Browser, url: str) -> None:
     """WCAG's 4.5 for text, on every token's own ground too."""
     for scheme in ("light", "dark"):
-        for page in opened(browser, color_scheme=scheme):
+        with new_page(browser, color_scheme=scheme) as page:
             ask(page, url)
             for selector in (
                 "h1",
