@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from s2t_shared.requests import parse_mode
-from s2t_shared.types import Answer, GenerateRequest, Mode
+from s2t_shared.types import (
+    Answer,
+    AnswerPiece,
+    FinishReason,
+    GenerateRequest,
+    Mode,
+    Step,
+    Usage,
+)
 from services.http import errors, replies
 from services.http.answering import all_answers, all_pieces
 from services.http.door import Door
@@ -64,6 +72,8 @@ class Call:
         """The reply. Raises what the door raises."""
         with self._requests() as requests:
             found = await all_answers(self._door, requests)
+        if self._asked.is_about_prompt:
+            found = [(_unanswered(answer), _of_prompt(steps)) for answer, steps in found]
         return replies.whole(self._form, found, self._asked.n)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -90,6 +100,8 @@ class Call:
         answers: dict[int, Answer] = {}
         async with aclosing(all_pieces(self._door, requests)) as pieces:
             async for index, piece in pieces:
+                if self._asked.is_about_prompt:
+                    piece = _without_answer(piece)
                 if piece.answer is not None:
                     answers[index] = piece.answer
                 yield choices[index].chunk(piece)
@@ -114,3 +126,21 @@ class Call:
                     request = replace(request, prompt_alternatives=logprobs)
                 requests.append(request)
             yield requests
+
+
+# -- the prompt alone -----------------------------------------------------------------------------
+
+
+def _unanswered(answer: Answer) -> Answer:
+    """The answer as if its length had been limited to nothing."""
+    usage = Usage(prompt_tokens=answer.usage.prompt_tokens)
+    return replace(answer, text="", finish_reason=FinishReason.LENGTH, usage=usage)
+
+
+def _of_prompt(steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.index < 0]
+
+
+def _without_answer(piece: AnswerPiece) -> AnswerPiece:
+    answer = _unanswered(piece.answer) if piece.answer else None
+    return replace(piece, text="", steps=(), answer=answer)

@@ -135,6 +135,11 @@ class OpenAIRequest(_Model):
         raise NotImplementedError
 
     @property
+    def is_about_prompt(self) -> bool:
+        """Whether no answer is wanted, only the prompt back."""
+        return self.token_limit == 0
+
+    @property
     def tells_prompt(self) -> bool:
         """Whether the prompt's tokens are told, with their log-probabilities, before the answer."""
         return False
@@ -170,6 +175,9 @@ class ChatRequest(OpenAIRequest):
 
 
 class CompletionRequest(OpenAIRequest):
+    """max_tokens: 0, with echo, asks for the prompt alone."""
+
+    max_tokens: Annotated[int | None, Field(default=None, ge=0, lt=1 << 31)]
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
@@ -190,6 +198,8 @@ class CompletionRequest(OpenAIRequest):
         Raises:
             InvalidRequestError: it cannot be said.
         """
+        if self.is_about_prompt and not self.echo:
+            raise InvalidRequestError("max_tokens: 0 goes with echo", field="max_tokens")
         if not self.echo or self.tells_prompt:
             return ""
         if not isinstance(self.prompt, str):
@@ -381,6 +391,6 @@ def _settings(asked: OpenAIRequest) -> dict[str, Any]:
     if asked.s2t.labels is not None:
         own["labels"] = asked.s2t.labels.model_dump(exclude_none=True, exclude_defaults=True)
     if asked.token_limit is not None:
-        own["max_new_tokens"] = asked.token_limit
+        own["max_new_tokens"] = max(1, asked.token_limit)  # the answer is thrown away for 0
     stop: Sequence[str] = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     return {**own, "stop": stop}

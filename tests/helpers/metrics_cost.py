@@ -1,12 +1,13 @@
-"""What metrics cost: the same streams by gRPC from a service that counts and from one that does
-not, in turns.
+"""What metrics and traces cost: the same streams by gRPC from a service that counts and from one
+that does not, in turns.
 
-    python -m tests.helpers.metrics_cost [--batch 16] [--tokens 64] [--rounds 60]
+    python -m tests.helpers.metrics_cost [--batch 16] [--tokens 64] [--rounds 60] [--traces]
 
 Both services are in one process, without Ray, each with a gateway and the bundled pair, which
 decodes so fast that counting weighs as much as it ever can; the client is another process. The one
 that counts has endpoints, and they are read every second while it answers: fifteen times as often
-as Prometheus does by default.
+as Prometheus does by default. With --traces every request of that one is sampled, and its spans are
+sent to a collector, which throws them away in the client's process.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+import grpc
 
 from s2t_shared.config import MetricsConfig, SecurityConfig
 from services.metrics.endpoint import MetricsEndpoint
+from services.rpc import tracing
 from services.serve.gateway_server import GatewayServer
 from services.serve.proposer_service import ProposerService
 from tests.helpers.http_load import bundled_service, by_grpc, gathered
@@ -34,9 +41,13 @@ SIDES = ("off", "on")
 SCRAPE_S = 1.0
 
 
-def serve(commands: Connection) -> None:
+def serve(commands: Connection, collector: str) -> None:
     """Run both services. Each side's name that comes is the one to be scraped or not, and is
-    answered with the CPU seconds so far; None ends."""
+    answered with the CPU seconds so far; None ends.
+
+    collector: where the spans go of the side that is on; "": it has none.
+    """
+    provider = provider_of(collector) if collector else None
     services = {side: bundled_service(counts=side == "on") for side in SIDES}
 
     async def main() -> None:
@@ -49,11 +60,52 @@ def serve(commands: Connection) -> None:
             commands.send({side: f"127.0.0.1:{g.port}" for side, g in gateways.items()})
             while (side := await asyncio.to_thread(commands.recv)) is not None:
                 (scraped.set if side == "on" else scraped.clear)()
+                tracing.use(provider if side == "on" else None)
                 commands.send(time.process_time())
 
     asyncio.run(main())
     for service in services.values():
         service.close()
+
+
+def provider_of(collector: str) -> Any:
+    """As `tracing.begin` makes it."""
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider()
+    exporter = OTLPSpanExporter(endpoint=f"http://{collector}", insecure=True)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+@contextmanager
+def collecting() -> Iterator[Collected]:
+    """An OTLP collector that throws away what comes."""
+    collected = Collected()
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers([collected])
+    collected.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        yield collected
+    finally:
+        server.stop(None)
+
+
+class Collected(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """bytes: of the spans that came."""
+
+    address = ""
+    bytes = 0
+
+    def service(self, details: Any) -> Any:
+        def export(message: bytes, context: Any) -> bytes:
+            self.bytes += len(message)
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(export)
 
 
 def _start_scraping(gateway: GatewayServer, service: ProposerService) -> threading.Event:
@@ -78,10 +130,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--traces", action="store_true")
     given = parser.parse_args()
+    with collecting() as collected:
+        measure(given, collected.address if given.traces else "")
+        print(f"bytes of spans: {collected.bytes}")
+
+
+def measure(given: argparse.Namespace, collector: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs,), daemon=True)
+    process = spawn.Process(target=serve, args=(theirs, collector), daemon=True)
     process.start()
     addresses: dict[str, str] = ours.recv()
 

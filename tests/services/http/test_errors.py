@@ -106,6 +106,7 @@ COMPLETIONS = {
     "too many prompts": ({"prompt": ["a"] * 65}, "prompt", "65"),
     "another form": ({"prompt": {"a": 1}}, "prompt", ""),
     "echo of ids": ({"echo": True, "prompt": [1, 2]}, "echo", "text"),
+    "no answer": ({"max_tokens": 0}, "max_tokens", "echo"),
     "best_of": ({"best_of": 3}, "best_of", ""),
     "suffix": ({"suffix": "end"}, "suffix", ""),
     "negative id": ({"prompt": [-1]}, None, ""),

@@ -173,6 +173,30 @@ def test_echo_and_stop(tmp_path: Path) -> None:
     assert choice.text == "a prompt: one two three" and choice.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_but_the_prompt(tmp_path: Path, stream: bool) -> None:
+    """`max_tokens` 0 with `echo`, as programs score texts that know OpenAI's first models."""
+
+    def work(url: str) -> list[Any]:
+        with client(url) as opened:
+            reply = opened.completions.create(
+                model="bundled:greedy",
+                prompt="one of two",
+                echo=True,
+                logprobs=1,
+                max_tokens=0,
+                stream=stream,
+            )
+            return list(reply) if stream else [reply]
+
+    replies = with_http(tmp_path, proposer_service(), work)
+    choices = [choice for reply in replies for choice in reply.choices]
+    assert "".join(choice.text for choice in choices).strip() == "one of two"
+    assert sum(len(choice.logprobs.tokens) for choice in choices) == 3
+    assert choices[-1].finish_reason == "length"
+    assert stream or replies[0].usage.completion_tokens == 0
+
+
 @pytest.mark.parametrize("prompt", ["one of two", ["one of two", "four five"]])
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_with_logprobs_tells_the_prompts_tokens(
