@@ -37,11 +37,11 @@ from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import check_same_tokenizer, reserved_ids
-from s2t_shared.policy import CALIBRATED, Calibration
+from s2t_shared.policy import Calibration
 from s2t_shared.requests import PromptLike, new_request
-from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, Prompt
+from s2t_shared.types import CALIBRATED, Answer, AnswerPiece, GenerateRequest, Prompt
 from s2t_shared.versions.live import open_version
-from s2t_shared.versions.registry import SLM
+from s2t_shared.versions.weights import SLM
 
 CALIBRATIONS = Path("~/.cache/s2t/calibration")
 SELECTION_TIMEOUT_S = 600.0  # nobody waits for an answer as for a service's: rather late than worse

@@ -13,6 +13,7 @@ import numpy as np
 
 from s2t_shared.errors import ConfigError, InvalidRequestError
 from s2t_shared.types import (
+    CALIBRATED,
     MAX_CANDIDATES,
     WARMUP_STEPS,
     CandidateRule,
@@ -26,7 +27,6 @@ Floats = Sequence[float]
 
 LLM_PROBABILITY_FLOOR = 1e-12
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
-CALIBRATED = (Trigger.ENTROPY, Trigger.MARGIN, Trigger.KL, Trigger.KL_REVERSE)
 
 
 # -- signals --------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""Builds requests from plain values: text, names of modes, numbers.
+"""Builds requests from plain values (text, names of modes, numbers), and checks them.
 
 Imports the standard library only. The client, the command line and `Pair` share it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.types import (
+    CALIBRATED,
+    MAX_SAMPLES,
     CandidateRule,
     DecodeOptions,
     GenerateRequest,
@@ -26,6 +29,9 @@ from s2t_shared.types import (
 DEFAULT_BUDGET = 0.01
 DEFAULT_SAMPLES = 8
 DEFAULT_SAMPLING = Sampling()
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256  # characters of one stop string
+MAX_STOP_TOTAL = 1024  # characters of all stop strings
 PromptLike = str | Prompt | Sequence[int] | Sequence[Mapping[str, str]]
 Name = TypeVar("Name", bound=Enum)
 
@@ -139,3 +145,55 @@ def by_name(kind: type[Name], name: str, field: str) -> Name:
         raise InvalidRequestError(
             f"{field}={name!r}: unknown; choose from {known}", field=field
         ) from None
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def check_request(request: GenerateRequest) -> None:
+    """Check what concerns the text; the engine checks the rest.
+
+    Raises:
+        InvalidRequestError: a field is out of range.
+    """
+    if not 1 <= request.samples <= MAX_SAMPLES:
+        raise InvalidRequestError(
+            f"samples={request.samples}: must be 1..{MAX_SAMPLES}", field="samples"
+        )
+    if len(request.stop) > MAX_STOP_STRINGS or "" in request.stop:
+        raise InvalidRequestError(
+            f"stop: {len(request.stop)} strings given; at most {MAX_STOP_STRINGS}, none empty",
+            field="stop",
+        )
+    longest = max(map(len, request.stop), default=0)
+    total = sum(map(len, request.stop))
+    if longest > MAX_STOP_LENGTH or total > MAX_STOP_TOTAL:
+        raise InvalidRequestError(
+            f"stop: the longest string has {longest} characters, all have {total}; at most "
+            f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted",
+            field="stop",
+        )
+    _check_sampling(request.options.sampling)
+    for rule in request.labels.rules:
+        if rule.trigger not in CALIBRATED or not math.isfinite(rule.threshold):
+            known = ", ".join(trigger.value for trigger in CALIBRATED)
+            raise InvalidRequestError(
+                f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of "
+                f"{known}",
+                field="labels.rules",
+            )
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    if not 0.0 <= sampling.temperature <= 100.0:
+        raise InvalidRequestError(
+            f"temperature={sampling.temperature}: must be 0..100", field="sampling.temperature"
+        )
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise InvalidRequestError(
+            f"top_p={sampling.top_p}: must be above 0 and at most 1", field="sampling.top_p"
+        )
+    if sampling.top_k < 0:
+        raise InvalidRequestError(
+            f"top_k={sampling.top_k}: must be 0 (off) or more", field="sampling.top_k"
+        )

@@ -63,6 +63,10 @@ class Trigger(str, Enum):
         return self not in (Trigger.NEVER, Trigger.ALWAYS)
 
 
+# Triggers whose thresholds are measured for a budget.
+CALIBRATED = (Trigger.ENTROPY, Trigger.MARGIN, Trigger.KL, Trigger.KL_REVERSE)
+
+
 class SelectorKind(str, Enum):
     """Which tokens a local selector looks at to score candidates; see `model.local_selector`."""
 

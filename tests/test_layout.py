@@ -176,22 +176,38 @@ def test_heavy_dependencies_stay_home(file: Path) -> None:
 
 def test_a_client_needs_grpc_and_protobuf_only() -> None:
     """`pip install s2t` brings two packages; the client and what it imports must live on them."""
+    seen = set()
+    for path, module in all_imports(ROOT / "services/client.py"):
+        seen.add(path)
+        top = module.partition(".")[0]
+        assert top in STANDARD | {"grpc", "google"}, f"{path.name} imports {module}"
+    assert len(seen) > 8, "the client imports the wire and the types: this follows nothing"
+
+
+def test_a_gateway_needs_no_torch() -> None:
+    """It would take most of the time in which one that died is back, and its memory."""
+    found = all_imports(ROOT / "services/serve/gateway.py")
+    tops = {module.partition(".")[0] for _, module in found}
+    assert {"ray", "grpc", "starlette", "pyarrow"} <= tops
+    assert not {"torch", "transformers"} & tops
+
+
+def all_imports(first: Path) -> Iterator[tuple[Path, str]]:
+    """What importing a file imports of others: each file of ours, and a foreign module."""
     seen: set[Path] = set()
-    waiting = [ROOT / "services/client.py"]
+    waiting = [first]
     while waiting:
         path = waiting.pop()
         if path in seen or "pb" in path.parts:
             continue
         seen.add(path)
         for module in running_imports(path):
-            top = module.partition(".")[0]
-            if top in ("services", "s2t_shared"):
+            if module.partition(".")[0] in ("services", "s2t_shared"):
                 inner = ROOT / module.replace(".", "/")
                 found = [inner.with_suffix(".py"), inner / "__init__.py"]
                 waiting += [file for file in found if file.is_file()]
             else:
-                assert top in STANDARD | {"grpc", "google"}, f"{path.name} imports {module}"
-    assert len(seen) > 8, "the client imports the wire and the types: this follows nothing"
+                yield path, module
 
 
 def running_imports(path: Path) -> Iterator[str]:

@@ -7,7 +7,6 @@ in-process `Generator` share it. Knows text and the engine; no transport, no sto
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections import Counter, deque
@@ -18,7 +17,6 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import (
     DeadlineExceededError,
-    InvalidRequestError,
     OverloadedError,
     S2TError,
     SelectorUnavailableError,
@@ -26,7 +24,8 @@ from s2t_shared.errors import (
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.text_stream import TextStream
 from s2t_shared.model.tokenizer import TextTokenizer
-from s2t_shared.policy import CALIBRATED, Calibration
+from s2t_shared.policy import Calibration
+from s2t_shared.requests import check_request
 from s2t_shared.types import (
     MAX_SAMPLES,
     Answer,
@@ -37,67 +36,12 @@ from s2t_shared.types import (
     LabelRule,
     Mode,
     Progress,
-    Sampling,
     Step,
     Usage,
     Versions,
 )
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256  # characters of one stop string
-MAX_STOP_TOTAL = 1024  # characters of all stop strings
-
-
 # -- requests -------------------------------------------------------------------------------------
-
-
-def check_request(request: GenerateRequest) -> None:
-    """Check what concerns the text; the engine checks the rest.
-
-    Raises:
-        InvalidRequestError: a field is out of range.
-    """
-    if not 1 <= request.samples <= MAX_SAMPLES:
-        raise InvalidRequestError(
-            f"samples={request.samples}: must be 1..{MAX_SAMPLES}", field="samples"
-        )
-    if len(request.stop) > MAX_STOP_STRINGS or "" in request.stop:
-        raise InvalidRequestError(
-            f"stop: {len(request.stop)} strings given; at most {MAX_STOP_STRINGS}, none empty",
-            field="stop",
-        )
-    longest = max(map(len, request.stop), default=0)
-    total = sum(map(len, request.stop))
-    if longest > MAX_STOP_LENGTH or total > MAX_STOP_TOTAL:
-        raise InvalidRequestError(
-            f"stop: the longest string has {longest} characters, all have {total}; at most "
-            f"{MAX_STOP_LENGTH} each and {MAX_STOP_TOTAL} together are accepted",
-            field="stop",
-        )
-    _check_sampling(request.options.sampling)
-    for rule in request.labels.rules:
-        if rule.trigger not in CALIBRATED or not math.isfinite(rule.threshold):
-            known = ", ".join(trigger.value for trigger in CALIBRATED)
-            raise InvalidRequestError(
-                f"label rule {rule.trigger.value} > {rule.threshold}: give a finite threshold of "
-                f"{known}",
-                field="labels.rules",
-            )
-
-
-def _check_sampling(sampling: Sampling) -> None:
-    if not 0.0 <= sampling.temperature <= 100.0:
-        raise InvalidRequestError(
-            f"temperature={sampling.temperature}: must be 0..100", field="sampling.temperature"
-        )
-    if not 0.0 < sampling.top_p <= 1.0:
-        raise InvalidRequestError(
-            f"top_p={sampling.top_p}: must be above 0 and at most 1", field="sampling.top_p"
-        )
-    if sampling.top_k < 0:
-        raise InvalidRequestError(
-            f"top_k={sampling.top_k}: must be 0 (off) or more", field="sampling.top_k"
-        )
 
 
 def with_thresholds(request: GenerateRequest, calibration: Calibration) -> GenerateRequest:

@@ -26,10 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2t_shared.errors import VersionError
+from s2t_shared.model.peft_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    unreadable_adapter,
+)
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
 UNSUPPORTED_OPTIONS = (
     "use_rslora",
     "use_dora",
@@ -250,7 +253,7 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
         rank = int(config["r"])
         alpha = float(config["lora_alpha"])
     except (KeyError, ValueError, TypeError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable_adapter(folder, error) from error
     refused = [name for name in UNSUPPORTED_OPTIONS if config.get(name)]
     if refused or not math.isfinite(alpha) or rank < 1:
         raise VersionError(
@@ -276,31 +279,13 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     return Adapter(rank=rank, alpha=alpha, weights=weights)
 
 
-def read_rank(folder: Path) -> int:
-    """The rank of an adapter's files.
-
-    Raises:
-        VersionError: they cannot be read.
-    """
-    try:
-        return int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from error
-
-
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable_adapter(folder, error) from error
     return config, tensors
-
-
-def _unreadable(folder: Path, error: Exception) -> VersionError:
-    return VersionError(
-        f"adapter of version {folder.name!r} cannot be read ({error}); publish it again"
-    )
 
 
 def _check_weights(a: Tensor, b: Tensor, rank: int, layer: nn.Linear, what: str) -> None:

@@ -16,14 +16,17 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from s2t_shared.errors import VersionError
 from s2t_shared.files import write_atomically
-from s2t_shared.model.local_selector import LocalSelector
-from s2t_shared.versions.registry import SLM, Registry, load_version, writer_lock
+from s2t_shared.versions.registry import Registry, writer_lock
+
+if TYPE_CHECKING:
+    from s2t_shared.model.local_selector import LocalSelector
+    from s2t_shared.versions.weights import SLM
 
 LIVE = "LIVE"
 LEFTOVERS = f".{LIVE}.*.tmp"
@@ -238,6 +241,8 @@ def open_version(name: str, versions: Path, slm: SLM, tokenizer_digest: str) -> 
         VersionNotFoundError: there is no such version.
         VersionError: it is damaged or made for another model, or none is live.
     """
+    from s2t_shared.versions.weights import load_version
+
     folder = Path(name).expanduser()
     if folder.is_dir():
         return load_version(folder, slm, tokenizer_digest)

@@ -1,6 +1,6 @@
 """The manifest of a published version, and checks of the version's files against it.
 
-The checks here need no model: names, hashes, shapes, finite values. `registry.load_version` checks
+The checks here need no model: names, hashes, shapes, finite values. `weights.load_version` checks
 that a version fits an SLM. Knows one folder; not which version is live.
 """
 
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
 from s2t_shared.files import sha256_file
-from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind
-from s2t_shared.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
+from s2t_shared.model.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from s2t_shared.policy import Calibration
+from s2t_shared.types import Reading, Scoring, SelectorKind
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -189,16 +189,16 @@ def _verify_adapter(where: str, folder: Path) -> None:
     sides_of: dict[str, set[str]] = {}
     for name, tensor in _tensors(folder / ADAPTER_WEIGHTS):
         path, _, side = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-        if side not in RANK_AXIS or tensor.dim() != 2:
+        if side not in RANK_AXIS or tensor.ndim != 2:
             raise VersionError(
                 f"{where}: {ADAPTER_WEIGHTS} holds {name!r}, which is not a LoRA matrix"
             )
         if tensor.shape[RANK_AXIS[side]] != rank:
             raise VersionError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, "
+                f"{where}: {name} has shape {tensor.shape}, "
                 f"which does not fit rank {rank} of {ADAPTER_CONFIG}"
             )
-        if not torch.isfinite(tensor).all():
+        if not np.isfinite(tensor).all():
             raise VersionError(f"{where}: {name} has NaN or infinite values")
         sides_of.setdefault(path, set()).add(side)
     if not sides_of or any(len(sides) != 2 for sides in sides_of.values()):
@@ -209,17 +209,17 @@ def _verify_bins(where: str, folder: Path, bins: int) -> None:
     for name, tensor in _tensors(folder / BINS):
         if name != "deltas":
             continue
-        shape = tuple(tensor.shape)
-        if len(shape) != 2 or shape[0] != bins or not torch.isfinite(tensor).all():
+        shape = tensor.shape
+        if len(shape) != 2 or shape[0] != bins or not np.isfinite(tensor).all():
             raise VersionError(
                 f"{where}: {BINS} must be finite and of shape ({bins}, hidden), "
                 f"it has shape {shape}"
             )
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of a safetensors file. Holds one tensor at a time in memory."""
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="np") as opened:
         for name in opened.keys():  # noqa: SIM118 - not a dict
             yield name, opened.get_tensor(name)
 

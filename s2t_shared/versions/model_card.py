@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from s2t_shared.model.local_selector import Reading, Scoring, SelectorKind
+from s2t_shared.types import Reading, Scoring, SelectorKind
 from s2t_shared.versions.manifest import BINS, Manifest
 
 METRICS = {  # name in the manifest -> text of the card

@@ -10,7 +10,7 @@
 A version is filled under a temporary name, synced and renamed, so a reader sees it complete or not
 at all. One lock serialises writers and ends with its holder; the next writer deletes what a dead
 one left. Put the folder on storage that all proposers see. Knows files and manifests; not which
-version is live.
+version is live. Imports torch only where weights are read or written: a gateway has none.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING
 
 from s2t_shared.errors import VersionError, VersionNotFoundError
 from s2t_shared.files import (
@@ -38,11 +35,7 @@ from s2t_shared.files import (
     sync,
     temporary_name,
 )
-from s2t_shared.model.local_selector import AdapterHost, LocalSelector
-from s2t_shared.model.lora import load_adapter, read_rank, save_adapter
-from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.versions.manifest import (
-    BINS,
     CARD,
     DATA_SUFFIXES,
     MANIFEST,
@@ -53,10 +46,14 @@ from s2t_shared.versions.manifest import (
 )
 from s2t_shared.versions.model_card import model_card
 
+if TYPE_CHECKING:
+    from s2t_shared.model.local_selector import LocalSelector
+    from s2t_shared.model.runtime import ModelRuntime
+    from s2t_shared.versions.weights import SLM
+
 LEFTOVERS = ".publishing*"
 NAME = re.compile(r"v(\d{4,})-.+")
 MAX_LISTED = 10  # versions that a message names
-SLM = ModelRuntime | AdapterHost  # what a version is loaded for
 
 
 class Registry:
@@ -76,6 +73,8 @@ class Registry:
         A job publishes once. If `manifest.job` has a version, nothing is written and that version's
         manifest is returned.
         """
+        from s2t_shared.versions.weights import write_weights
+
         with writer_lock(self.root, LEFTOVERS):
             earlier = self.find_job(manifest.job) if manifest.job else None
             if earlier is not None:
@@ -83,7 +82,7 @@ class Registry:
             staging = temporary_name(self.root / "publishing")
             staging.mkdir()
             try:
-                _write_weights(selector, manifest.base_model, staging)
+                write_weights(selector, manifest.base_model, staging)
                 _write_extra(extra or {}, staging)
                 published = self._complete(manifest, staging)
                 text = published.model_dump_json(indent=2)
@@ -170,6 +169,8 @@ class Registry:
             VersionNotFoundError: there is no such version.
             VersionError: it is damaged, or made for another SLM or tokenizer.
         """
+        from s2t_shared.versions.weights import load_version
+
         return load_version(self.folder(version), slm, tokenizer_digest)
 
     def verify(
@@ -193,6 +194,8 @@ class Registry:
         verify_weights(folder, manifest)
         _ = manifest.calibration  # raises when the thresholds are broken
         if runtime is not None:
+            from s2t_shared.versions.weights import load_version
+
             load_version(folder, runtime, tokenizer_digest)
         return manifest
 
@@ -214,91 +217,6 @@ def writer_lock(root: Path, leftovers: str) -> Iterator[None]:
             else:
                 path.unlink(missing_ok=True)
         yield
-
-
-def load_version(folder: Path, slm: SLM, tokenizer_digest: str) -> LocalSelector:
-    """Read and check the version in `folder` for this SLM.
-
-    Weights are float32, on its device; those of an adapter host stay in the folder.
-
-    Raises:
-        VersionNotFoundError: the folder has no manifest.
-        VersionError: it is damaged, made for another SLM or tokenizer, or nothing that an adapter
-            host can run.
-    """
-    manifest = read_manifest(folder)
-    verify_files(folder, manifest)
-    _check_digest(folder, "SLM", manifest.slm_digest, slm.digest)
-    _check_digest(folder, "tokenizer", manifest.tokenizer_digest, tokenizer_digest)
-    selector = LocalSelector(
-        version=manifest.version,
-        kind=manifest.kind,
-        reads=manifest.reads,
-        reserved_ids=manifest.reserved_ids,
-        temperature=manifest.temperature,
-        fusion=manifest.fusion,
-        calibration=manifest.calibration,
-        scoring=manifest.scoring,
-        standardise=manifest.standardise,
-        always_on=manifest.always_on,
-        folder=folder,
-    )
-    if isinstance(slm, AdapterHost):
-        verify_weights(folder, manifest)
-        _check_hosted(selector, slm)
-        return selector
-    selector.adapter = load_adapter(folder, slm.model).to(slm.device, torch.float32)
-    if BINS in manifest.files:
-        selector.bin_deltas = _load_bins(folder, manifest, slm)
-    return selector
-
-
-def _check_hosted(selector: LocalSelector, slm: AdapterHost) -> None:
-    if not selector.is_ordinary_lora:
-        raise VersionError(
-            f"version {selector.version!r} is of kind {selector.kind.value} and reads "
-            f"{selector.reads.value}; the runtime vllm runs kind prefix that reads adapted: "
-            "set slm.runtime to torch, or choose such a version"
-        )
-    assert selector.folder is not None
-    rank = read_rank(selector.folder)
-    if rank > slm.max_rank:
-        raise VersionError(
-            f"version {selector.version!r} has an adapter of rank {rank}; the runtime vllm was "
-            f"started for {slm.max_rank}: raise proposer.max_lora_rank"
-        )
-
-
-def _load_bins(folder: Path, manifest: Manifest, runtime: ModelRuntime) -> torch.Tensor:
-    """Deltas of the reserved head rows, [bins, hidden]."""
-    where = f"version {folder.name!r}"
-    try:
-        deltas = load_file(folder / BINS)["deltas"].to(runtime.device)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise VersionError(f"{where}: {BINS} cannot be read; publish it again") from error
-    expected = (manifest.bins, runtime.head.weight.shape[1])
-    if tuple(deltas.shape) != expected or not torch.isfinite(deltas).all():
-        raise VersionError(
-            f"{where}: {BINS} must be finite and of shape {expected}, "
-            f"it has shape {tuple(deltas.shape)}"
-        )
-    return deltas
-
-
-def _check_digest(folder: Path, model: str, trained_for: str, present: str) -> None:
-    if trained_for != present:
-        raise VersionError(
-            f"version {folder.name!r} was trained for another {model} (digest {trained_for}, "
-            f"this one is {present}); choose a version of this {model}"
-        )
-
-
-def _write_weights(selector: LocalSelector, base_model: str, folder: Path) -> None:
-    assert selector.adapter is not None
-    save_adapter(selector.adapter, folder, base_model)
-    if selector.bin_deltas is not None:
-        deltas = selector.bin_deltas.detach().float().cpu().contiguous()
-        save_file({"deltas": deltas}, folder / BINS)
 
 
 def _write_extra(extra: Mapping[str, bytes], folder: Path) -> None:

@@ -160,8 +160,8 @@ def generate_file(
         InvalidRequestError: the settings themselves are wrong.
     """
     from s2t_shared.data.prompts import read_prompts
-    from s2t_shared.decode.generate import check_request
     from s2t_shared.policy import check_policy
+    from s2t_shared.requests import check_request
 
     check_policy(template.options.policy)
     check_request(template)

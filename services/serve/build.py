@@ -1,4 +1,4 @@
-"""Builds what the replicas run: from the configuration to collaborators that are ready.
+"""Builds what proposers and selectors run: from the configuration to collaborators that are ready.
 
 The only place that knows all of them. Each function is called in its replica's process.
 """
@@ -23,10 +23,7 @@ from s2t_shared.decode.selection_cache import CachedSelector
 from s2t_shared.decode.vllm_options import VLLMOptions
 from s2t_shared.decode.vllm_proposer import VLLMProposer
 from s2t_shared.decode.vllm_selector import VLLMSelector
-from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.known_models import KnownModels, Models
-from s2t_shared.labels.lake import Lake
-from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.model.loading import resolve_model
@@ -36,20 +33,16 @@ from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.redis_url import RedisRole, url_of
 from s2t_shared.types import Prompt
 from s2t_shared.versions.live import LiveVersions
-from s2t_shared.versions.registry import SLM
+from s2t_shared.versions.weights import SLM
 from services.metrics.decode_meter import DecodeMeter
 from services.metrics.registry import Reading
 from services.rpc import channels
 from services.rpc.tokens import Role
-from services.serve.admin_servicer import AdminServicer
 from services.serve.calibrator import Calibrator
 from services.serve.engine_thread import EngineThread
-from services.serve.gateway_server import GatewayServer
-from services.serve.generation_servicer import Proposers
 from services.serve.label_recorder import LabelRecorder
 from services.serve.proposer_service import ProposerService
 from services.serve.remote_selector import RemoteSelector, address_finder
-from services.serve.request_meter import label_store_readings
 from services.serve.selector_server import SelectorServer
 from services.serve.selector_thread import AsyncSelector, SelectorThread
 from services.serve.traced_selector import traced
@@ -250,49 +243,4 @@ def _vllm_options(model: ModelConfig) -> VLLMOptions:
         quantization=model.quantization,
         gpu_memory_utilization=model.gpu_memory_utilization,
         max_length=model.max_length,
-    )
-
-
-# -- gateway --------------------------------------------------------------------------------------
-
-
-def gateway_server(config: Config, proposers: Proposers) -> GatewayServer:
-    """The gateway's server, listening but not started.
-
-    Raises:
-        ConfigError: its address cannot be used.
-    """
-    lake = open_lake(config.lake)
-    stream = _stream(config)
-    drain = label_drain(config, stream, lake) if stream is not None else None
-    admin = AdminServicer(
-        versions=LiveVersions(config.versions),
-        lake=lake,
-        proposers=proposers,
-        stream=stream,
-        drain=drain,
-    )
-    server = GatewayServer(config, proposers, admin, drain)
-    if stream is not None:
-        server.registry.add(partial(label_store_readings, stream))
-    return server
-
-
-def _stream(config: Config) -> LabelStream | None:
-    if not config.redis.url:
-        return None
-    return LabelStream(url_of(RedisRole.CONSUMER, config.redis.url, config.redis.password_dir))
-
-
-def label_drain(config: Config, stream: LabelStream, lake: Lake) -> Drain:
-    labels = config.labels
-    return Drain(
-        stream,
-        lake,
-        shard_rows=labels.shard_rows,
-        shard_age_s=labels.shard_age_s,
-        max_age_days=labels.max_age_days,
-        max_gib=labels.max_gib,
-        dead_letter_days=labels.dead_letter_days,
-        known=KnownModels(config.known_models),
     )

@@ -10,7 +10,7 @@ from ray import serve
 from s2t_shared.config import EVERYWHERE, Config, check_exposure
 from services.metrics.exports import MetricsExports
 from services.rpc import logs, tracing
-from services.serve import build
+from services.serve import build_gateway
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.gateway_server import GatewayServer
 from services.serve.serve_proposers import ServeProposers
@@ -26,7 +26,7 @@ class Gateway:
         tracing.begin(config.traces, "gateway")
         self._config = config
         counted = ServeProposers(proposers, lambda: running_replicas(proposers.deployment_id))
-        self._server = build.gateway_server(config, counted)
+        self._server = build_gateway.gateway_server(config, counted)
         spare_what_is_loaded()
         await self._server.start()
         self._exports = MetricsExports(self._server.registry, config)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from s2t_shared.config import Config
-from s2t_shared.decode.generate import check_request
 from s2t_shared.errors import DeadlineExceededError
 from s2t_shared.pb.v1 import generation_pb2 as pb
+from s2t_shared.requests import check_request
 from s2t_shared.types import GenerateRequest
 from services.rpc import call_record, wire
 from services.serve.client_quota import ClientQuota, digest_of

@@ -19,7 +19,6 @@ from s2t_shared.decode.engine import EngineLoad
 from s2t_shared.decode.generate import (
     AnswerBuilder,
     EncodedRequest,
-    check_request,
     encode_request,
     shown_steps,
     with_thresholds,
@@ -38,6 +37,7 @@ from s2t_shared.labels.label import Digests
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.tokenizer import TextTokenizer
 from s2t_shared.policy import Calibration
+from s2t_shared.requests import check_request
 from s2t_shared.types import (
     Answer,
     AnswerPiece,

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator
 
 from s2t_shared.config import GatewayConfig
-from s2t_shared.decode.generate import MAX_STOP_STRINGS
 from s2t_shared.errors import InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2
+from s2t_shared.requests import MAX_STOP_STRINGS
 from s2t_shared.types import MAX_CANDIDATES
 
 MAX_NAME_LENGTH = 1024  # characters of an id, a task, a version, a role

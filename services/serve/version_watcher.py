@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from s2t_shared.errors import S2TError, VersionError, VersionNotFoundError
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.versions.live import NOTHING_LIVE, Live, LiveVersions
-from s2t_shared.versions.registry import SLM
+from s2t_shared.versions.weights import SLM
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5

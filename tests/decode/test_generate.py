@@ -12,7 +12,7 @@ import pytest
 
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator, check_request, extract_answer, with_thresholds
+from s2t_shared.decode.generate import Generator, extract_answer, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import (
@@ -28,6 +28,7 @@ from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
 from s2t_shared.policy import Calibration
+from s2t_shared.requests import check_request
 from s2t_shared.statistics import hit_at, paired_difference, spearman, wilson_interval
 from s2t_shared.types import (
     Answer,

@@ -29,7 +29,7 @@ from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.labels.known_models import Models
 from s2t_shared.types import ScoreQuery, ScoreReply
-from services.serve import build
+from services.serve import build, build_gateway
 from services.serve.engine_thread import EngineThread
 from services.serve.garbage import spare_what_is_loaded
 from services.serve.label_recorder import LabelRecorder
@@ -169,7 +169,7 @@ async def proposer(settings: ProposerSettings, control: Control) -> None:
         service = await scripted_service(settings)
     else:
         service = await build.proposer_service(config)
-    server = build.gateway_server(config, service)
+    server = build_gateway.gateway_server(config, service)
     await server.start()
     await control.serve(lambda: vitals_of(service))
     await server.stop()

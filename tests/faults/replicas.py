@@ -20,7 +20,7 @@ from typing import Any
 
 from s2t_shared.errors import ProposerLostError, S2TError
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
-from services.serve import build
+from services.serve import build_gateway
 from services.serve.proposer_service import ProposerService
 from tests.faults.processes import DRAIN_S, Control, ProposerSettings, scripted_service, vitals_of
 
@@ -90,7 +90,7 @@ class GatewaySettings(ProposerSettings):
 
 async def gateway(settings: GatewaySettings, control: Control) -> None:
     """A gateway before several proposers."""
-    server = build.gateway_server(settings.config, Replicas(settings.sockets))
+    server = build_gateway.gateway_server(settings.config, Replicas(settings.sockets))
     await server.start()
     await control.serve(dict)
     await server.stop()

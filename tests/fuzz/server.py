@@ -11,7 +11,7 @@ import logging
 import sys
 
 from s2t_shared.config import load_config
-from services.serve import build
+from services.serve import build, build_gateway
 from services.serve.garbage import spare_what_is_loaded
 
 
@@ -32,7 +32,7 @@ async def main(folder: str, token_file: str) -> None:
     address = f"127.0.0.1:{selector.port}"
     config = load_config(overrides={**settings, "selector.addresses": [address]}, environment={})
     proposers = await build.proposer_service(config)
-    gateway = build.gateway_server(config, proposers)
+    gateway = build_gateway.gateway_server(config, proposers)
     spare_what_is_loaded()
     await gateway.start()
     print(f"127.0.0.1:{gateway.port} {address}", flush=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from s2t_shared.config import Config
-from s2t_shared.decode.generate import check_request
 from s2t_shared.decode.llm_calls import check_reply
 from s2t_shared.decode.llm_selector import check_query
 from s2t_shared.decode.selection_cache import decode_selection
@@ -26,6 +25,7 @@ from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.packed import pack, read_rollout
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import selection_pb2
+from s2t_shared.requests import check_request
 from s2t_shared.types import ScoreQuery
 from services.rpc import wire
 from services.rpc.tokens import SCHEME, Tokens, parse_tokens

@@ -187,7 +187,9 @@ def test_killed_publishers_leave_nothing_to_repair(
     writer sweeps the rest."""
     moments = random.Random(3)
     reported: set[str] = set()
-    for turn in range(4):
+    for turn in range(20):
+        if turn >= 4 and len(reported) > 3:  # a busy machine publishes little before it is killed
+            break
         process = subprocess.Popen(
             [sys.executable, "-c", PUBLISHER, str(models["slm"]), str(registry.root), str(turn)],
             cwd=ROOT,

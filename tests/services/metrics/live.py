@@ -22,7 +22,7 @@ from s2t_shared.versions.live import LiveVersions
 from services.metrics.endpoint import MetricsEndpoint
 from services.metrics.registry import Registry
 from services.rpc.ask_many import AsyncCaller, Target
-from services.serve import build
+from services.serve import build, build_gateway
 from tests.helpers.versions import publish
 
 PROMPT = "Mia has 19 coins . Prices are 11 , 15 , 19 , 4 , 12 . Which two cost 19 ?"
@@ -87,7 +87,7 @@ async def service(folder: Path, redis_url: str) -> AsyncIterator[tuple[str, list
         config = _config(folder, redis_url, **{"selector.addresses": addresses})
         proposer = await build.proposer_service(config)
         stack.callback(proposer.close)
-        gateway = build.gateway_server(config, proposer)
+        gateway = build_gateway.gateway_server(config, proposer)
         await gateway.start()
         stack.push_async_callback(gateway.stop, 0.0)
         yield f"127.0.0.1:{gateway.port}", [gateway.registry, proposer.registry, selector.registry]

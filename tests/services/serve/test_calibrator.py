@@ -14,8 +14,8 @@ from s2t_shared.decode.calibrate import load_calibration
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.scripted import ScriptedSelector
 from s2t_shared.errors import SelectorUnavailableError
-from s2t_shared.policy import CALIBRATED
 from s2t_shared.types import (
+    CALIBRATED,
     DecodeOptions,
     GenerateRequest,
     Mode,

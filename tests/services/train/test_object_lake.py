@@ -12,7 +12,7 @@ from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.object_lake import ObjectLake, open_lake
 from s2t_shared.labels.stream import LabelStream
-from services.serve.build import label_drain
+from services.serve.build_gateway import label_drain
 from services.train.jobs import open_job
 from services.train.worker import train_and_publish
 from tests.helpers.training_job import with_training
