@@ -47,7 +47,7 @@ def new_local_selector(
         temperature=settings.temperature,
         scoring=settings.scoring,
         standardise=settings.standardise,
-        always_on=settings.objective is Objective.PLAIN and settings.always_on,
+        always_on=settings.objective is Objective.PLAIN,
     )
 
 

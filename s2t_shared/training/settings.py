@@ -34,7 +34,7 @@ class Objective(str, Enum):
     TOP1_CE = "top1_ce"  # cross-entropy of the LLM's choice, a hinge, and the listwise KL
     KL = "kl"  # the listwise KL alone
     PAIRWISE_MARGIN = "pairwise_margin"  # a hinge over all pairs that the LLM ranks
-    PLAIN = "plain"  # distillation of the SLM itself: KL(LLM || adapted SLM) at the labels
+    PLAIN = "plain"  # distillation of the SLM itself, without a local selector: the control
 
 
 class MarginFilter(str, Enum):
@@ -110,12 +110,6 @@ class TrainingSettings(BaseModel):
         description="labels with less LLM probability on the candidates are left out",
     )
 
-    always_on: bool = Field(
-        True,
-        description="plain: the adapter acts on every token; false: at the triggers only, as a "
-        "local selector",
-    )
-
     # -- the loop ---------------------------------------------------------------------------------
 
     steps: int = Field(1000, ge=1, description="optimizer steps at most")
@@ -179,11 +173,6 @@ class TrainingSettings(BaseModel):
             raise ConfigError(
                 "training.objective=plain distils the SLM itself: it needs training.kind=prefix "
                 "and training.reads=adapted"
-            )
-        if not self.always_on and self.objective is not Objective.PLAIN:
-            raise ConfigError(
-                "training.always_on=false goes with training.objective=plain; other objectives "
-                "make local selectors, which act at the triggers anyhow"
             )
         if prefix and (self.standardise or self.scoring is not Scoring.EXPECTED):
             raise ConfigError(

@@ -30,10 +30,6 @@ def train(
     objective: Annotated[
         str | None, typer.Option(help="top1_ce, kl, pairwise_margin or plain")
     ] = None,
-    always_on: Annotated[
-        bool | None,
-        typer.Option("--always-on/--at-triggers", help="plain: on every token, or as a selector"),
-    ] = None,
     steps: Annotated[int | None, typer.Option(help="training steps at most")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     workers: Annotated[int | None, typer.Option(help="Ray Train workers")] = None,
@@ -73,7 +69,6 @@ def train(
         training__kind=kind,
         training__reads=reads,
         training__objective=objective,
-        training__always_on=always_on,
         training__steps=steps,
         training__learning_rate=learning_rate,
         training__workers=workers,

@@ -9,7 +9,7 @@ from s2t_shared.errors import ConfigError
 from s2t_shared.model.local_selector import Candidates, combine
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.training.new_local_selector import new_local_selector, trained_tensors
-from s2t_shared.training.settings import Objective, TrainingSettings
+from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.training.trainer import distil
 from s2t_shared.training.tree_forward import lm_kl
 from s2t_shared.types import Reading, SelectorKind
@@ -25,16 +25,6 @@ def test_fresh_selector_changes_nothing(runtime: ModelRuntime) -> None:
     )
     rollouts = make_rollouts(2)
     assert float(lm_kl(runtime, local, rollouts, None, False)) == pytest.approx(0.0, abs=1e-5)
-
-
-@pytest.mark.parametrize("always_on", [True, False])
-def test_what_is_distilled_plainly_acts_as_it_is_told(
-    runtime: ModelRuntime, always_on: bool
-) -> None:
-    """On every token, or at the triggers only; the training is the same."""
-    plain = TrainingSettings(objective=Objective.PLAIN, reads=Reading.ADAPTED, always_on=always_on)
-    assert new_local_selector(runtime, (), plain).always_on == always_on
-    assert not new_local_selector(runtime, (), TrainingSettings()).always_on
 
 
 def test_equal_scores_stay_equal_when_standardised(runtime: ModelRuntime) -> None:

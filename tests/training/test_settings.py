@@ -16,8 +16,6 @@ from s2t_shared.types import Reading, Scoring
 def test_contradicting_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"training\.reads=adapted"):
         TrainingSettings(objective=Objective.PLAIN)
-    with pytest.raises(ConfigError, match=r"training\.objective=plain"):
-        TrainingSettings(always_on=False)
     with pytest.raises(ConfigError, match="kind prefix"):
         TrainingSettings(standardise=True)
     with pytest.raises(ConfigError, match="kind prefix"):
