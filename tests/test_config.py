@@ -59,18 +59,17 @@ def test_exposed_servers_need_tls_and_a_token() -> None:
     with pytest.raises(ConfigError, match="selector.host"):
         check_exposure(load_config(overrides={"selector.host": "10.0.0.1"}, environment={}))
     check_exposure(load_config(overrides={**exposed, "security.insecure": True}, environment={}))
-    check_exposure(
-        load_config(
-            overrides={
-                **exposed,
-                "security.certificate": "c",
-                "security.key": "k",
-                "security.authority": "a",
-                "security.token_file": "t",
-            },
-            environment={},
-        )
-    )
+    secured = {
+        "security.certificate": "c",
+        "security.key": "k",
+        "security.authority": "a",
+        "security.token_file": "t",
+    }
+    check_exposure(load_config(overrides={**exposed, **secured}, environment={}))
+    for name in secured.keys() - {"security.authority"}:
+        but_one = {**exposed, **secured, name: None}
+        with pytest.raises(ConfigError, match=name):
+            check_exposure(load_config(overrides=but_one, environment={}))
 
 
 def test_kubernetes_service_links_are_no_settings() -> None:

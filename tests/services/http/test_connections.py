@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from services.http import protocol, server
+from services.http import app, protocol, server
 from services.rpc import reloading
 from services.rpc.tls import ClientTLS
 from tests.helpers.certificates import Authority, secured
@@ -92,6 +92,15 @@ def test_a_body_that_nobody_reads_ends_the_connection(url: str, head: bytes, sta
     with connected(url) as connection:
         connection.sendall(head + b"content-length: 100000\r\n\r\n")
         assert drips(connection, b"x").startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_body_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came a byte a second, and held a place among the connections for as long as one liked."""
+    monkeypatch.setattr(app, "BODY_S", 0.5)
+    with connected(url) as connection:
+        connection.sendall(HEAD + b"content-length: 100000\r\n\r\n{")
+        reply = drips(connection, b" ")
+    assert reply.startswith(b"HTTP/1.1 408") and b"body_time" in reply
 
 
 @pytest.mark.usefixtures("hasty")

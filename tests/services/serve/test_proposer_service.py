@@ -337,6 +337,25 @@ def test_tokenizing_stops_nobody_else() -> None:
     run(proposer_service(slow_slm(tokenizer=tokenizer)), go_on_beside)
 
 
+def test_clients_take_turns() -> None:
+    """What admission decides reaches the engine: who has asked for much waits for who has not."""
+
+    async def ask(service: ProposerService) -> list[str]:
+        ended: list[str] = []
+
+        async def answer(client: str) -> None:
+            await service.answer(replace(REQUEST, client=client))
+            ended.append(client)
+
+        calls = [asyncio.create_task(answer("much")) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        await asyncio.gather(*calls, answer("little"))
+        return ended
+
+    ended = run(proposer_service(slow_slm(), max_num_seqs=1), ask)
+    assert ended.index("little") < 3
+
+
 def test_the_deadline_is_counted_from_the_arrival() -> None:
     """Not from when the prompt was tokenized at last."""
     tokenizer = SlowTokenizer()

@@ -12,11 +12,12 @@ import grpc.aio
 import pytest
 
 from s2t_shared.config import GatewayConfig, load_config
-from s2t_shared.errors import ConfigError, InvalidRequestError
+from s2t_shared.errors import ConfigError, DeadlineExceededError, InvalidRequestError
 from s2t_shared.pb.v1 import generation_pb2 as pb
 from s2t_shared.pb.v1 import generation_pb2_grpc as pb_grpc
 from services.rpc import wire
 from services.serve import request_limits
+from services.serve.intake import Intake
 from services.serve.request_limits import RequestLimits
 from tests.helpers.serving import gateway, gateway_config, proposer_service, scripted_slm, slow_slm
 
@@ -34,6 +35,13 @@ def rules(count: int) -> pb.LabelOptions:
 
 def triggers(count: int) -> pb.LabelOptions:
     return pb.LabelOptions(triggers=[pb.TRIGGER_KL] * count)
+
+
+def test_what_arrives_too_late_is_not_looked_at(tmp_path: Path) -> None:
+    """Its caller has gone, whatever is wrong with it."""
+    intake = Intake(gateway_config(tmp_path))
+    with pytest.raises(DeadlineExceededError, match="when it arrived"):
+        intake.read(pb.GenerateRequest(), "client", time_left_s=0.0)
 
 
 def test_names_are_not_looked_at_before_they_are_counted() -> None:
