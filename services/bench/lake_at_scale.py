@@ -2,8 +2,9 @@
 it.
 
 One shard of the size that compaction makes is on the disk N times by hard links, each with a
-manifest of its own; beside them lies one small shard with the problem that is deleted. What the
-verbs do is real but for the disk's own speed: the same bytes come from memory.
+manifest of its own that says when its rollouts were made, over a year; beside them lies one small
+shard with the problem that is deleted. What the verbs do is real but for the disk's own speed: the
+same bytes come from memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from services.bench.lake import made_up
 from services.bench.measure import Report, figure
 
 SHARD_ROLLOUTS = 8000  # 64 MiB, about
+HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+YEAR_S = 365 * DAY_S
 FEW = 100  # shards of the lake that the large one is compared with
 
 
@@ -57,9 +61,17 @@ def _rows() -> tuple[Rows, Rows]:
 def _link(source: Lake, lake: Lake, count: int) -> None:
     """Make the source's shard `count` shards of the lake."""
     [shard] = source.shards()
+    year_ago = time.time() - YEAR_S
     for number in range(count):
+        made = year_ago + YEAR_S * number / count
         # Another hash: what was looked up by it would be found after the first one.
-        link = replace(shard, name=f"shard-link-{number:06d}", sha256=f"{number:064x}")
+        link = replace(
+            shard,
+            name=f"shard-link-{number:06d}",
+            sha256=f"{number:064x}",
+            first=made - HOUR_S,
+            last=made,
+        )
         os.link(source.root / shard.file, lake.root / link.file)
         content = json.dumps(asdict(link), indent=2)
         (lake.root / f"{link.name}.json").write_text(content, encoding="utf-8")
@@ -75,9 +87,9 @@ def _timed(lake: Lake) -> dict[str, float]:
 
     [others] = made_up(32)
     timed("list the shards", lake.shards)
-    timed("count the labels since a minute ago", lambda: lake.labels_since(time.time() - 60))
+    timed("count the labels of the last day", lambda: lake.labels_since(time.time() - DAY_S))
     timed("write 32 rollouts", lambda: lake.write(others, "written"))
-    timed("what retention would remove", lambda: lake.prunable(max_age_s=86_400.0))
+    timed("what retention would remove", lambda: lake.prunable(max_age_s=DAY_S))
     timed("join small shards (there are none)", lake.compact)
     timed("freeze a snapshot", lake.freeze)
     timed("delete a problem of one shard", lambda: _delete(lake))
