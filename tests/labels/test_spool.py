@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from s2t_shared.errors import StoreError
 from s2t_shared.labels import spool as spool_module
+from s2t_shared.labels import spool as spooling
 from s2t_shared.labels.spool import HEADER, Spool, SpoolUsage
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,20 @@ def test_a_failed_sync_was_no_promise(tmp_path: Path, monkeypatch: pytest.Monkey
             spool.append([b"lost"])
     spool.append([b"after"])
     assert everything(spool) == [b"before", b"after"]
+
+
+def test_a_new_segment_has_its_name_before_the_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss a file without a name is lost, however well it was synced."""
+    synced: list[Path] = []
+    real = spooling.sync
+    monkeypatch.setattr(spooling, "sync", lambda path: (synced.append(path), real(path)))
+    spool = Spool(tmp_path, MIB)
+    synced.clear()
+    spool.append([b"a"])
+    [segment] = tmp_path.rglob(f"*{spooling.SUFFIX}")
+    assert segment.parent in synced
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from s2t_shared.labels.drain import Drain
 from s2t_shared.labels.lake import Lake
 from s2t_shared.labels.packed import pack, read_rollout
 from s2t_shared.labels.spool import read_records
-from s2t_shared.labels.stream import LABELS, LabelStream
+from s2t_shared.labels.stream import LABELS, Entry, LabelStream
 from s2t_shared.labels.writer import LabelWriter
 from s2t_shared.redis_connection import open_client
 from services.launch.redis_server import RedisServer, find_program, free_port, open_redis
@@ -213,6 +213,9 @@ def test_full_redis_and_full_spool_drop_count_and_say_so(
                 [b'{"context_ids":["canary"]}']
             )  # short: redis-py shortens long words to nothing
         assert "canary" not in f"{caplog.text}{caught.value}"
+        with pytest.raises(StoreError, match="OutOfMemoryError") as caught:
+            store.dead_letter(Entry(b"1-1", {b"rollout": b"canary"}), "why")
+        assert "canary" not in str(caught.value)
     finally:
         client.config_set("maxmemory", "0")
     eventually(lambda: stored(server.url) == names(1) and segments(tmp_path / "spool") == [])

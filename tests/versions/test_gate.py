@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,17 @@ def test_a_gain_in_answers_opens_the_gate() -> None:
         json.dumps(verdict.as_json())
     assert verdict.figures["likelihood_low"] > 0
     assert verdict.figures["agree_at_1_items"] == 1200
+
+
+def test_two_measures_share_the_risk() -> None:
+    """A gain that opens the gate alone does not where another measure had the chance as well."""
+    gain = Paired(
+        [True] * 9 + [False] * 91, [False] * 98 + [True] * 2, [str(n) for n in range(100)]
+    )
+    alone = Evidence(labels=SAME_LABELS, tasks=gain)
+    assert judge(alone, "v0003").passed
+    other = replace(alone, likelihood=paired(300, 1, 0.5, 0.5), lm_kl=0.01)
+    assert not judge(other, "v0003").passed
 
 
 def test_agreement_alone_does_not_open_it_where_answers_are_known() -> None:

@@ -191,3 +191,4 @@ def test_nothing_to_calibrate_on(source: PairRollouts, tmp_path: Path) -> None:
 def test_evaluation_splits_are_refused(source: PairRollouts, tmp_path: Path) -> None:
     with pytest.raises(EvaluationSplitError):
         harvest(source, training_prompts(5), Lake(tmp_path), replace(OPTIONS, split="test"))
+    assert not any(tmp_path.iterdir()), "before any work"

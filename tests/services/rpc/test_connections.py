@@ -34,6 +34,16 @@ PONG = b"\0\0\x08\6\1\0\0\0\0" + b"12345678"
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and empty SETTINGS
 
 
+def test_metadata_have_a_limit(tmp_path: Path) -> None:
+    async def work(stub: pb_grpc.GenerationServiceStub, channel: grpc.aio.Channel) -> None:
+        call = stub.Generate(pb.GenerateRequest(parameters=FEW), metadata=[("x", "a" * (64 << 10))])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    run(tmp_path, scripted_slm(), work)
+
+
 def run(
     folder: Path,
     slm: Any,

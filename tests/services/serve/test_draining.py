@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import grpc
 import grpc.aio
@@ -51,6 +53,18 @@ async def running(
     service.close()
 
 
+async def readiness(server: GatewayServer) -> int:
+    """The status of /readyz."""
+
+    def ask() -> int:
+        try:
+            return int(urlopen(f"{server.url}/readyz").status)
+        except HTTPError as error:
+            return error.code
+
+    return await asyncio.to_thread(ask)
+
+
 def begin(channel: grpc.aio.Channel, tokens: int) -> Any:
     parameters = pb.GenerationParameters(
         text="a", mode=pb.MODE_GREEDY, max_new_tokens=tokens, timeout_seconds=30
@@ -74,14 +88,17 @@ def test_a_gateway_says_so_before_it_stops(tmp_path: Path) -> None:
     are under way run to their end."""
 
     async def main() -> None:
-        settings = {"gateway.drain_lag_s": 0.3, "gateway.drain_grace_s": 20.0}
+        settings = {"gateway.drain_lag_s": 0.5, "gateway.drain_grace_s": 20.0}
+        settings |= {"gateway.http": True, "gateway.http_port": 0}
         async with running(tmp_path, **settings) as (server, channel):
             assert await status_of(channel) == STATUS.SERVING
+            assert await readiness(server) == 200
             call = begin(channel, 400)
             pieces = [await call.read()]
             stopping = asyncio.create_task(server.stop())
             await asyncio.sleep(0.05)
             assert await status_of(channel) == STATUS.NOT_SERVING
+            assert await readiness(server) == 503
             await describe(channel)
             while True:
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from s2t_shared.decode.engine import EngineLoad
+from s2t_shared.decode.generate import EncodedRequest
 from s2t_shared.decode.scripted import ScriptedSelector, ScriptedTokenizer
 from s2t_shared.errors import (
     ConfigError,
@@ -40,6 +42,7 @@ from s2t_shared.types import (
     Step,
     Trigger,
 )
+from services.serve.engine_thread import EngineThread
 from services.serve.proposer_service import ProposerService
 from tests.helpers.serving import (
     ALTERNATIVE,
@@ -354,6 +357,31 @@ def test_clients_take_turns() -> None:
 
     ended = run(proposer_service(slow_slm(), max_num_seqs=1), ask)
     assert ended.index("little") < 3
+
+
+def test_what_admission_decides_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By when to begin, and by when to end."""
+    seen: list[EncodedRequest] = []
+    submit = EngineThread.submit
+
+    async def spy(self: EngineThread, encoded: EncodedRequest, *others: Any) -> Any:
+        seen.append(encoded)
+        return await submit(self, encoded, *others)
+
+    monkeypatch.setattr(EngineThread, "submit", spy)
+
+    async def ask(service: ProposerService) -> None:
+        await service.answer(REQUEST)  # how long one takes
+        first = asyncio.create_task(service.answer(REQUEST))
+        assert await becomes(lambda: len(seen) == 2)
+        await service.answer(replace(REQUEST, timeout_s=30.0))
+        await first
+
+    before = time.monotonic()
+    run(proposer_service(slow_slm(), max_num_seqs=1), ask)
+    last = seen[-1]
+    assert last.deadline is not None and before < last.deadline - 30.0 < time.monotonic()
+    assert last.start_by is not None and last.start_by < last.deadline
 
 
 def test_the_deadline_is_counted_from_the_arrival() -> None:

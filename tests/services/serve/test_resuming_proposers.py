@@ -303,6 +303,7 @@ class Failing:
 
     def _error(self, request: GenerateRequest) -> S2TError:
         self.asked.append(request)
+        assert len(self.asked) < 20, "it is asked for ever"
         return self._errors[min(len(self.asked), len(self._errors)) - 1]
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[AnswerPiece, None]:
