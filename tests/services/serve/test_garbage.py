@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from s2t_shared.config import load_config
-from services.serve import build
+from services.serve import build, build_gateway
 from services.serve.gateway import Gateway
 from services.serve.proposer_replica import ProposerReplica
 from services.serve.selector_replica import SelectorReplica
@@ -41,7 +41,7 @@ def test_what_a_replica_loads_is_not_looked_through_again(
 
     server.registry = None
     monkeypatch.setattr(sys.modules[kind.__module__], "MetricsExports", lambda *_: None)
-    monkeypatch.setattr(build, "gateway_server", lambda *_: server)
+    monkeypatch.setattr(build_gateway, "gateway_server", lambda *_: server)
     monkeypatch.setattr(build, "selector_server", lambda *_: server)
     monkeypatch.setattr(build, "proposer_service", service)
     monkeypatch.setattr(kind, "__del__", lambda _: None, raising=False)
