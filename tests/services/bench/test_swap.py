@@ -109,7 +109,7 @@ def test_swaps_under_load_fail_and_mix_nothing() -> None:
     """The bench on a real service: Ray, gateway, streams, three swaps."""
     found = bench_swap(3, 0.1, 3)
     assert (found.swaps, found.failed, found.mixed) == (3, 0, 0)
-    assert found.requests > 20
+    assert found.requests > 5
     assert found.requests_at_swap > 0
     assert found.told_apart > PROMPTS // 2
     assert min(found.answers.values()) > 0
