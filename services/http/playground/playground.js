@@ -280,7 +280,10 @@ function token(divergence, text) {
   const made = element("button", { type: "button", class: `token ${kind}` },
     text || visible(divergence.text));
   const show = () => showTip(made, divergence);
-  const ifMouse = (then) => (event) => { if (event.pointerType === "mouse") then(); };
+  // In a narrow window the page scrolls so that the token stays visible: away from under the mouse.
+  const ifMouse = (then) => (event) => {
+    if (event.pointerType === "mouse" && !isPhone.matches) then();
+  };
   made.addEventListener("focus", show);
   made.addEventListener("blur", hideTip);
   made.addEventListener("click", show); // Safari does not focus what it clicks

@@ -223,6 +223,17 @@ def test_on_a_phone_nothing_is_cut_off(phone: Page, url: str) -> None:
     assert above["y"] + above["height"] <= below["y"]
 
 
+def test_a_mouse_in_a_narrow_window(browser: Browser, url: str) -> None:
+    """The page scrolled from under the mouse, so that what it pointed at came and went for ever."""
+    with new_page(browser, viewport={"width": 390, "height": 844}) as page:
+        ask(page, url)
+        token, tip = page.locator(".answers .token").first, page.locator("#tip")
+        token.hover(timeout=10_000)
+        expect(tip).to_be_hidden()
+        token.click()
+        expect(tip).to_be_visible()
+
+
 def test_dark_and_light_have_enough_contrast(browser: Browser, url: str) -> None:
     """WCAG's 4.5 for text, on every token's own ground too."""
     for scheme in ("light", "dark"):
