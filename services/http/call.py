@@ -129,6 +129,8 @@ class Call:
 
 
 # -- the prompt alone -----------------------------------------------------------------------------
+#
+# A proposer decodes at least one token. Where nobody asked for it, it is thrown away here.
 
 
 def _unanswered(answer: Answer) -> Answer:
