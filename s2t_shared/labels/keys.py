@@ -7,7 +7,7 @@ labels, about one pair in forty lakes. Knows arrays; not what they mean.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -75,17 +75,35 @@ def is_among(keys: Keys, ascending: Keys) -> np.ndarray:
     return found
 
 
+def ascending(keys: Keys) -> Keys:
+    """The different keys of an array, sorted. Sorting is several times as fast as `np.unique`,
+    which hashes."""
+    ordered: Keys = np.sort(keys)
+    return ordered[~_equals_last(ordered)]
+
+
+def _equals_last(ordered: np.ndarray) -> np.ndarray:
+    """[n] bool: which values of a sorted array are the same as the one before."""
+    equal = np.zeros(len(ordered), bool)
+    equal[1:] = ordered[1:] == ordered[:-1]
+    return equal
+
+
 # -- repeated keys --------------------------------------------------------------------------------
 
 IN_MEMORY = 1 << 20  # keys; what is more goes to disk
 PARTITIONS = 64
+# Where each partition but the first begins, among all keys.
+BOUNDS = np.arange(1, PARTITIONS, dtype=np.uint64) << np.uint64(58)  # PARTITIONS = 2**6
 
 
 class Repeats:
     """Finds the keys that came before, in bounded memory.
 
-    Beyond IN_MEMORY keys they lie on disk in PARTITIONS files, by their first bits, and each file
-    is looked at alone. What is found takes 8 bytes for each repeat. `distinct` counts the others.
+    Beyond IN_MEMORY keys they lie on disk twice: as they came, with their places, and sorted, in
+    PARTITIONS files by their first bits. Each partition is looked at alone for keys that it has
+    twice. Only where there are any, all keys are read again for their places. What is found takes
+    16 bytes for each key that there is more than once. `distinct` counts the different keys.
     """
 
     def __init__(self) -> None:
@@ -94,7 +112,8 @@ class Repeats:
         self._held = 0
         self.distinct = 0
         self._stack = ExitStack()
-        self._files: list[IO[bytes]] = []
+        self._came: list[IO[bytes]] = []  # keys, places
+        self._partitions: list[IO[bytes]] = []
 
     def add(self, keys: Keys, places: np.ndarray) -> None:
         """places: [n] ascending numbers, also over all calls; returned for those that repeat."""
@@ -107,42 +126,70 @@ class Repeats:
     def repeats(self) -> np.ndarray:
         """Places of all keys but the first of each, ascending. Ends the search."""
         with self._stack:
-            if not self._files:
-                return self._found(_joined(self._keys, np.uint64), _joined(self._places, np.int64))
-            self._spill()
-            return np.sort(_joined([self._in_file(file) for file in self._files], np.int64))
+            if self._came:
+                self._spill()
+                twice = [self._twice(_content(file, np.uint64)) for file in self._partitions]
+                return _later_places(self._parts(), _joined(twice, np.uint64))
+            keys = _joined(self._keys, np.uint64)
+            places = _joined(self._places, np.int64)
+            return _later_places([(keys, places)], self._twice(keys))
 
     def _spill(self) -> None:
-        if not self._files:
-            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="s2t-")))
-            for number in range(PARTITIONS):
-                stream = (folder / str(number)).open("w+b")
-                self._files.append(self._stack.enter_context(stream))
+        if not self._came:
+            self._open_files()
         keys = _joined(self._keys, np.uint64)
-        pairs = np.stack([keys, _joined(self._places, np.int64).view(np.uint64)], axis=1)
-        partition = (keys >> np.uint64(58)).astype(np.uint8)  # PARTITIONS = 2**6
-        pairs = pairs[np.argsort(partition, kind="stable")]
-        ends = np.cumsum(np.bincount(partition, minlength=PARTITIONS))
-        for file, part in zip(self._files, np.split(pairs, ends[:-1]), strict=True):
+        keys.tofile(self._came[0])
+        _joined(self._places, np.int64).tofile(self._came[1])
+        ordered = np.sort(keys)
+        parts = np.split(ordered, np.searchsorted(ordered, BOUNDS))
+        for file, part in zip(self._partitions, parts, strict=True):
             part.tofile(file)
         self._keys, self._places, self._held = [], [], 0
 
-    def _in_file(self, file: IO[bytes]) -> np.ndarray:
-        file.seek(0)
-        pairs = np.fromfile(file, np.uint64).reshape(-1, 2)
-        return self._found(pairs[:, 0], pairs[:, 1].view(np.int64))
+    def _open_files(self) -> None:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="s2t-")))
 
-    def _found(self, keys: Keys, places: np.ndarray) -> np.ndarray:
+        def opened(name: str) -> IO[bytes]:
+            return self._stack.enter_context((folder / name).open("w+b"))
+
+        self._came = [opened("keys"), opened("places")]
+        self._partitions = [opened(str(number)) for number in range(PARTITIONS)]
+
+    def _twice(self, keys: Keys) -> Keys:
+        """The keys that an array has more than once, ascending."""
         ordered = np.sort(keys)
-        again = ordered[1:] == ordered[:-1]
+        again = _equals_last(ordered)
         self.distinct += len(keys) - int(again.sum())
-        repeated = is_among(keys, np.unique(ordered[1:][again]))
-        keys, places = keys[repeated], places[repeated]
-        order = np.argsort(keys, kind="stable")
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = keys[order][1:] != keys[order][:-1]
-        found: np.ndarray = np.sort(places[order[~is_first]])
-        return found
+        return ascending(ordered[again])
+
+    def _parts(self) -> Iterator[tuple[Keys, np.ndarray]]:
+        """All keys with their places, as they came."""
+        for file in self._came:
+            file.seek(0)
+        keys, places = self._came
+        while len(part := np.fromfile(keys, np.uint64, IN_MEMORY)):
+            yield part, np.fromfile(places, np.int64, IN_MEMORY)
+
+
+def _later_places(parts: Iterable[tuple[Keys, np.ndarray]], twice: Keys) -> np.ndarray:
+    """Places of all but the first of each key that is among `twice`, ascending."""
+    if not len(twice):
+        return np.zeros(0, np.int64)
+    found_keys, found_places = [], []
+    for keys, places in parts:
+        repeated = is_among(keys, twice)
+        found_keys.append(keys[repeated])
+        found_places.append(places[repeated])
+    keys, places = _joined(found_keys, np.uint64), _joined(found_places, np.int64)
+    order = np.argsort(keys, kind="stable")
+    later = places[order[_equals_last(keys[order])]]
+    ascending_places: np.ndarray = np.sort(later)
+    return ascending_places
+
+
+def _content(file: IO[bytes], dtype: type) -> np.ndarray:
+    file.seek(0)
+    return np.fromfile(file, dtype)
 
 
 def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:

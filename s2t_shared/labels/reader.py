@@ -7,9 +7,12 @@ IN_MEMORY keys (`keys`), beside the part that is being read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +23,9 @@ from s2t_shared.labels.rows import LABEL_KEY, LABELS, SCHEMA, Rows
 from s2t_shared.labels.shards import Shard, open_shard, verify_content
 
 RUN = 8  # row groups that are read at once
+READERS = 2  # threads that read short columns, and how far they are ahead
+NONE = np.zeros(0, np.int64)
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -42,41 +48,45 @@ class Reader:
         self.place = place
         self.shards = shards
         self._extents: list[_Extent] = []
-        self._repeated_rows = self._find_rows()
-        self._repeated_labels = self._find_labels()
+        self._repeated_rows = [NONE] * len(shards)
+        self._repeated_labels = [NONE] * len(shards)
+        self._find_repeats()
         if copies:
-            self._repeated_labels = [np.zeros(0, np.int64)] * len(shards)
+            self._repeated_labels = [NONE] * len(shards)
 
-    def _find_rows(self) -> list[np.ndarray]:
-        repeats = Repeats()
-        starts = [0]
-        for shard in self.shards:
-            with open_shard(self.place, shard) as file:
-                keys = file.read(["rollout_id"]).keys("rollout_id")
-            repeats.add(keys, starts[-1] + np.arange(len(keys)))
-            starts.append(starts[-1] + len(keys))
-        return _by_shard(repeats.repeats(), starts)
+    def _find_repeats(self) -> None:
+        rows, labels = Repeats(), Repeats()
+        row_starts, label_starts = [0], [0]
+        for groups, found in self._key_columns("rollout_id", f"{LABELS}.{LABEL_KEY}"):
+            ends = np.concatenate([[0], np.cumsum(found.label_counts)])
+            self._extents.append(_Extent(groups, ends[groups]))
+            _add(rows, found.keys("rollout_id"), row_starts)
+            _add(labels, found.of_labels(LABEL_KEY), label_starts)
+        self._repeated_rows = _by_shard(rows.repeats(), row_starts)
+        if any(map(len, self._repeated_rows)):
+            labels = self._labels_of_distinct_rows(label_starts)
+        self._repeated_labels = _by_shard(labels.repeats(), label_starts)
+        self.labels = labels.distinct
 
-    def _find_labels(self) -> list[np.ndarray]:
-        repeats = Repeats()
-        starts = [0]
-        for shard, doubles in zip(self.shards, self._repeated_rows, strict=True):
-            with open_shard(self.place, shard) as file:
-                rows = file.read([f"{LABELS}.{LABEL_KEY}"])
-                groups = np.cumsum([0, *file.group_rows])
-            counts = rows.label_counts
-            labels = np.concatenate([[0], np.cumsum(counts)])
-            self._extents.append(_Extent(groups, labels[groups]))
+    def _labels_of_distinct_rows(self, starts: Sequence[int]) -> Repeats:
+        """What is twice among the labels of rollouts that are no repeats themselves."""
+        labels = Repeats()
+        shards = zip(starts, self._repeated_rows, strict=False)
+        read = self._key_columns(f"{LABELS}.{LABEL_KEY}")
+        for (start, doubles), (_, rows) in zip(shards, read, strict=True):
             keys = rows.of_labels(LABEL_KEY)
-            places = starts[-1] + np.arange(len(keys))
-            starts.append(starts[-1] + len(keys))
-            if len(doubles):
-                kept = np.repeat(_mask(len(rows), doubles), counts)
-                keys, places = keys[kept], places[kept]
-            repeats.add(keys, places)
-        found = _by_shard(repeats.repeats(), starts)
-        self.labels = repeats.distinct
-        return found
+            kept = np.repeat(_mask(len(rows), doubles), rows.label_counts)
+            labels.add(keys[kept], start + np.flatnonzero(kept))
+        return labels
+
+    def _key_columns(self, *names: str) -> Iterator[tuple[np.ndarray, Rows]]:
+        """Of each shard: where its row groups begin, and these columns, with duplicates."""
+
+        def read(shard: int) -> tuple[np.ndarray, Rows]:
+            with open_shard(self.place, self.shards[shard]) as file:
+                return np.cumsum([0, *file.group_rows]), file.read(names)
+
+        return _ahead(read, len(self.shards))
 
     def rollouts(self) -> Iterator[Rollout]:
         """All of them as objects."""
@@ -103,6 +113,10 @@ class Reader:
         with open_shard(self.place, self.shards[shard]) as file:
             rows = file.read(names, groups)
         return self._distinct(shard, rows, range(self.groups(shard)) if groups is None else groups)
+
+    def each(self, names: Sequence[str]) -> Iterator[Rows]:
+        """The same of one shard after the other; the next ones are read meanwhile."""
+        return _ahead(lambda shard: self.read(shard, names), len(self.shards))
 
     def verify(self, shard: int) -> None:
         """Check the hash of a shard's file."""
@@ -131,6 +145,24 @@ class Reader:
             rows = rows.with_labels_where(_part(extent.labels, labels, groups))
         doubles = self._repeated_rows[shard]
         return rows.where(_part(extent.rows, doubles, groups)) if len(doubles) else rows
+
+
+def _ahead(read: Callable[[int], Read], count: int) -> Iterator[Read]:
+    """`read` of 0, 1, ..., in order; READERS threads are as many ahead."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="shards") as pool:
+        waiting: deque[Future[Read]] = deque()
+        for number in range(count):
+            waiting.append(pool.submit(read, number))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _add(repeats: Repeats, keys: np.ndarray, starts: list[int]) -> None:
+    """Add the keys of a shard. starts: where shards begin; the next one's is appended."""
+    repeats.add(keys, starts[-1] + np.arange(len(keys)))
+    starts.append(starts[-1] + len(keys))
 
 
 def _mask(count: int, dropped: np.ndarray) -> np.ndarray:

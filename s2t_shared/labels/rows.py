@@ -152,7 +152,7 @@ class Rows:
 
     def distinct_of(self, *names: str) -> list[tuple[str, ...]]:
         """The combinations of values of columns of texts, each once."""
-        table = self.table.select(names).group_by(list(names)).aggregate([])
+        table = self.table.select(names).group_by(list(names), use_threads=False).aggregate([])
         return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def lengths(self, name: str) -> np.ndarray:
@@ -198,7 +198,7 @@ class Rows:
     def labels_by(self, *names: str) -> Counter[tuple[str, ...]]:
         """Number of labels by the values of columns of texts. None is counted without a label."""
         table = pa.table([*map(self.column, names), self.label_counts], names=[*names, "labels"])
-        sums = table.group_by(list(names)).aggregate([("labels", "sum")])
+        sums = table.group_by(list(names), use_threads=False).aggregate([("labels", "sum")])
         counts = sums.column("labels_sum").to_pylist()
         keys = zip(*(sums.column(name).to_pylist() for name in names), strict=True)
         return +Counter(dict(zip(keys, counts, strict=True)))

@@ -14,7 +14,6 @@ Knows labels; no models.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from functools import cached_property
 import numpy as np
 
 from s2t_shared.errors import ConfigError, StoreError
-from s2t_shared.labels.keys import Keys, is_among
+from s2t_shared.labels.keys import Keys, ascending, is_among, mixed
 from s2t_shared.labels.label import Rollout
 from s2t_shared.labels.reader import Reader
 from s2t_shared.labels.rows import LABEL_KEY, LABELS, PART, PROMPT_KEY, SCHEMA, Rows
@@ -89,8 +88,7 @@ class TrainingData:
         self.newest = self._data.newest
         pairs = Counter[tuple[str, ...]]()
         held_out: list[tuple[np.ndarray, Rows]] = []  # of each shard: their numbers, their keys
-        for shard in range(self._data.shards):
-            rows = self._data.read(shard, KEY_COLUMNS)
+        for rows in self._data.each(KEY_COLUMNS):
             for split in rows.distinct("split"):
                 check_split(split)
             pairs += rows.labels_by("slm_digest", "llm_digest")
@@ -119,28 +117,21 @@ class TrainingData:
             of_pair = rows.where(self._is_of_pair(rows))
             prompts.append(of_pair.numbers(PROMPT_KEY))
             labels.append(of_pair.of_labels(LABEL_KEY))
-        return np.unique(np.concatenate(prompts)), np.unique(np.concatenate(labels))
+        return ascending(np.concatenate(prompts)), ascending(np.concatenate(labels))
 
     def _choose(self, held_out: Iterable[tuple[np.ndarray, Rows]], part: Part) -> list[_Place]:
         """The rollouts of a part with the smallest hashes that together have about
         `settings.held_out_labels` labels at most."""
-        places = []
+        hashes, places = [np.zeros(0, np.uint64)], [np.zeros((0, 3), np.int64)]
         for shard, (numbers, rows) in enumerate(held_out):
             wanted = (rows.numbers(PART) == PARTS.index(part)) & self._is_of_pair(rows)
-            numbers = numbers[wanted]
-            counts = rows.label_counts[wanted].tolist()
-            ids = rows.where(wanted).texts("rollout_id")
-            for name, number, count in zip(ids, numbers.tolist(), counts, strict=True):
-                digest = hashlib.sha256(f"chosen/{name}".encode()).digest()
-                places.append(_Place(digest[:8], name, shard, number, count))
-        chosen: list[_Place] = []
-        total = 0
-        for place in sorted(places, key=lambda place: (place.digest, place.name)):
-            total += place.labels
-            if chosen and total > self._settings.held_out_labels:
-                break
-            chosen.append(place)
-        return chosen
+            hashes.append(mixed(rows.keys("rollout_id")[wanted]))
+            shards = np.full(len(rows), shard)
+            places.append(np.stack([shards, numbers, rows.label_counts], axis=1)[wanted])
+        ordered = np.concatenate(places)[np.argsort(np.concatenate(hashes), kind="stable")]
+        labels = np.cumsum(ordered[:, 2])
+        fit = int(np.searchsorted(labels, self._settings.held_out_labels, "right"))
+        return [_Place(*place) for place in ordered[: max(1, fit)].tolist()]
 
     def _chosen_labels(self, part: Part) -> int:
         return sum(place.labels for place in self._chosen[part])
@@ -186,8 +177,7 @@ class TrainingData:
 
     def _counts(self) -> Iterator[int]:
         """Numbers of training labels, shard by shard."""
-        for shard in range(self._data.shards):
-            rows = self._data.read(shard, [*KEY_COLUMNS, *WEIGHT_COLUMNS])
+        for rows in self._data.each([*KEY_COLUMNS, *WEIGHT_COLUMNS]):
             yield int(self._training(rows).label_counts.sum())
 
     @cached_property
@@ -235,10 +225,8 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a held-out rollout lies; `digest` decides whether it is chosen."""
+    """Where a held-out rollout lies."""
 
-    digest: bytes
-    name: str
     shard: int
     number: int
     labels: int
@@ -270,8 +258,9 @@ class _Shards:
         self.shards = len(self._reader.shards)
         self.newest = max((shard.last for shard in self._reader.shards), default=0.0)
 
-    def read(self, shard: int, names: Sequence[str]) -> Rows:
-        return self._reader.read(shard, names)
+    def each(self, names: Sequence[str]) -> Iterator[Rows]:
+        """Columns of one shard after the other."""
+        return self._reader.each(names)
 
     def pick(self, shard: int, numbers: np.ndarray) -> Iterator[Rows]:
         """Whole rows of a shard by their numbers among the distinct ones."""
@@ -300,8 +289,8 @@ class _InMemory:
         self._rows = Rows.of(rollouts).completed()
         self.newest = max((rollout.created_at for rollout in rollouts), default=0.0)
 
-    def read(self, shard: int, names: Sequence[str]) -> Rows:
-        return self._rows
+    def each(self, names: Sequence[str]) -> Iterator[Rows]:
+        yield self._rows
 
     def pick(self, shard: int, numbers: np.ndarray) -> Iterator[Rows]:
         yield self._rows.take(numbers)
