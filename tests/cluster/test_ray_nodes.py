@@ -188,7 +188,8 @@ def test_reference_on_several_nodes(stage: Stage, monkeypatch: pytest.MonkeyPatc
 
     found = status(config)
     assert found.state == "RUNNING" and set(found.addresses) == set(addresses)
-    assert found.description["proposers"] == 2 and found.description["llm_reachable"]
+    assert found.description["llm_reachable"]
+    wait_for("two proposers told", lambda: status(config).description["proposers"] == 2)
     ray.shutdown()
     down(config.data_dir, stage.say)
     assert status(config).state == "DOWN"

@@ -328,7 +328,7 @@ ENGINES = st.fixed_dictionaries(
 # -- any schedule ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=70, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(PLANS, ENGINES, st.integers(0, 10**6), st.sampled_from([0, 2, 6]))
 def test_no_schedule_changes_an_answer(
     lab: Lab, plans: list[Plan], options: dict[str, int], seed: int, patience: int
@@ -359,7 +359,7 @@ def test_no_schedule_changes_an_answer(
         )
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(PLANS, ENGINES, st.integers(0, 10**6), st.sampled_from([0.1, 0.5, 1.0]))
 def test_lost_replies_are_marked_and_stop_no_one(
     lab: Lab, plans: list[Plan], options: dict[str, int], seed: int, lost: float

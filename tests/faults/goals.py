@@ -62,7 +62,7 @@ GOALS: dict[str, Goal] = {
     "R7": Goal(
         "a reader of labels that dies loses and doubles none; poison blocks nothing",
         (
-            "labels/test_ledger_kills.py::test_the_reader_killed_twenty_times",
+            "labels/test_ledger_kills.py::test_the_reader_is_killed",
             "labels/test_drain.py::test_poison_becomes_a_dead_letter_and_blocks_nothing",
         ),
     ),

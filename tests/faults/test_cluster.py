@@ -36,7 +36,8 @@ from tests.faults import figures
 from tests.faults.checker import Request
 from tests.faults.clients import Clients, asking
 from tests.faults.history import History
-from tests.faults.stage import Stage, until
+from tests.faults.processes import HOST
+from tests.faults.stage import RedisPart, Stage, until
 from tests.helpers.certificates import Authority, secured, settings_of
 
 pytestmark = [pytest.mark.service, pytest.mark.kill, pytest.mark.faults]
@@ -44,6 +45,7 @@ PROBLEMS = problems.problems("test", 12)
 CLIENTS = 4
 CONTROLLERS = 5
 DASHBOARD = 8265
+GCS_AWAY_S = 10.0
 BACK_S = 90.0  # a replica is there again by then
 
 
@@ -63,6 +65,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
+    state = RedisPart(folder / "state", ()).start()
     security = secured(Authority(folder))
     overrides = {
         "data_dir": str(folder / "data"),
@@ -75,9 +78,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "calibration.count": 32,
         **settings_of(security),
     }
-    with running_service(load_config(overrides=overrides, environment={})) as service:
-        assert security.authority is not None
-        yield Cluster(service, security.authority)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_REDIS_ADDRESS", f"{HOST}:{state.port}")  # as KubeRay's option does
+        with running_service(load_config(overrides=overrides, environment={})) as service:
+            assert security.authority is not None
+            yield Cluster(service, security.authority)
+    state.stop()
 
 
 def pids(name: str) -> list[int]:
@@ -187,6 +193,41 @@ def test_what_is_not_ours_is_killed(cluster: Cluster, stage: Stage) -> None:
     what = f"Ray: controller SIGKILL x{CONTROLLERS}: failed of {count}"
     figures.at_most("R14", what, stage.failed(), 0)
     figures.at_most("R14", "Ray: the only gateway SIGKILL: answers again", back_s, 10.0, " s")
+    stage.check()
+
+
+def test_the_state_of_ray_dies(cluster: Cluster, stage: Stage) -> None:
+    """R14. The GCS is killed, and started again on its state in Redis: answers go on meanwhile, and
+    a replica that dies afterwards is replaced."""
+    node = ray._private.worker._global_node
+    assert node is not None
+
+    async def main() -> float:
+        clients = cluster.clients(stage.history)
+        await undisturbed(clients, stage)
+
+        async def ask() -> None:
+            await clients.ask("s2t", prompt=PROBLEMS[0].prompt, is_scripted=False)
+
+        async with asking(ask, CLIENTS):
+            stage.fault("SIGKILL GCS")
+            await asyncio.to_thread(node.kill_gcs_server)
+            await asyncio.sleep(GCS_AWAY_S)
+            await asyncio.to_thread(node.start_gcs_server)
+            begun = time.monotonic()
+            assert await until(lambda: is_told_running("ProposerReplica", 2), BACK_S, pause_s=0.2)
+            back_s = time.monotonic() - begun
+            await asyncio.sleep(2.0)
+            kill_one("ProposerReplica", random.Random(7))
+            await asyncio.sleep(1.0)
+            assert await until(lambda: is_told_running("ProposerReplica", 2), BACK_S, pause_s=0.2)
+        await clients.close()
+        return back_s
+
+    back_s = asyncio.run(main())
+    what = f"Ray: GCS SIGKILL, away for {GCS_AWAY_S:g} s: "
+    figures.at_most("R14", f"{what}failed of {len(stage.requests)}", stage.failed(), 0)
+    figures.report("R14", f"{what}Serve answers operators again", f"{back_s:.1f} s", "", None)
     stage.check()
 
 

@@ -24,6 +24,7 @@ from s2t_shared.errors import StoreError
 from s2t_shared.labels import lake as lake_module
 from s2t_shared.labels import shards as shards_module
 from s2t_shared.labels.lake import Lake
+from tests.faults.figures import sizes
 from tests.helpers.lake import ids, label, names, rollout
 
 ROOT = Path(__file__).parents[2]
@@ -285,7 +286,8 @@ def numbers_after(word: str, lines: list[str]) -> list[int]:
 
 
 @pytest.mark.kill
-def test_killed_at_random_moments(lake: Lake) -> None:
+@pytest.mark.parametrize("least", sizes([4], [12]))
+def test_killed_at_random_moments(least: int, lake: Lake) -> None:
     """Two processes write, compact, delete, prune and freeze; each is killed again and again. What
     either of them acknowledged is there once; what was deleted is not; nothing needs repair."""
     written: set[str] = set()
@@ -295,7 +297,7 @@ def test_killed_at_random_moments(lake: Lake) -> None:
     def lives(base: int) -> None:
         random.seed(base)
         for life in range(24):
-            if life >= 8 and len(written) > 20 and doomed:  # a busy machine needs more lives
+            if life >= least and len(written) > 20 and doomed:  # a busy machine needs more lives
                 return
             first = base + life * 100_000
             lines = killed(

@@ -105,6 +105,7 @@ def test_the_two_versions_select_differently(models: dict[str, Path]) -> None:
 
 
 @pytest.mark.service
+@pytest.mark.faults
 def test_swaps_under_load_fail_and_mix_nothing() -> None:
     """The bench on a real service: Ray, gateway, streams, three swaps."""
     found = bench_swap(3, 0.1, 3)

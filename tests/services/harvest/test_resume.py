@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import random
 import shutil
 import signal
@@ -28,6 +27,7 @@ from s2t_shared.types import LabelRule, Trigger
 from services.harvest.journal import CHUNK
 from services.harvest.rollouts import PairRollouts
 from services.harvest.run import HarvestOutcome, harvest
+from tests.faults.figures import sizes
 from tests.helpers.harvest import (
     OPTIONS,
     DisturbedSource,
@@ -37,8 +37,6 @@ from tests.helpers.harvest import (
     training_prompts,
     write_training_prompts,
 )
-
-KILLS = int(os.environ.get("S2T_KILLS", "2"))
 
 
 def command(prompts: Path, lake: Path, *options: str) -> list[str]:
@@ -64,7 +62,7 @@ def is_working(lake: Path) -> bool:
 
 @pytest.mark.kill
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(stops=st.lists(st.integers(0, 190), min_size=1, max_size=3))
 def test_stopped_and_started_again(
@@ -91,16 +89,18 @@ def test_stopped_and_started_again(
 
 
 @pytest.mark.kill
-def test_killed_and_started_again(undisturbed: dict[str, tuple], tmp_path: Path) -> None:
-    """The same through the command line with kill -9 at random moments (20 of them with
-    S2T_KILLS=20)."""
+@pytest.mark.parametrize("kills", sizes([1], [20]))
+def test_killed_and_started_again(
+    undisturbed: dict[str, tuple], tmp_path: Path, kills: int
+) -> None:
+    """The same through the command line with kill -9 at random moments."""
     lake = tmp_path / "lake"
     as_undisturbed = ["--task", "t", "--max-new-tokens", "40", "--calibrate-on", str(CHUNK)]
     prompts = write_training_prompts(tmp_path / "train.jsonl", 150)
     arguments = command(prompts, lake, *as_undisturbed, "--json")
     rng = random.Random(1)
     killed = 0
-    while killed < KILLS:
+    while killed < kills:
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not is_working(lake):
             time.sleep(0.01)  # starting costs seconds and touches nothing

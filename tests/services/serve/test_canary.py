@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from s2t_shared.bundled import SLM_DIR
-from s2t_shared.config import Config, load_config
+from s2t_shared.config import Config
 from s2t_shared.model.local_selector import SelectorKind
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.versions.registry import Registry
 from services.client import Client
-from services.launch.local import running_service
+from services.launch.local import RunningService
 from tests.helpers.versions import publish
 
 pytestmark = pytest.mark.service
 IDS = [f"r{i}" for i in range(60)]
-
-
-def config_of(folder: Path) -> Config:
-    overrides = {
-        "data_dir": str(folder),
-        "gateway.port": 0,
-        "slm.threads": 1,
-        "selector.replicas": 0,
-        "proposer.num_cpus": 0.5,
-        "calibration.count": 8,
-        "calibration.max_new_tokens": 16,
-    }
-    return load_config(overrides=overrides, environment={})
 
 
 def publish_two(config: Config) -> tuple[str, str]:
@@ -70,25 +56,25 @@ def wait_for(done: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def test_canary_through_the_service(tmp_path: Path) -> None:
+def test_canary_through_the_service(service: RunningService, client: Client) -> None:
     """Promoted by the client with a share: so many requests get it, a retry the same one, a named
-    version is kept; rolling back ends it."""
-    config = config_of(tmp_path)
-    old, new = publish_two(config)
-    with running_service(config) as service, Client(service.address) as client:
-        client.promote(old)
-        wait_for(lambda: client.describe().live_version == old)
-        assert client.promote(new, share=0.3) == old
-        wait_for(lambda: client.describe().canary_version == new)
-        described = client.describe()
-        assert (described.live_version, described.canary_share) == (old, pytest.approx(0.3))
-        shares = {v.name: (v.live, round(v.share, 6)) for v in client.versions()}
-        assert shares == {old: (True, 0.7), new: (False, 0.3)}
-        first = versions_of(client)
-        assert set(first) == {old, new}
-        assert 8 <= first.count(new) <= 30
-        assert versions_of(client) == first
-        assert set(versions_of(client, version=old)) == {old}
-        assert client.rollback() == old
-        wait_for(lambda: client.describe().canary_version == "")
-        assert set(versions_of(client)) == {old}
+    version is kept; rolling back ends it. Nothing is live before and after."""
+    old, new = publish_two(service.config)
+    client.promote(old)
+    wait_for(lambda: client.describe().live_version == old)
+    assert client.promote(new, share=0.3) == old
+    wait_for(lambda: client.describe().canary_version == new)
+    described = client.describe()
+    assert (described.live_version, described.canary_share) == (old, pytest.approx(0.3))
+    shares = {v.name: (v.live, round(v.share, 6)) for v in client.versions()}
+    assert shares == {old: (True, 0.7), new: (False, 0.3)}
+    first = versions_of(client)
+    assert set(first) == {old, new}
+    assert 8 <= first.count(new) <= 30
+    assert versions_of(client) == first
+    assert set(versions_of(client, version=old)) == {old}
+    assert client.rollback() == old
+    wait_for(lambda: client.describe().canary_version == "")
+    assert set(versions_of(client)) == {old}
+    assert client.rollback() == ""
+    wait_for(lambda: client.describe().live_version == "")

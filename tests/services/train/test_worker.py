@@ -30,6 +30,7 @@ from s2t_shared.versions.registry import Registry
 from services.train.jobs import Job
 from services.train.progress import error_of
 from services.train.worker import run_worker, train_and_publish
+from tests.faults.figures import sizes
 from tests.helpers.rollouts import make_rollouts
 from tests.helpers.training_job import job_now, with_training
 
@@ -57,11 +58,14 @@ def start(config: Config, job: Job) -> subprocess.Popen[str]:
 
 @pytest.mark.kill
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_weights(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", sizes([2], [6]))
+def test_killed_at_any_moment_it_ends_with_the_same_weights(
+    config: Config, tmp_path: Path, wanted: int
+) -> None:
     """kill -9 again and again, at random moments of training and publishing: the version that comes
     out in the end equals an undisturbed run's bit for bit, there is one of it, and nothing half
     done is left beside it."""
-    config = with_training(config, kind="joint", steps=90)
+    config = with_training(config, kind="joint", steps=30 * wanted)
     task = job_now(config)
     calm = config.model_copy(update={"data_dir": tmp_path / "calm"})
     shutil.copytree(config.lake, calm.lake)
@@ -71,16 +75,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(config: Config, tmp_
     while True:
         process = start(config, task)
         seen, limit = _newest(config, task), chance.choice([3, 9, 15, 27])
-        while process.poll() is None and _newest(config, task) <= seen + limit and kills < 3:
+        while process.poll() is None and _newest(config, task) <= seen + limit and kills < wanted:
             time.sleep(0.002)
-        if process.poll() is None and kills < 3:
+        if process.poll() is None and kills < wanted:
             time.sleep(chance.random() * 0.05)
             process.send_signal(signal.SIGKILL)
             kills += 1
             steps.add(_newest(config, task))
         if process.wait() == 0:
             break
-    assert kills == 3 and len(steps) >= 2, (kills, steps)
+    assert kills == wanted and len(steps) >= 2, (kills, steps)
     registry = Registry(config.versions)
     assert len(registry.names()) == 1
     ours = registry.root / registry.names()[0]
