@@ -32,7 +32,7 @@ from s2t_shared.decode.vllm_options import VLLMOptions
 from s2t_shared.decode.vllm_proposer import MAX_LORA_RANK, VLLMProposer
 from s2t_shared.decode.vllm_selector import VLLMSelectorClient
 from s2t_shared.errors import InvalidRequestError, S2TError, VersionNotFoundError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer

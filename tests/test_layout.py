@@ -27,6 +27,7 @@ GROUND = [
     "types",
     "errors",
     "files",
+    "answers",
     "policy",
     "requests",
     "splits",
@@ -190,6 +191,12 @@ def test_a_gateway_needs_no_torch() -> None:
     tops = {module.partition(".")[0] for _, module in found}
     assert {"ray", "grpc", "starlette", "pyarrow"} <= tops
     assert not {"torch", "transformers"} & tops
+
+
+def test_the_driver_of_a_training_job_needs_no_transformers() -> None:
+    """Half of the time until `s2t train` says its first word; its workers import it."""
+    tops = {m.partition(".")[0] for _, m in all_imports(ROOT / "services/train/follow.py")}
+    assert {"ray", "pyarrow"} <= tops and "transformers" not in tops
 
 
 def all_imports(first: Path) -> Iterator[tuple[Path, str]]:

@@ -25,8 +25,9 @@ from s2t_shared.errors import InvalidRequestError, ModelLoadError
 from s2t_shared.model.attention import AttentionPlan
 from s2t_shared.model.decode_graphs import DecodeGraphs
 from s2t_shared.model.device_ints import DeviceInts
+from s2t_shared.model.folders import Role
 from s2t_shared.model.kv_pool import BatchLayout, KVPool, KVShape, Slot
-from s2t_shared.model.loading import Role, load_model
+from s2t_shared.model.loading import load_model
 from s2t_shared.model.lora import Adapter, AdapterSwitch, Gate, adaptable_layers, install
 from s2t_shared.model.padded_plan import PaddedPlan
 from s2t_shared.model.varlen_plan import PackedSpan, VarlenPlan, packing_order

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 
 from s2t_shared.errors import ConfigError, ModelLoadError
 from s2t_shared.model import attention
+from s2t_shared.model.folders import Role, resolve_model
 from s2t_shared.model.kv_pool import BatchLayout, KVPool, KVShape
-from s2t_shared.model.loading import CPU, DTYPES, Role, resolve_model
+from s2t_shared.model.loading import CPU, DTYPES
 from s2t_shared.model.runtime import ModelRuntime
 
 KNOWN_MODEL = re.compile(r"(Qwen/Qwen2\.5-(Coder-)?)?(?P<size>[\d.]+B)(-Instruct)?")

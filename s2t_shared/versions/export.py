@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from s2t_shared.errors import ConfigError, ModelLoadError, VersionError
 from s2t_shared.files import new_folder
-from s2t_shared.model.loading import model_digest, resolve_model
+from s2t_shared.model.folders import model_digest, resolve_model
 from s2t_shared.model.lora import adaptable_layers, load_adapter
 from s2t_shared.versions.manifest import (
     BINS,

@@ -21,7 +21,7 @@ from pathlib import Path
 from s2t_shared.bundled import BUNDLED, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, S2TError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.local_selector import Reading, SelectorKind
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.requests import new_request

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import ConfigError
-from s2t_shared.model.loading import DTYPES, resolve_model
+from s2t_shared.model.folders import resolve_model
+from s2t_shared.model.loading import DTYPES
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.types import CandidateRule, Mode, Policy, Proposals
 from services.bench import workload

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from s2t_shared.labels.label import Label
-from s2t_shared.model.loading import DTYPES, resolve_model
+from s2t_shared.model.folders import resolve_model
+from s2t_shared.model.loading import DTYPES
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.lora import AdapterSwitch, Gate, install
 

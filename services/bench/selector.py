@@ -17,7 +17,7 @@ import torch
 from s2t_shared.config import SecurityConfig, SelectorConfig
 from s2t_shared.decode.interfaces import LLMInfo
 from s2t_shared.decode.llm_selector import LLMSelector, PendingQuery
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.types import PositionScores, ScoreQuery, ScoreReply

@@ -19,7 +19,7 @@ from s2t_shared.config import load_config
 from s2t_shared.decode.engine import Engine
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import InvalidRequestError, S2TError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.requests import new_request
 from s2t_shared.types import GenerateRequest, Policy, Sampling

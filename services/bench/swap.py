@@ -24,7 +24,7 @@ import torch
 from s2t_shared.bundled import BUNDLED, problems
 from s2t_shared.config import Config, load_config
 from s2t_shared.errors import ConfigError, InvalidRequestError, S2TError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from s2t_shared.labels.label import Label, Rollout
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import new_adapter
 from s2t_shared.model.runtime import ModelRuntime

@@ -16,7 +16,7 @@ from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.decode.sequence import LiveSequence
 from s2t_shared.errors import ConfigError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.local_selector import LocalSelector, Reading, SelectorKind
 from s2t_shared.model.lora import Adapter, new_adapter
 from s2t_shared.model.runtime import ModelRuntime

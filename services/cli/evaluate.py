@@ -319,7 +319,7 @@ def _refuse_without_llm(llm: str | None, specs: Sequence[ModeSpec]) -> None:
 def _service(
     address: str | None, config: Path | None, token_file: Path | None, resolved: Config
 ) -> Answerer:
-    from s2t_shared.model.loading import resolve_model
+    from s2t_shared.model.folders import resolve_model
     from s2t_shared.model.tokenizer import Tokenizer
     from services.evaluation.answering import ServiceAnswerer
 

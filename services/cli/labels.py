@@ -282,7 +282,7 @@ def export(
     opened, _ = _open(lake, None, None)
     tokenizer = None
     if with_text is not None:
-        from s2t_shared.model.loading import resolve_model
+        from s2t_shared.model.folders import resolve_model
         from s2t_shared.model.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(resolve_model(with_text))

@@ -52,7 +52,6 @@ def train(
     Labels that a running service still has on their way come first. Killed, the same command goes
     on where it was.
     """
-    from services.launch.ray_connection import local_ray
     from services.train import follow as following
     from services.train.job import train as run_training
 
@@ -94,8 +93,7 @@ def train(
                 )
                 return
             bring_in(resolved, say)
-            with local_ray():
-                outcome = run_training(resolved, promote, on_progress, say)
+            outcome = run_training(resolved, promote, on_progress, say)
         report(outcome)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from the last checkpoint")

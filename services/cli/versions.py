@@ -160,7 +160,7 @@ def verify(
 
 def _slm(config: Path | None) -> tuple[ModelRuntime, str]:
     """The configured SLM and its tokenizer's digest."""
-    from s2t_shared.model.loading import resolve_model
+    from s2t_shared.model.folders import resolve_model
     from s2t_shared.model.runtime import ModelRuntime
     from s2t_shared.model.tokenizer import Tokenizer
 

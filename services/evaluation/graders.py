@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from s2t_shared.decode.generate import extract_answer
+from s2t_shared.answers import extract_answer
 from s2t_shared.errors import ConfigError
 
 IsCorrect = Callable[[str], bool]

@@ -18,7 +18,7 @@ from ray.serve.schema import ApplicationStatus
 from s2t_shared.config import LOOPBACK, Config, check_exposure
 from s2t_shared.errors import ConfigError
 from s2t_shared.files import private_folder
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import check_same_tokenizer
 from services.launch.deploy import Say, deploy, start_serve

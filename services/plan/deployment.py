@@ -13,7 +13,8 @@ from s2t_shared.decode.llm_selector import STEP_TOKENS
 from s2t_shared.decode.proposer import PREFILL_CHUNK_TOKENS
 from s2t_shared.errors import ModelLoadError
 from s2t_shared.model.device_memory import GIB, WORKING_BYTES, check_fits
-from s2t_shared.model.loading import DTYPES, Role
+from s2t_shared.model.folders import Role
+from s2t_shared.model.loading import DTYPES
 from s2t_shared.model.shape import ModelShape, model_shape
 from services.plan.costs import ForwardCost, assumed_cost
 from services.plan.demand import Traffic

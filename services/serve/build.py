@@ -26,7 +26,7 @@ from s2t_shared.decode.vllm_selector import VLLMSelector
 from s2t_shared.labels.known_models import KnownModels, Models
 from s2t_shared.labels.stream import LabelStream
 from s2t_shared.labels.writer import LabelWriter
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids

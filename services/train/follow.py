@@ -11,7 +11,6 @@ from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from s2t_shared.labels.object_lake import open_lake
 from s2t_shared.versions.registry import Registry
-from services.launch.ray_connection import local_ray
 from services.train.job import TrainOutcome, train
 from services.train.jobs import unfinished_job
 from services.train.progress import OnProgress
@@ -40,8 +39,7 @@ def follow(
     while max_rounds is None or rounds < max_rounds:
         try:
             _wait(config, every_labels, say)
-            with local_ray():
-                outcome = train(config, promote, on_progress, say)
+            outcome = train(config, promote, on_progress, say)
         except (S2TError, ray.exceptions.RayError, OSError) as error:
             say(f"this round failed: {error}; trying again in {pause:.0f} s")
             time.sleep(pause)

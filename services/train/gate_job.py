@@ -8,15 +8,11 @@ test labels (`dataset.Part.TEST`), on which nothing was trained or chosen.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import ray
-import torch
 
 from s2t_shared.config import Config
-from s2t_shared.errors import S2TError, VersionError
+from s2t_shared.errors import VersionError
 from s2t_shared.labels.object_lake import open_lake
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.local_selector import LocalSelector
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
@@ -34,51 +30,21 @@ from s2t_shared.versions.gate import (
     Paired,
     Verdict,
     judge,
-    objection,
 )
-from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions
+from s2t_shared.versions.live import LiveVersions
 from services.train.gate_answers import (
     compare_by_llm,
     compare_on_tasks,
     held_out_prompts,
     open_sides,
-    task_problems,
 )
 from services.train.gate_llm import gate_llm
+from services.train.gate_problems import task_problems
 
-MAX_RETRIES = 3
 SLM_ALONE = "the SLM alone"
 
 
 # -- the verdict ----------------------------------------------------------------------------------
-
-
-def judge_on_ray(config: Config, version: str) -> Verdict:
-    """`judge_version` in a Ray task, which gets the resources of a training worker.
-
-    Raises:
-        S2TError: as `judge_version`.
-    """
-    task = ray.remote(
-        num_cpus=config.training.cpus_per_worker,
-        num_gpus=config.training.gpus_per_worker,
-        max_retries=MAX_RETRIES,
-    )
-    reference = task(_judge).remote(config.model_dump(mode="json"), version)
-    verdict: Verdict | S2TError = ray.get(reference)
-    if isinstance(verdict, S2TError):
-        raise verdict
-    return verdict
-
-
-def _judge(config: dict[str, Any], version: str) -> Verdict | S2TError:
-    """In the task. Our errors are returned, as Ray would wrap a raised one in one of its own."""
-    resolved = Config.model_validate(config)
-    torch.set_num_threads(resolved.slm.threads)
-    try:
-        return judge_version(resolved, version)
-    except S2TError as error:
-        return error
 
 
 def judge_version(config: Config, version: str) -> Verdict:
@@ -130,30 +96,6 @@ def _load_live(
         return versions.registry.load(live, runtime, tokenizer.digest)
     except VersionError:
         return None  # a broken or foreign live version does not keep a sound one out
-
-
-def enact(
-    versions: LiveVersions, version: str, verdict: Verdict, promote: bool = True
-) -> tuple[bool, str]:
-    """Make `version` live if the gate opened and no operator objects.
-
-    Returns whether it is live, and why, or why not.
-
-    Raises:
-        VersionError: the version is not sound, or the registry's pointer cannot be read.
-    """
-    found = "; ".join(verdict.reasons)
-    if not verdict.passed:
-        return False, f"not promoted: {found}"
-    if not promote:
-        return False, found
-    # A promotion replaces a damaged pointer file.
-    state = versions.state(if_damaged=NOTHING_LIVE)
-    objected = objection(state, versions.events(version), version)
-    if objected:
-        return False, f"not promoted: {objected}; {found}"
-    versions.promote(version)
-    return True, found
 
 
 # -- the comparisons ------------------------------------------------------------------------------

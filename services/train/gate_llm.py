@@ -19,7 +19,7 @@ from s2t_shared.config import Config
 from s2t_shared.decode.interfaces import LLMInfo, SelectorClient, SLMInfo
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.errors import S2TError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from services.roles import APPLICATION

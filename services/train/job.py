@@ -27,8 +27,9 @@ from s2t_shared.training.settings import TrainingSettings
 from s2t_shared.versions.live import NOTHING_LIVE, LiveVersions
 from s2t_shared.versions.manifest import Manifest
 from s2t_shared.versions.registry import Registry
-from services.train.gate_answers import task_problems
-from services.train.gate_job import enact, judge_on_ray
+from services.launch.ray_connection import local_ray
+from services.train.gate import enact, judge_on_ray
+from services.train.gate_problems import task_problems
 from services.train.jobs import Job, close_job, forget_job, open_job
 from services.train.progress import (
     OnProgress,
@@ -37,7 +38,6 @@ from services.train.progress import (
     read_failure,
     watched_progress,
 )
-from services.train.worker import run_worker
 
 MAX_FAILURES = 3  # of workers, before a job gives up
 COLLECTIVE_S = 300  # that one worker waits for the others
@@ -70,7 +70,8 @@ def train(
     on_progress: OnProgress = lambda progress: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainOutcome:
-    """Train, publish, and promote when the gate opens. Needs an initialised Ray.
+    """Train, publish, and promote when the gate opens, on the Ray of this process, else on one that
+    is found or started once there is something to train.
 
     What an earlier, killed call has done is not done again.
 
@@ -84,12 +85,13 @@ def train(
     job = open_job(config, say)
     registry = Registry(config.versions)
     try:
-        if registry.find_job(job.id) is None:
-            _run(config, job, on_progress)
-        manifest = registry.find_job(job.id)
-        if manifest is None:
-            raise S2TError(f"training job {job.id} ended without a version; run it again")
-        outcome = _gate(config, manifest, promote)
+        with local_ray():
+            if registry.find_job(job.id) is None:
+                _run(config, job, on_progress)
+            manifest = registry.find_job(job.id)
+            if manifest is None:
+                raise S2TError(f"training job {job.id} ended without a version; run it again")
+            outcome = _gate(config, manifest, promote)
     except (ConfigError, EvaluationSplitError):
         # Settings or labels are wrong: the next command must not go on with this job.
         forget_job(config, job)
@@ -135,8 +137,16 @@ def _run(config: Config, job: Job, on_progress: OnProgress) -> None:
 def _trainer(config: Config, job: Job, ray_folder: Path, attempt: str) -> TorchTrainer:
     settings = config.training
     backend = "nccl" if settings.gpus_per_worker else "gloo"
+
+    def work(arguments: dict[str, Any]) -> dict[str, str]:
+        # Found by name where it runs: Ray Train's controller, which only hands it on, would import
+        # torch and transformers for it.
+        from services.train.worker import run_worker
+
+        return run_worker(arguments)
+
     return TorchTrainer(
-        run_worker,
+        work,
         train_loop_config={"config": config.model_dump(mode="json"), "job": asdict(job)},
         torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_S),
         scaling_config=ScalingConfig(

@@ -23,7 +23,7 @@ from s2t_shared.config import Config
 from s2t_shared.errors import S2TError
 from s2t_shared.files import locked, private_folder, write_atomically
 from s2t_shared.labels.object_lake import open_lake
-from s2t_shared.model.loading import model_digest, resolve_model
+from s2t_shared.model.folders import model_digest, resolve_model
 from s2t_shared.training.checkpoints import load_checkpoint
 from s2t_shared.versions.live import LiveVersions
 from s2t_shared.versions.registry import Registry

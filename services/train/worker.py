@@ -18,7 +18,7 @@ from s2t_shared.decode.calibrate import load_calibration
 from s2t_shared.errors import S2TError
 from s2t_shared.files import locked, private_folder
 from s2t_shared.labels.object_lake import open_lake
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import RESERVED_COUNT, reserved_ids

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from s2t_shared.answers import extract_answer
 from s2t_shared.bundled import LLM_DIR, SLM_DIR, problems
 from s2t_shared.decode.engine import Engine
-from s2t_shared.decode.generate import Generator, extract_answer, with_thresholds
+from s2t_shared.decode.generate import Generator, with_thresholds
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
 from s2t_shared.decode.proposer import Proposer
 from s2t_shared.errors import (

@@ -23,7 +23,7 @@ import torch
 
 from s2t_shared.decode.generate import decode_requests, encode_request
 from s2t_shared.decode.llm_selector import InProcessSelector, LLMSelector
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.pair import Pair

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s2t_shared.errors import ModelLoadError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from tests.helpers.models import SPECS
 

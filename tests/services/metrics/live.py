@@ -13,7 +13,7 @@ from typing import Any
 
 from s2t_shared.config import Config, MetricsConfig, SecurityConfig, load_config
 from s2t_shared.errors import S2TError
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.requests import new_request

@@ -11,8 +11,9 @@ from s2t_shared.config import Config
 from s2t_shared.errors import EvaluationSplitError
 from s2t_shared.versions.gate import Verdict
 from s2t_shared.versions.live import LiveVersions
-from services.train.gate_answers import task_problems
-from services.train.gate_job import enact, judge_version
+from services.train.gate import enact
+from services.train.gate_job import judge_version
+from services.train.gate_problems import task_problems
 from services.train.job import train
 from services.train.worker import train_and_publish
 from tests.helpers.training_job import job_now, with_training

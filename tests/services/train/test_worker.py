@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from s2t_shared.config import Config
 from s2t_shared.errors import StoreError
 from s2t_shared.labels.lake import Lake
-from s2t_shared.model.loading import resolve_model
+from s2t_shared.model.folders import resolve_model
 from s2t_shared.model.runtime import ModelRuntime
 from s2t_shared.model.tokenizer import Tokenizer
 from s2t_shared.model.vocabulary import reserved_ids
