@@ -462,14 +462,15 @@ def test_a_prompt_that_many_ask_is_read_once(
     assert longest <= 16 + 5 * (MIN_PREFIX_MATCH + 1 + 5), "a long prompt held up the others"
 
 
-@pytest.mark.parametrize("trigger", [Trigger.KL, Trigger.KL_REVERSE])
 @pytest.mark.parametrize(
-    "mode, version",
+    "mode, version, trigger",
     [
-        (Mode.S2T, ""),
-        (Mode.TAKEOVER, ""),
-        (Mode.S2T_LOCAL, "joint-base"),
-        (Mode.S2T_LOCAL, "reserved-adapted"),
+        (Mode.S2T, "", Trigger.KL),
+        (Mode.TAKEOVER, "", Trigger.KL),
+        (Mode.S2T_LOCAL, "joint-base", Trigger.KL),
+        (Mode.S2T_LOCAL, "reserved-adapted", Trigger.KL),
+        (Mode.S2T, "", Trigger.KL_REVERSE),
+        (Mode.S2T_LOCAL, "joint-base", Trigger.KL_REVERSE),
     ],
 )
 def test_drafts_are_lockstep_with_fewer_questions(

@@ -330,6 +330,7 @@ def held(client: Client) -> tuple[int, int, int]:
 
 
 @pytest.mark.kill
+@pytest.mark.faults
 def test_killed_selector_degrades_and_returns(service: RunningService, client: Client) -> None:
     """Law 5: with the LLM dead no client that has it select sees an error, the answers are greedy's
     and say so; its own answers (mode llm) are refused. When it is back it is used again."""

@@ -47,6 +47,7 @@ from services.launch.local import RunningService
 from services.rpc.ask_many import Target, answer_all
 from services.train.follow import follow
 from services.train.job import TrainOutcome, train
+from tests.faults.figures import sizes
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 PROBLEMS = problems.problems("test", 24)
@@ -227,9 +228,12 @@ def accuracy_of_local(service: RunningService) -> float:
 
 
 @pytest.mark.kill
-def test_harvest_through_the_service(service: RunningService, pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", sizes([((),)], [((24, 54),)]))
+def test_harvest_through_the_service(
+    service: RunningService, pair: Pair, tmp_path: Path, kills: tuple[int, ...]
+) -> None:
     """The same labels as alone in one process, whether they come back to be kept or go the
-    service's own way; also when its selector and its proposer are killed meanwhile."""
+    service's own way; also when its selector and its proposer are killed after so many answers."""
     prompts = bundled_prompts(problems.problems("train", 96))
     options = HarvestOptions(task="harvested", max_new_tokens=40, calibrate_on=32)
     alone = Lake(tmp_path / "alone")
@@ -238,7 +242,7 @@ def test_harvest_through_the_service(service: RunningService, pair: Pair, tmp_pa
     harvest(PairRollouts(pair), prompts, alone, options)
 
     def kill(outcome: HarvestOutcome) -> None:
-        if outcome.answered not in (24, 54):
+        if outcome.answered not in kills:
             return
         for actor in ray.util.list_named_actors(all_namespaces=True):
             name = actor["name"]
