@@ -109,8 +109,11 @@ GOALS: dict[str, Goal] = {
         ),
     ),
     "R14": Goal(
-        "Serve's controller killed fails no answer; a gateway killed is back",
-        ("faults/test_cluster.py::test_what_is_not_ours_is_killed",),
+        "Serve's controller or Ray's GCS killed fails no answer; a gateway killed is back",
+        (
+            "faults/test_cluster.py::test_what_is_not_ours_is_killed",
+            "faults/test_cluster.py::test_the_state_of_ray_dies",
+        ),
     ),
     "R15": Goal(
         "programs of the last release and this one understand each other",
