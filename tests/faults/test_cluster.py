@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -96,6 +97,10 @@ def pids(name: str) -> list[int]:
     return found
 
 
+async def ask_s2t(clients: Clients) -> None:
+    await clients.ask("s2t", prompt=PROBLEMS[0].prompt, is_scripted=False)
+
+
 def kill_one(name: str, drawn: random.Random) -> None:
     os.kill(drawn.choice(pids(name)), signal.SIGKILL)
 
@@ -170,10 +175,7 @@ def test_what_is_not_ours_is_killed(cluster: Cluster, stage: Stage) -> None:
         clients = cluster.clients(stage.history)
         await undisturbed(clients, stage)
 
-        async def ask() -> None:
-            await clients.ask("s2t", prompt=PROBLEMS[0].prompt, is_scripted=False)
-
-        async with asking(ask, CLIENTS):
+        async with asking(partial(ask_s2t, clients), CLIENTS):
             for _ in range(CONTROLLERS):
                 before = pids("ServeController")
                 stage.fault("SIGKILL controller")
@@ -206,10 +208,7 @@ def test_the_state_of_ray_dies(cluster: Cluster, stage: Stage) -> None:
         clients = cluster.clients(stage.history)
         await undisturbed(clients, stage)
 
-        async def ask() -> None:
-            await clients.ask("s2t", prompt=PROBLEMS[0].prompt, is_scripted=False)
-
-        async with asking(ask, CLIENTS):
+        async with asking(partial(ask_s2t, clients), CLIENTS):
             stage.fault("SIGKILL GCS")
             await asyncio.to_thread(node.kill_gcs_server)
             await asyncio.sleep(GCS_AWAY_S)
