@@ -22,7 +22,7 @@ from s2t_shared.errors import OverloadedError, ProposerLostError
 from s2t_shared.types import Answer, AnswerPiece, GenerateRequest, ServiceDescription
 
 log = logging.getLogger(__name__)
-# Serve's one controller answers, and reading its answer costs a tenth of a second of this process.
+# Serve's one controller answers, and its answer costs this process 0.2 s to read.
 COUNT_EVERY_S = 10.0
 
 

@@ -33,7 +33,6 @@ from s2t_shared.versions.gate import Paired
 from services.evaluation.problems import Problem
 
 MAX_NEW_TOKENS = 256
-UNHARVESTED_SEED = 1_000_000  # of bundled training problems that no harvest of ours uses
 LOCAL = Policy(mode=Mode.S2T_LOCAL, trigger=Trigger.ENTROPY)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,12 +80,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "calibration.count": 32,
         **settings_of(security),
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as ends:
+        ends.callback(state.stop)
         patch.setenv("RAY_REDIS_ADDRESS", f"{HOST}:{state.port}")  # as KubeRay's option does
         with running_service(load_config(overrides=overrides, environment={})) as service:
             assert security.authority is not None
             yield Cluster(service, security.authority)
-    state.stop()
 
 
 def pids(name: str) -> list[int]:

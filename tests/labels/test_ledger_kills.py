@@ -153,7 +153,8 @@ def drain_all(url: str, lake: Lake, spool: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "kills"), sizes([("always", 12), ("everysec", 6)], [("always", 50)])
+    ("policy", "kills"),
+    sizes([("always", 12), ("everysec", 6)], [("always", 50), ("everysec", 12)]),
 )
 def test_redis_killed_while_writers_write(policy: str, kills: int, tmp_path: Path) -> None:
     random.seed(policy)

@@ -194,9 +194,8 @@ def test_killed_publishers_leave_nothing_to_repair(
     moments = random.Random(3)
     reported: set[str] = set()
     for turn in range(20):
-        if (
-            turn >= least and len(reported) > 3
-        ):  # a busy machine publishes little before it is killed
+        # A busy machine publishes little before it is killed.
+        if turn >= least and len(reported) > 3:
             break
         process = subprocess.Popen(
             [sys.executable, "-c", PUBLISHER, str(models["slm"]), str(registry.root), str(turn)],
